@@ -1,0 +1,1 @@
+"""Comb, Prune, Distill."""

@@ -1,0 +1,47 @@
+"""Every error that `cpd` raises on purpose: one base class, one subclass a stage.
+
+A message says what was found, what was expected, and what to do about it. Errors are raised before
+anything of the user's is changed.
+"""
+
+from __future__ import annotations
+
+
+class CPDError(Exception):
+    """Base class of all errors raised by `cpd`."""
+
+
+class InputError(CPDError, ValueError):
+    """An argument is unusable: a model that is no module, example inputs of the wrong shape, a bad target."""
+
+
+class TraceError(CPDError):
+    """`torch.export` could not trace the model; the message names the line."""
+
+
+class PlanError(CPDError):
+    """A plan names an unknown or frozen group, empties a group, or cannot satisfy a tie."""
+
+
+class ShrinkError(CPDError):
+    """A plan does not fit the model it is applied to; the model is left as it was."""
+
+
+class NothingToPruneError(CPDError):
+    """No group of the model can be pruned; the message gives the reason of each."""
+
+
+class TargetError(CPDError):
+    """The target cannot be reached; the message gives the best reachable figure and what stands in the way."""
+
+
+class TrainingError(CPDError):
+    """Training or scoring failed: an empty loader, a loss that is not finite."""
+
+
+class ExportError(CPDError):
+    """The ONNX export failed, or its outputs differ from PyTorch's."""
+
+
+class ArtifactError(CPDError):
+    """A saved result is missing, truncated, foreign, or cannot be written."""

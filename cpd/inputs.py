@@ -1,0 +1,140 @@
+"""What a user hands in, brought to one form: example inputs, batches of a loader, a model's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cpd.errors import InputError, TrainingError
+
+LABEL_KEYS = ("labels", "label", "target", "targets")
+
+
+class Call(NamedTuple):
+    """The arguments of one forward pass: `model(*args, **kwargs)`."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, device: torch.device | str) -> Call:
+        """The same call with every tensor in it moved to `device`."""
+        return Call(move(self.args, device), move(self.kwargs, device))
+
+    def on(self, model: nn.Module) -> Any:
+        """Run `model` on this call."""
+        return model(*self.args, **self.kwargs)
+
+
+class Batch(NamedTuple):
+    """One batch of a loader: how to call the model on it, and the target (None where there is none)."""
+
+    call: Call
+    target: Any
+
+
+def move(value: Any, device: torch.device | str) -> Any:
+    """`value` with every tensor in its tuples, lists and mappings moved to `device`."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: move(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(move(item, device) for item in value)
+    return value
+
+
+def check_model(model: object) -> nn.Module:
+    """Return `model` if it is an `nn.Module`; raise `InputError` otherwise."""
+    if isinstance(model, nn.Module):
+        return model
+    raise InputError(
+        f"Expected a torch.nn.Module, got {type(model).__name__}. Pass the model object itself, "
+        "not its state dict, its class or its name."
+    )
+
+
+def as_call(example_inputs: Any) -> Call:
+    """Bring example inputs to a `Call`.
+
+    Args:
+        example_inputs: a tensor, a tuple of positional arguments, or `(tuple, dict)` as in `torch.onnx.export`.
+
+    Raises:
+        InputError: if it is none of these.
+    """
+    if isinstance(example_inputs, Call):
+        return example_inputs
+    if isinstance(example_inputs, Tensor):
+        return Call((example_inputs,), {})
+    if isinstance(example_inputs, (tuple, list)):
+        items = tuple(example_inputs)
+        if len(items) == 2 and isinstance(items[0], tuple) and isinstance(items[1], dict):
+            return Call(items[0], dict(items[1]))
+        if items:
+            return Call(items, {})
+    raise InputError(
+        f"example_inputs must be a tensor, a non-empty tuple, or (tuple, dict); got {type(example_inputs).__name__}."
+    )
+
+
+def as_batch(batch: Any) -> Batch:
+    """Bring one item of a loader to a `Batch`.
+
+    Args:
+        batch: `(input, target)`, where input is a tensor or a tuple of arguments; a mapping of keyword
+            arguments as Hugging Face loaders give, its label popped; or a bare tensor without target.
+
+    Raises:
+        InputError: if it is none of these.
+    """
+    if isinstance(batch, Mapping):
+        kwargs = dict(batch)
+        target = next((kwargs.pop(key) for key in LABEL_KEYS if key in kwargs), None)
+        return Batch(Call((), kwargs), target)
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return Batch(as_call(batch[0]), batch[1])
+    if isinstance(batch, Tensor):
+        return Batch(as_call(batch), None)
+    raise InputError(
+        f"A batch must be (input, target), a mapping or a tensor; the loader gave {type(batch).__name__}. "
+        "Wrap the loader so that it yields pairs."
+    )
+
+
+def batches(data: Iterable[Any], limit: int | None = None) -> Iterator[Batch]:
+    """The first `limit` batches of `data` (all if None).
+
+    Raises:
+        TrainingError: if `data` is empty.
+    """
+    empty = True
+    for index, item in enumerate(data):
+        if limit is not None and index >= limit:
+            break
+        empty = False
+        yield as_batch(item)
+    if empty:
+        raise TrainingError("The data loader gave no batch: check its dataset, and that it can be iterated twice.")
+
+
+def logits(output: Any) -> Tensor:
+    """The tensor that a loss is taken of: the output itself, its `logits`, or its first tensor.
+
+    Raises:
+        InputError: if the output holds no tensor.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        for key in ("logits", "out"):
+            if key in output:
+                return logits(output[key])
+        output = list(output.values())
+    if hasattr(output, "logits"):
+        return logits(output.logits)
+    if isinstance(output, (tuple, list)) and output:
+        return logits(output[0])
+    raise InputError(f"The model's output ({type(output).__name__}) holds no tensor to take a loss of.")
