@@ -1,0 +1,258 @@
+"""The main job on real data that every machine has: scikit-learn's handwritten digits, offline, in a few minutes.
+
+A small residual CNN is trained on the spot; it is the teacher. `cpd.compress` then makes it twice as fast in ONNX
+Runtime and distills it against itself. Read `run_demo` first: it is also how you would call `cpd` on your own data.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from cpd.compress import Result
+
+SIDE = 16
+"""Pixels that a digit measures after upsampling (8 as it comes), so that convolutions carry real cost."""
+
+TEST_COUNT = 600
+"""Digits held back for testing; the other 1,197 are trained on."""
+
+SHIFT = 2
+"""Pixels by which augmentation moves a digit at most, in any direction."""
+
+
+class AugmentedLoader:
+    """Batches of randomly cropped (and mirrored) images, in a new order each time it is iterated.
+
+    Works on whole batches of tensors, so it costs next to nothing beside the network. Two loaders of the same
+    seed give the same batches: in the first pass, in the second, and so on.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        crop: int,
+        batch_size: int,
+        flip: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """Hold the data.
+
+        Args:
+            images: `[N, C, H, W]`, normalised, with the border already added that crops may reach into.
+            labels: `[N]`, class indices.
+            crop: side S of the square that is cut out at random; at most H and W.
+            batch_size: images a batch; the last of a pass may be smaller.
+            flip: mirror each image left to right with a chance of one half.
+            seed: of the order, the crops and the flips.
+        """
+        self.images = images
+        self.labels = labels
+        self.batch_size = batch_size
+        self.flip = flip
+        self._windows = images.unfold(2, crop, 1).unfold(3, crop, 1)  # [N, C, rows, columns, S, S], a view
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        """Batches in one pass."""
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of `[B, C, S, S]` images and `[B]` labels."""
+        order = torch.randperm(len(self.images), generator=self._generator)
+        for chosen in order.split(self.batch_size):
+            yield self._cut(chosen), self.labels[chosen]
+
+    def _cut(self, chosen: Tensor) -> Tensor:
+        """One random crop, perhaps mirrored, of each chosen image."""
+        count, (rows, columns) = len(chosen), self._windows.shape[2:4]
+        top = torch.randint(rows, (count,), generator=self._generator)
+        left = torch.randint(columns, (count,), generator=self._generator)
+        cut = self._windows[chosen, :, top, left].contiguous()
+        if not self.flip:
+            return cut
+        mirrored = torch.rand(count, 1, 1, 1, generator=self._generator) < 0.5
+        return torch.where(mirrored, cut.flip(3), cut)
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 projection where the shape changes."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            projection = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[N, inputs, H, W]` to `[N, outputs, H / stride, W / stride]`."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class DigitsNet(nn.Module):
+    """A residual CNN for grey images of ten classes: a stem, stages of residual blocks, pooling, a linear layer."""
+
+    def __init__(self, widths: Sequence[int] = (48, 96), blocks: int = 2) -> None:
+        """Build it with random weights.
+
+        Args:
+            widths: channels of each stage; every stage but the first halves height and width.
+            blocks: residual blocks a stage.
+        """
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(1, widths[0], 3, padding=1, bias=False), nn.BatchNorm2d(widths[0]), nn.ReLU()
+        )
+        stages = []
+        for index, (inputs, outputs) in enumerate(zip((widths[0], *widths[:-1]), widths, strict=True)):
+            first = ResidualBlock(inputs, outputs, stride=2 if index else 1)
+            rest = (ResidualBlock(outputs, outputs, stride=1) for _ in range(blocks - 1))
+            stages.append(nn.Sequential(first, *rest))
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(widths[-1], 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[N, 10]` of images `[N, 1, H, W]`."""
+        features: Tensor = self.stages(self.stem(x))
+        logits: Tensor = self.head(features.mean((2, 3)))
+        return logits
+
+
+def split(count: int, test_count: int = TEST_COUNT) -> tuple[Tensor, Tensor]:
+    """Indices for training and for testing: a shuffle of `count`, always the same one, cut in two."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[test_count:], order[:test_count]
+
+
+def digits(batch_size: int = 64, seed: int = 0) -> tuple[AugmentedLoader, Tensor, Tensor]:
+    """The handwritten digits of scikit-learn (1,797 of them, part of the package: nothing is downloaded).
+
+    Args:
+        batch_size: images a training batch.
+        seed: of the training loader's order and shifts; the split does not depend on it.
+
+    Returns:
+        The training loader, the test images `[600, 1, 16, 16]` in [0, 1], and the test labels `[600]`.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, targets = load_digits(return_X_y=True)
+    images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16
+    images = F.interpolate(images, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    labels = torch.as_tensor(targets, dtype=torch.int64)
+    train, test = split(len(images))
+    padded = F.pad(images[train], [SHIFT] * 4)
+    loader = AugmentedLoader(padded, labels[train], crop=SIDE, batch_size=batch_size, seed=seed)
+    return loader, images[test], labels[test]
+
+
+def train_teacher(
+    loader: AugmentedLoader,
+    *,
+    epochs: int = 8,
+    lr: float = 0.05,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> DigitsNet:
+    """A `DigitsNet` trained from scratch by SGD under a one-cycle schedule.
+
+    Args:
+        loader: the training data.
+        epochs: passes over it.
+        lr: the peak learning rate.
+        seed: of the first weights; the state of PyTorch's own generator is left as found.
+        progress: whether a bar is shown on stderr; None: if stderr is a terminal.
+
+    Returns:
+        The trained model, in eval mode.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = DigitsNet()
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
+    steps = epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
+    shown = sys.stderr.isatty() if progress is None else progress
+    with Progress(console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task("Training the teacher", total=steps)
+        for _ in range(epochs):
+            for images, labels in loader:
+                loss = F.cross_entropy(model(images), labels)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                bar.advance(task)
+    return model.eval()
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
+    """Share of `images` `[N, C, H, W]` that `model` puts in the class of `labels` `[N]`, in per cent.
+
+    The model runs in eval mode, without gradients; its training flags are left as found.
+    """
+    with _evaluating(model), torch.no_grad():
+        pairs = zip(images.split(batch_size), labels.split(batch_size), strict=True)
+        correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs)
+    return 100 * correct / len(images)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode within; each module's own flag restored after."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def run_demo(output_dir: Path | None = None, seed: int = 0, progress: bool | None = None) -> Result:
+    """Train a teacher on the digits and compress it to half its ONNX Runtime latency on one thread.
+
+    Args:
+        output_dir: where the artifacts go; None writes none.
+        seed: of the teacher's training and of the compression.
+        progress: whether bars are shown on stderr; None: if stderr is a terminal.
+
+    Returns:
+        What `cpd.compress` returns; its report's metric is the accuracy on the test digits in per cent.
+    """
+    from cpd.compress import compress
+
+    loader, images, labels = digits(seed=seed)
+    teacher = train_teacher(loader, seed=seed, progress=progress)
+    return compress(
+        teacher,
+        target_speedup=2,
+        data=loader,
+        example_inputs=images[:1],
+        evaluate=partial(accuracy, images=images, labels=labels),
+        epochs=6,
+        lr=0.01,
+        output_dir=output_dir,
+        seed=seed,
+        threads=1,
+        progress=progress,
+    )

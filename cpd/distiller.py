@@ -1,0 +1,653 @@
+"""Distill: a narrower student is trained back against the unpruned teacher, `L = L_task + weight * L_KD`.
+
+Reading order: the parts of the loss, the settings, `distill`, and `recalibrate_batchnorm` for what can be
+recovered without a gradient step. Devices, mixed precision and DDP are left to `accelerate`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, islice
+from numbers import Real
+from statistics import fmean
+from types import GeneratorType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, broadcast, set_seed
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
+
+from cpd.errors import CPDError, InputError, TrainingError
+from cpd.inputs import Batch, batches, check_model, logits, move
+
+log = logging.getLogger("cpd")
+
+LossFunction = Callable[[Any, Any], Tensor]  # loss(output, target) -> scalar, on the output as the model gives it
+Evaluate = Callable[[nn.Module], float]
+DEFAULT_LR = {"sgd": 0.01, "adamw": 5e-4}
+IGNORED_CLASS = -100  # as in `torch.nn.functional.cross_entropy`
+
+
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """`T^2 * KL(softmax(teacher / T) || softmax(student / T))`, section 2 of Hinton et al. 2015.
+
+    arXiv 1503.02531. `T^2` keeps the size of the gradients independent of the temperature.
+
+    Args:
+        student_logits: `[N, C, ...]`, classes in dim 1.
+        teacher_logits: of the same shape.
+        temperature: T > 0; a higher one shows more of the teacher's unlikely classes.
+
+    Returns:
+        A scalar, float32 at least: summed over the classes, averaged over the batch and any trailing dims.
+
+    Raises:
+        InputError: if the shapes differ, or there are not two classes at least.
+    """
+    shape = list(student_logits.shape)
+    if student_logits.shape != teacher_logits.shape or len(shape) < 2 or shape[1] < 2:
+        raise InputError(
+            "The KL divergence needs logits [N, C, ...] of one shape and two classes at least; the student's "
+            f"are {shape}, the teacher's {list(teacher_logits.shape)}. Give a teacher of the same task, "
+            "or kd='none' with a loss."
+        )
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    student = F.log_softmax(student_logits.to(dtype) / temperature, dim=1)
+    teacher = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=1)
+    pointwise = F.kl_div(student, teacher, reduction="none", log_target=True)
+    return pointwise.sum(dim=1).mean() * temperature**2
+
+
+KD_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"kl": kl_divergence}
+
+
+def task_loss(output: Any, target: Any, loss: LossFunction | None = None) -> Tensor | None:
+    """The loss of the task: the user's, else cross-entropy inferred from the target.
+
+    Args:
+        output: the model's output; for an inferred loss `cpd.inputs.logits(output)` is taken, `[N, C, ...]`.
+        target: class indices `[N, ...]` of an integer type (-100 is ignored), or class probabilities of
+            the logits' shape; with `loss`, anything that it takes.
+        loss: `loss(output, target) -> scalar`, on the unchanged output.
+
+    Returns:
+        A scalar; None where there is neither target nor loss.
+
+    Raises:
+        InputError: if no loss can be inferred, or `loss` returns no scalar tensor.
+    """
+    if loss is not None:
+        value = loss(output, target)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return value.reshape(())
+        found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"loss= must return a tensor of one number, not {found}: average over the batch in it.")
+    if target is None:
+        return None
+    prediction = logits(output)
+    _check_target(prediction, target)
+    prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+    target = target.to(prediction.dtype) if target.is_floating_point() else target.long()
+    return F.cross_entropy(prediction, target, ignore_index=IGNORED_CLASS)
+
+
+def _check_target(prediction: Tensor, target: Any) -> None:
+    """Raise `InputError` unless `target` holds class indices or class probabilities for `prediction`."""
+    shape, found, remedy = prediction.shape, type(target).__name__, "a function (output, target) -> scalar"
+    if isinstance(target, Tensor) and len(shape) >= 2:
+        found = f"{target.dtype} target of shape {list(target.shape)}"
+        if target.is_floating_point() and target.shape == shape:
+            total = target.float().sum(dim=1)
+            if bool((target >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-2):
+                return
+            found += " that is no distribution over dim 1"
+            remedy = "for instance torch.nn.BCEWithLogitsLoss() for multi-label targets"
+        integral = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
+        if integral and target.shape == (shape[0], *shape[2:]):
+            wrong = target[(target != IGNORED_CLASS) & ((target < 0) | (target >= shape[1]))]
+            if not wrong.numel():
+                return
+            found += f" that holds the class {int(wrong[0])}"
+            remedy = f"for instance torch.nn.CrossEntropyLoss(ignore_index={int(wrong[0])}) to leave it out"
+    raise InputError(
+        f"No loss can be inferred from an output of shape {list(shape)} and a {found}: cross-entropy needs "
+        f"[N, C, ...] with class indices [N, ...] or class probabilities [N, C, ...]. Pass loss=, {remedy}."
+    )
+
+
+def _within(value: object, low: float, below: float = math.inf, *, exclusive: bool = False) -> bool:
+    """True if `value` is a real number in `[low, below)`, in `(low, below)` if exclusive."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    return low <= float(value) < below and not (exclusive and float(value) == low)
+
+
+def _knows_optimizer(name: object) -> bool:
+    """True if timm can make an optimizer of that name."""
+    if not isinstance(name, str) or name in DEFAULT_LR:
+        return isinstance(name, str)
+    from timm.optim import list_optimizers  # some seconds to import, hence not at the top
+
+    return name in list_optimizers()
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How a student is trained; every value is checked on construction.
+
+    Attributes:
+        epochs: passes over the data, >= 0. A fraction (0.5, 2.5) ends within the last pass and needs data
+            with a length. 0 trains nothing.
+        optimizer: a name of `timm.optim.list_optimizers()`, as "sgd" (with Nesterov momentum) or "adamw".
+        lr: the peak learning rate, > 0. None takes 0.01 for "sgd", 5e-4 for "adamw"; any other optimizer
+            needs it given.
+        momentum: of the optimizers that have one, in [0, 1).
+        weight_decay: >= 0; biases and norm weights (all 1-d parameters) are left out, as timm does.
+        warmup: the share of the training, in [0, 1), in which the rate rises linearly from zero to its
+            peak; from there it falls to zero as half a cosine. It is set anew at every step.
+        kd: the distillation loss: "kl" (`kl_divergence`), or "none".
+        kd_weight: the weight of the distillation loss beside the task's, >= 0; 0 is the same as kd="none".
+        temperature: by which the logits are divided in the distillation loss, > 0.
+        mixed_precision: "no", "bf16", or "fp16" (with loss scaling; not on a CPU).
+        accumulate: batches whose gradients are averaged for one step, >= 1.
+        max_grad_norm: the L2 norm to which the gradient of all parameters is clipped, > 0; None: no clipping.
+        seed: for `random`, NumPy and PyTorch while training, >= 0; their former states are put back after it.
+        progress: whether a progress bar is shown on stderr; None: if stderr is a terminal.
+
+    Raises:
+        InputError: if a value is out of range; the message gives the range.
+    """
+
+    epochs: float = 10
+    optimizer: str = "sgd"
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup: float = 0.05
+    kd: str = "kl"
+    kd_weight: float = 1.0
+    temperature: float = 2.0
+    mixed_precision: str = "no"
+    accumulate: int = 1
+    max_grad_norm: float | None = 5.0
+    seed: int = 0
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        kinds, clip = (*KD_LOSSES, "none"), self.max_grad_norm
+        checks = (
+            ("epochs", _within(self.epochs, 0), "a finite number >= 0 (0 trains nothing)"),
+            ("optimizer", _knows_optimizer(self.optimizer), "a name of timm.optim.list_optimizers()"),
+            ("lr", self.lr is None or _within(self.lr, 0, exclusive=True), "a number > 0, or None"),
+            ("lr", self.lr is not None or self.optimizer in DEFAULT_LR, "given for this optimizer"),
+            ("momentum", _within(self.momentum, 0, 1), "in [0, 1)"),
+            ("weight_decay", _within(self.weight_decay, 0), "a number >= 0"),
+            ("warmup", _within(self.warmup, 0, 1), "a share of the training in [0, 1)"),
+            ("kd", self.kd in kinds, f"one of {', '.join(kinds)}"),
+            ("kd_weight", _within(self.kd_weight, 0), "a number >= 0"),
+            ("temperature", _within(self.temperature, 0, exclusive=True), "a number > 0"),
+            ("mixed_precision", self.mixed_precision in ("no", "fp16", "bf16"), "one of no, fp16, bf16"),
+            ("accumulate", isinstance(self.accumulate, int) and self.accumulate >= 1, "an integer >= 1"),
+            ("max_grad_norm", clip is None or _within(clip, 0, exclusive=True), "a number > 0, or None"),
+            ("seed", isinstance(self.seed, int) and 0 <= self.seed < 2**31, "an integer in [0, 2^31)"),
+            ("progress", self.progress in (None, True, False), "True, False, or None"),
+        )
+        for name, good, wanted in checks:
+            if not good:
+                raise InputError(f"DistillConfig: {name} is {getattr(self, name)!r}; it must be {wanted}.")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate at the end of the warm-up."""
+        return self.lr if self.lr is not None else DEFAULT_LR[self.optimizer]
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the distillation loss counts."""
+        return self.kd != "none" and self.kd_weight > 0
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What one epoch of `distill` gave; losses are means over its batches.
+
+    Attributes:
+        epoch: counted from 1.
+        loss: the whole loss that was minimised.
+        task_loss: its task part; None if there was no target.
+        kd_loss: its distillation part before weighting; None without one.
+        lr: the learning rate at the last step.
+        steps_per_second: optimizer steps a second, evaluation not counted.
+        metric: what `evaluate` returned; None without it.
+    """
+
+    epoch: int
+    loss: float
+    task_loss: float | None
+    kd_loss: float | None
+    lr: float
+    steps_per_second: float
+    metric: float | None = None
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """The fields by name, ready for JSON."""
+        return asdict(self)
+
+
+def lr_factor(progress: float, warmup: float) -> float:
+    """The share of the peak learning rate at `progress` in [0, 1] of the training.
+
+    Linear up to `warmup`, then `(1 + cos(pi * t)) / 2`, eq. 5 of SGDR (arXiv 1608.03983) without restarts.
+    """
+    if progress < warmup:
+        return progress / warmup
+    return (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup)))) / 2
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: Iterable[Any],
+    *,
+    loss: LossFunction | None = None,
+    evaluate: Evaluate | None = None,
+    config: DistillConfig | None = None,
+) -> list[EpochRecord]:
+    """Train `student` in place against `teacher`: `task_loss + kd_weight * kd_loss`.
+
+    Runs wherever `accelerate` puts it: on the GPU if there is one, on several under `accelerate launch`,
+    where each process takes its share of the batches. Afterwards devices, training flags and
+    `requires_grad` of both models, the global random states and accelerate's global state are as before;
+    the student's gradients are cleared. The same seed and data give the same weights on a CPU; on a GPU
+    as far as its kernels are deterministic.
+
+    Args:
+        student: the model to train: its parameters with `requires_grad`.
+        teacher: a model with the same logits; not changed. May be None if `config` has no distillation loss.
+        data: batches as `cpd.inputs.as_batch` takes them, in any iterable that can be iterated once an
+            epoch. Without a length, the learning rate stands still in its first epoch.
+        loss: the task's loss; inferred by `task_loss` if None.
+        evaluate: called after each epoch, without gradients, on the student in evaluation mode on the
+            training device (under DDP in every process); its number becomes `EpochRecord.metric`.
+        config: the settings; `DistillConfig()` if None.
+
+    Returns:
+        One record an epoch; empty for `epochs=0`, where nothing is read or changed.
+
+    Raises:
+        InputError: if models, targets and outputs do not fit each other, or the machine not the config.
+        TrainingError: if the data is empty, cannot be iterated again, or the loss or a weight is not
+            finite. The student then has the weights from the start of that epoch.
+    """
+    config = config or DistillConfig()
+    _check_models(student, teacher, config)
+    if config.epochs == 0:
+        return []
+    _check_data(data, config)
+    with _accelerator(config) as accelerator, _random_states_kept():
+        set_seed(config.seed, device_specific=True)
+        device, reference = accelerator.device, teacher if config.needs_teacher else None
+        with _placed(student, device), _placed(reference, device):
+            return _Run(accelerator, student, reference, data, loss, config).train(evaluate)
+
+
+def _check_models(student: nn.Module, teacher: nn.Module | None, config: DistillConfig) -> None:
+    """Raise `InputError` unless the student can be trained and the teacher, if needed, is another model."""
+    trained = {id(p): name for name, p in check_model(student).named_parameters() if p.requires_grad}
+    if not trained:
+        raise InputError("No parameter of the student has requires_grad: set it on those to be trained.")
+    if not config.needs_teacher:
+        return
+    if teacher is None:
+        raise InputError(f"kd={config.kd!r} needs a teacher: pass the unpruned model, or kd='none'.")
+    shared = [trained[id(p)] for p in check_model(teacher).parameters() if id(p) in trained]
+    if shared:
+        raise InputError(
+            f"Student and teacher share the parameter {shared[0]!r}, so the teacher would change with the "
+            "student. Pass as teacher a copy.deepcopy(model) made before pruning."
+        )
+
+
+def _check_data(data: Iterable[Any], config: DistillConfig) -> None:
+    """Raise before anything is read if the data cannot last as many epochs as are asked for."""
+    if isinstance(data, (GeneratorType, map, filter, zip)) and config.epochs > 1:
+        raise TrainingError(
+            f"The data is a {type(data).__name__}, which can be iterated once only, but epochs is "
+            f"{config.epochs:g}. Pass a DataLoader, a list, or an object whose __iter__ starts afresh."
+        )
+    if config.epochs < 1 and _length(data) is None:
+        raise InputError("A fraction of an epoch needs data with a length (__len__); use epochs=1.")
+
+
+@contextmanager
+def _accelerator(config: DistillConfig) -> Iterator[Accelerator]:
+    """An `Accelerator` of these settings.
+
+    Accelerate keeps its settings in process-wide dictionaries and refuses a second `Accelerator` with
+    others. They are emptied for ours and filled again after it, so that one of the user's own stays usable.
+    """
+    shared = (AcceleratorState, GradientState)
+    kept = [dict(state._shared_state) for state in shared]
+    had_partial, processes = bool(PartialState._shared_state), 1
+    try:
+        for state in shared:
+            state._reset_state()
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `_Run.step` accumulates
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # auxiliary heads
+        )
+        processes = accelerator.num_processes
+        if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+            raise InputError("mixed_precision='fp16' does not run on a CPU: use 'no' or 'bf16'.")
+        yield accelerator
+    finally:
+        for state, content in zip(shared, kept, strict=True):
+            state._reset_state()
+            state._shared_state.update(content)
+        if not had_partial and processes == 1:  # with more processes their group lives on
+            PartialState._reset_state()
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """Put the global random states of Python, NumPy and PyTorch back at the end."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def _placed(model: nn.Module | None, device: torch.device | None = None) -> Iterator[None]:
+    """`model` in evaluation mode (on `device`, if given); at the end where and as it was."""
+    if model is None:
+        yield
+        return
+    origin, flags = _device(model), [(module, module.training) for module in model.modules()]
+    try:
+        model.to(device or origin).eval()
+        yield
+    finally:
+        model.to(origin)
+        for module, training in flags:
+            module.training = training
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer by name."""
+    return chain(model.named_parameters(), model.named_buffers())
+
+
+def _device(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter or buffer; the CPU if it has none."""
+    return next((tensor.device for _, tensor in _tensors(model)), torch.device("cpu"))
+
+
+def _length(data: Iterable[Any]) -> int | None:
+    """The number of batches; None if the data does not tell."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
+class _Trainee(nn.Module):
+    """What accelerate wraps and patches in the student's place, so that the student itself stays as it is."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+
+class _Run:
+    """One call of `distill`: both models on the training device, the optimizer, and how far the data goes."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        data: Iterable[Any],
+        loss: LossFunction | None,
+        config: DistillConfig,
+    ) -> None:
+        from timm.optim import create_optimizer_v2  # some seconds to import, hence not at the top
+
+        self.accelerator, self.student, self.teacher = accelerator, student, teacher
+        self.loss, self.config, self.shards = loss, config, 1
+        optimizer = create_optimizer_v2(student, config.optimizer, config.peak_lr, config.weight_decay, config.momentum)
+        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
+        self.trainee, self.optimizer = accelerator.prepare(_Trainee(student), optimizer)
+        if accelerator.num_processes > 1 and isinstance(data, DataLoader):
+            data = accelerator.prepare_data_loader(data)
+        else:
+            self.shards = accelerator.num_processes
+        self.data, length = data, _length(data)
+        self.steps = None if length is None else math.ceil(length // self.shards / config.accumulate)
+
+    def train(self, evaluate: Evaluate | None) -> list[EpochRecord]:
+        """All epochs; an epoch that fails is undone."""
+        records: list[EpochRecord] = []
+        wanted = sys.stderr.isatty() if self.config.progress is None else self.config.progress
+        hidden = not (wanted and self.accelerator.is_main_process)
+        with Progress(console=Console(stderr=True), disable=hidden) as bar:
+            for epoch in range(math.ceil(self.config.epochs)):
+                kept = {name: tensor.detach().clone() for name, tensor in _tensors(self.student)}
+                try:
+                    record = self.epoch(epoch, bar)
+                    _check_weights(self.student, kept, epoch)
+                except CPDError:
+                    _put_back(self.student, kept)
+                    raise
+                finally:
+                    self.student.zero_grad(set_to_none=True)
+                records.append(self.evaluated(record, evaluate))
+                log.info("distill: %s", records[-1])
+        return records
+
+    def epoch(self, epoch: int, bar: Progress) -> EpochRecord:
+        """One pass over the data, or the fraction of it that is left."""
+        config, done, sums = self.config, 0, defaultdict[str, list[float]](list)
+        share = min(1.0, config.epochs - epoch)
+        limit = max(1, round(share * self.steps)) if self.steps is not None and share < 1 else None
+        task = bar.add_task(f"epoch {epoch + 1}", total=limit or self.steps)
+        self.student.to(self.accelerator.device).train()
+        start = time.perf_counter()
+        for group in islice(self.groups(epoch), limit):
+            inside = 0.5 if self.steps is None else min(1.0, (done + 0.5) / self.steps)
+            factor = lr_factor((epoch + inside) / config.epochs, config.warmup)
+            self.step(group, factor, f"step {done + 1} of epoch {epoch + 1}", sums)
+            done += 1
+            bar.update(task, advance=1, description=f"epoch {epoch + 1}  loss {sums['loss'][-1]:.4g}")
+        speed = done / (time.perf_counter() - start)
+        self.steps = done if limit is None else self.steps
+        means = {name: fmean(values) for name, values in sums.items()}
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        return EpochRecord(epoch + 1, means["loss"], means.get("task"), means.get("kd"), lr, speed)
+
+    def groups(self, epoch: int) -> Iterator[list[Batch]]:
+        """This process's batches in runs of `accumulate`; the last run may be shorter.
+
+        Where accelerate does not share out a loader, process i of n takes every n-th batch from the i-th on,
+        and an incomplete last round is left out.
+        """
+        rounds = zip(*[iter(self.data)] * self.shards, strict=False)
+        mine = batches(items[self.accelerator.process_index % self.shards] for items in rounds)
+        try:
+            while group := list(islice(mine, self.config.accumulate)):
+                yield group
+        except TrainingError as error:
+            if epoch == 0:
+                raise
+            raise TrainingError(
+                f"The data gave batches in epoch 1 but none in epoch {epoch + 1}: it can be iterated once "
+                "only. Pass a DataLoader, a list, or an object whose __iter__ starts afresh. The student keeps "
+                "what it learned in the epochs before."
+            ) from error
+
+    def step(self, group: list[Batch], factor: float, where: str, sums: dict[str, list[float]]) -> None:
+        """One optimizer step on the mean gradient of the group; each batch's losses are added to `sums`."""
+        for options, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            options["lr"] = peak * factor
+        self.optimizer.zero_grad()
+        for batch in group:
+            with nullcontext() if batch is group[-1] else self.accelerator.no_sync(self.trainee):
+                parts = self.losses(batch)
+                values = self.reduced(parts)
+                if not math.isfinite(values["loss"]):
+                    raise TrainingError(
+                        f"The loss is not finite at {where} ({values}); the student is back at its weights "
+                        f"from the start of the epoch. Check the batch for NaN, or take a lower lr than "
+                        f"{self.config.peak_lr:g} (or another mixed_precision, if any is set)."
+                    )
+                self.accelerator.backward(parts["loss"] / len(group))
+            for name, value in values.items():
+                sums[name].append(value)
+        if self.config.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.trainee.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The parts of the loss on one batch, `loss` being their weighted sum."""
+        config, device, parts = self.config, self.accelerator.device, dict[str, Tensor]()
+        call = batch.call.to(device)
+        output = call.on(self.trainee)
+        task = task_loss(output, move(batch.target, device), self.loss)
+        if task is not None:
+            parts["task"] = parts["loss"] = task
+        if self.teacher is not None:
+            with torch.no_grad(), self.accelerator.autocast():
+                reference = call.on(self.teacher)
+            parts["kd"] = KD_LOSSES[config.kd](logits(output), logits(reference), config.temperature)
+            parts["loss"] = config.kd_weight * parts["kd"] + (0 if task is None else task)
+        if "loss" not in parts:
+            raise InputError("A batch has no target and kd is 'none': pass loss=, targets, or kd='kl'.")
+        if not parts["loss"].requires_grad:
+            raise InputError("The loss has no gradient: compute it from the output, without detaching it.")
+        return parts
+
+    def reduced(self, parts: dict[str, Tensor]) -> dict[str, float]:
+        """The parts as numbers, averaged over the processes: what is not finite is seen by all of them."""
+        values = torch.stack([part.detach().float() for part in parts.values()])
+        return dict(zip(parts, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+
+    def evaluated(self, record: EpochRecord, evaluate: Evaluate | None) -> EpochRecord:
+        """The record with the user's metric; under DDP all processes first take over the buffers of one."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self.student.buffers():
+                buffer.copy_(broadcast(buffer))
+        if evaluate is None:
+            return record
+        self.student.eval()
+        with _random_states_kept(), torch.no_grad():
+            return replace(record, metric=float(evaluate(self.student)))
+
+
+@torch.no_grad()
+def _check_weights(student: nn.Module, kept: dict[str, Tensor], epoch: int) -> None:
+    """Raise `TrainingError` if a value that was finite in `kept` no longer is."""
+    for name, tensor in _tensors(student):
+        if name in kept and bool((kept[name].isfinite() & ~tensor.isfinite()).any()):
+            raise TrainingError(
+                f"{name!r} holds values that are not finite after epoch {epoch + 1}; the student is back at "
+                "its weights from the start of the epoch. Take a lower lr, or set max_grad_norm."
+            )
+
+
+@torch.no_grad()
+def _put_back(student: nn.Module, kept: dict[str, Tensor]) -> None:
+    """Copy the kept values into the parameters and buffers of that name."""
+    for name, tensor in _tensors(student):
+        if name in kept:
+            tensor.copy_(kept[name])
+
+
+@torch.no_grad()
+def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, limit: int | None = None) -> int:
+    """Estimate the running statistics of every BatchNorm anew, after its inputs were changed by pruning.
+
+    They become the plain average over the batches of each batch's mean and (unbiased) variance, the
+    `momentum=None` mode of `torch.nn.BatchNorm2d`. Forward passes only; only the BatchNorm layers run in
+    training mode, so dropout stays off. Training flags and momenta are as before at the end.
+
+    Args:
+        model: changed in place, on the device where it is.
+        data: batches as `cpd.inputs.as_batch` takes them; targets are not used.
+        limit: the number of batches to take; all if None.
+
+    Returns:
+        The number of layers recalibrated. Layers without running statistics, and those that the forward
+        pass does not reach, keep what they have; without any layer the data is not read.
+
+    Raises:
+        InputError: if `model` is no module, or `limit` is below 1.
+        TrainingError: if the data is empty, or gives statistics that are not finite. As after any other
+            error, the old statistics are back.
+    """
+    if limit is not None and not (isinstance(limit, int) and limit >= 1):
+        raise InputError(f"limit is {limit!r}; it must be an integer >= 1, or None for all batches.")
+    layers = {
+        name: module
+        for name, module in check_model(model).named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.num_batches_tracked is not None
+    }
+    if not layers:
+        return 0
+    with _placed(model), _averaging(layers):
+        for batch in batches(data, limit):
+            batch.call.to(_device(model)).on(model)
+        return sum(bool(layer.num_batches_tracked) for layer in layers.values())
+
+
+@contextmanager
+def _averaging(layers: dict[str, _BatchNorm]) -> Iterator[None]:
+    """These layers reset and averaging; what was not reached, or all after an error, is then as before."""
+    kept = [(layer, layer.momentum, [*map(torch.clone, layer.buffers(recurse=False))]) for layer in layers.values()]
+    try:
+        for layer in layers.values():
+            layer.reset_running_stats()
+            layer.momentum = None
+            layer.training = True  # not train(): that would reach the dropout which timm keeps inside
+        yield
+        for name, layer in layers.items():
+            if not all(bool(buffer.isfinite().all()) for buffer in layer.buffers(recurse=False)):
+                raise TrainingError(
+                    f"The statistics of the BatchNorm {name!r} are not finite on this data; the old ones are "
+                    "kept. Check the batches, and the weights before that layer, for NaN or infinite values."
+                )
+    except BaseException:
+        for layer in layers.values():
+            layer.reset_running_stats()
+        raise
+    finally:
+        for layer, momentum, buffers in kept:
+            layer.momentum = momentum
+            if not layer.num_batches_tracked:
+                for buffer, old in zip(layer.buffers(recurse=False), buffers, strict=True):
+                    buffer.copy_(old)

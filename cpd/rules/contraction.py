@@ -1,0 +1,162 @@
+"""Stop operations and products: ops that sum over a dimension and may give a fresh one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from cpd import axes
+from cpd.axes import Dim, Fixed
+from cpd.rules.base import Context, Shape, Value, broadcast, rule
+from cpd.tracer import op_name, shape_of
+
+_MEETS_FIXED = "summed over together with a dimension that is fixed"
+
+
+def _bias(ctx: Context, node: Node, args: dict[str, Any], dim: Dim) -> Dim:
+    """The bias lies along the output dimension."""
+    if args.get("bias") is None:
+        return dim
+    return ctx.unify(dim, ctx.shape(args["bias"])[0], node, "added to a bias that is fixed")
+
+
+@rule("linear")
+def linear(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """[*, I] with weight [O, I]: I is summed over, O is fresh."""
+    weight = ctx.shape(args["weight"])
+    *batch, features = ctx.shape(args["input"])
+    ctx.unify(features, weight[-1], node, _MEETS_FIXED)
+    ctx.contract(args["weight"], len(weight) - 1)
+    if len(weight) == 1:
+        return tuple(batch)
+    return (*batch, _bias(ctx, node, args, weight[0]))
+
+
+@rule("conv1d", "conv2d", "conv3d")
+def conv(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """[*, G x I, space] with weight [G x O, I, kernel]: I is summed over within each of G groups, O is fresh.
+
+    A depthwise convolution is the case I = O = 1: its channels are the groups.
+    """
+    weight, shape = ctx.shape(args["weight"]), ctx.shape(args["input"])
+    outputs, inputs, *kernel = weight
+    *batch, channels = shape[: len(shape) - len(kernel)]
+    _fix_space(ctx, node, [*kernel, *shape[len(shape) - len(kernel) :]])
+    groups_in, inner = ctx.split(channels, inputs.size, node, "groups of a convolution")
+    groups_out, outputs = ctx.split(outputs, outputs.size // args["groups"], node, "groups of a convolution")
+    ctx.unify(inner, inputs, node, _MEETS_FIXED)
+    groups = ctx.unify(groups_in, groups_out, node, "groups of a convolution over a dimension that is fixed")
+    ctx.contract(args["weight"], 1)
+    ctx.literal(node, "groups", 0, groups)
+    result = _bias(ctx, node, args, axes.product([groups, outputs]))
+    return (*batch, result, *(Fixed(size) for size in shape_of(node)[len(shape) - len(kernel) :]))
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def conv_transpose(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """[*, G x I, space] with weight [G x I, O, kernel]: I is summed over within each of G groups, O is fresh."""
+    weight, shape = ctx.shape(args["weight"]), ctx.shape(args["input"])
+    inputs, outputs, *kernel = weight
+    *batch, channels = shape[: len(shape) - len(kernel)]
+    _fix_space(ctx, node, [*kernel, *shape[len(shape) - len(kernel) :]])
+    ctx.unify(channels, inputs, node, _MEETS_FIXED)
+    groups, _ = ctx.split(inputs, inputs.size // args["groups"], node, "groups of a convolution")
+    if args["groups"] == 1:
+        ctx.contract(args["weight"], 0)
+    ctx.literal(node, "groups", 0, groups)
+    result = _bias(ctx, node, args, axes.product([groups, outputs]))
+    return (*batch, result, *(Fixed(size) for size in shape_of(node)[len(shape) - len(kernel) :]))
+
+
+def _fix_space(ctx: Context, node: Node, dims: list[Dim]) -> None:
+    for dim in dims:
+        ctx.freeze(dim, node, "space or kernel of a convolution")
+
+
+@rule("matmul", "bmm", "mm", "mv", "dot")
+def matmul(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """[*, M, K] @ [*, K, N]: K is summed over, M and N stay, the leading dimensions broadcast."""
+    left, right = (ctx.shape(source) for source in node.all_input_nodes * (3 - len(node.all_input_nodes)))
+    vector = len(right) == 1
+    ctx.unify(left[-1], right[-1 if vector else -2], node, _MEETS_FIXED)
+    for source, dim in zip(node.args, (len(left) - 1, len(right) - (1 if vector else 2)), strict=False):
+        ctx.contract(source, dim)
+    batch = broadcast(ctx, node, [left[:-2], right[:-2]])
+    return (*batch, *left[-2:-1], *(() if vector else right[-1:]))
+
+
+@rule("addmm", "baddbmm")
+def addmm(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """A bias plus a matrix product."""
+    names = ("mat1", "mat2") if op_name(node) == "addmm" else ("batch1", "batch2")
+    left, right = (ctx.shape(args[name]) for name in names)
+    ctx.unify(left[-1], right[-2], node, _MEETS_FIXED)
+    ctx.contract(args[names[1]], len(right) - 2)
+    return broadcast(ctx, node, [ctx.shape(args["self"]), (*left[:-1], right[-1])])
+
+
+@rule("einsum")
+def einsum(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Dimensions of one letter are unified; a letter that the result lacks is summed over."""
+    left, _, right = args["equation"].replace(" ", "").partition("->")
+    letters: dict[str, Dim] = {}
+    terms = left.split(",")
+    for term, source in zip(terms, args["tensors"], strict=True):
+        shape = ctx.shape(source)
+        for index, (letter, dim) in enumerate(zip(_spell(term, len(shape)), shape, strict=True)):
+            if letter in letters and letters[letter].size == dim.size:
+                ctx.unify(letters[letter], dim, node, _MEETS_FIXED)
+            if letter not in letters or letters[letter].size == 1:
+                letters[letter] = dim
+            if letter not in right and not letter.isdigit():
+                ctx.contract(source, index)
+    if not right:
+        free = sorted({letter for letter in left if left.count(letter) == 1 and letter.isalpha()})
+        right = ("..." if "..." in left else "") + "".join(free)
+    return tuple(axes.resolve(letters[letter]) for letter in _spell(right, len(shape_of(node))))
+
+
+def _spell(term: str, rank: int) -> list[str]:
+    """One name a dimension; those under an ellipsis are numbered from the last."""
+    if "..." not in term:
+        return list(term)
+    head, tail = term.split("...")
+    hidden = rank - len(head) - len(tail)
+    return [*head, *(str(hidden - 1 - index) for index in range(hidden)), *tail]
+
+
+@rule("scaled_dot_product_attention")
+def attention(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """softmax(q k^T * scale + mask) v with q [*, L, E], k [*, S, E], v [*, S, V] gives [*, L, V].
+
+    The default scale is 1/sqrt(E); comb keeps its old value (see `cpd.constants`).
+    """
+    query, key, value = (ctx.shape(args[name]) for name in ("query", "key", "value"))
+    ctx.unify(query[-1], key[-1], node, _MEETS_FIXED)
+    ctx.unify(key[-2], value[-2], node, _MEETS_FIXED)
+    if args.get("enable_gqa"):
+        _grouped_queries(ctx, node, query[-3], [key[-3], value[-3]])
+        batch: Shape = query[:-2]
+    else:
+        batch = broadcast(ctx, node, [query[:-2], key[:-2], value[:-2]])
+    if args.get("attn_mask") is not None:
+        mask = ctx.shape(args["attn_mask"])
+        broadcast(ctx, node, [mask, (*batch, query[-2], key[-2])])
+    return (*batch, query[-2], value[-1])
+
+
+def _grouped_queries(ctx: Context, node: Node, query: Dim, others: list[Dim]) -> None:
+    """Each key head serves a run of query heads; whole runs go, so the ratio stays."""
+    for other in others:
+        outer, inner = ctx.split(query, query.size // other.size, node, "grouped query heads")
+        ctx.freeze(inner, node, "query heads that share one key head")
+        ctx.unify(outer, other, node, _MEETS_FIXED)
+
+
+@rule("embedding")
+def embedding(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Rows of a table: the rows cannot shrink, their width is fresh."""
+    rows, width = ctx.shape(args["weight"])
+    ctx.freeze(rows, node, "rows of a table read by index")
+    return (*ctx.shape(args["indices"]), width)

@@ -1,0 +1,294 @@
+"""Ops that re-lay a tensor: nothing is computed, dimensions are re-bracketed, reordered, joined or cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch.fx import Node
+
+from cpd import axes
+from cpd.axes import Axis, Dim, Fixed
+from cpd.rules.base import Context, Shape, Value, rule, tensor_inputs
+from cpd.ties import Tie
+from cpd.tracer import op_name, shape_of
+
+_NO_END = 2**62
+
+
+def rebracket(ctx: Context, node: Node, dims: Sequence[Dim], sizes: Sequence[int]) -> Shape:
+    """A reshape: multiply all dimensions out, then split at the boundaries of the new sizes, innermost first."""
+    flat = axes.product(dims)
+    result: list[Dim] = []
+    for size in reversed(sizes):
+        if size == 0:
+            return tuple(Fixed(size) for size in sizes)
+        flat, inner = ctx.split(flat, size, node, "a reshape crosses the boundary of a dimension")
+        result.insert(0, inner)
+    return tuple(result)
+
+
+@rule("view", "reshape", "_unsafe_view", "unflatten", "view_copy")
+def view(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Re-bracket; each size that the forward names must equal the width of its dimension."""
+    result = rebracket(ctx, node, ctx.shape(args["self"]), shape_of(node))
+    argument = {"reshape": "shape", "unflatten": "sizes"}.get(op_name(node), "size")
+    first = args["dim"] % len(ctx.shape(args["self"])) if op_name(node) == "unflatten" else 0
+    for index, size in enumerate(args[argument]):
+        if size != -1:
+            ctx.literal(node, argument, index, result[first + index])
+    return result
+
+
+@rule("flatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel")
+def reshape_without_sizes(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Re-bracket to the shape that the trace found; the forward names no width."""
+    return rebracket(ctx, node, ctx.shape(args["self"]), shape_of(node))
+
+
+@rule("permute", "permute_copy")
+def permute(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Dimensions in another order."""
+    shape = ctx.shape(args["self"])
+    return tuple(shape[dim] for dim in args["dims"])
+
+
+@rule("transpose", "swapaxes", "swapdims", "t", "numpy_T", "mT", "adjoint")
+def transpose(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Two dimensions change places."""
+    shape = list(ctx.shape(args["self"]))
+    if len(shape) < 2:
+        return tuple(shape)
+    first = args.get("dim0", args.get("axis0", -2))
+    second = args.get("dim1", args.get("axis1", -1))
+    shape[first], shape[second] = shape[second], shape[first]
+    return tuple(shape)
+
+
+@rule("movedim", "moveaxis")
+def movedim(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Dimensions moved to other places, the rest in order."""
+    shape = ctx.shape(args["self"])
+    sources, targets = args["source"], args["destination"]
+    if isinstance(sources, int):
+        sources, targets = [sources], [targets]
+    moved = {target % len(shape): source % len(shape) for source, target in zip(sources, targets, strict=True)}
+    rest = iter(index for index in range(len(shape)) if index not in moved.values())
+    return tuple(shape[moved[index]] if index in moved else shape[next(rest)] for index in range(len(shape)))
+
+
+@rule("expand")
+def expand(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """A repeated dimension is a new axis: all its positions are alike, so any of them may go."""
+    shape, sizes = ctx.shape(args["self"]), shape_of(node)
+    shape = (Fixed(1),) * (len(sizes) - len(shape)) + shape
+    result = tuple(dim if dim.size == size else Axis(size) for dim, size in zip(shape, sizes, strict=True))
+    for index, (asked, dim) in enumerate(zip(args["size"], result, strict=True)):
+        if asked != -1:
+            ctx.literal(node, "size", index, dim)
+    return result
+
+
+@rule("expand_as")
+def expand_as(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """The dimensions of the second tensor, as far as the first has them unified."""
+    shape, other = ctx.shape(args["self"]), ctx.shape(args["other"])
+    for ours, theirs in zip(reversed(shape), reversed(other), strict=False):
+        if ours.size == theirs.size:
+            ctx.unify(ours, theirs, node, "expanded to a fixed dimension")
+    return ctx.shape(args["other"])
+
+
+@rule("repeat")
+def repeat(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """The whole dimension several times over."""
+    shape = ctx.shape(args["self"])
+    shape = (Fixed(1),) * (len(args["repeats"]) - len(shape)) + shape
+    return tuple(axes.product([Fixed(times), dim]) for times, dim in zip(args["repeats"], shape, strict=True))
+
+
+@rule("cat", "concat", "concatenate")
+def cat(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """One after the other along `dim`; coupled in every other dimension."""
+    shapes = [ctx.shape(source) for source in args["tensors"] if shape_of(source) != (0,)]
+    axis = args["dim"] % len(shapes[0])
+    result: list[Dim] = list(shapes[0])
+    for shape in shapes[1:]:
+        for index, dim in enumerate(shape):
+            if index != axis:
+                result[index] = ctx.unify(result[index], dim, node, "concatenated beside a fixed dimension")
+    result[axis] = axes.concat(shape[axis] for shape in shapes)
+    return tuple(result)
+
+
+@rule("stack")
+def stack(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """A new dimension; coupled in all others."""
+    shapes = [ctx.shape(source) for source in args["tensors"]]
+    axis = args["dim"] % (len(shapes[0]) + 1)
+    result: list[Dim] = list(shapes[0])
+    for shape in shapes[1:]:
+        result = [
+            ctx.unify(ours, theirs, node, "stacked with a fixed dimension")
+            for ours, theirs in zip(result, shape, strict=True)
+        ]
+    return (*result[:axis], Fixed(len(shapes)), *result[axis:])
+
+
+def _pieces(ctx: Context, node: Node, source: Node, dim: int, sizes: Sequence[int]) -> list[Shape]:
+    """Cut one dimension into runs of the given sizes."""
+    shape = ctx.shape(source)
+    axis = dim % len(shape)
+    rest = shape[axis]
+    parts: list[Dim] = []
+    for size in sizes:
+        part, rest = axes.cut(rest, size)
+        parts.append(part)
+    return [(*shape[:axis], part, *shape[axis + 1 :]) for part in parts]
+
+
+def _tie_pieces(ctx: Context, node: Node, pieces: list[Shape], dim: int, why: str) -> None:
+    """Pieces of one size must stay of one size."""
+    for piece in pieces[1:]:
+        left, right = pieces[0][dim], piece[dim]
+        if left.size != right.size:
+            ctx.freeze(left, node, why + ", and the pieces differ in size")
+            ctx.freeze(right, node, why + ", and the pieces differ in size")
+        else:
+            ctx.ties.append(Tie(left, right, ctx.reason(node, why)))
+
+
+@rule("chunk")
+def chunk(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Equal pieces: their widths are tied in number."""
+    sizes = [int(value.shape[args["dim"]]) for value in node.meta["val"]]
+    pieces = _pieces(ctx, node, args["self"], args["dim"], sizes)
+    _tie_pieces(ctx, node, pieces, args["dim"], "chunk demands equal pieces")
+    return pieces
+
+
+@rule("split", "split_with_sizes", "unsafe_split")
+def split(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Pieces whose sizes the forward names."""
+    sizes = [int(value.shape[args["dim"]]) for value in node.meta["val"]]
+    pieces = _pieces(ctx, node, args["self"], args["dim"], sizes)
+    if "split_sizes" in args:
+        for index, piece in enumerate(pieces):
+            ctx.literal(node, "split_sizes", index, piece[args["dim"]])
+    else:
+        _tie_pieces(ctx, node, pieces, args["dim"], "split by one size demands equal pieces")
+        ctx.literal(node, "split_size", 0, pieces[0][args["dim"]])
+    return pieces
+
+
+@rule("unbind")
+def unbind(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """One tensor for each position of a dimension: that dimension cannot shrink."""
+    shape = ctx.shape(args["self"])
+    axis = args["dim"] % len(shape)
+    ctx.freeze(shape[axis], node, "taken apart position by position")
+    return [(*shape[:axis], *shape[axis + 1 :]) for _ in range(shape[axis].size)]
+
+
+@rule("select")
+def select(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """One position of a dimension, named by its index: that dimension cannot shrink."""
+    shape = ctx.shape(args["self"])
+    axis = args["dim"] % len(shape)
+    ctx.freeze(shape[axis], node, "one position is picked by its index")
+    return (*shape[:axis], *shape[axis + 1 :])
+
+
+@rule("slice", "narrow")
+def slice_(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """A run of positions: cut at its start and end, which the forward names."""
+    shape = ctx.shape(args["self"])
+    axis = args["dim"] % len(shape)
+    dim, size = shape[axis], shape_of(node)[axis]
+    if args.get("step", 1) != 1 or "length" in args:
+        ctx.freeze(dim, node, "positions are picked by their index")
+        return (*shape[:axis], Fixed(size), *shape[axis + 1 :])
+    start, end = args["start"] or 0, args["end"]
+    end = _NO_END if end is None else end
+    first = max(start + dim.size, 0) if start < 0 else min(start, dim.size)
+    before, rest = axes.cut(dim, first)
+    kept, after = axes.cut(rest, size)
+    for argument, asked, head, tail in (
+        ("start", start, before, [kept, after]),
+        ("end", end, [before, kept], after),
+    ):
+        if asked < 0:
+            ctx.literal(node, argument, 0, axes.concat(tail if isinstance(tail, list) else [tail]), sign=-1)
+        elif 0 < asked < dim.size:
+            ctx.literal(node, argument, 0, axes.concat(head if isinstance(head, list) else [head]))
+    return (*shape[:axis], axes.resolve(kept), *shape[axis + 1 :])
+
+
+@rule("roll", "flip")
+def roll(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Positions change places: the dimension cannot shrink."""
+    shape = ctx.shape(args["self"])
+    for dim in args["dims"] or range(len(shape)):
+        ctx.freeze(shape[dim], node, "positions change places")
+    return shape
+
+
+@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
+def pad(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Constant positions before and after: new axes, whose widths the forward names."""
+    shape, sizes = list(ctx.shape(args["self"])), shape_of(node)
+    amounts = args.get("pad", args.get("padding"))
+    constant = args.get("mode", "constant") == "constant" and op_name(node) in ("pad", "constant_pad_nd")
+    for position in range(len(amounts) // 2):
+        axis = len(shape) - 1 - position
+        before, after = amounts[2 * position], amounts[2 * position + 1]
+        if before == after == 0:
+            continue
+        if isinstance(shape[axis], Fixed) or not constant or min(before, after) < 0:
+            ctx.freeze(shape[axis], node, "padded or cropped other than by a constant")
+            shape[axis] = Fixed(sizes[axis])
+            continue
+        ends = [Axis(amount) if amount else Fixed(0) for amount in (before, after)]
+        for offset, end in enumerate(ends):
+            ctx.literal(node, "pad", 2 * position + offset, end)
+        shape[axis] = axes.concat([ends[0], shape[axis], ends[1]])
+    return tuple(shape)
+
+
+@rule("pixel_shuffle")
+def pixel_shuffle(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """[*, C r r, H, W] to [*, C, H r, W r]: whole blocks of r x r channels can go."""
+    *batch, channels, _, _ = ctx.shape(args["self"])
+    factor = args["upscale_factor"]
+    outer, inner = ctx.split(channels, factor * factor, node, "pixel shuffle")
+    ctx.freeze(inner, node, "becomes space in a pixel shuffle")
+    return (*batch, outer, *(Fixed(size) for size in shape_of(node)[-2:]))
+
+
+@rule("pixel_unshuffle")
+def pixel_unshuffle(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """[*, C, H r, W r] to [*, C r r, H, W]."""
+    *batch, channels, _, _ = ctx.shape(args["self"])
+    factor = args["downscale_factor"]
+    return (
+        *batch,
+        axes.product([channels, Fixed(factor * factor)]),
+        *(Fixed(s) for s in shape_of(node)[-2:]),
+    )
+
+
+@rule("index")
+def index(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Gather by index tensors: the indexed dimensions cannot shrink, the others stay."""
+    shape = ctx.shape(args["self"])
+    picked = [position for position, item in enumerate(args["indices"]) if item is not None]
+    for source in tensor_inputs(node)[1:]:
+        for dim in ctx.shape(source):
+            ctx.freeze(dim, node, "used as an index")
+    for position in picked:
+        ctx.freeze(shape[position], node, "read through an index tensor")
+    kept = [dim for position, dim in enumerate(shape) if position not in picked]
+    rank = len(shape_of(node)) - len(kept)
+    start = picked[0] if picked == list(range(picked[0], picked[-1] + 1)) else 0
+    new = tuple(Fixed(size) for size in shape_of(node)[start : start + rank])
+    return (*kept[:start], *new, *kept[start:])

@@ -1,0 +1,69 @@
+"""Ops that work element by element: coupling operations where they take several tensors."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch.fx import Node
+
+from cpd.rules.base import Context, Shape, Value, broadcast, fixed, rule, tensor_inputs
+from cpd.tracer import op_name
+
+
+@rule(
+    "pointwise",
+    "prelu",
+    "floor_divide",
+    "copy",
+    "fill",
+    "masked_fill",
+    "hardswish",
+    "log_sigmoid",
+    "_prelu_kernel",
+)
+def pointwise(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """All tensors broadcast; each dimension of the result is the common dimension of the inputs."""
+    inputs = tensor_inputs(node)
+    if not inputs:
+        return fixed(node)
+    return broadcast(ctx, node, [_aligned(ctx, node, source) for source in inputs])
+
+
+def _aligned(ctx: Context, node: Node, source: Node) -> Shape:
+    """The dimensions of an input; PReLU's one weight a channel lies along dimension 1, not along the last."""
+    shape, first = ctx.shape(source), ctx.shape(tensor_inputs(node)[0])
+    if "prelu" in op_name(node) and len(shape) == 1 and shape[0].size > 1 and len(first) > 2:
+        return (shape[0], *first[2:])
+    return shape
+
+
+@rule(
+    "alias", "clone", "contiguous", "detach", "detach_", "dropout", "feature_dropout", "alpha_dropout",
+    "to", "_to_copy", "type_as", "lift_fresh_copy", "native_dropout", "zeros_like", "ones_like", "full_like",
+    "empty_like", "rand_like", "randn_like", "positive", "view_as_real_copy", "bernoulli",
+    "softmax", "log_softmax", "_softmax", "_log_softmax", "softmin",
+)  # fmt: skip
+def same_shape(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """The dimensions of the first tensor."""
+    return ctx.shape(tensor_inputs(node)[0])
+
+
+@rule("getitem")
+def getitem(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """One of the tensors of an op that gives several."""
+    assert node.target is operator.getitem
+    source, index = node.args
+    assert isinstance(source, Node)
+    assert isinstance(index, int)
+    value = ctx.values[source]
+    assert isinstance(value, list)
+    return value[index]
+
+
+@rule("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "scalar_tensor", "tril_indices",
+      "new_zeros", "new_ones", "new_full", "new_empty", "_assert_tensor_metadata", "sym_size",
+      "lift_fresh", "hann_window")  # fmt: skip
+def created(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """A tensor made in the forward: nothing of it is removed."""
+    return fixed(node)

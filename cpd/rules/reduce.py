@@ -1,0 +1,55 @@
+"""Reductions and resampling: dimensions that vanish, or lie in space and are fixed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from cpd.axes import Fixed
+from cpd.rules.base import Context, Value, fixed, rule, tensor_inputs
+from cpd.tracer import op_name
+
+
+@rule(
+    "mean", "sum", "amax", "amin", "var", "std", "logsumexp", "norm", "linalg_vector_norm", "prod", "any", "all",
+    "frobenius_norm", "std_mean", "var_mean", "nansum",
+)  # fmt: skip
+def reduce(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """The reduced dimensions vanish (or keep one position); the others stay."""
+    shape = ctx.shape(tensor_inputs(node)[0])
+    dims = args.get("dim")
+    reduced = reduced_dims(dims, len(shape))
+    keep = bool(args.get("keepdim", False))
+    result = tuple(
+        Fixed(1) if index in reduced else dim for index, dim in enumerate(shape) if keep or index not in reduced
+    )
+    value = fixed(node)
+    return [result for _ in value] if isinstance(value, list) else result
+
+
+def reduced_dims(dims: Any, rank: int) -> set[int]:
+    """The dimensions that an op's `dim` argument names; all of them where it names none."""
+    if dims is None or dims == []:
+        return set(range(rank))
+    return {dim % rank for dim in ([dims] if isinstance(dims, int) else dims)} if rank else set()
+
+
+@rule(
+    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+    "max_pool2d_with_indices", "lp_pool2d",
+    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d",
+    "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "_upsample_bilinear2d_aa",
+    "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d",
+)  # fmt: skip
+def spatial(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Space is resampled and fixed; batch and channels stay."""
+    shape = ctx.shape(tensor_inputs(node)[0])
+    rank = next(int(digit) for digit in op_name(node) if digit.isdigit())
+    for dim in shape[-rank:]:
+        ctx.freeze(dim, node, "space that is resampled")
+    values = node.meta["val"] if isinstance(node.meta["val"], (list, tuple)) else [node.meta["val"]]
+    results = [(*shape[:-rank], *(Fixed(int(size)) for size in value.shape[-rank:])) for value in values]
+    return results if isinstance(node.meta["val"], (list, tuple)) else results[0]

@@ -1,0 +1,71 @@
+"""Count ties: widths that must be equal in number, though not in position.
+
+`x.chunk(2)` demands that both halves keep equally many channels; a forward that computes the width of a head as
+`C // num_heads` demands that as many channels stay as heads x head_dim. A tie says that two dimensions keep
+equally many positions; `repair` raises the counts of a plan until every tie holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product as combinations
+
+from cpd import axes
+from cpd.axes import Axis, Dim
+
+#: Enumerating the widths that a tied dimension can take stops here; beyond, its groups keep everything.
+MAX_COMBINATIONS = 200_000
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Two dimensions that must keep equally many positions, and why."""
+
+    left: Dim
+    right: Dim
+    reason: str
+
+    @property
+    def axes(self) -> list[Axis]:
+        """Every axis that takes part, each once."""
+        return list(dict.fromkeys([*axes.leaves(self.left), *axes.leaves(self.right)]))
+
+    def holds(self, counts: Mapping[Axis, int]) -> bool:
+        """Whether both sides keep equally many positions."""
+        return axes.count(self.left, counts) == axes.count(self.right, counts)
+
+
+def repair(counts: Mapping[Axis, int], ties: Sequence[Tie]) -> dict[Axis, int]:
+    """The least counts, none below those given, that satisfy every tie.
+
+    Counts only rise, and all positions kept satisfies every tie, so this ends.
+    """
+    result = dict(counts)
+    while broken := [tie for tie in ties if not tie.holds(result)]:
+        for tie in broken:
+            low, high = sorted((tie.left, tie.right), key=lambda dim: axes.count(dim, result))
+            if axes.count(low, result) < (goal := axes.count(high, result)):
+                result.update(_raise_to(low, goal, result))
+    return result
+
+
+def _raise_to(dim: Dim, goal: int, counts: Mapping[Axis, int]) -> dict[Axis, int]:
+    """Raise the axes of `dim` to the least width that is at least `goal`, the relative rise as even as can be."""
+    names = [axis for axis in dict.fromkeys(axes.leaves(dim)) if axis.frozen is None]
+    ranges = [range(counts.get(axis, axis.size), axis.size + 1) for axis in names]
+    size = 1
+    for choices in ranges:
+        size *= len(choices)
+    if size > MAX_COMBINATIONS:
+        return {axis: axis.size for axis in names}
+    best: tuple[int, float, tuple[int, ...]] | None = None
+    for choice in combinations(*ranges):
+        width = axes.count(dim, {**counts, **dict(zip(names, choice, strict=True))})
+        if width < goal or (best is not None and width > best[0]):
+            continue
+        rise = max(value / options[0] for value, options in zip(choice, ranges, strict=True))
+        if best is None or (width, rise, choice) < best:
+            best = (width, rise, choice)
+    assert best is not None, "keeping every position reaches any goal"
+    return dict(zip(names, best[2], strict=True))
