@@ -73,7 +73,7 @@ class AugmentedLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of `[B, C, S, S]` images and `[B]` labels."""
         order = torch.randperm(len(self.images), generator=self._generator)
-        for chosen in order.split(self.batch_size):
+        for chosen in order.split(self.batch_size):  # type: ignore[no-untyped-call]
             yield self._cut(chosen), self.labels[chosen]
 
     def _cut(self, chosen: Tensor) -> Tensor:
@@ -211,8 +211,9 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
     The model runs in eval mode, without gradients; its training flags are left as found.
     """
     with _evaluating(model), torch.no_grad():
-        pairs = zip(images.split(batch_size), labels.split(batch_size), strict=True)
-        correct = sum(int((model(x).argmax(1) == y).sum()) for x, y in pairs)
+        starts = range(0, len(images), batch_size)
+        predicted = torch.cat([model(images[start : start + batch_size]).argmax(1) for start in starts])
+    correct = int((predicted == labels).sum())
     return 100 * correct / len(images)
 
 

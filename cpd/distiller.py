@@ -388,10 +388,13 @@ def _placed(model: nn.Module | None, device: torch.device | None = None) -> Iter
         return
     origin, flags = _device(model), [(module, module.training) for module in model.modules()]
     try:
-        model.to(device or origin).eval()
+        if device is not None:
+            model.to(device)
+        model.eval()
         yield
     finally:
-        model.to(origin)
+        if device is not None:
+            model.to(origin)
         for module, training in flags:
             module.training = training
 
@@ -441,7 +444,9 @@ class _Run:
 
         self.accelerator, self.student, self.teacher = accelerator, student, teacher
         self.loss, self.config, self.shards = loss, config, 1
-        optimizer = create_optimizer_v2(student, config.optimizer, config.peak_lr, config.weight_decay, config.momentum)
+        plain = config.optimizer == "sgd" and config.momentum == 0  # which Nesterov's form does not allow
+        name = "momentum" if plain else config.optimizer
+        optimizer = create_optimizer_v2(student, name, config.peak_lr, config.weight_decay, config.momentum)
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self.trainee, self.optimizer = accelerator.prepare(_Trainee(student), optimizer)
         if accelerator.num_processes > 1 and isinstance(data, DataLoader):

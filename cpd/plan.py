@@ -116,9 +116,7 @@ class Plan:
                 groups={name: tuple(positions) for name, positions in data["groups"].items()},
                 shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
                 attributes=tuple(Attribute(**item) for item in data["attributes"]),
-                rescales=tuple(
-                    Rescale(**{**item, "positions": tuple(item["positions"])}) for item in data["rescales"]
-                ),
+                rescales=tuple(Rescale(**{**item, "positions": tuple(item["positions"])}) for item in data["rescales"]),
                 adjusted=tuple(data["adjusted"]),
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:

@@ -182,9 +182,10 @@ class Report:
         return _template("report.html.j2").render(
             report=self,
             bars=_bars(open_groups),
+            inexact=any(not row.exact for row in open_groups),
             frozen=[row for row in self.groups if row.frozen is not None],
             charts=_charts(self),
-            dense=_dense(self.latency or {}),
+            latency=_flat(self.latency or {}),
         )
 
     def model_card(self) -> str:
@@ -201,7 +202,8 @@ def human(number: float) -> str:
     """A count in at most four digits and a unit: 11689512 is `11.69 M`."""
     for scale, unit in _UNITS:
         if abs(number) >= scale:
-            return f"{number / scale:.2f} {unit}"
+            places = 2 if abs(number) < 100 * scale else 1
+            return f"{number / scale:.{places}f} {unit}"
     return f"{number:,.0f}"
 
 
@@ -256,9 +258,7 @@ def _known(cls: type[Any], data: Any) -> dict[str, Any]:
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     }
     if missing := sorted(required - set(data)):
-        raise ArtifactError(
-            f"The {cls.__name__} lacks {', '.join(missing)}: the file is truncated or foreign."
-        )
+        raise ArtifactError(f"The {cls.__name__} lacks {', '.join(missing)}: the file is truncated or foreign.")
     return {field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data}
 
 
@@ -268,8 +268,9 @@ def _known(cls: type[Any], data: Any) -> dict[str, Any]:
 def _figure_rows(report: Report) -> Iterable[FigureRow]:
     before, after = report.original, report.result
     if before.metric is not None and after.metric is not None:
-        change = f"{after.metric - before.metric:+.4f}".replace("-", "−")
-        yield FigureRow("Metric", f"{before.metric:.4f}", f"{after.metric:.4f}", change)
+        places = 4 if max(abs(before.metric), abs(after.metric)) <= 1.5 else 2  # a share, or per cent
+        change = f"{after.metric - before.metric:+.{places}f}".replace("-", "−")
+        yield FigureRow("Metric", f"{before.metric:.{places}f}", f"{after.metric:.{places}f}", change)
     if before.latency_ms is not None and after.latency_ms is not None:
         faster = "" if report.speedup is None else f"{report.speedup:.2f}× faster"
         yield FigureRow("ONNX Runtime latency", _ms(before.latency_ms), _ms(after.latency_ms), faster)
@@ -289,7 +290,7 @@ def _percent(before: float, after: float) -> str:
     return f"{100 * (after / before - 1):+.1f} %".replace("-", "−") if before else ""
 
 
-def _dense(latency: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(latency: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a latency comparison that the page lists; the environment's own are joined in."""
     environment = latency.get("environment")
     flat = {key: value for key, value in latency.items() if key != "environment" and value is not None}
@@ -349,9 +350,7 @@ def _charts(report: Report) -> list[_Chart]:
     losses = {"loss": "loss", "task_loss": "task", "kd_loss": "distillation"}
     target = report.call.get("target_speedup")
     candidates = [
-        _chart(
-            "Loss", "epoch", {label: _series(report.history, "epoch", key) for key, label in losses.items()}
-        ),
+        _chart("Loss", "epoch", {label: _series(report.history, "epoch", key) for key, label in losses.items()}),
         _chart("Metric", "epoch", {"metric": _series(report.history, "epoch", "metric")}),
         _chart(
             "Search: measured speed-up",
@@ -389,9 +388,7 @@ def _chart(
     ys = [y for points in drawn.values() for _, y in points] + ([] if reference is None else [reference])
     to_x, x_ticks = _scale(xs, LEFT, RIGHT)
     to_y, y_ticks = _scale(ys, BOTTOM, TOP)
-    lines = tuple(
-        _Line(label, tuple((to_x(x), to_y(y)) for x, y in points), joined) for label, points in drawn.items()
-    )
+    lines = tuple(_Line(label, tuple((to_x(x), to_y(y)) for x, y in points), joined) for label, points in drawn.items())
     return _Chart(title, x_label, lines, x_ticks, y_ticks, None if reference is None else to_y(reference))
 
 

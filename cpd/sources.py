@@ -12,6 +12,7 @@ import difflib
 import importlib
 import inspect
 import json
+import math
 import operator
 import os
 import pkgutil
@@ -245,8 +246,8 @@ def _import(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and name == error.name:
-            hint = _suggest(name, (item.name for item in pkgutil.iter_modules()))
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            hint = _suggest(name.partition(".")[0], (item.name for item in pkgutil.iter_modules()))
             raise InputError(f"There is no module {name!r} to take a model from.{hint}") from error
         raise InputError(f"Module {name!r} could not be imported: {error}.") from error
 
@@ -308,9 +309,8 @@ def _candidates(model: nn.Module) -> Iterator[ModelSource]:
         name = f"{architecture}.{tag}" if tag else architecture
         yield from (ModelSource("timm", name, kwargs) for kwargs in _timm_kwargs(model, config))
     elif type(model).__module__.startswith("torchvision.models."):
-        for name in _torchvision_names():
-            if _built_class(name) is type(model):
-                yield from (ModelSource("torchvision", name, kwargs) for kwargs in _torchvision_kwargs(model))
+        for name in _torchvision_builders(model):
+            yield from (ModelSource("torchvision", name, kwargs) for kwargs in _torchvision_kwargs(model))
 
 
 def _timm_config(model: nn.Module) -> Mapping[str, Any] | None:
@@ -368,6 +368,19 @@ def _torchvision_kwargs(model: nn.Module) -> Iterator[dict[str, Any]]:
     yield kwargs
 
 
+def _torchvision_builders(model: nn.Module) -> list[str]:
+    """Builders of the model's class, nearest in number of parameters first (the head may differ)."""
+    from torchvision import models
+
+    size = sum(parameter.numel() for parameter in model.parameters())
+
+    def distance(name: str) -> float:
+        weights = getattr(models.get_model_weights(name), "DEFAULT", None)
+        return math.inf if weights is None else abs(weights.meta["num_params"] - size)
+
+    return sorted((name for name in _torchvision_names() if _built_class(name) is type(model)), key=distance)
+
+
 def _built_class(name: str) -> object:
     """The class that a builder of torchvision is annotated to return."""
     from torchvision import models
@@ -420,7 +433,7 @@ def _same_settings(built: nn.Module, model: nn.Module) -> bool:
     What `str(module)` does not show counts as well: `transform_input`, `global_pool`, an attention's scale.
     """
     for fresh, own in zip(built.modules(), model.modules(), strict=True):
-        if "forward" in vars(own):
+        if "forward" in vars(own) and "forward" not in vars(fresh):  # replaced on the object itself
             return False
         settings = {key: value for key, value in vars(fresh).items() if _is_setting(key, value)}
         missing = object()

@@ -54,20 +54,6 @@ class OperationGraph:
         """The nodes that compute something."""
         return [node for node in self.nodes if node.op == "call_function"]
 
-    def arguments(self, model: nn.Module) -> list[Any]:
-        """What to call `module` with, for the values of `model` and the example inputs (for an interpreter)."""
-        state = dict(model.named_parameters(remove_duplicate=False))
-        state.update(model.named_buffers(remove_duplicate=False))
-        inputs = iter(torch.utils._pytree.tree_leaves((self.call.args, self.call.kwargs)))
-        return [
-            state[self.tensors[node.name]]
-            if node.name in self.tensors
-            else self.constants[node.name]
-            if node.name in self.constants
-            else next(inputs)
-            for node in self.nodes
-            if node.op == "placeholder"
-        ]
 
     def digraph(self) -> nx.DiGraph:
         """The graph as `networkx.DiGraph`: a node a name, with `op`, `module`, `shape` and `line`."""

@@ -1,0 +1,435 @@
+"""The command line: `cpd compress MODEL`, `cpd comb MODEL`, `cpd demo`.
+
+Tables and `--json` go to stdout, everything else (log, bars, errors) to stderr. torch and timm are imported inside
+the commands, so that `cpd --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from rich.text import Text
+
+from cpd.errors import CPDError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.data import DataLoader
+
+    from cpd.report import Report
+    from cpd.sources import ModelSource
+
+DEFAULT_SPEEDUP = 2.0
+TRAIN_FOLDERS = ("train", "training")
+VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
+MEMBERS_SHOWN = 3
+
+app = typer.Typer(
+    name="cpd",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="Comb, Prune, Distill: physically narrower PyTorch vision models, as fast as you asked for.",
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="timm:NAME, torchvision:NAME or package.module:factory; arguments of the builder after commas, "
+        "as in timm:resnet18,num_classes=10."
+    ),
+]
+InputSize = Annotated[
+    str | None, typer.Option("--input-size", metavar="H[,W]", help="Image size in pixels, where none is known.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+OutputDir = Annotated[Path | None, typer.Option("--output-dir", help="Where the artifacts are written.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            typer.echo(f"cpd {version('cpd')}")
+        except PackageNotFoundError:
+            typer.echo("cpd (not installed)")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Options of `cpd` itself; the commands hold all others."""
+
+
+@app.command()
+def compress(
+    model: Model,
+    target_speedup: Annotated[
+        float | None,
+        typer.Option(help="ONNX Runtime latency, original over result (2, unless another target is given)."),
+    ] = None,
+    target_macs: Annotated[float | None, typer.Option(help="MACs kept: a share up to 1, or a number of them.")] = None,
+    target_params: Annotated[
+        float | None, typer.Option(help="Parameters kept: a share up to 1, or a number of them.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of images in one folder a class, or of train/ and val/ that hold such folders."),
+    ] = None,
+    output_dir: OutputDir = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=0, help="Training epochs; 0 prunes without a gradient step.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 64,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that load images.", show_default="one a core, at most 4")
+    ] = min(4, os.cpu_count() or 1),
+    threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads that latency is measured on.")] = 1,
+    seed: Seed = 0,
+    pretrained: Annotated[bool, typer.Option(help="Start from the library's own weights (downloads them).")] = True,
+    input_size: InputSize = None,
+    round_to: Annotated[int, typer.Option(min=1, help="Widths are kept to multiples of this.")] = 8,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Make a model faster, train it back, measure it, and write what came of it."""
+    with _running(quiet, verbose, debug):
+        folders = None if data is None else image_folders(data)
+        source, built, example_inputs = _build(model, input_size, pretrained)
+        options: dict[str, Any] = {
+            "target_speedup": target_speedup,
+            "target_macs": target_macs,
+            "target_params": target_params,
+            "epochs": epochs,
+            "output_dir": output_dir,
+        }
+        if target_speedup is None and target_macs is None and target_params is None:
+            options["target_speedup"] = DEFAULT_SPEEDUP
+        if folders is not None:
+            options["data"], options["evaluate"] = load_images(
+                built, folders, example_inputs, batch_size=batch_size, workers=workers, seed=seed
+            )
+        given = {key: value for key, value in options.items() if value is not None}
+
+        import cpd
+
+        result = cpd.compress(
+            built,
+            example_inputs=example_inputs,
+            seed=seed,
+            threads=threads,
+            round_to=round_to,
+            source=str(source),
+            **given,
+        )
+        _print_report(result.report, output_dir, json_output)
+
+
+@app.command()
+def comb(
+    model: Model,
+    input_size: InputSize = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """List a model's coupling groups: size, members, exact, frozen and why."""
+    with _running(quiet, verbose, debug):
+        _, built, example_inputs = _build(model, input_size, pretrained=False)
+
+        import cpd
+
+        combed = cpd.comb(built, example_inputs)
+        share: dict[str, float] = combed.open_share
+        if json_output:
+            rows = [_group_dict(group) for group in combed.groups]
+            _print_json({"model": model, "groups": rows, "open_share": dict(share)})
+            return
+        console = Console()
+        console.print(groups_table(combed.groups))
+        open_count = sum(group.frozen is None for group in combed.groups)
+        console.print(
+            f"{open_count} of {len(combed.groups)} groups are open: they hold {share['parameters']:.1%} of the "
+            f"parameters and {share['macs']:.1%} of the MACs.",
+            highlight=False,
+        )
+
+
+@app.command()
+def demo(
+    output_dir: OutputDir = None,
+    seed: Seed = 0,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small CNN on scikit-learn's digits and make it twice as fast: offline, in a few minutes."""
+    with _running(quiet, verbose, debug):
+        from cpd.demo import run_demo
+
+        result = run_demo(output_dir=output_dir, seed=seed, progress=False if quiet else None)
+        _print_report(result.report, output_dir, json_output)
+
+
+# ---------------------------------------------------------------------------------- one run: log and errors
+
+
+@contextlib.contextmanager
+def _running(quiet: bool, verbose: bool, debug: bool) -> Iterator[None]:
+    """Show the log of `cpd` on stderr; turn a `CPDError` into one line and exit status 1 (unless `debug`)."""
+    logger = logging.getLogger("cpd")
+    console = Console(stderr=True)
+    handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    except CPDError as error:
+        if debug:
+            raise
+        console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        raise typer.Exit(1) from None
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _build(name: str, input_size: str | None, pretrained: bool) -> tuple[ModelSource, nn.Module, Tensor]:
+    """The source, the model in eval mode, and one example input [1, C, H, W]."""
+    size = None if input_size is None else parse_size(input_size)
+    from cpd import sources
+
+    source = sources.resolve(name)
+    model = source.build(pretrained=pretrained and source.by_name).eval()
+    if size is not None:
+        return source, model, sources.image_inputs(model, size)
+    inputs = sources.default_inputs(model, source)
+    if inputs is None:
+        raise InputError(f"The input of {name} is not known: give its image size in pixels, --input-size H[,W].")
+    return source, model, inputs
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`H` or `H,W` (also `HxW`) as height and width in pixels.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    parts = text.lower().replace("x", ",").split(",")
+    if len(parts) in (1, 2) and all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        return int(parts[0]), int(parts[-1])
+    raise InputError(f"--input-size takes H or H,W in pixels, as in 224 or 224,320; got {text!r}.")
+
+
+# ---------------------------------------------------------------------------------- what is printed
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2))
+
+
+def _print_report(report: Report, output_dir: Path | None, json_output: bool) -> None:
+    if json_output:
+        _print_json(report.to_dict())
+        return
+    console = Console()
+    console.print(figures_table(report))
+    for note in report.notes:
+        console.print(Text(f"Note: {note}"), soft_wrap=True)
+    if output_dir is not None:
+        console.print(Text(f"Written to {output_dir}; the whole report: {output_dir / 'report.html'}"), soft_wrap=True)
+
+
+def figures_table(report: Report) -> Table:
+    """Original and result side by side."""
+    table = Table(title=None if report.speedup is None else f"{report.speedup:.2f}× faster, measured")
+    table.add_column("")
+    for column in ("original", "compressed", "change"):
+        table.add_column(column, justify="right")
+    for row in report.figure_rows:
+        table.add_row(*row)
+    return table
+
+
+def groups_table(groups: Sequence[Any]) -> Table:
+    """One row a group: size, members, exact, frozen and why."""
+    table = Table()
+    table.add_column("group", overflow="fold")
+    table.add_column("size", justify="right")
+    table.add_column("members", overflow="fold")
+    table.add_column("exact")
+    table.add_column("frozen", overflow="fold")
+    for group in groups:
+        frozen = Text("no" if group.frozen is None else group.frozen, style="" if group.frozen is None else "yellow")
+        ties = Text(f"; tied: {', '.join(group.ties)}" if group.ties else "", style="dim")
+        exact = Text("yes" if group.exact else "no")
+        table.add_row(Text(group.name), str(group.size), Text(_members(group.members)), exact, frozen + ties)
+    return table
+
+
+def _members(members: Sequence[Any]) -> str:
+    """How many members, and the first few."""
+    more = len(members) - MEMBERS_SHOWN
+    shown = [str(member) for member in members[:MEMBERS_SHOWN]] + ([f"and {more} more"] if more > 0 else [])
+    return f"{len(members)}: {', '.join(shown)}"
+
+
+def _group_dict(group: Any) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "size": group.size,
+        "exact": group.exact,
+        "frozen": group.frozen,
+        "members": [str(member) for member in group.members],
+        "ties": [str(tie) for tie in group.ties],
+    }
+
+
+# ---------------------------------------------------------------------------------- image folders
+
+
+def image_folders(root: Path) -> tuple[Path, Path | None]:
+    """The folders of training and validation images under `root`.
+
+    Raises:
+        InputError: if `root` is no folder, or holds no folder of images a class.
+    """
+    if not root.is_dir():
+        raise InputError(f"--data {root} is not a folder. Give one that holds train/ and val/, or a folder a class.")
+    train = next((root / name for name in TRAIN_FOLDERS if (root / name).is_dir()), None)
+    validation = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
+    if train is None and validation is not None:
+        raise InputError(f"--data {root} holds {validation.name}/ but no train/ to train on.")
+    if train is None:
+        train = root
+    if not any(item.is_dir() for item in train.iterdir()):
+        raise InputError(f"--data: {train} holds no folders, one a class, of images.")
+    return train, validation
+
+
+def load_images(
+    model: nn.Module,
+    folders: tuple[Path, Path | None],
+    example_inputs: Tensor,
+    *,
+    batch_size: int,
+    workers: int,
+    seed: int,
+) -> tuple[DataLoader[Any], Callable[[nn.Module], float] | None]:
+    """A loader of the training images, and the accuracy on the validation images where there are any.
+
+    Args:
+        model: names its own preprocessing, if it is timm's; ImageNet's otherwise.
+        folders: of training and of validation images.
+        example_inputs: [1, C, H, W], the size that images are brought to.
+        batch_size: images a step.
+        workers: processes that load images.
+        seed: of the order of the images.
+
+    Raises:
+        InputError: if the folders' classes are not the model's or not each other's.
+    """
+    import torch
+    from torch.utils.data import DataLoader
+
+    training = _dataset(model, folders[0], example_inputs, training=True)
+    _check_classes(model, folders[0], training, example_inputs)
+    loader: DataLoader[Any] = DataLoader(
+        training,
+        batch_size=batch_size,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=len(training) > batch_size,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    if folders[1] is None:
+        return loader, None
+    validation = _dataset(model, folders[1], example_inputs, training=False)
+    if validation.reader.class_to_idx != training.reader.class_to_idx:
+        raise InputError(f"{folders[0]} and {folders[1]} hold different classes (folder names).")
+    images: DataLoader[Any] = DataLoader(validation, batch_size=batch_size, num_workers=workers)
+    return loader, lambda candidate: accuracy(candidate, images)
+
+
+def _dataset(model: nn.Module, folder: Path, example_inputs: Tensor, *, training: bool) -> Any:
+    """A folder of images through timm's reader and transforms."""
+    from timm.data import create_dataset, create_transform, resolve_data_config
+
+    channels = example_inputs.shape[1]
+    if channels not in (1, 3):
+        raise InputError(f"Image files have 1 or 3 channels, the model takes {channels}.")
+    config = resolve_data_config({"input_size": tuple(example_inputs.shape[1:])}, model=model)
+    if channels == 1 and len(config["mean"]) == 3:
+        config |= {key: (sum(config[key]) / 3,) for key in ("mean", "std")}
+    mode = "L" if channels == 1 else "RGB"
+    try:
+        dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=mode)
+    except RuntimeError as error:
+        raise InputError(f"{folder} holds no images that can be read: {error}") from error
+    dataset.transform = create_transform(**config, is_training=training)
+    return dataset
+
+
+def _check_classes(model: nn.Module, folder: Path, dataset: Any, example_inputs: Tensor) -> None:
+    """Labels are numbered by folder; they mean something to the model only if it has as many outputs."""
+    import torch
+
+    from cpd.inputs import logits
+
+    with torch.no_grad():
+        outputs = logits(model(example_inputs)).shape[1]
+    classes = len(dataset.reader.class_to_idx)
+    if classes != outputs:
+        raise InputError(
+            f"{folder} holds {classes} classes (folders), the model has {outputs} outputs. Give a model trained on "
+            "these classes, as package.module:factory."
+        )
+
+
+def accuracy(model: nn.Module, images: Iterable[Any]) -> float:
+    """Share of the images [0 to 1] whose highest logit is the label's; the model's mode is left as found."""
+    import torch
+
+    from cpd.inputs import batches, logits
+
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    was_training, right, total = model.training, 0, 0
+    model.eval()
+    with torch.no_grad():
+        for call, target in batches(images):
+            predicted = logits(call.to(device).on(model)).argmax(1)
+            right += int((predicted == target.to(device)).sum())
+            total += len(target)
+    model.train(was_training)
+    return right / total

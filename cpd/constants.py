@@ -1,0 +1,157 @@
+"""Constants that depend on a width, and how they keep their old effect.
+
+`q * head_dim ** -0.5` and the default scale of `scaled_dot_product_attention` change when head_dim does. A group
+would then mean something else after shrinking, so the factor by which the constant changes is taken back from the
+rows of the parameter that feeds it: multiplying a tensor by r is multiplying the rows it comes from by r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from cpd import axes
+from cpd.axes import Axis, Dim
+from cpd.rules import Context, arguments
+from cpd.tracer import op_name, owners
+
+#: Powers of a width that a forward may multiply or divide by.
+POWERS = (-0.5, 0.5, -1.0, 1.0, -0.25, 0.25)
+#: Ops that only re-lay one tensor: what they give is made of the same rows.
+LAYOUT = {
+    "view", "reshape", "_unsafe_view", "unflatten", "flatten", "squeeze", "unsqueeze", "permute", "transpose", "select",
+    "getitem", "unbind", "chunk", "split", "split_with_sizes", "slice", "contiguous", "alias", "clone", "dropout", "detach",
+    "to", "movedim",
+}  # fmt: skip
+#: Ops whose result is linear in the rows of their weight and bias: dimension of the result along which those lie.
+ROWS = {"linear": -1, "conv1d": 1, "conv2d": 1, "conv3d": 1, "layer_norm": -1, "rms_norm": -1, "batch_norm": 1}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A constant proportional to `width ** power`, and the parameter rows that make up for its change.
+
+    Attributes:
+        node: the op that applies the constant.
+        dim: the dimension whose width the constant depends on.
+        power: the constant's power of that width.
+        inverse: whether the op divides by the constant.
+        rows: (parameter, positions along its dimension 0) that feed the op.
+    """
+
+    node: Node
+    dim: Dim
+    power: float
+    inverse: bool
+    rows: tuple[tuple[str, tuple[int, ...]], ...]
+
+    def change(self, counts: Mapping[Axis, int]) -> float:
+        """By what factor the constant changes at these widths."""
+        return float((axes.count(self.dim, counts) / self.dim.size) ** self.power)
+
+    def explains(self, before: float, after: float, counts: Mapping[Axis, int]) -> bool:
+        """Whether the formula gives the constant that a narrower copy has."""
+        return bool(before) and math.isclose(after, before * self.change(counts), rel_tol=1e-9)
+
+    def factor(self, counts: Mapping[Axis, int]) -> float:
+        """What the rows are multiplied by so that the op gives what it gave."""
+        return self.change(counts) if self.inverse else 1 / self.change(counts)
+
+
+def scalars(node: Node, twin: Node) -> Iterator[tuple[str, float, float]]:
+    """The numbers among the arguments of two nodes, by argument name."""
+    before, after = arguments(node), arguments(twin)
+    for name, value in before.items():
+        other = after.get(name)
+        pairs = zip(value, other, strict=False) if isinstance(value, (list, tuple)) else [(value, other)]
+        for old, new in pairs:
+            if isinstance(old, (int, float)) and isinstance(new, (int, float)) and not isinstance(old, bool):
+                yield name, float(old), float(new)
+
+
+def find_scale(ctx: Context, node: Node, before: float, after: float, counts: Mapping[Axis, int]) -> Scale | None:
+    """A formula for a constant that changed from `before` to `after`, with the rows that make up for it."""
+    if op_name(node) not in ("mul", "div", "mul_", "div_") or not before:
+        return None
+    source = node.all_input_nodes[0]
+    for dim in _widths_in_sight(ctx, node):
+        for power in POWERS:
+            ratio = axes.count(dim, counts) / dim.size
+            if ratio != 1 and math.isclose(after / before, ratio**power, rel_tol=1e-9):
+                rows = feeding_rows(ctx, source, node)
+                return None if rows is None else Scale(node, dim, power, op_name(node).startswith("div"), rows)
+    return None
+
+
+def attention_scales(ctx: Context) -> Iterator[tuple[Node, Scale | None]]:
+    """For each attention with the default scale E^-0.5 whose E may shrink: the rows of q that make up for it."""
+    for node in ctx.graph.operations:
+        if op_name(node) == "scaled_dot_product_attention" and arguments(node).get("scale") is None:
+            dim = ctx.shape(node.args[0])[-1]  # type: ignore[arg-type]
+            if any(axis.frozen is None for axis in axes.leaves(dim)):
+                rows = feeding_rows(ctx, node.args[0], node)  # type: ignore[arg-type]
+                yield node, None if rows is None else Scale(node, dim, -0.5, False, rows)
+
+
+def _widths_in_sight(ctx: Context, node: Node) -> list[Dim]:
+    module = owners(node)[0]
+    found: list[Dim] = []
+    for other in ctx.graph.operations:
+        value = ctx.values.get(other)
+        if owners(other)[0] == module and isinstance(value, tuple):
+            found.extend(dim for dim in map(axes.resolve, value) if any(True for _ in axes.leaves(dim)))
+    return list(dict.fromkeys(found))
+
+
+def feeding_rows(ctx: Context, node: Node, user: Node) -> tuple[tuple[str, tuple[int, ...]], ...] | None:
+    """The rows of the one layer that `node` is made of, if they feed nothing else than `user`; None otherwise."""
+    chain = [node]
+    while op_name(chain[-1]) in LAYOUT and chain[-1].all_input_nodes:
+        chain.append(chain[-1].all_input_nodes[0])
+    layer = chain[-1]
+    if op_name(layer) not in ROWS:
+        return None
+    bound = arguments(layer)
+    parameters = [bound[name] for name in ("weight", "bias") if bound.get(name) is not None]
+    if not parameters or any(p.name not in ctx.graph.tensors or len(p.users) > 1 for p in parameters):
+        return None
+    if op_name(layer).endswith("_norm") and any(p.meta["val"].dim() != 1 for p in parameters):
+        return None
+    marks = _row_marks(layer, chain)
+    rows = set(marks[node].reshape(-1).tolist())
+    for link in chain:
+        for other in link.users:
+            if other is not user and other not in chain:
+                mark = _follow(other, marks[link]) if op_name(other) in LAYOUT else marks[link]
+                if mark is None or rows & set(_flat(mark)):
+                    return None
+    return tuple((ctx.graph.tensors[p.name], tuple(sorted(rows))) for p in parameters)
+
+
+def _row_marks(layer: Node, chain: list[Node]) -> dict[Node, Any]:
+    """For every link of a chain of re-layings, which row of `layer` each element comes from."""
+    shape = layer.meta["val"].shape
+    dim = ROWS[op_name(layer)] % len(shape)
+    mark = torch.arange(shape[dim]).reshape([-1 if index == dim else 1 for index in range(len(shape))])
+    marks: dict[Node, Any] = {layer: mark.expand(shape).contiguous()}
+    for link in reversed(chain[:-1]):
+        marks[link] = _follow(link, marks[link.all_input_nodes[0]])
+    return marks
+
+
+def _follow(node: Node, mark: Any) -> Any:
+    """Apply one re-laying to the marks."""
+    args = [mark if isinstance(arg, Node) else arg for arg in node.args]
+    assert callable(node.target)
+    return node.target(*args, **{key: value for key, value in node.kwargs.items() if key != "dtype"})
+
+
+def _flat(mark: Any) -> list[int]:
+    parts = mark if isinstance(mark, (tuple, list)) else [mark]
+    return [value for part in parts if isinstance(part, Tensor) for value in part.unique().tolist()]

@@ -1,0 +1,175 @@
+"""Cost: parameters, multiply-accumulates and activations of any widths, from the graph's shapes alone.
+
+Each figure is a sum of products of dimensions, so a candidate's cost needs no trace: put its widths in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import Node
+
+from cpd import axes
+from cpd.axes import Axis, Dim, Fixed
+from cpd.rules import Context, arguments
+from cpd.tracer import op_name
+
+_CONVS = {f"conv{rank}d" for rank in (1, 2, 3)}
+_TRANSPOSED = {f"conv_transpose{rank}d" for rank in (1, 2, 3)}
+_MATMULS = {"matmul", "bmm", "mm", "addmm", "baddbmm"}
+#: Ops that give a view of their input, or do nothing in eval mode: no memory of their own.
+_VIEWS = {
+    "view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "expand", "expand_as", "slice",
+    "select", "unbind", "chunk", "split", "split_with_sizes", "getitem", "alias", "dropout", "detach", "narrow",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Term:
+    """A product of dimensions, and what it counts."""
+
+    dims: tuple[Dim, ...]
+    parameters: int = 0
+    macs: int = 0
+    activations: int = 0
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The cost of one set of widths.
+
+    Attributes:
+        parameters: number of parameter elements.
+        macs: multiply-accumulates of one forward pass on the example inputs (convolutions, linear layers, matrix
+            products, attention).
+        activations: elements of all tensors computed in one forward pass (views counted once, with their source).
+    """
+
+    parameters: int
+    macs: int
+    activations: int
+
+
+class Cost:
+    """Evaluates the cost of any widths of one model."""
+
+    def __init__(self, ctx: Context, dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> None:
+        self._terms = [*_parameter_terms(dims, tensors), *_operation_terms(ctx)]
+        self._unused = _unused_parameters(dims, tensors)
+        self._dims = list(dict.fromkeys(axes.resolve(dim) for term in self._terms for dim in term.dims))
+        place = {dim: index for index, dim in enumerate(self._dims)}
+        self._factors = [[place[axes.resolve(dim)] for dim in term.dims] for term in self._terms]
+
+    def __call__(self, counts: Mapping[Axis, int]) -> Figures:
+        """The cost when each axis keeps `counts[axis]` positions (all, if it is not named)."""
+        widths = [axes.count(dim, counts) for dim in self._dims]
+        parameters, macs, activations = self._unused, 0, 0
+        for term, factors in zip(self._terms, self._factors, strict=True):
+            size = math.prod(widths[index] for index in factors)
+            parameters += term.parameters * size
+            macs += term.macs * size
+            activations += term.activations * size
+        return Figures(parameters, macs, activations)
+
+    def memory_of(self, axis: Axis) -> float:
+        """Elements of all tensors that carry one position of `axis`, per position: CPD's B x H x W, summed."""
+        total = 0
+        for term in self._terms:
+            if term.activations:
+                total += term.activations * self._carried(term, axis)
+        return total / axis.size
+
+    def _carried(self, term: Term, axis: Axis) -> int:
+        """Elements of a term's tensor that at least one position of `axis` owns."""
+        size = math.prod(dim.size for dim in term.dims)
+        rest = math.prod(axes.count(dim, {axis: 0}) for dim in term.dims)
+        return size - rest
+
+    def macs_of(self, axis: Axis) -> float:
+        """MACs saved per removed position of `axis`, at full widths."""
+        return sum(term.macs * self._carried(term, axis) for term in self._terms if term.macs) / axis.size
+
+    def open_share(self) -> dict[str, float]:
+        """The share of parameters, and of MACs, in terms that have at least one open axis."""
+        share = {"parameters": 0, "macs": 0}
+        for term in self._terms:
+            if any(axis.frozen is None for dim in term.dims for axis in axes.leaves(dim)):
+                size = math.prod(dim.size for dim in term.dims)
+                share["parameters"] += term.parameters * size
+                share["macs"] += term.macs * size
+        full = self({})
+        return {"parameters": share["parameters"] / max(full.parameters, 1), "macs": share["macs"] / max(full.macs, 1)}
+
+
+def _parameter_terms(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> list[Term]:
+    seen: set[int] = set()
+    terms = []
+    for name, shape in dims.items():
+        if tensors[name].requires_grad or _is_parameter(tensors[name]):
+            if id(tensors[name]) not in seen:
+                seen.add(id(tensors[name]))
+                terms.append(Term(shape, parameters=1))
+    return terms
+
+
+def _is_parameter(tensor: Tensor) -> bool:
+    from torch.nn import Parameter
+
+    return isinstance(tensor, Parameter)
+
+
+def _unused_parameters(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> int:
+    """Elements of parameters that the forward pass does not read."""
+    rest = {id(t): t.numel() for name, t in tensors.items() if name not in dims and _is_parameter(t)}
+    return sum(rest.values())
+
+
+def _operation_terms(ctx: Context) -> list[Term]:
+    terms: list[Term] = []
+    for node in ctx.graph.operations:
+        value = ctx.values[node]
+        if isinstance(value, tuple) and op_name(node) not in _VIEWS and not op_name(node).endswith("_"):
+            terms.append(Term(value, activations=1))
+        terms.extend(Term(dims, macs=1) for dims in _macs(ctx, node))
+    return terms
+
+
+def _macs(ctx: Context, node: Node) -> list[tuple[Dim, ...]]:
+    """Products of dimensions whose sum is the op's multiply-accumulates."""
+    name = op_name(node)
+    if name not in {"linear", "scaled_dot_product_attention", "einsum", *_CONVS, *_TRANSPOSED, *_MATMULS}:
+        return []
+    bound, value = arguments(node), ctx.values[node]
+    assert isinstance(value, tuple)
+    if name == "linear":
+        return [(*value, ctx.shape(bound["weight"])[-1])]
+    if name in _CONVS:
+        return [(*value, *ctx.shape(bound["weight"])[1:])]
+    if name in _TRANSPOSED:
+        _, outputs, *kernel = ctx.shape(bound["weight"])
+        return [(*ctx.shape(bound["input"]), outputs, *kernel)]
+    if name in _MATMULS:
+        factors = [source for source in (node.args[-2], node.args[-1]) if isinstance(source, Node)]
+        return [(*value, ctx.shape(factors[0])[-1])]
+    if name == "scaled_dot_product_attention":
+        query, key = ctx.shape(bound["query"]), ctx.shape(bound["key"])
+        return [(*query[:-1], key[-2], query[-1]), (*value, key[-2])]
+    return [_einsum_macs(ctx, node, bound)]
+
+
+def _einsum_macs(ctx: Context, node: Node, bound: dict[str, object]) -> tuple[Dim, ...]:
+    from cpd.rules.contraction import _spell
+
+    letters: dict[str, Dim] = {}
+    terms = str(bound["equation"]).replace(" ", "").partition("->")[0].split(",")
+    sources = bound["tensors"]
+    assert isinstance(sources, (list, tuple))
+    for term, source in zip(terms, sources, strict=True):
+        shape = ctx.shape(source)
+        for letter, dim in zip(_spell(term, len(shape)), shape, strict=True):
+            if letter not in letters or letters[letter] == Fixed(1):
+                letters[letter] = dim
+    return tuple(letters.values()) if len(terms) > 1 else (Fixed(0),)

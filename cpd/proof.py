@@ -1,0 +1,337 @@
+"""Proof before promise: every group that the comb lists as prunable has been shrunk on a copy and traced again.
+
+The algebra sees operations, not the Python that called them. So narrower copies, without values, are run with
+several random widths; where the forward asks for another width than predicted, three remedies are tried, each
+accepted only if the forward then agrees:
+
+1. *attribute*: an integer attribute of the calling module (or of one around it) that had the old width;
+2. *tie*: the width is computed from another dimension's, so the two must keep equally many positions;
+3. *freeze*: the group is not prunable, and the reason says which line asks for which width.
+
+At last a narrower copy is exported again and compared node by node: operations, shapes, integers, constants.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from cpd import axes, ties
+from cpd.axes import Axis, Dim
+from cpd.constants import Scale, find_scale, scalars
+from cpd.errors import CPDError
+from cpd.plan import Attribute
+from cpd.replay import Observation, culprit, replay
+from cpd.rules import Context, Literal, arguments
+from cpd.surgeon import set_attributes, skeleton
+from cpd.ties import Tie
+from cpd.tracer import op_name, owners, shape_of, trace
+
+Counts: TypeAlias = Mapping[Axis, int]
+Observe: TypeAlias = Callable[[Counts, Mapping["Place", Dim]], Observation]
+
+#: Narrower copies tried; random widths make a coincidence of widths in all of them unlikely.
+DRAWS = 3
+#: Remedies tried in a row before everything still open is frozen.
+MAX_ROUNDS = 200
+
+
+@dataclass(frozen=True, order=True)
+class Place:
+    """Where an integer that a forward reads is kept: `module.name`, or `module.name[index]` of a tuple or list."""
+
+    module: str
+    name: str
+    index: int | None = None
+
+
+@dataclass
+class Proof:
+    """State of the proof: what the shrunk copies have confirmed so far.
+
+    Attributes:
+        model: the unpruned model; never changed.
+        ctx: the result of the algebra; groups are frozen and ties added in place.
+        dims: the dimensions of every parameter and buffer.
+        attributes: integers that must follow a width.
+        scales: constants that depend on a width, and the rows that make up for it.
+    """
+
+    model: nn.Module
+    ctx: Context
+    dims: dict[str, tuple[Dim, ...]]
+    attributes: dict[Place, Dim] = field(default_factory=dict)
+    scales: list[Scale] = field(default_factory=list)
+    seed: int = 0
+
+    def run(self) -> None:
+        """Repair or freeze until narrower copies behave as predicted."""
+        self._adopt_named_attributes()
+        rng = random.Random(self.seed)
+        while True:
+            for _ in range(DRAWS):
+                self._settle(self._replay, rng)
+            if self._settle(self._export, rng):
+                return
+
+    # ------------------------------------------------------------ observing
+
+    def open_axes(self) -> list[Axis]:
+        """Every axis of a parameter that may still shrink, in the order of the parameters."""
+        found = [axis for dims in self.dims.values() for dim in dims for axis in axes.leaves(dim)]
+        return [axis for axis in dict.fromkeys(found) if axis.frozen is None and axis.size > 1]
+
+    def draw(self, rng: random.Random) -> dict[Axis, int]:
+        """Random widths, each open axis one to a quarter narrower, as far as the ties allow."""
+        wanted = {axis: axis.size - rng.randint(1, max(1, axis.size // 4)) for axis in self.open_axes()}
+        return ties.repair(wanted, self.ctx.ties)
+
+    def narrow(self, counts: Counts, extra: Mapping[Place, Dim]) -> nn.Module:
+        """A copy of the model with these widths, its attributes set, without values."""
+        shapes = {
+            name: shape
+            for name, dims in self.dims.items()
+            if (shape := tuple(axes.count(dim, counts) for dim in dims)) != tuple(dim.size for dim in dims)
+        }
+        model = skeleton(self.model, shapes)
+        set_attributes(model, edits(self.model, {**self.attributes, **extra}, counts))
+        return model
+
+    def _replay(self, counts: Counts, extra: Mapping[Place, Dim]) -> Observation:
+        return replay(self.ctx, self.narrow(counts, extra), counts)
+
+    def _export(self, counts: Counts, extra: Mapping[Place, Dim]) -> Observation:
+        """Export a narrower copy and compare it with the prediction node by node."""
+        observation = Observation()
+        model = self.narrow(counts, extra)
+        try:
+            graph = trace(model, self.ctx.graph.call)
+        except CPDError as error:
+            cause = error.__cause__ or error
+            observation.error = error
+            observation.culprit = culprit(model, cause)
+            return observation
+        old, new = self.ctx.graph.operations, graph.operations
+        if [op_name(node) for node in old] != [op_name(node) for node in new]:
+            observation.error = CPDError("the forward calls other operations at another width")
+            return observation
+        self._compare(old, new, counts, observation)
+        return observation
+
+    def _compare(self, old: list[Node], new: list[Node], counts: Counts, observation: Observation) -> None:
+        twins = dict(zip(old, new, strict=True))
+        named = {(item.node, item.argument) for item in self.ctx.literals}
+        for item in self.ctx.literals:
+            value = arguments(twins[item.node])[item.argument]
+            observation.asked[item] = int(value[item.index] if isinstance(value, (list, tuple)) else value)
+        if observation.wrong(counts):
+            return
+        for node, twin in twins.items():
+            self._compare_constants(node, twin, counts, named)
+            value = self.ctx.values.get(node)
+            if isinstance(value, tuple) and isinstance(node.meta.get("val"), Tensor):
+                if tuple(axes.count(dim, counts) for dim in value) != shape_of(twin):
+                    why = f"is {list(shape_of(twin))} in a narrower copy, against the prediction"
+                    self._freeze_node(node, why)
+                    observation.error = CPDError(f"{node.name} {why}")
+                    return
+
+    def _compare_constants(self, node: Node, twin: Node, counts: Counts, named: set[tuple[Node, str]]) -> None:
+        """A number that changed with a width is compensated if a formula explains it, else freezes the node."""
+        for name, before, after in scalars(node, twin):
+            if before == after or (node, name) in named:
+                continue
+            if any(scale.node is node and scale.explains(before, after, counts) for scale in self.scales):
+                continue
+            scale = find_scale(self.ctx, node, before, after, counts)
+            if scale is None:
+                self._freeze_node(node, f"the number {before} depends on a width")
+            else:
+                self.scales.append(scale)
+
+    # ------------------------------------------------------------ repairing
+
+    def _settle(self, observe: Observe, rng: random.Random) -> bool:
+        """Observe random widths and repair until nothing differs; whether nothing did from the start."""
+        for attempt in range(MAX_ROUNDS):
+            counts = self.draw(rng)
+            observation = observe(counts, {})
+            wrong = observation.wrong(counts)
+            if not wrong and observation.error is None:
+                return attempt == 0
+            if wrong:
+                wrong = self._try_attributes(observe, counts, wrong)
+                wrong = self._try_ties(observe, rng, wrong)
+                for item in wrong:
+                    self._freeze_literal(item)
+            else:
+                self._freeze_culprit(observation)
+        for axis in self.open_axes():
+            axis.frozen = "the proof did not come to an end"
+        return False
+
+    def _try_attributes(self, observe: Observe, counts: Counts, wrong: list[Literal]) -> list[Literal]:
+        """Try, for each width that a module names, one attribute after the other.
+
+        Returns:
+            The literals that no attribute explains.
+        """
+        tried: set[Place] = set(self.attributes)
+        while True:
+            trial: dict[tuple[str, Dim], tuple[Place, Literal]] = {}
+            for item in wrong:
+                key = (owners(item.node)[0], axes.resolve(item.dim))
+                place = next((place for place in self._candidates(item) if place not in tried), None)
+                if place is not None and place not in [other for other, _ in trial.values()]:
+                    trial.setdefault(key, (place, item))
+            if not trial:
+                return wrong
+            pairs = list(trial.values())
+            tried.update(place for place, _ in pairs)
+            observation = observe(counts, {place: item.dim for place, item in pairs})
+            for place, item in pairs:
+                alone = observation
+                if observation.error is not None and len(pairs) > 1:  # another trial may be to blame
+                    alone = observe(counts, {place: item.dim})
+                if alone.agrees(item, counts):
+                    self.attributes[place] = item.dim
+            now = observe(counts, {})
+            wrong = now.wrong(counts)
+
+    def _candidates(self, item: Literal) -> list[Place]:
+        """Attributes with the literal's old value: those named like the op's argument first, then the innermost."""
+        old = item.dim.size
+        found: list[Place] = []
+        for path in owners(item.node):
+            for name, value in vars(self.model.get_submodule(path)).items():
+                if type(value) is int and value == old:
+                    found.append(Place(path, name))
+                elif type(value) in (tuple, list):
+                    found.extend(
+                        Place(path, name, i) for i, part in enumerate(value) if type(part) is int and part == old
+                    )
+        return sorted(found, key=lambda place: place.name != item.argument)
+
+    def _adopt_named_attributes(self) -> None:
+        """Attributes that are named like an op's argument and hold its value, as in torch.nn, need no trial."""
+        for item in self.ctx.literals:
+            if item.argument in ("groups", "num_groups", "normalized_shape"):
+                for place in self._candidates(item)[:1]:
+                    index_fits = place.index is None or place.index == item.index
+                    if place.name == item.argument and index_fits and place.module == owners(item.node)[0]:
+                        self.attributes.setdefault(place, item.dim)
+
+    def _try_ties(self, observe: Observe, rng: random.Random, wrong: list[Literal]) -> list[Literal]:
+        """Try, for each module that names a wrong width, one tie after the other.
+
+        Returns:
+            The literals that no tie explains.
+        """
+        tried: set[tuple[Dim, Dim]] = set()
+        while True:
+            trial: dict[str, tuple[Tie, Literal]] = {}
+            for item in wrong:
+                tie = next((tie for tie in self._tie_candidates(item) if (tie.left, tie.right) not in tried), None)
+                if tie is not None:
+                    trial.setdefault(owners(item.node)[0], (tie, item))
+            if not trial:
+                return wrong
+            tried.update((tie.left, tie.right) for tie, _ in trial.values())
+            confirmed = list(self.ctx.ties)
+            self.ctx.ties = confirmed + [tie for tie, _ in trial.values()]
+            counts = self.draw(rng)
+            observation = observe(counts, {})
+            for tie, item in trial.values():
+                moved = any(counts.get(axis, axis.size) < axis.size for axis in tie.axes)
+                if moved and observation.agrees(item, counts):
+                    confirmed.append(tie)
+            self.ctx.ties = confirmed
+            counts = self.draw(rng)
+            wrong = observe(counts, {}).wrong(counts)
+
+    def _tie_candidates(self, item: Literal) -> list[Tie]:
+        """Dimensions in the same module as wide as the literal's, or as a run of its neighbours' product."""
+        in_sight = self._dims_in_sight(item.node)
+        blocks = [axes.resolve(dim) for dim in (item.dim, *self._blocks_around(item))]
+        found: list[Tie] = []
+        for block in blocks:
+            own = set(axes.leaves(block))
+            for dim in in_sight:
+                open_ = [axis for axis in axes.leaves(dim) if axis.frozen is None]
+                if dim.size == block.size and open_ and not own & set(axes.leaves(dim)):
+                    found.append(Tie(block, dim, self.ctx.reason(item.node, "a width is computed from another")))
+        return found
+
+    def _blocks_around(self, item: Literal) -> Iterator[Dim]:
+        """Products of neighbouring dimensions of the literal's node that contain its own."""
+        value = self.ctx.values[item.node]
+        if not isinstance(value, tuple) or not any(dim is item.dim for dim in value):
+            return
+        place = next(index for index, dim in enumerate(value) if dim is item.dim)
+        for start in range(place, -1, -1):
+            for end in range(place + 1, len(value) + 1):
+                block = axes.product(value[start:end])
+                if end - start > 1 and not any(axis.frozen for axis in axes.leaves(block)):
+                    yield block
+
+    def _dims_in_sight(self, node: Node) -> list[Dim]:
+        """The dimensions of every tensor that the node's module computes or is given."""
+        module = owners(node)[0]
+        found: list[Dim] = []
+        for other in self.ctx.graph.operations:
+            if owners(other)[0] == module:
+                for source in [other, *other.all_input_nodes]:
+                    value = self.ctx.values.get(source)
+                    found.extend(axes.resolve(dim) for dim in (value if isinstance(value, tuple) else ()))
+        return list(dict.fromkeys(found))
+
+    # ------------------------------------------------------------ freezing
+
+    def _freeze_literal(self, item: Literal) -> None:
+        why = f"the forward names the width {item.dim.size}, and no attribute or other width explains it"
+        self.ctx.freeze(item.dim, item.node, why)
+
+    def _freeze_node(self, node: Node, why: str) -> None:
+        for source in [node, *node.all_input_nodes]:
+            value = self.ctx.values.get(source)
+            for shape in value if isinstance(value, list) else [value or ()]:
+                for dim in shape:
+                    self.ctx.freeze(dim, node, why)
+
+    def _freeze_culprit(self, observation: Observation) -> None:
+        """Freeze what the module in which a narrower copy failed works on; if nothing, the modules around it."""
+        open_before = len(self.open_axes())
+        path = observation.culprit
+        message = str(observation.error).strip().splitlines()[0]
+        while True:
+            for node in self.ctx.graph.operations:
+                if owners(node)[0] == path or (path == "" and open_before):
+                    self._freeze_node(node, f"a narrower copy fails here ({message})")
+            if len(self.open_axes()) < open_before or path == "":
+                return
+            path = path.rpartition(".")[0]
+
+
+def edits(model: nn.Module, attributes: Mapping[Place, Dim], counts: Counts) -> list[Attribute]:
+    """The attributes of `model` that change at these widths."""
+    values: dict[tuple[str, str], list[int] | int] = {}
+    for place, dim in sorted(attributes.items(), key=lambda item: (item[0].module, item[0].name, item[0].index or 0)):
+        width, key = axes.count(dim, counts), (place.module, place.name)
+        if place.index is None:
+            values[key] = width
+        else:
+            current = values.setdefault(key, list(getattr(model.get_submodule(place.module), place.name)))
+            assert isinstance(current, list)
+            current[place.index] = width
+    found = []
+    for (module, name), new in values.items():
+        value = getattr(model.get_submodule(module), name)
+        old = list(value) if isinstance(value, (tuple, list)) else value
+        if old != new:
+            found.append(Attribute(module, name, old, new))
+    return found

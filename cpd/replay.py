@@ -1,0 +1,166 @@
+"""Replay: run a narrower copy of a model on tensors without values, and see what its forward asks for.
+
+A forward that was written for one width may name it again: `x.reshape(B, N, self.num_heads, 64)`. The replay
+intercepts every such call, compares the integers with the widths that the comb predicts, notes each that
+differs, and goes on with the predicted shape, so that one pass finds them all.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+from torch.overrides import TorchFunctionMode
+
+from cpd import axes
+from cpd.axes import Axis
+from cpd.inputs import Call
+from cpd.rules import Context, Literal
+from cpd.tracer import evaluating, op_name, owner
+
+
+@dataclass
+class Observation:
+    """What a narrower copy asked for.
+
+    Attributes:
+        asked: the integer passed for each literal that was reached.
+        error: what ended the run early, if anything did.
+        culprit: path of the module whose forward it ended in.
+    """
+
+    asked: dict[Literal, int] = field(default_factory=dict)
+    error: Exception | None = None
+    culprit: str = ""
+
+    def wrong(self, counts: Mapping[Axis, int]) -> list[Literal]:
+        """The literals whose integer is not the predicted width."""
+        return [item for item, value in self.asked.items() if value != predicted(item, counts)]
+
+    def agrees(self, item: Literal, counts: Mapping[Axis, int]) -> bool:
+        """Whether a literal was reached and is as predicted."""
+        return item in self.asked and self.asked[item] == predicted(item, counts)
+
+
+def predicted(item: Literal, counts: Mapping[Axis, int]) -> int:
+    """The integer that the forward must pass when the axes have these widths."""
+    return item.sign * axes.count(item.dim, counts)
+
+
+def _sizes(start: int, name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Sequence[int]]:
+    """Read a list of sizes given as `f(x, a, b)`, `f(x, (a, b))` or `f(x, name=(a, b))`."""
+
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[int]:
+        values = args[start:] or (kwargs.get(name, ()),)
+        first = values[0]
+        return tuple(first) if isinstance(first, (tuple, list)) else values
+
+    return read
+
+
+def _one(position: int, name: str, default: int = 0) -> Callable[[tuple[Any, ...], dict[str, Any]], Sequence[int]]:
+    def read(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[int]:
+        value = args[position] if len(args) > position else kwargs.get(name, default)
+        return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+    return read
+
+
+#: Python name of a function that is given widths -> (name shared with the ATen op, how to read the widths).
+READERS: dict[str, tuple[str, Callable[[tuple[Any, ...], dict[str, Any]], Sequence[int]]]] = {
+    "view": ("view", _sizes(1, "size")),
+    "reshape": ("reshape", _sizes(1, "shape")),
+    "expand": ("expand", _sizes(1, "size")),
+    "unflatten": ("unflatten", _one(2, "sizes")),
+    "split": ("split", _one(1, "split_size_or_sections")),
+    "split_with_sizes": ("split", _one(1, "split_sizes")),
+    "pad": ("pad", _one(1, "pad")),
+    "layer_norm": ("layer_norm", _one(1, "normalized_shape")),
+    "rms_norm": ("rms_norm", _one(1, "normalized_shape")),
+    "group_norm": ("group_norm", _one(1, "num_groups")),
+    **{f"conv{rank}d": (f"conv{rank}d", _one(6, "groups", 1)) for rank in (1, 2, 3)},
+    **{f"conv_transpose{rank}d": (f"conv_transpose{rank}d", _one(6, "groups", 1)) for rank in (1, 2, 3)},
+}
+_SHARED_NAMES = {"split_with_sizes": "split", "constant_pad_nd": "pad"}
+
+
+class _Recorder(TorchFunctionMode):
+    """Compares every call that names widths with the node that the trace found in the same place."""
+
+    def __init__(self, ctx: Context, counts: Mapping[Axis, int], observation: Observation, path: list[str]) -> None:
+        super().__init__()
+        self.ctx, self.counts, self.observation, self.path = ctx, counts, observation, path
+        self.literals: dict[Node, list[Literal]] = defaultdict(list)
+        for item in ctx.literals:
+            self.literals[item.node].append(item)
+        self.expected: dict[tuple[str, str], deque[Node]] = defaultdict(deque)
+        for node in ctx.graph.operations:
+            name = op_name(node)
+            self.expected[owner(node), _SHARED_NAMES.get(name, name)].append(node)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name, read = READERS.get(getattr(func, "__name__", ""), ("", None))
+        queue = self.expected.get((self.path[-1], name)) if read is not None else None
+        if read is None or not queue:
+            return func(*args, **kwargs)
+        node = queue.popleft()
+        asked = read(args, kwargs)
+        wrong = False
+        for item in self.literals[node]:
+            if item.index < len(asked):
+                self.observation.asked[item] = int(asked[item.index])
+                wrong |= not self.observation.agrees(item, self.counts)
+        return self._predict(node, args[0] if args else kwargs["input"]) if wrong else func(*args, **kwargs)
+
+    def _predict(self, node: Node, like: Tensor) -> Any:
+        value = self.ctx.values[node]
+        shapes = value if isinstance(value, list) else [value]
+        made = [like.new_empty([axes.count(dim, self.counts) for dim in shape]) for shape in shapes]
+        return tuple(made) if isinstance(value, list) else made[0]
+
+
+def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int]) -> Observation:
+    """Run `model`, a copy narrowed to `counts`, without values, and tell which widths its forward asked for."""
+    observation, path = Observation(), [""]
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: path.append(name), prepend=True))
+        handles.append(module.register_forward_hook(lambda *_: path.pop() and None, always_call=True))
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    call = _fake_call(fake, ctx.graph.call)
+    recorder = _Recorder(ctx, counts, observation, path)
+    with evaluating(model), warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        try:
+            with fake, recorder:
+                call.on(model)
+        except Exception as error:  # the user's forward may raise anything
+            observation.error, observation.culprit = error, culprit(model, error)
+    for handle in handles:
+        handle.remove()
+    return observation
+
+
+def _fake_call(fake: FakeTensorMode, call: Call) -> Call:
+    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, fake.from_tensor, (call.args, call.kwargs))
+    return Call(args, kwargs)
+
+
+def culprit(model: nn.Module, error: BaseException) -> str:
+    """Path of the innermost module whose forward an exception passed through."""
+    paths = {id(module): name for name, module in model.named_modules()}
+    found, frame = "", error.__traceback__
+    while frame is not None:
+        found = paths.get(id(frame.tb_frame.f_locals.get("self")), found)
+        frame = frame.tb_next
+    return found

@@ -1,0 +1,569 @@
+"""Distillation: the loss parts against formulas by hand, `distill` and its promises, BatchNorm recalibration."""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from cpd.distiller import (
+    DistillConfig,
+    EpochRecord,
+    distill,
+    kl_divergence,
+    lr_factor,
+    recalibrate_batchnorm,
+    task_loss,
+)
+from cpd.errors import InputError, TrainingError
+
+CLASSES = 4
+BRIEF = DistillConfig(epochs=1, lr=0.05, warmup=0.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny models; on a busy machine more threads take ten times as long
+    yield
+    torch.set_num_threads(threads)
+
+
+class Net(nn.Module):
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.drop = nn.Dropout(dropout)
+        self.head = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(torch.relu(self.bn(self.conv(x))).mean((2, 3))))
+
+
+def make(seed: int = 0, dropout: float = 0.0) -> Net:
+    torch.manual_seed(seed)
+    return Net(dropout)
+
+
+def images(count: int = 6, size: int = 16, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            torch.randn(size, 3, 6, 6, generator=generator) + 0.5,
+            torch.randint(CLASSES, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model: nn.Module, kept: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
+
+
+def damaged(teacher: nn.Module) -> nn.Module:
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student.conv.weight[::2] = 0
+        student.head.weight.mul_(-0.5)
+    return student
+
+
+# Loss parts
+
+
+def test_kl_equals_the_formula() -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 5, CLASSES, dtype=torch.float64)
+    expected = 0.0
+    for row in range(5):
+        p = [math.exp(value / 3) for value in teacher[row].tolist()]
+        q = [math.exp(value / 3) for value in student[row].tolist()]
+        expected += sum(a / sum(p) * math.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q, strict=True))
+    assert kl_divergence(student, teacher, 3.0).item() == pytest.approx(9 * expected / 5, rel=1e-12)
+
+
+def test_kl_of_equal_logits_is_zero_and_its_gradient_too() -> None:
+    student = torch.randn(5, CLASSES, requires_grad=True)
+    value = kl_divergence(student, student.detach().clone(), 2.0)
+    value.backward()
+    assert value.item() == 0
+    assert student.grad is not None
+    assert student.grad.abs().max().item() < 1e-7
+
+
+def test_kl_averages_over_space() -> None:
+    student, teacher = torch.randn(2, 3, CLASSES, 2, 5)
+    rows = [logits.permute(0, 2, 3, 1).reshape(-1, CLASSES) for logits in (student, teacher)]
+    torch.testing.assert_close(kl_divergence(student, teacher, 2.0), kl_divergence(*rows, 2.0))
+
+
+def test_kl_of_half_precision_is_computed_in_float32() -> None:
+    student, teacher = torch.randn(2, 3, CLASSES, dtype=torch.bfloat16)
+    assert kl_divergence(student, teacher).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (2, 4)), ((2, 1), (2, 1)), ((3,), (3,))])
+def test_kl_refuses_shapes(shapes: tuple[tuple[int, ...], ...]) -> None:
+    with pytest.raises(InputError, match="two classes"):
+        kl_divergence(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
+
+
+def test_task_loss_is_inferred() -> None:
+    logits = torch.randn(5, CLASSES)
+    target = torch.tensor([0, 1, 2, 3, -100])
+    expected = -torch.log_softmax(logits, 1)[range(4), range(4)].mean()
+    torch.testing.assert_close(task_loss(logits, target), expected)
+    torch.testing.assert_close(task_loss({"logits": logits}, target.int()), expected)
+    soft = torch.softmax(torch.randn(5, CLASSES), 1)
+    torch.testing.assert_close(task_loss(logits, soft), -(soft * torch.log_softmax(logits, 1)).sum(1).mean())
+    assert task_loss(logits, None) is None
+    assert task_loss(logits, "anything", lambda output, target: output.sum()) == logits.sum()
+
+
+@pytest.mark.parametrize(
+    ("target", "match"),
+    [
+        (torch.zeros(5, 7).long(), "shape"),
+        (torch.zeros(5, CLASSES), "BCEWithLogitsLoss"),
+        (torch.zeros(5), "class indices"),
+        (torch.zeros(5, dtype=torch.bool), "torch.bool"),
+        (torch.full((5,), 255), r"ignore_index=255"),
+        ({"boxes": torch.zeros(3)}, "dict"),
+    ],
+)
+def test_task_loss_that_cannot_be_inferred(target: object, match: str) -> None:
+    with pytest.raises(InputError, match=match) as caught:
+        task_loss(torch.zeros(5, CLASSES), target)
+    assert "loss=" in str(caught.value)
+
+
+def test_task_loss_must_be_a_scalar() -> None:
+    with pytest.raises(InputError, match="one number"):
+        task_loss(torch.zeros(5, CLASSES), None, lambda output, target: output)
+    with pytest.raises(InputError, match="not float"):
+        task_loss(torch.zeros(5, CLASSES), None, lambda output, target: 0.5)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("epochs", {"epochs": -1}),
+        ("epochs", {"epochs": math.inf}),
+        ("epochs", {"epochs": "3"}),
+        ("optimizer", {"optimizer": "sdg", "lr": 0.1}),
+        ("lr", {"optimizer": "lamb"}),
+        ("lr", {"lr": 0.0}),
+        ("momentum", {"momentum": 1.0}),
+        ("weight_decay", {"weight_decay": -1e-4}),
+        ("warmup", {"warmup": 1.0}),
+        ("kd", {"kd": "l2"}),
+        ("kd_weight", {"kd_weight": math.nan}),
+        ("temperature", {"temperature": 0}),
+        ("mixed_precision", {"mixed_precision": "fp8"}),
+        ("accumulate", {"accumulate": 0}),
+        ("max_grad_norm", {"max_grad_norm": 0}),
+        ("seed", {"seed": 0.5}),
+        ("progress", {"progress": "yes"}),
+    ],
+)
+def test_config_refuses(name: str, wrong: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=f"DistillConfig: {name} is .*; it must be "):
+        DistillConfig(**wrong)
+
+
+def test_config_defaults() -> None:
+    assert DistillConfig().peak_lr == 0.01
+    assert DistillConfig(optimizer="adamw").peak_lr == 5e-4
+    assert DistillConfig(optimizer="lamb", lr=1e-3).peak_lr == 1e-3
+    assert DistillConfig().needs_teacher
+    assert not DistillConfig(kd_weight=0).needs_teacher
+
+
+def test_lr_factor_rises_then_falls() -> None:
+    assert [lr_factor(at, 0.2) for at in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
+    assert lr_factor(0, 0) == 1
+
+
+# distill
+
+
+def test_a_damaged_student_recovers() -> None:
+    teacher = make()
+    teacher.head.weight.data *= 20  # outputs that tell the images apart
+    recalibrate_batchnorm(teacher.eval(), images())
+    student, config = damaged(teacher), DistillConfig(epochs=6, lr=0.1, kd_weight=4.0)
+    data = [(x, teacher(x).argmax(1)) for x, _ in images()]
+    before = kl_divergence(student.eval()(data[0][0]), teacher(data[0][0]))
+    records = distill(student, teacher, data, config=config, evaluate=lambda model: 0.5)
+    after = kl_divergence(student(data[0][0]), teacher(data[0][0]))
+    assert after < before / 2
+    assert [record.epoch for record in records] == [1, 2, 3, 4, 5, 6]
+    assert records[-1].loss < records[0].loss / 2
+    assert records[-1].kd_loss < records[0].kd_loss
+    for record in records:
+        assert record.loss == pytest.approx(record.task_loss + 4.0 * record.kd_loss, rel=1e-5)
+        assert record.steps_per_second > 0
+        assert record.metric == 0.5
+    assert records[0].to_dict()["lr"] == records[0].lr > records[-1].lr > 0
+
+
+def test_first_loss_is_the_formula_and_one_step_is_plain_sgd() -> None:
+    teacher, data = make().eval(), images(1)
+    student = damaged(teacher)
+    reference, (x, y) = copy.deepcopy(student).train(), data[0]
+    config = DistillConfig(
+        epochs=1, lr=0.1, momentum=0.0, weight_decay=0.0, warmup=0.0, kd_weight=3.0, max_grad_norm=None
+    )
+    output = reference(x)
+    kd = kl_divergence(output, teacher(x).detach(), config.temperature)
+    expected = nn.functional.cross_entropy(output, y) + 3.0 * kd
+    expected.backward()
+    (record,) = distill(student, teacher, data, config=config)
+    assert record.loss == pytest.approx(expected.item(), rel=1e-6)
+    assert record.kd_loss == pytest.approx(kd.item(), rel=1e-6)
+    assert record.lr == pytest.approx(0.05)  # the middle of half a cosine
+    torch.testing.assert_close(student.head.weight, reference.head.weight - 0.05 * reference.head.weight.grad)
+
+
+def test_teacher_and_surroundings_are_left_alone() -> None:
+    teacher, student = make(0, dropout=0.5), make(1, dropout=0.5)
+    teacher.train()
+    teacher.bn.eval()
+    teacher.conv.weight.requires_grad_(False)
+    student.eval()
+    student.bn.weight.requires_grad_(False)
+    kept, frozen, names = state(teacher), student.bn.weight.clone(), set(vars(student))
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    distill(student, teacher, images(), config=BRIEF)
+    assert same(teacher, kept)
+    assert teacher.training
+    assert teacher.drop.training
+    assert not teacher.bn.training
+    assert [p.requires_grad for p in teacher.parameters()] == [False] + [True] * 5
+    assert all(p.grad is None for p in [*teacher.parameters(), *student.parameters()])
+    assert not any(module.training for module in student.modules())
+    assert set(vars(student)) == names
+    assert torch.equal(student.bn.weight, frozen)
+    assert not student.bn.weight.requires_grad
+    assert random.getstate() == states[0]
+    assert np.random.get_state()[1].tolist() == states[1]
+    assert torch.equal(torch.get_rng_state(), states[2])
+
+
+def test_same_seed_same_weights() -> None:
+    x, y = (torch.cat(parts) for parts in zip(*images(), strict=True))
+    loader = DataLoader(TensorDataset(x, y), batch_size=16, shuffle=True)
+    teacher, students = make(0), [make(1, dropout=0.3) for _ in range(3)]
+    for student, seed in zip(students, (5, 5, 6), strict=True):
+        torch.rand(seed)
+        config = DistillConfig(epochs=2, seed=seed, warmup=0.1)
+        distill(student, teacher, loader, config=config, evaluate=lambda model: torch.rand(1).item())
+    assert same(students[0], state(students[1]))
+    assert not same(students[0], state(students[2]))
+
+
+def test_a_loss_that_is_not_finite_undoes_its_epoch() -> None:
+    teacher, student, clean = make(0), make(1), images(3)
+    poisoned = [*clean[:2], (clean[2][0] * math.nan, clean[2][1])]
+    expected = copy.deepcopy(student)
+
+    class Data:
+        epoch = 0
+
+        def __len__(self) -> int:
+            return 3
+
+        def __iter__(self):
+            Data.epoch += 1
+            return iter(poisoned if Data.epoch == 2 else clean)
+
+    seen: list[dict[str, Tensor]] = []
+    config = DistillConfig(epochs=3)
+    with pytest.raises(TrainingError, match="step 3 of epoch 2"):
+        distill(student, teacher, Data(), config=config, evaluate=lambda model: seen.append(state(model)) or 0)
+    assert len(seen) == 1
+    assert same(student, seen[0])
+    assert not same(student, state(expected))
+    assert all(torch.isfinite(tensor).all() for tensor in student.state_dict().values())
+    assert all(p.grad is None for p in student.parameters())
+
+
+def test_weights_that_explode_in_the_last_step_are_undone() -> None:
+    student = make(1)
+    kept = state(student)
+    config = DistillConfig(epochs=1, lr=1e38, warmup=0.0, max_grad_norm=None, kd="none")
+    with pytest.raises(TrainingError, match=r"'.*' holds values that are not finite after epoch 1"):
+        distill(student, None, images(1), config=config, loss=lambda output, target: 1e6 * output.square().sum())
+    assert same(student, kept)
+
+
+@pytest.mark.parametrize("data", [[], iter(()), DataLoader(TensorDataset(torch.zeros(0, 3, 6, 6)))])
+def test_empty_data(data: object) -> None:
+    student = make(1)
+    kept = state(student)
+    with pytest.raises(TrainingError, match="no batch"):
+        distill(student, make(0), data, config=BRIEF)
+    assert same(student, kept)
+    assert student.training
+
+
+def test_a_generator_lasts_one_epoch() -> None:
+    student = make(1)
+    kept = state(student)
+    with pytest.raises(TrainingError, match="generator, which can be iterated once only"):
+        distill(student, make(0), (batch for batch in images()), config=DistillConfig(epochs=2))
+    assert same(student, kept)
+    (record,) = distill(student, make(0), (batch for batch in images()), config=BRIEF)
+    assert record.lr == pytest.approx(0.025)  # no length: the rate of the middle of the epoch
+    assert not same(student, kept)
+
+
+def test_an_iterator_that_comes_back_empty() -> None:
+    student, first = make(1), []
+    with pytest.raises(TrainingError, match="none in epoch 2"):
+        distill(
+            student,
+            make(0),
+            iter(images()),
+            config=DistillConfig(epochs=2),
+            evaluate=lambda model: first.append(state(model)) or 0,
+        )
+    assert same(student, first[0])
+
+
+def test_no_epochs_touch_nothing() -> None:
+    student = make(1)
+    kept = state(student)
+    assert distill(student, make(0), iter(()), config=DistillConfig(epochs=0)) == []
+    assert same(student, kept)
+
+
+@pytest.mark.parametrize(("epochs", "batches_read"), [(0.5, 3), (1.5, 9), (2, 12)])
+def test_fractions_of_an_epoch(epochs: float, batches_read: int) -> None:
+    calls = []
+    config = DistillConfig(epochs=epochs, kd="none")
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        calls.append(1)
+        return nn.functional.cross_entropy(output, target)
+
+    records = distill(make(1), None, images(6), loss=loss, config=config)
+    assert len(calls) == batches_read
+    assert len(records) == math.ceil(epochs)
+    assert 0 < records[-1].lr < 0.002  # the schedule has come to its end
+
+
+def test_a_fraction_needs_a_length() -> None:
+    with pytest.raises(InputError, match="__len__"):
+        distill(make(1), make(0), iter(images()), config=DistillConfig(epochs=0.5))
+
+
+def test_accumulated_batches_make_one_step() -> None:
+    class Linear(nn.Module):  # no BatchNorm, so that halves of a batch add up to the whole
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(108, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x.flatten(1))
+
+    torch.manual_seed(0)
+    one, teacher = Linear(), Linear()
+    two, (x, y) = copy.deepcopy(one), images(1)[0]
+    halves = [(x[:8], y[:8]), (x[8:], y[8:])]
+    (record,) = distill(one, teacher, [(x, y)], config=BRIEF)
+    (split,) = distill(two, teacher, halves, config=DistillConfig(**{**vars(BRIEF), "accumulate": 4}))
+    torch.testing.assert_close(one.fc.weight, two.fc.weight)
+    assert split.loss == pytest.approx(record.loss, rel=1e-5)
+
+
+def test_hugging_face_batches_and_outputs() -> None:
+    class HFNet(nn.Module):
+        def __init__(self, net: Net) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.net(pixel_values)}
+
+    plain, wrapped = make(1), HFNet(make(1))
+    data = [{"pixel_values": x, "labels": y} for x, y in images()]
+    (record,) = distill(wrapped, HFNet(make(0)), data, config=BRIEF)
+    (other,) = distill(plain, make(0), images(), config=BRIEF)
+    assert same(wrapped.net, state(plain))
+    assert record.task_loss == other.task_loss
+
+
+def test_without_targets_the_teacher_alone_is_followed() -> None:
+    (record,) = distill(make(1), make(0), [x for x, _ in images()], config=BRIEF)
+    assert record.task_loss is None
+    assert record.loss == record.kd_loss > 0
+
+
+def test_settings_may_change_between_calls_and_the_users_accelerator_survives() -> None:
+    from accelerate import Accelerator
+
+    assert not PartialState._shared_state
+    student = make(1)
+    for precision in ("no", "bf16", "no"):
+        distill(student, make(0), images(2), config=DistillConfig(epochs=1, mixed_precision=precision))
+    assert not PartialState._shared_state
+    assert student(images(1)[0][0]).dtype == torch.float32
+    try:
+        mine = Accelerator(mixed_precision="bf16")
+        distill(student, make(0), images(2), config=BRIEF)
+        assert mine.mixed_precision == "bf16"
+        assert AcceleratorState().mixed_precision == "bf16"
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 runs on a GPU")
+def test_fp16_on_a_cpu_is_refused() -> None:
+    with pytest.raises(InputError, match="fp16"):
+        distill(make(1), make(0), images(1), config=DistillConfig(epochs=1, mixed_precision="fp16"))
+    assert not PartialState._shared_state
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    student, data = make(1), images(1)
+    with pytest.raises(InputError, match=r"share the parameter 'conv.weight'"):
+        distill(student, student, data, config=BRIEF)
+    with pytest.raises(InputError, match="needs a teacher"):
+        distill(student, None, data, config=BRIEF)
+    with pytest.raises(InputError, match=r"requires_grad"):
+        distill(make(1).requires_grad_(False), make(0), data, config=BRIEF)
+    with pytest.raises(InputError, match="has no target"):
+        distill(student, None, [data[0][0]], config=DistillConfig(epochs=1, kd="none"))
+    with pytest.raises(InputError, match="no gradient"):
+        distill(
+            student,
+            None,
+            data,
+            loss=lambda output, target: torch.tensor(1.0),
+            config=DistillConfig(epochs=1, kd="none"),
+        )
+    with pytest.raises(InputError, match="same task"):
+        distill(student, nn.Sequential(nn.Flatten(), nn.Linear(108, 7)), data, config=BRIEF)
+
+
+def test_the_bar_is_shown_on_stderr_only_when_wanted(capfd: pytest.CaptureFixture[str]) -> None:
+    distill(make(1), make(0), images(2), config=BRIEF)
+    assert capfd.readouterr() == ("", "")
+    distill(make(1), make(0), images(2), config=DistillConfig(**{**vars(BRIEF), "progress": True}))
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "epoch 1" in err
+
+
+def test_record_is_plain() -> None:
+    record = EpochRecord(1, 0.5, None, 0.5, 0.1, 9.0)
+    assert list(record.to_dict()) == [
+        "epoch",
+        "loss",
+        "task_loss",
+        "kd_loss",
+        "lr",
+        "steps_per_second",
+        "metric",
+    ]
+
+
+# BatchNorm
+
+
+def test_recalibration_equals_statistics_by_hand() -> None:
+    model, data = make(0, dropout=0.5).train(), images(5, size=8)
+    model.bn.eval()
+    model.bn.momentum = 0.3
+    model.bn.running_mean.fill_(7.0)
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    assert recalibrate_batchnorm(model, data, limit=4) == 1
+    values = [model.conv(x).detach().transpose(0, 1).flatten(1) for x, _ in data[:4]]
+    torch.testing.assert_close(model.bn.running_mean, torch.stack([value.mean(1) for value in values]).mean(0))
+    torch.testing.assert_close(model.bn.running_var, torch.stack([value.var(1) for value in values]).mean(0))
+    assert model.bn.num_batches_tracked == 4
+    assert model.bn.momentum == 0.3
+    assert not model.bn.training
+    assert model.drop.training
+    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+
+
+def test_dropout_stays_off_while_recalibrating() -> None:
+    class Before(nn.Module):
+        def __init__(self, rate: float) -> None:
+            super().__init__()
+            self.drop = nn.Dropout(rate)
+            self.bn = nn.BatchNorm2d(3)
+            self.bn.act = nn.Dropout(rate)  # as timm's BatchNormAct2d, a child of its own
+
+        def forward(self, x: Tensor) -> Tensor:
+            assert not self.bn.act.training
+            return self.bn(self.drop(x))
+
+    models = [Before(0.0), Before(0.9).train()]
+    for model in models:
+        assert recalibrate_batchnorm(model, [x for x, _ in images()]) == 1
+    assert same(models[1], state(models[0]))
+    assert models[1].bn.act.training
+
+
+@pytest.mark.parametrize("kind", ["empty", "nan", "crash"])
+def test_failed_recalibration_keeps_the_old_statistics(kind: str) -> None:
+    model, data = make(0), images(2)
+    model.bn.running_mean.normal_()
+    model.bn.num_batches_tracked.fill_(11)
+    kept = state(model)
+    if kind == "empty":
+        data = []
+    if kind == "nan":
+        data[1][0][0, 0, 0, 0] = math.nan
+    if kind == "crash":
+        data[1] = (torch.zeros(2, 5, 6, 6), data[1][1])
+    with pytest.raises(RuntimeError if kind == "crash" else TrainingError):
+        recalibrate_batchnorm(model, data)
+    assert same(model, kept)
+    assert model.bn.momentum == 0.1
+    assert all(module.training for module in model.modules())
+
+
+def test_untracked_and_unreached_layers_are_left_alone() -> None:
+    model = make(0)
+    model.unused = nn.BatchNorm2d(3)
+    model.unused.running_var.fill_(5.0)
+    model.unused.num_batches_tracked.fill_(3)
+    assert recalibrate_batchnorm(model, images()) == 1
+    assert model.unused.running_var.tolist() == [5.0] * 3
+    assert model.unused.num_batches_tracked == 3
+
+    untracked = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.GroupNorm(1, 3))
+    kept = state(untracked)
+
+    def never():
+        raise AssertionError("the data was read")
+        yield
+
+    assert recalibrate_batchnorm(untracked, never()) == 0
+    assert same(untracked, kept)
+
+
+def test_recalibration_limit_is_checked() -> None:
+    with pytest.raises(InputError, match="limit"):
+        recalibrate_batchnorm(make(0), images(), limit=0)
+    with pytest.raises(InputError, match=r"nn\.Module"):
+        recalibrate_batchnorm("resnet18", images())
