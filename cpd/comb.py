@@ -232,15 +232,14 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
     ctx = Context(graph)
     tensors = _propagate(ctx, model)
     dims = {name: tensors[name] for name in named_tensors(model) if name in tensors}
-    scales = []
+    proof = Proof(model, ctx, dims)
     for node, scale in attention_scales(ctx):
         if scale is None:
             query = node.args[0]
             assert isinstance(query, Node)
             ctx.freeze(ctx.shape(query)[-1], node, "the scale of an attention depends on this width")
         else:
-            scales.append(scale)
-    proof = Proof(model, ctx, dims, scales=scales)
+            proof.formulas[node, "scale"] = [scale]
     proof.run()
     groups = _groups(ctx, dims, Exactness(ctx).inexact)
     return Comb(groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model)

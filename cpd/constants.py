@@ -75,18 +75,15 @@ def scalars(node: Node, twin: Node) -> Iterator[tuple[str, float, float]]:
                 yield name, float(old), float(new)
 
 
-def find_scale(ctx: Context, node: Node, before: float, after: float, counts: Mapping[Axis, int]) -> Scale | None:
-    """A formula for a constant that changed from `before` to `after`, with the rows that make up for it."""
-    if op_name(node) not in ("mul", "div", "mul_", "div_") or not before:
-        return None
-    source = node.all_input_nodes[0]
-    for dim in _widths_in_sight(ctx, node):
-        for power in POWERS:
-            ratio = axes.count(dim, counts) / dim.size
-            if ratio != 1 and math.isclose(after / before, ratio**power, rel_tol=1e-9):
-                rows = feeding_rows(ctx, source, node)
-                return None if rows is None else Scale(node, dim, power, op_name(node).startswith("div"), rows)
-    return None
+def find_scales(ctx: Context, node: Node) -> list[Scale]:
+    """Every formula for the constant that `node` multiplies or divides by, with the rows that make up for it."""
+    name = op_name(node).removesuffix("_")
+    if name not in ("mul", "div") or len(node.all_input_nodes) != 1:
+        return []
+    rows = feeding_rows(ctx, node.all_input_nodes[0], node)
+    if rows is None:
+        return []
+    return [Scale(node, dim, power, name == "div", rows) for dim in _widths_in_sight(ctx, node) for power in POWERS]
 
 
 def attention_scales(ctx: Context) -> Iterator[tuple[Node, Scale | None]]:

@@ -14,7 +14,7 @@ At last a narrower copy is exported again and compared node by node: operations,
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -23,7 +23,7 @@ from torch.fx import Node
 
 from cpd import axes, ties
 from cpd.axes import Axis, Dim
-from cpd.constants import Scale, find_scale, scalars
+from cpd.constants import Scale, find_scales, scalars
 from cpd.errors import CPDError
 from cpd.plan import Attribute
 from cpd.replay import Observation, culprit, replay
@@ -37,6 +37,8 @@ Observe: TypeAlias = Callable[[Counts, Mapping["Place", Dim]], Observation]
 
 #: Narrower copies tried; random widths make a coincidence of widths in all of them unlikely.
 DRAWS = 3
+#: Random widths drawn to find some that the ties allow, and how deep they may cut.
+TRIES, DEPTHS = 16, (0.125, 0.25, 0.5)
 #: Remedies tried in a row before everything still open is frozen.
 MAX_ROUNDS = 200
 
@@ -59,24 +61,30 @@ class Proof:
         ctx: the result of the algebra; groups are frozen and ties added in place.
         dims: the dimensions of every parameter and buffer.
         attributes: integers that must follow a width.
-        scales: constants that depend on a width, and the rows that make up for it.
+        formulas: for each constant that depends on a width, the formulas that explain it in every copy seen.
+        seen: the widths of each copy that was exported, and the numbers of the unpruned model beside its own.
     """
 
     model: nn.Module
     ctx: Context
     dims: dict[str, tuple[Dim, ...]]
     attributes: dict[Place, Dim] = field(default_factory=dict)
-    scales: list[Scale] = field(default_factory=list)
+    formulas: dict[tuple[Node, str], list[Scale]] = field(default_factory=dict)
+    seen: list[tuple[Counts, dict[tuple[Node, str], tuple[float, float]]]] = field(default_factory=list)
     seed: int = 0
 
+    @property
+    def scales(self) -> list[Scale]:
+        """The formula of each constant that depends on a width: the simplest of those that explain it."""
+        return [min(found, key=lambda scale: len(list(axes.leaves(scale.dim)))) for found in self.formulas.values()]
+
     def run(self) -> None:
-        """Repair or freeze until narrower copies behave as predicted."""
+        """Repair or freeze until narrower copies behave as predicted, each open axis among those narrowed."""
         self._adopt_named_attributes()
         rng = random.Random(self.seed)
         while True:
-            for _ in range(DRAWS):
-                self._settle(self._replay, rng)
-            if self._settle(self._export, rng):
+            self._settle(self._replay, rng, DRAWS)
+            if self._settle(self._export, rng, 1):
                 return
 
     # ------------------------------------------------------------ observing
@@ -86,24 +94,35 @@ class Proof:
         found = [axis for dims in self.dims.values() for dim in dims for axis in axes.leaves(dim)]
         return [axis for axis in dict.fromkeys(found) if axis.frozen is None and axis.size > 1]
 
-    def draw(self, rng: random.Random) -> dict[Axis, int]:
-        """Random widths, each open axis one to a quarter narrower, as far as the ties allow."""
-        wanted = {axis: axis.size - rng.randint(1, max(1, axis.size // 4)) for axis in self.open_axes()}
-        return ties.repair(wanted, self.ctx.ties)
+    def draw(self, rng: random.Random, unproven: Collection[Axis] = ()) -> dict[Axis, int]:
+        """Random widths that the ties allow; of several such, the one that narrows most of `unproven`."""
+        found = self.open_axes()
+        best: dict[Axis, int] = {}
+        for _ in range(TRIES if self.ctx.ties else 1):
+            depth = rng.choice(DEPTHS)
+            wanted = {axis: axis.size - rng.randint(1, max(1, int(axis.size * depth))) for axis in found}
+            counts = ties.repair(wanted, self.ctx.ties)
+            if not best or len(moved(counts, unproven)) > len(moved(best, unproven)):
+                best = counts
+        return best
 
-    def narrow(self, counts: Counts, extra: Mapping[Place, Dim]) -> nn.Module:
+    def narrow(self, counts: Counts, extra: Mapping[Place, Dim], *, meta: bool = False) -> nn.Module:
         """A copy of the model with these widths, its attributes set, without values."""
         shapes = {
             name: shape
             for name, dims in self.dims.items()
             if (shape := tuple(axes.count(dim, counts) for dim in dims)) != tuple(dim.size for dim in dims)
         }
-        model = skeleton(self.model, shapes)
+        model = skeleton(self.model, shapes, meta=meta)
         set_attributes(model, edits(self.model, {**self.attributes, **extra}, counts))
         return model
 
     def _replay(self, counts: Counts, extra: Mapping[Place, Dim]) -> Observation:
-        return replay(self.ctx, self.narrow(counts, extra), counts)
+        """Run a narrower copy on the meta device; where that fails, with fake tensors, which keep their device."""
+        observation = replay(self.ctx, self.narrow(counts, extra, meta=True), counts, meta=True)
+        if observation.error is not None:
+            observation = replay(self.ctx, self.narrow(counts, extra), counts)
+        return observation
 
     def _export(self, counts: Counts, extra: Mapping[Place, Dim]) -> Observation:
         """Export a narrower copy and compare it with the prediction node by node."""
@@ -125,45 +144,66 @@ class Proof:
 
     def _compare(self, old: list[Node], new: list[Node], counts: Counts, observation: Observation) -> None:
         twins = dict(zip(old, new, strict=True))
-        named = {(item.node, item.argument) for item in self.ctx.literals}
         for item in self.ctx.literals:
             value = arguments(twins[item.node])[item.argument]
             observation.asked[item] = int(value[item.index] if isinstance(value, (list, tuple)) else value)
         if observation.wrong(counts):
             return
         for node, twin in twins.items():
-            self._compare_constants(node, twin, counts, named)
             value = self.ctx.values.get(node)
-            if isinstance(value, tuple) and isinstance(node.meta.get("val"), Tensor):
-                if tuple(axes.count(dim, counts) for dim in value) != shape_of(twin):
-                    why = f"is {list(shape_of(twin))} in a narrower copy, against the prediction"
-                    self._freeze_node(node, why)
-                    observation.error = CPDError(f"{node.name} {why}")
-                    return
+            if not isinstance(value, tuple) or not isinstance(node.meta.get("val"), Tensor):
+                continue
+            if tuple(axes.count(dim, counts) for dim in value) != shape_of(twin):
+                why = f"is {list(shape_of(twin))} in a narrower copy, against the prediction"
+                self._freeze_node(node, why)
+                observation.error = CPDError(f"{node.name} {why}")
+                return
+        self._compare_constants(twins, counts)
 
-    def _compare_constants(self, node: Node, twin: Node, counts: Counts, named: set[tuple[Node, str]]) -> None:
-        """A number that changed with a width is compensated if a formula explains it, else freezes the node."""
-        for name, before, after in scalars(node, twin):
-            if before == after or (node, name) in named:
+    def _compare_constants(self, twins: Mapping[Node, Node], counts: Counts) -> None:
+        """A number that changed with a width is compensated if one formula explains it in every copy, else frozen."""
+        named = {(item.node, item.argument) for item in self.ctx.literals}
+        numbers = {
+            (node, name): (before, after)
+            for node, twin in twins.items()
+            for name, before, after in scalars(node, twin)
+            if (node, name) not in named
+        }
+        self.seen.append((counts, numbers))
+        for key, (before, after) in numbers.items():
+            if before == after and key not in self.formulas:
                 continue
-            if any(scale.node is node and scale.explains(before, after, counts) for scale in self.scales):
-                continue
-            scale = find_scale(self.ctx, node, before, after, counts)
-            if scale is None:
-                self._freeze_node(node, f"the number {before} depends on a width")
-            else:
-                self.scales.append(scale)
+            candidates = self.formulas.get(key) or find_scales(self.ctx, key[0])
+            self.formulas[key] = [
+                scale
+                for scale in candidates
+                if all(scale.explains(*seen[key], widths) for widths, seen in self.seen if key in seen)
+            ]
+            if not self.formulas[key]:
+                del self.formulas[key]
+                self._freeze_node(key[0], f"the number {before} depends on a width")
 
     # ------------------------------------------------------------ repairing
 
-    def _settle(self, observe: Observe, rng: random.Random) -> bool:
-        """Observe random widths and repair until nothing differs; whether nothing did from the start."""
-        for attempt in range(MAX_ROUNDS):
-            counts = self.draw(rng)
+    def _settle(self, observe: Observe, rng: random.Random, draws: int) -> bool:
+        """Observe random widths, at least `draws` times and each open axis narrowed once; repair what differs.
+
+        Returns:
+            Whether nothing differed.
+        """
+        clean, done, unproven = True, 0, set(self.open_axes())
+        for _ in range(MAX_ROUNDS):
+            counts = self.draw(rng, unproven)
+            if done >= draws and not moved(counts, unproven):
+                for axis in unproven:
+                    axis.frozen = "the ties that it takes part in leave no narrower width"
+                return clean
             observation = observe(counts, {})
             wrong = observation.wrong(counts)
             if not wrong and observation.error is None:
-                return attempt == 0
+                done, unproven = done + 1, unproven - moved(counts, unproven)
+                continue
+            clean, done = False, 0
             if wrong:
                 wrong = self._try_attributes(observe, counts, wrong)
                 wrong = self._try_ties(observe, rng, wrong)
@@ -171,6 +211,7 @@ class Proof:
                     self._freeze_literal(item)
             else:
                 self._freeze_culprit(observation)
+            unproven = set(self.open_axes())
         for axis in self.open_axes():
             axis.frozen = "the proof did not come to an end"
         return False
@@ -244,11 +285,10 @@ class Proof:
             tried.update((tie.left, tie.right) for tie, _ in trial.values())
             confirmed = list(self.ctx.ties)
             self.ctx.ties = confirmed + [tie for tie, _ in trial.values()]
-            counts = self.draw(rng)
+            counts = self.draw(rng, {axis for tie, _ in trial.values() for axis in tie.axes})
             observation = observe(counts, {})
             for tie, item in trial.values():
-                moved = any(counts.get(axis, axis.size) < axis.size for axis in tie.axes)
-                if moved and observation.agrees(item, counts):
+                if moved(counts, tie.axes) and observation.agrees(item, counts):
                     confirmed.append(tie)
             self.ctx.ties = confirmed
             counts = self.draw(rng)
@@ -315,6 +355,11 @@ class Proof:
             if len(self.open_axes()) < open_before or path == "":
                 return
             path = path.rpartition(".")[0]
+
+
+def moved(counts: Counts, among: Iterable[Axis]) -> set[Axis]:
+    """The axes among these that lose positions."""
+    return {axis for axis in among if counts.get(axis, axis.size) < axis.size}
 
 
 def edits(model: nn.Module, attributes: Mapping[Place, Dim], counts: Counts) -> list[Attribute]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,6 @@ from torch.overrides import TorchFunctionMode
 
 from cpd import axes
 from cpd.axes import Axis
-from cpd.inputs import Call
 from cpd.rules import Context, Literal
 from cpd.tracer import evaluating, op_name, owner
 
@@ -129,15 +129,22 @@ class _Recorder(TorchFunctionMode):
         return tuple(made) if isinstance(value, list) else made[0]
 
 
-def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int]) -> Observation:
-    """Run `model`, a copy narrowed to `counts`, without values, and tell which widths its forward asked for."""
+def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int], *, meta: bool = False) -> Observation:
+    """Run a copy of the model narrowed to `counts`, without values; tell which widths its forward asked for.
+
+    Args:
+        ctx: the result of the algebra.
+        model: the narrower copy.
+        counts: the width of each axis.
+        meta: whether `model` is on the meta device, which is faster than fake tensors.
+    """
     observation, path = Observation(), [""]
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: path.append(name), prepend=True))
         handles.append(module.register_forward_hook(lambda *_: path.pop() and None, always_call=True))
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
-    call = _fake_call(fake, ctx.graph.call)
+    fake = nullcontext() if meta else FakeTensorMode(allow_non_fake_inputs=True)
+    call = ctx.graph.call.to("meta") if meta else ctx.graph.call
     recorder = _Recorder(ctx, counts, observation, path)
     with evaluating(model), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
@@ -149,11 +156,6 @@ def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int]) -> Observ
     for handle in handles:
         handle.remove()
     return observation
-
-
-def _fake_call(fake: FakeTensorMode, call: Call) -> Call:
-    args, kwargs = torch.utils._pytree.tree_map_only(Tensor, fake.from_tensor, (call.args, call.kwargs))
-    return Call(args, kwargs)
 
 
 def culprit(model: nn.Module, error: BaseException) -> str:

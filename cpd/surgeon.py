@@ -37,15 +37,27 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
         for name in changed
         if (tensor := tensors[name]).is_leaf and tensor.grad is not None
     }
-    for name, value in changed.items():
-        tensors[name].grad = None
-        tensors[name].data = value
-        if name in gradients:
-            tensors[name].grad = gradients[name]
-    set_attributes(model, plan.attributes)
-    refresh(model, changed)
-    lint(model)
+    before = {name: (tensors[name].data, tensors[name].grad) for name in changed}
+    try:
+        for name, value in changed.items():
+            _assign(tensors[name], value, gradients.get(name))
+        set_attributes(model, plan.attributes)
+        refresh(model, changed)
+        lint(model)
+    except Exception:
+        for name, (value, gradient) in before.items():
+            _assign(tensors[name], value, gradient)
+        set_attributes(model, [Attribute(item.module, item.name, item.new, item.old) for item in plan.attributes])
+        refresh(model, changed)
+        raise
     return model
+
+
+def _assign(tensor: Tensor, value: Tensor, gradient: Tensor | None) -> None:
+    """Give a tensor another extent while it stays the same object."""
+    tensor.grad = None
+    tensor.data = value
+    tensor.grad = gradient
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -102,16 +114,24 @@ def set_attributes(model: nn.Module, attributes: Iterable[Attribute]) -> None:
         setattr(module, item.name, kind(item.new) if isinstance(item.new, list) else item.new)
 
 
-def skeleton(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> nn.Module:
+def skeleton(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, meta: bool = False) -> nn.Module:
     """A copy of `model` with some tensors of another shape, for tracing only: those hold no values.
 
     Nothing is read or written in the new tensors, so they take no memory; all other tensors are shared.
+
+    Args:
+        model: the model.
+        shapes: the new shape of each tensor that changes.
+        meta: put every tensor on the meta device.
     """
     memo: dict[int, Any] = {}
     resized = {id(tensor): shapes[name] for name, tensor in named_tensors(model).items() if name in shapes}
     for tensor in named_tensors(model).values():
-        shape = resized.get(id(tensor))
-        value = tensor.detach() if shape is None else torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
+        shape = resized.get(id(tensor), tuple(tensor.shape))
+        if meta or id(tensor) in resized:
+            value = torch.empty(shape, dtype=tensor.dtype, device="meta" if meta else tensor.device)
+        else:
+            value = tensor.detach()
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
     narrow = copy.deepcopy(model, memo)
