@@ -1,1 +1,69 @@
-"""Comb, Prune, Distill."""
+"""Comb, Prune, Distill: give it a trained vision model and a target, get back the same class of model, faster.
+
+    import cpd, timm
+    result = cpd.compress(timm.create_model("resnet18", pretrained=True), target_speedup=2, data=loader)
+    result.model, result.speedup       # the same class, physically narrower; measured in ONNX Runtime
+    result.save("out")                 # model.safetensors, plan.json, model.onnx, report.html, README.md
+    model = cpd.load("out")
+
+Step by step, one tiny model through the pipeline:
+
+    comb = cpd.comb(model, torch.randn(1, 3, 224, 224))   # which channels must go together, and why others cannot
+    scores = cpd.score(model, comb, loader)               # {group: Tensor[size]}
+    plan = comb.plan({"layer1.0.conv1": range(32)})       # immutable: every tensor's kept indices
+    cpd.shrink(model, plan)                               # in place
+    cpd.compare_latency(original, model, inputs).speedup  # exported, checked, timed in turn
+"""
+
+from cpd.artifacts import load
+from cpd.comb import Comb, Group, comb
+from cpd.compress import Result, compress
+from cpd.distiller import DistillConfig, distill
+from cpd.errors import (
+    ArtifactError,
+    CPDError,
+    ExportError,
+    InputError,
+    NothingToPruneError,
+    PlanError,
+    ShrinkError,
+    TargetError,
+    TraceError,
+    TrainingError,
+)
+from cpd.latency import LatencyComparison, compare_latency
+from cpd.onnx import export_onnx
+from cpd.plan import Plan
+from cpd.report import Report
+from cpd.scorer import score
+from cpd.surgeon import shrink
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "CPDError",
+    "Comb",
+    "DistillConfig",
+    "ExportError",
+    "Group",
+    "InputError",
+    "LatencyComparison",
+    "NothingToPruneError",
+    "Plan",
+    "PlanError",
+    "Report",
+    "Result",
+    "ShrinkError",
+    "TargetError",
+    "TraceError",
+    "TrainingError",
+    "comb",
+    "compare_latency",
+    "compress",
+    "distill",
+    "export_onnx",
+    "load",
+    "score",
+    "shrink",
+]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
+
+from cpd.inputs import evaluating
 
 if TYPE_CHECKING:
     from cpd.compress import Result
@@ -210,23 +211,11 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
 
     The model runs in eval mode, without gradients; its training flags are left as found.
     """
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         starts = range(0, len(images), batch_size)
         predicted = torch.cat([model(images[start : start + batch_size]).argmax(1) for start in starts])
     correct = int((predicted == labels).sum())
     return 100 * correct / len(images)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode within; each module's own flag restored after."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def run_demo(output_dir: Path | None = None, seed: int = 0, progress: bool | None = None) -> Result:

@@ -1,19 +1,18 @@
 """Distill: a narrower student is trained back against the unpruned teacher, `L = L_task + weight * L_KD`.
 
-Reading order: the parts of the loss, the settings, `distill`, and `recalibrate_batchnorm` for what can be
-recovered without a gradient step. Devices, mixed precision and DDP are left to `accelerate`.
+Reading order: the settings, `distill`, and the loop that it runs. The parts of the loss are in `cpd.losses`, what
+is put back after a training in `cpd.training`. Devices, mixed precision and DDP are left to `accelerate`.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import random
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice
 from numbers import Real
@@ -21,114 +20,23 @@ from statistics import fmean
 from types import GeneratorType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, broadcast, set_seed
+from accelerate.utils import broadcast, set_seed
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 
 from cpd.errors import CPDError, InputError, TrainingError
 from cpd.inputs import Batch, batches, check_model, logits, move
+from cpd.losses import KD_LOSSES, LossFunction, task_loss
+from cpd.training import Trainee, accelerating, placed, random_states_kept
 
 log = logging.getLogger("cpd")
 
-LossFunction = Callable[[Any, Any], Tensor]  # loss(output, target) -> scalar, on the output as the model gives it
 Evaluate = Callable[[nn.Module], float]
 DEFAULT_LR = {"sgd": 0.01, "adamw": 5e-4}
-IGNORED_CLASS = -100  # as in `torch.nn.functional.cross_entropy`
-
-
-def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """`T^2 * KL(softmax(teacher / T) || softmax(student / T))`, section 2 of Hinton et al. 2015.
-
-    arXiv 1503.02531. `T^2` keeps the size of the gradients independent of the temperature.
-
-    Args:
-        student_logits: `[N, C, ...]`, classes in dim 1.
-        teacher_logits: of the same shape.
-        temperature: T > 0; a higher one shows more of the teacher's unlikely classes.
-
-    Returns:
-        A scalar, float32 at least: summed over the classes, averaged over the batch and any trailing dims.
-
-    Raises:
-        InputError: if the shapes differ, or there are not two classes at least.
-    """
-    shape = list(student_logits.shape)
-    if student_logits.shape != teacher_logits.shape or len(shape) < 2 or shape[1] < 2:
-        raise InputError(
-            "The KL divergence needs logits [N, C, ...] of one shape and two classes at least; the student's "
-            f"are {shape}, the teacher's {list(teacher_logits.shape)}. Give a teacher of the same task, "
-            "or kd='none' with a loss."
-        )
-    dtype = torch.promote_types(student_logits.dtype, torch.float32)
-    student = F.log_softmax(student_logits.to(dtype) / temperature, dim=1)
-    teacher = F.log_softmax(teacher_logits.to(dtype) / temperature, dim=1)
-    pointwise = F.kl_div(student, teacher, reduction="none", log_target=True)
-    return pointwise.sum(dim=1).mean() * temperature**2
-
-
-KD_LOSSES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {"kl": kl_divergence}
-
-
-def task_loss(output: Any, target: Any, loss: LossFunction | None = None) -> Tensor | None:
-    """The loss of the task: the user's, else cross-entropy inferred from the target.
-
-    Args:
-        output: the model's output; for an inferred loss `cpd.inputs.logits(output)` is taken, `[N, C, ...]`.
-        target: class indices `[N, ...]` of an integer type (-100 is ignored), or class probabilities of
-            the logits' shape; with `loss`, anything that it takes.
-        loss: `loss(output, target) -> scalar`, on the unchanged output.
-
-    Returns:
-        A scalar; None where there is neither target nor loss.
-
-    Raises:
-        InputError: if no loss can be inferred, or `loss` returns no scalar tensor.
-    """
-    if loss is not None:
-        value = loss(output, target)
-        if isinstance(value, Tensor) and value.numel() == 1:
-            return value.reshape(())
-        found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"loss= must return a tensor of one number, not {found}: average over the batch in it.")
-    if target is None:
-        return None
-    prediction = logits(output)
-    _check_target(prediction, target)
-    prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-    target = target.to(prediction.dtype) if target.is_floating_point() else target.long()
-    return F.cross_entropy(prediction, target, ignore_index=IGNORED_CLASS)
-
-
-def _check_target(prediction: Tensor, target: Any) -> None:
-    """Raise `InputError` unless `target` holds class indices or class probabilities for `prediction`."""
-    shape, found, remedy = prediction.shape, type(target).__name__, "a function (output, target) -> scalar"
-    if isinstance(target, Tensor) and len(shape) >= 2:
-        found = f"{target.dtype} target of shape {list(target.shape)}"
-        if target.is_floating_point() and target.shape == shape:
-            total = target.float().sum(dim=1)
-            if bool((target >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-2):
-                return
-            found += " that is no distribution over dim 1"
-            remedy = "for instance torch.nn.BCEWithLogitsLoss() for multi-label targets"
-        integral = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-        if integral and target.shape == (shape[0], *shape[2:]):
-            wrong = target[(target != IGNORED_CLASS) & ((target < 0) | (target >= shape[1]))]
-            if not wrong.numel():
-                return
-            found += f" that holds the class {int(wrong[0])}"
-            remedy = f"for instance torch.nn.CrossEntropyLoss(ignore_index={int(wrong[0])}) to leave it out"
-    raise InputError(
-        f"No loss can be inferred from an output of shape {list(shape)} and a {found}: cross-entropy needs "
-        f"[N, C, ...] with class indices [N, ...] or class probabilities [N, C, ...]. Pass loss=, {remedy}."
-    )
 
 
 def _within(value: object, low: float, below: float = math.inf, *, exclusive: bool = False) -> bool:
@@ -301,10 +209,10 @@ def distill(
     if config.epochs == 0:
         return []
     _check_data(data, config)
-    with _accelerator(config) as accelerator, _random_states_kept():
+    with accelerating(config.mixed_precision) as accelerator, random_states_kept():
         set_seed(config.seed, device_specific=True)
         device, reference = accelerator.device, teacher if config.needs_teacher else None
-        with _placed(student, device), _placed(reference, device):
+        with placed(student, device), placed(reference, device):
             return _Run(accelerator, student, reference, data, loss, config).train(evaluate)
 
 
@@ -336,77 +244,9 @@ def _check_data(data: Iterable[Any], config: DistillConfig) -> None:
         raise InputError("A fraction of an epoch needs data with a length (__len__); use epochs=1.")
 
 
-@contextmanager
-def _accelerator(config: DistillConfig) -> Iterator[Accelerator]:
-    """An `Accelerator` of these settings.
-
-    Accelerate keeps its settings in process-wide dictionaries and refuses a second `Accelerator` with
-    others. They are emptied for ours and filled again after it, so that one of the user's own stays usable.
-    """
-    shared = (AcceleratorState, GradientState)
-    kept = [dict(state._shared_state) for state in shared]
-    had_partial, processes = bool(PartialState._shared_state), 1
-    try:
-        for state in shared:
-            state._reset_state()
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # `_Run.step` accumulates
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],  # auxiliary heads
-        )
-        processes = accelerator.num_processes
-        if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-            raise InputError("mixed_precision='fp16' does not run on a CPU: use 'no' or 'bf16'.")
-        yield accelerator
-    finally:
-        for state, content in zip(shared, kept, strict=True):
-            state._reset_state()
-            state._shared_state.update(content)
-        if not had_partial and processes == 1:  # with more processes their group lives on
-            PartialState._reset_state()
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    """Put the global random states of Python, NumPy and PyTorch back at the end."""
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        torch.cuda.set_rng_state_all(cuda)
-
-
-@contextmanager
-def _placed(model: nn.Module | None, device: torch.device | None = None) -> Iterator[None]:
-    """`model` in evaluation mode (on `device`, if given); at the end where and as it was."""
-    if model is None:
-        yield
-        return
-    origin, flags = _device(model), [(module, module.training) for module in model.modules()]
-    try:
-        if device is not None:
-            model.to(device)
-        model.eval()
-        yield
-    finally:
-        if device is not None:
-            model.to(origin)
-        for module, training in flags:
-            module.training = training
-
-
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer by name."""
     return chain(model.named_parameters(), model.named_buffers())
-
-
-def _device(model: nn.Module) -> torch.device:
-    """The device of the model's first parameter or buffer; the CPU if it has none."""
-    return next((tensor.device for _, tensor in _tensors(model)), torch.device("cpu"))
 
 
 def _length(data: Iterable[Any]) -> int | None:
@@ -415,17 +255,6 @@ def _length(data: Iterable[Any]) -> int | None:
         return len(data)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):
         return None
-
-
-class _Trainee(nn.Module):
-    """What accelerate wraps and patches in the student's place, so that the student itself stays as it is."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
 
 
 class _Run:
@@ -448,7 +277,7 @@ class _Run:
         name = "momentum" if plain else config.optimizer
         optimizer = create_optimizer_v2(student, name, config.peak_lr, config.weight_decay, config.momentum)
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
-        self.trainee, self.optimizer = accelerator.prepare(_Trainee(student), optimizer)
+        self.trainee, self.optimizer = accelerator.prepare(Trainee(student), optimizer)
         if accelerator.num_processes > 1 and isinstance(data, DataLoader):
             data = accelerator.prepare_data_loader(data)
         else:
@@ -570,7 +399,7 @@ class _Run:
         if evaluate is None:
             return record
         self.student.eval()
-        with _random_states_kept(), torch.no_grad():
+        with random_states_kept(), torch.no_grad():
             return replace(record, metric=float(evaluate(self.student)))
 
 
@@ -591,68 +420,3 @@ def _put_back(student: nn.Module, kept: dict[str, Tensor]) -> None:
     for name, tensor in _tensors(student):
         if name in kept:
             tensor.copy_(kept[name])
-
-
-@torch.no_grad()
-def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, limit: int | None = None) -> int:
-    """Estimate the running statistics of every BatchNorm anew, after its inputs were changed by pruning.
-
-    They become the plain average over the batches of each batch's mean and (unbiased) variance, the
-    `momentum=None` mode of `torch.nn.BatchNorm2d`. Forward passes only; only the BatchNorm layers run in
-    training mode, so dropout stays off. Training flags and momenta are as before at the end.
-
-    Args:
-        model: changed in place, on the device where it is.
-        data: batches as `cpd.inputs.as_batch` takes them; targets are not used.
-        limit: the number of batches to take; all if None.
-
-    Returns:
-        The number of layers recalibrated. Layers without running statistics, and those that the forward
-        pass does not reach, keep what they have; without any layer the data is not read.
-
-    Raises:
-        InputError: if `model` is no module, or `limit` is below 1.
-        TrainingError: if the data is empty, or gives statistics that are not finite. As after any other
-            error, the old statistics are back.
-    """
-    if limit is not None and not (isinstance(limit, int) and limit >= 1):
-        raise InputError(f"limit is {limit!r}; it must be an integer >= 1, or None for all batches.")
-    layers = {
-        name: module
-        for name, module in check_model(model).named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.num_batches_tracked is not None
-    }
-    if not layers:
-        return 0
-    with _placed(model), _averaging(layers):
-        for batch in batches(data, limit):
-            batch.call.to(_device(model)).on(model)
-        return sum(bool(layer.num_batches_tracked) for layer in layers.values())
-
-
-@contextmanager
-def _averaging(layers: dict[str, _BatchNorm]) -> Iterator[None]:
-    """These layers reset and averaging; what was not reached, or all after an error, is then as before."""
-    kept = [(layer, layer.momentum, [*map(torch.clone, layer.buffers(recurse=False))]) for layer in layers.values()]
-    try:
-        for layer in layers.values():
-            layer.reset_running_stats()
-            layer.momentum = None
-            layer.training = True  # not train(): that would reach the dropout which timm keeps inside
-        yield
-        for name, layer in layers.items():
-            if not all(bool(buffer.isfinite().all()) for buffer in layer.buffers(recurse=False)):
-                raise TrainingError(
-                    f"The statistics of the BatchNorm {name!r} are not finite on this data; the old ones are "
-                    "kept. Check the batches, and the weights before that layer, for NaN or infinite values."
-                )
-    except BaseException:
-        for layer in layers.values():
-            layer.reset_running_stats()
-        raise
-    finally:
-        for layer, momentum, buffers in kept:
-            layer.momentum = momentum
-            if not layer.num_batches_tracked:
-                for buffer, old in zip(layer.buffers(recurse=False), buffers, strict=True):
-                    buffer.copy_(old)

@@ -1,8 +1,10 @@
-"""What a user hands in, brought to one form: example inputs, batches of a loader, a model's outputs."""
+"""What a user hands in, brought to one form: a model, example inputs, batches of a loader, a model's outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -42,7 +44,8 @@ def move(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, Mapping):
         return {key: move(item, device) for key, item in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(move(item, device) for item in value)
+        items = (move(item, device) for item in value)
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)  # a namedtuple takes fields
     return value
 
 
@@ -54,6 +57,23 @@ def check_model(model: object) -> nn.Module:
         f"Expected a torch.nn.Module, got {type(model).__name__}. Pass the model object itself, "
         "not its state dict, its class or its name."
     )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the model's first parameter, else of its first buffer; the CPU if it has neither."""
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model` in eval mode for the length of a block, each submodule's own mode restored after it."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def as_call(example_inputs: Any) -> Call:
@@ -104,16 +124,22 @@ def as_batch(batch: Any) -> Batch:
     )
 
 
+def check_limit(limit: int | None) -> None:
+    """Raise `InputError` unless `limit`, a number of batches, is None or an integer >= 1."""
+    if limit is not None and not (isinstance(limit, int) and limit >= 1):
+        raise InputError(f"limit is {limit!r}; it must be an integer >= 1, or None for all batches.")
+
+
 def batches(data: Iterable[Any], limit: int | None = None) -> Iterator[Batch]:
-    """The first `limit` batches of `data` (all if None).
+    """The first `limit` batches of `data` (all if None); no item beyond them is taken from it.
 
     Raises:
+        InputError: if `limit` is below 1, or an item is no batch.
         TrainingError: if `data` is empty.
     """
+    check_limit(limit)
     empty = True
-    for index, item in enumerate(data):
-        if limit is not None and index >= limit:
-            break
+    for item in islice(data, limit):
         empty = False
         yield as_batch(item)
     if empty:

@@ -15,7 +15,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cpd.errors import ExportError, InputError
-from cpd.inputs import Call, as_call, check_model
+from cpd.inputs import Call, as_call, check_model, device_of, evaluating
 
 OnnxSource: TypeAlias = bytes | str | os.PathLike[str] | onnx.ModelProto
 """A serialised ONNX model, the path of its file, or the protobuf that `onnx.load` gives."""
@@ -144,7 +143,7 @@ def onnx_parity(model: nn.Module, onnx_model: OnnxSource, example_inputs: Any) -
         InputError: if the ONNX model cannot be opened, or does not take these inputs.
         ExportError: if the numbers of outputs or their shapes differ.
     """
-    call = as_call(example_inputs).to(_device(check_model(model)))
+    call = as_call(example_inputs).to(device_of(check_model(model)))
     session = open_session(onnx_model)
     found = run_session(session, feed(session, call))
     with evaluating(model), torch.no_grad():
@@ -244,21 +243,9 @@ def run_session(session: Any, arrays: dict[str, np.ndarray[Any, Any]]) -> list[n
         ) from error
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode; put every submodule's own mode back at the end."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 def _export(model: nn.Module, call: Call) -> Any:
     """The `torch.onnx.ONNXProgram` of `model`, less the stack traces and source paths noted in it."""
-    args, kwargs = call.to(_device(model))
+    args, kwargs = call.to(device_of(model))
     if not kwargs and args and isinstance(args[-1], dict):
         args = (*args, {})  # else the exporter takes the last argument for the keyword arguments
     try:
@@ -314,12 +301,6 @@ def _writable(path: str | os.PathLike[str]) -> Path:
     if not os.access(target.parent, os.W_OK | os.X_OK):
         raise InputError(f"The folder {str(target.parent)!r} is not writable; choose another path.")
     return target
-
-
-def _device(model: nn.Module) -> torch.device:
-    """Where the weights of `model` are; the CPU if it has none."""
-    devices = (tensor.device for tensor in chain(model.parameters(), model.buffers()))
-    return next(devices, torch.device("cpu"))
 
 
 def _array(tensor: Tensor) -> np.ndarray[Any, Any]:

@@ -18,12 +18,13 @@ from cpd import axes
 from cpd.axes import Axis, Dim, Mask
 from cpd.comb import Comb
 from cpd.exactness import REDUCTIONS
+from cpd.inputs import evaluating
 from cpd.plan import Plan
 from cpd.rules import arguments
 from cpd.rules.base import tensor_inputs
 from cpd.rules.reduce import reduced_dims
 from cpd.surgeon import named_tensors
-from cpd.tracer import evaluating, op_name
+from cpd.tracer import op_name
 
 
 class MaskedForward(Interpreter):

@@ -22,8 +22,9 @@ from torch.overrides import TorchFunctionMode
 
 from cpd import axes
 from cpd.axes import Axis
+from cpd.inputs import evaluating
 from cpd.rules import Context, Literal
-from cpd.tracer import evaluating, op_name, owner
+from cpd.tracer import op_name, owner
 
 
 @dataclass

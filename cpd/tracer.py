@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
 from cpd.errors import InputError, TraceError
-from cpd.inputs import Call, as_call, check_model
+from cpd.inputs import Call, as_call, check_model, evaluating
 
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -53,7 +51,6 @@ class OperationGraph:
     def operations(self) -> list[Node]:
         """The nodes that compute something."""
         return [node for node in self.nodes if node.op == "call_function"]
-
 
     def digraph(self) -> nx.DiGraph:
         """The graph as `networkx.DiGraph`: a node a name, with `op`, `module`, `shape` and `line`."""
@@ -98,18 +95,6 @@ def trace(model: nn.Module, example_inputs: Any) -> OperationGraph:
     }
     inputs = tuple(name for name, spec in kinds.items() if spec.kind is InputKind.USER_INPUT)
     return OperationGraph(program.graph_module, tensors, constants, inputs, call)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model` in eval mode for the length of a block, each submodule's own mode restored after it."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _explain(model: nn.Module, call: Call, error: Exception) -> InputError | TraceError:

@@ -13,16 +13,10 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cpd.distiller import (
-    DistillConfig,
-    EpochRecord,
-    distill,
-    kl_divergence,
-    lr_factor,
-    recalibrate_batchnorm,
-    task_loss,
-)
+from cpd.batchnorm import recalibrate_batchnorm
+from cpd.distiller import DistillConfig, EpochRecord, distill, lr_factor
 from cpd.errors import InputError, TrainingError
+from cpd.losses import kl_divergence, task_loss
 
 CLASSES = 4
 BRIEF = DistillConfig(epochs=1, lr=0.05, warmup=0.0)

@@ -1,0 +1,96 @@
+"""Gates: one number m = 1 on every position of every group, and sums of per-weight tensors over them.
+
+A gate multiplies what the consumers of a position read: the slices of their weights that are summed over. Its
+gradient is `sum over those slices of w * dL/dw`, by the chain rule from w' = m w. A group that no parameter
+consumes (the inner width of an attention's q and k) is gated on the slices that give it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cpd import axes
+from cpd.comb import Comb, Group, Member
+from cpd.surgeon import named_tensors
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a group lies in a tensor: for each index along `dim`, the position of the group (-1: none)."""
+
+    group: str
+    tensor: str
+    dim: int
+    labels: Tensor
+
+
+class Gates:
+    """The gates of all open groups of a comb.
+
+    Args:
+        comb: the comb.
+        everywhere: gate every slice of a group, its own weights, biases and norms too, rather than only those
+            that consume it.
+    """
+
+    def __init__(self, comb: Comb, *, everywhere: bool = False) -> None:
+        self.sizes = {group.name: group.size for group in comb.open}
+        self.sites = [
+            Site(group.name, member.tensor, member.dim, self._labels(comb, group, member))
+            for group in comb.open
+            for member in _members(comb, group, everywhere)
+        ]
+
+    @staticmethod
+    def _labels(comb: Comb, group: Group, member: Member) -> Tensor:
+        return torch.from_numpy(axes.labels(comb.dims[member.tensor][member.dim], group.axis))
+
+    def reduce(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Sum per-weight values over the slices of each position.
+
+        Args:
+            tensors: {parameter name: tensor of the parameter's shape}; parameters not named count as zero.
+
+        Returns:
+            {group name: Tensor[size]}.
+        """
+        result: dict[str, Tensor] = {}
+        for site in self.sites:
+            value = tensors.get(site.tensor)
+            if value is None:
+                continue
+            total = result.setdefault(site.group, value.new_zeros(self.sizes[site.group]))
+            along = value.sum([dim for dim in range(value.dim()) if dim != site.dim]) if value.dim() > 1 else value
+            labels = site.labels.to(value.device)
+            total.index_add_(0, labels[labels >= 0], along[labels >= 0])
+        return {name: result.get(name, torch.zeros(size)) for name, size in self.sizes.items()}
+
+    def multiply(self, tensors: Mapping[str, Tensor], gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` with every slice multiplied by its gates; those without a gate are left out."""
+        result: dict[str, Tensor] = {}
+        for site in self.sites:
+            value = result.get(site.tensor, tensors.get(site.tensor))
+            if value is None:
+                continue
+            labels = site.labels.to(value.device)
+            factor = torch.where(labels >= 0, gates[site.group].to(value)[labels], value.new_ones(()))
+            shape = [-1 if dim == site.dim else 1 for dim in range(value.dim())]
+            result[site.tensor] = value * factor.reshape(shape)
+        return result
+
+
+def _members(comb: Comb, group: Group, everywhere: bool) -> list[Member]:
+    """The members to gate: parameters, each once however many names it has."""
+    parameters = dict(comb.model.named_parameters())
+    own = [member for member in group.members if member.tensor in parameters]
+    consumers = [member for member in own if member.contracted]
+    return own if everywhere or not consumers else consumers
+
+
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter by name, detached."""
+    return {name: tensor.detach() for name, tensor in named_tensors(model).items() if isinstance(tensor, nn.Parameter)}

@@ -1,0 +1,105 @@
+"""Select: the positions that stay, given scores and a target cost.
+
+One threshold over all groups: what scores below it goes. The widths are then rounded up to what hardware likes,
+kept above a floor, and raised where a count tie demands it; the threshold is searched until the cost is met.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpd import axes, ties
+from cpd.axes import Axis, Dim, Product
+from cpd.comb import Comb, Group
+from cpd.cost import Figures
+from cpd.plan import Plan
+
+Measure = Callable[[Figures], float]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a selection may do to a group.
+
+    Attributes:
+        round_to: widths are kept to a multiple of this many positions (of the whole width, where a group is one
+            factor of it: heads of 64 positions go one by one).
+        max_ratio: the largest share of a group that may go.
+    """
+
+    round_to: int = 8
+    max_ratio: float = 0.9
+
+
+class Selector:
+    """Selects among the positions of a comb's open groups.
+
+    Args:
+        comb: the comb.
+        scores: {group name: Tensor[size]}; the lowest go first.
+        limits: what may be done to a group.
+    """
+
+    def __init__(self, comb: Comb, scores: Mapping[str, Tensor], limits: Limits | None = None) -> None:
+        self.comb, self.limits = comb, limits or Limits()
+        self.order = {g.name: torch.argsort(scores[g.name], descending=True, stable=True).numpy() for g in comb.open}
+        self.sorted = {g.name: np.sort(scores[g.name].numpy())[::-1] for g in comb.open}
+        self.steps = {g.name: step(comb, g, self.limits.round_to) for g in comb.open}
+        self.thresholds = np.unique(np.concatenate([self.sorted[g.name] for g in comb.open]))
+
+    def counts(self, threshold: float) -> dict[Axis, int]:
+        """The width of each group when what scores below `threshold` goes."""
+        wanted = {}
+        for group in self.comb.open:
+            above = int((self.sorted[group.name] >= threshold).sum())
+            floor = max(1, math.ceil(group.size * (1 - self.limits.max_ratio)))
+            width = self.steps[group.name] * math.ceil(max(above, floor) / self.steps[group.name])
+            wanted[group.axis] = min(width, group.size)
+        return ties.repair(wanted, self.comb.ties)
+
+    def meet(self, measure: Measure, target: float) -> dict[Axis, int]:
+        """The widths whose `measure` (of the cost, falling with the threshold) is nearest to `target`."""
+        low, high = 0, len(self.thresholds)
+        while low < high:
+            middle = (low + high) // 2
+            if measure(self.comb.cost(self.counts(self._at(middle)))) > target:
+                low = middle + 1
+            else:
+                high = middle
+        options = [self.counts(self._at(index)) for index in (low, max(low - 1, 0))]
+        return min(options, key=lambda counts: abs(measure(self.comb.cost(counts)) - target))
+
+    def least(self) -> dict[Axis, int]:
+        """The narrowest widths that the limits and ties allow."""
+        return self.counts(math.inf)
+
+    def _at(self, index: int) -> float:
+        return float(self.thresholds[index]) if index < len(self.thresholds) else math.inf
+
+    def plan(self, counts: Mapping[Axis, int]) -> Plan:
+        """The plan that keeps the best positions of each group at these widths."""
+        keep = {group.name: np.sort(self.order[group.name][: counts[group.axis]]) for group in self.comb.open}
+        return self.comb.plan(keep)
+
+
+def step(comb: Comb, group: Group, round_to: int) -> int:
+    """Positions of a group that go together so that whole widths stay multiples of `round_to`."""
+    inner = 1
+    for member in group.members:
+        inner = max(inner, _inner_width(comb.dims[member.tensor][member.dim], group.axis))
+    return round_to // math.gcd(round_to, inner)
+
+
+def _inner_width(dim: Dim, axis: Axis) -> int:
+    """The removable width inside one position of `axis`, where `axis` is a factor of a product."""
+    dim = axes.resolve(dim)
+    if not isinstance(dim, Product) or axis not in dim.factors:
+        return 1
+    after = dim.factors[dim.factors.index(axis) + 1 :]
+    return math.prod(factor.size for factor in after if not isinstance(factor, axes.Fixed))

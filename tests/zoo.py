@@ -1,0 +1,182 @@
+"""What several tests share: weights at which errors show, random plans, independent oracles, the models of the issue.
+
+(Not named `models.py`: `benchmarks/models.py` is imported under that name.)
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import random
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import cpd.comb
+from cpd.axes import count
+from cpd.comb import Comb
+from cpd.plan import Plan
+from cpd.surgeon import named_tensors
+from cpd.tracer import op_name, trace
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights at which a wrong shrink shows: nothing near zero, nothing alike, signals of order one.
+
+    Norm weights in [0.5, 1.5], biases and running means 0.3 N, variances in [0.5, 1.5], matrices N(0, 1/fan_in).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.double)
+
+    with torch.no_grad():
+        for path, tensor in named_tensors(model).items():
+            name = path.rpartition(".")[2]
+            if not tensor.is_floating_point():
+                continue
+            if name in ("bias", "running_mean", "in_proj_bias"):
+                tensor.copy_(normal(tensor) * 0.3)
+            elif name == "running_var" or (tensor.dim() == 1 and isinstance(tensor, nn.Parameter)):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.double) + 0.5)
+            elif isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
+                tensor.copy_(normal(tensor) / max(1, tensor[0].numel()) ** 0.5)
+    return model
+
+
+def dense(model: nn.Module, seed: int = 0) -> nn.Module:
+    """`model` in eval mode, in float64, with randomised weights."""
+    return randomize(model.eval().double(), seed)
+
+
+def comb(model: nn.Module, *inputs: Tensor) -> Comb:
+    """`cpd.comb` on positional inputs."""
+    return cpd.comb.comb(model, inputs)
+
+
+def random_plan(combed: Comb, share: float = 0.3, *, exact: bool = False, seed: int = 0) -> Plan:
+    """Remove a random `share` of every open group (of the exact ones alone, if `exact`)."""
+    rng = random.Random(seed)
+    keep = {}
+    for group in combed.open:
+        kept = sorted(rng.sample(range(group.size), group.size - int(share * group.size)))
+        if group.exact or not exact:
+            keep[group.name] = kept
+    return combed.plan(keep)
+
+
+def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy of the unpruned model with every removed slice set to zero: what pruning an exact group means."""
+    masked = copy.deepcopy(model)
+    tensors = named_tensors(masked)
+    with torch.no_grad():
+        for name, dims in plan.kept.items():
+            for dim, kept in dims.items():
+                gone = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
+                gone[kept] = False
+                tensors[name].index_fill_(dim, gone.nonzero().squeeze(1), 0)
+    return masked
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Largest difference relative to the largest expected value."""
+    assert found.shape == expected.shape
+    return float((found.double() - expected.double()).abs().max() / expected.abs().max())
+
+
+def group(combed: Comb, name: str):
+    """The group of that name."""
+    return {item.name: item for item in combed.groups}[name]
+
+
+def counts(combed: Comb, plan: Plan) -> dict:
+    """How many positions of each group's axis a plan keeps."""
+    return {item.axis: len(plan.groups[item.name]) for item in combed.groups}
+
+
+def assert_shapes_as_predicted(combed: Comb, plan: Plan, shrunk: nn.Module) -> None:
+    """Trace the shrunk model and compare every node's shape with what the comb predicts at the plan's widths."""
+    again = trace(shrunk, combed.operations.call)
+    widths = counts(combed, plan)
+    old, new = combed.operations.operations, again.operations
+    assert [op_name(node) for node in old] == [op_name(node) for node in new]
+    for before, after in zip(old, new, strict=True):
+        value, found = combed.context.values[before], after.meta["val"]
+        shapes, tensors = (value, found) if isinstance(value, list) else ([value], [found])
+        for shape, tensor in zip(shapes, tensors, strict=True):
+            if isinstance(tensor, Tensor):
+                assert tuple(count(dim, widths) for dim in shape) == tuple(tensor.shape), before.name
+
+
+def snapshot(model: nn.Module) -> tuple:
+    """Everything of a model that a comb or a failed shrink must leave as it was, comparable with `==`."""
+    tensors = named_tensors(model)
+    return (
+        [(path, type(module), _plain(vars(module))) for path, module in model.named_modules()],
+        [
+            (name, id(t), t.dtype, tuple(t.shape), t.stride(), t.requires_grad, t.detach().numpy().tobytes())
+            for name, t in tensors.items()
+        ],
+        [(name, None if t.grad is None else t.grad.numpy().tobytes()) for name, t in tensors.items()],
+    )
+
+
+def _plain(attributes: dict) -> dict[str, str]:
+    """Attributes as text; what torch.nn keeps its tensors, children and hooks in, by identity of its items."""
+    return {
+        name: repr(sorted((str(key), id(item)) for key, item in value.items()))
+        if isinstance(value, dict)
+        else repr(value)
+        if isinstance(value, (int, float, str, tuple, list, type(None)))
+        else str(id(value))
+        for name, value in attributes.items()
+    }
+
+
+# ---------------------------------------------------------------- the models of the issue
+
+
+def resnet56() -> nn.Module:
+    """The CIFAR ResNet-56 of the benchmark, with its padded shortcuts."""
+    spec = importlib.util.spec_from_file_location("benchmark_models", BENCHMARKS / "models.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.resnet56()
+
+
+def _timm(name: str, **options) -> Callable[[], nn.Module]:
+    return lambda: timm.create_model(name, **options)
+
+
+def _torchvision(name: str) -> Callable[[], nn.Module]:
+    return lambda: torchvision.models.get_model(name, weights=None)
+
+
+#: name -> (constructor, side of the images it is combed on).
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "resnet18": (_timm("resnet18"), 224),
+    "resnet50": (_timm("resnet50"), 64),
+    "mobilenetv2_100": (_timm("mobilenetv2_100"), 64),
+    "densenet121": (_timm("densenet121"), 64),
+    "convnext_atto": (_timm("convnext_atto"), 64),
+    "vit_tiny_patch16_224": (_timm("vit_tiny_patch16_224", img_size=64), 64),
+    "swin_t": (_torchvision("swin_t"), 112),
+    "shufflenet_v2_x1_0": (_torchvision("shufflenet_v2_x1_0"), 64),
+    "resnet56": (resnet56, 32),
+}
+
+
+def images(side: int, batch: int = 1, seed: int = 1) -> Tensor:
+    """Random images [batch, 3, side, side] in float64."""
+    return torch.randn(batch, 3, side, side, dtype=torch.double, generator=torch.Generator().manual_seed(seed))
+
+
+def names_of(groups: Iterable) -> list[str]:
+    """The names of some groups, in order."""
+    return [item.name for item in groups]
