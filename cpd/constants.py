@@ -29,6 +29,8 @@ LAYOUT = {
     "getitem", "unbind", "chunk", "split", "split_with_sizes", "slice", "contiguous", "alias", "clone", "dropout", "detach",
     "to", "movedim",
 }  # fmt: skip
+#: Ops whose result is linear in either factor.
+PRODUCTS = {"matmul", "bmm", "mm"}
 #: Ops whose result is linear in the rows of their weight and bias: dimension of the result along which those lie.
 ROWS = {"linear": -1, "conv1d": 1, "conv2d": 1, "conv3d": 1, "layer_norm": -1, "rms_norm": -1, "batch_norm": 1}
 
@@ -81,9 +83,14 @@ def find_scales(ctx: Context, node: Node) -> list[Scale]:
     if name not in ("mul", "div") or len(node.all_input_nodes) != 1:
         return []
     rows = feeding_rows(ctx, node.all_input_nodes[0], node)
-    if rows is None:
-        return []
-    return [Scale(node, dim, power, name == "div", rows) for dim in _widths_in_sight(ctx, node) for power in POWERS]
+    return [] if rows is None else formulas(ctx, node, name == "div", rows)
+
+
+def formulas(
+    ctx: Context, node: Node, inverse: bool = False, rows: tuple[tuple[str, tuple[int, ...]], ...] = ()
+) -> list[Scale]:
+    """Every power of every width that the module of `node` works with."""
+    return [Scale(node, dim, power, inverse, rows) for dim in _widths_in_sight(ctx, node) for power in POWERS]
 
 
 def attention_scales(ctx: Context) -> Iterator[tuple[Node, Scale | None]]:
@@ -100,18 +107,22 @@ def _widths_in_sight(ctx: Context, node: Node) -> list[Dim]:
     module = owners(node)[0]
     found: list[Dim] = []
     for other in ctx.graph.operations:
-        value = ctx.values.get(other)
-        if owners(other)[0] == module and isinstance(value, tuple):
-            found.extend(dim for dim in map(axes.resolve, value) if any(True for _ in axes.leaves(dim)))
+        for source in [other, *other.all_input_nodes] if owners(other)[0] == module else ():
+            value = ctx.values.get(source)
+            if isinstance(value, tuple):
+                found.extend(dim for dim in map(axes.resolve, value) if any(True for _ in axes.leaves(dim)))
     return list(dict.fromkeys(found))
 
 
 def feeding_rows(ctx: Context, node: Node, user: Node) -> tuple[tuple[str, tuple[int, ...]], ...] | None:
-    """The rows of the one layer that `node` is made of, if they feed nothing else than `user`; None otherwise."""
+    """The rows of the one layer that `node` is linear in, if they feed nothing else than `user`; None otherwise."""
     chain = [node]
     while op_name(chain[-1]) in LAYOUT and chain[-1].all_input_nodes:
         chain.append(chain[-1].all_input_nodes[0])
     layer = chain[-1]
+    if op_name(layer) in PRODUCTS and all(len(link.users) == 1 for link in chain):
+        sides = (feeding_rows(ctx, side, layer) for side in layer.args[:2] if isinstance(side, Node))
+        return next((rows for rows in sides if rows is not None), None)
     if op_name(layer) not in ROWS:
         return None
     bound = arguments(layer)

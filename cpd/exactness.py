@@ -34,7 +34,21 @@ ZERO_PRESERVING = {
     "split_with_sizes", "unbind", "getitem", "roll", "flip", "pad", "constant_pad_nd", "index",
 }  # fmt: skip
 NORMS = {"layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"}
-REDUCTIONS = {"mean", "amax", "amin", "var", "std", "logsumexp", "norm", "linalg_vector_norm", "prod", "any", "all"}
+REDUCTIONS = {
+    "mean",
+    "amax",
+    "amin",
+    "var",
+    "std",
+    "logsumexp",
+    "norm",
+    "linalg_vector_norm",
+    "prod",
+    "any",
+    "all",
+    "max",
+    "min",
+}
 _SOFTMAX = {"softmax", "log_softmax", "_softmax", "_log_softmax", "softmin"}
 _CONVS = {f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)}
 
@@ -76,7 +90,7 @@ class Exactness:
     def _visit(self, node: Node) -> set[Axis]:
         name = op_name(node).removesuffix("_")
         bound, inputs, own = arguments(node), tensor_inputs(node), self._axes(node)
-        if name in ("add", "sub"):
+        if name in ("add", "sub", "maximum", "minimum") or (name in ("max", "min") and "other" in bound):
             return {axis for axis in own if not all(self._zero(source, axis) for source in inputs)}
         if name in ("mul", "masked_fill", "div") and inputs:
             factors = inputs if name == "mul" else inputs[:1]

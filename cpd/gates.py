@@ -1,13 +1,14 @@
-"""Gates: one number m = 1 on every position of every group, and sums of per-weight tensors over them.
+"""Gates: a number m = 1 on every position of every place where a group lies; sums of per-weight tensors over them.
 
-A gate multiplies what the consumers of a position read: the slices of their weights that are summed over. Its
-gradient is `sum over those slices of w * dL/dw`, by the chain rule from w' = m w. A group that no parameter
+A gate multiplies what a consumer of a position reads: the slice of its weight that is summed over. Its gradient
+is `sum over that slice of w * dL/dw`, by the chain rule from w' = m w. Each consumer has gates of its own, and the
+scores of a group are summed over them (CPD: "summed over each coupled group"). A group that no parameter
 consumes (the inner width of an attention's q and k) is gated on the slices that give it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +27,11 @@ class Site:
     tensor: str
     dim: int
     labels: Tensor
+    size: int
 
 
 class Gates:
-    """The gates of all open groups of a comb.
+    """The gates of all open groups of a comb, one a position a site.
 
     Args:
         comb: the comb.
@@ -38,9 +40,9 @@ class Gates:
     """
 
     def __init__(self, comb: Comb, *, everywhere: bool = False) -> None:
-        self.sizes = {group.name: group.size for group in comb.open}
+        self.groups = {group.name: group.size for group in comb.open}
         self.sites = [
-            Site(group.name, member.tensor, member.dim, self._labels(comb, group, member))
+            Site(group.name, member.tensor, member.dim, self._labels(comb, group, member), group.size)
             for group in comb.open
             for member in _members(comb, group, everywhere)
         ]
@@ -49,37 +51,43 @@ class Gates:
     def _labels(comb: Comb, group: Group, member: Member) -> Tensor:
         return torch.from_numpy(axes.labels(comb.dims[member.tensor][member.dim], group.axis))
 
-    def reduce(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sum per-weight values over the slices of each position.
+    def reduce(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+        """Sum per-weight values over the slice of each gate.
 
         Args:
             tensors: {parameter name: tensor of the parameter's shape}; parameters not named count as zero.
 
         Returns:
-            {group name: Tensor[size]}.
+            For each site a Tensor[size of its group].
         """
-        result: dict[str, Tensor] = {}
-        for site in self.sites:
-            value = tensors.get(site.tensor)
-            if value is None:
-                continue
-            total = result.setdefault(site.group, value.new_zeros(self.sizes[site.group]))
-            along = value.sum([dim for dim in range(value.dim()) if dim != site.dim]) if value.dim() > 1 else value
-            labels = site.labels.to(value.device)
-            total.index_add_(0, labels[labels >= 0], along[labels >= 0])
-        return {name: result.get(name, torch.zeros(size)) for name, size in self.sizes.items()}
+        return [self._reduce(site, tensors.get(site.tensor)) for site in self.sites]
 
-    def multiply(self, tensors: Mapping[str, Tensor], gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    @staticmethod
+    def _reduce(site: Site, value: Tensor | None) -> Tensor:
+        if value is None:
+            return torch.zeros(site.size)
+        along = value.sum([dim for dim in range(value.dim()) if dim != site.dim]) if value.dim() > 1 else value
+        labels = site.labels.to(value.device)
+        return value.new_zeros(site.size).index_add_(0, labels[labels >= 0], along[labels >= 0])
+
+    def multiply(self, tensors: Mapping[str, Tensor], gates: Sequence[Tensor]) -> dict[str, Tensor]:
         """`tensors` with every slice multiplied by its gates; those without a gate are left out."""
         result: dict[str, Tensor] = {}
-        for site in self.sites:
+        for site, gate in zip(self.sites, gates, strict=True):
             value = result.get(site.tensor, tensors.get(site.tensor))
             if value is None:
                 continue
             labels = site.labels.to(value.device)
-            factor = torch.where(labels >= 0, gates[site.group].to(value)[labels], value.new_ones(()))
+            factor = torch.where(labels >= 0, gate.to(value)[labels], value.new_ones(()))
             shape = [-1 if dim == site.dim else 1 for dim in range(value.dim())]
             result[site.tensor] = value * factor.reshape(shape)
+        return result
+
+    def sum(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Sum one tensor a site over the sites of each group: {group name: Tensor[size]}."""
+        result = {name: torch.zeros(size) for name, size in self.groups.items()}
+        for site, value in zip(self.sites, values, strict=True):
+            result[site.group] = result[site.group].to(value.device) + value
         return result
 
 

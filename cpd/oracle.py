@@ -52,7 +52,7 @@ class MaskedForward(Interpreter):
                 return self._layer_norm(n)
             if name == "group_norm":
                 return self._group_norm(n)
-            if name in ("softmax", "log_softmax", "_softmax") or name in REDUCTIONS:
+            if name in ("softmax", "log_softmax", "_softmax") or (name in REDUCTIONS and "other" not in arguments(n)):
                 return self._along(n, name)
         return super().run_node(n)
 

@@ -23,7 +23,7 @@ from torch.fx import Node
 
 from cpd import axes, ties
 from cpd.axes import Axis, Dim
-from cpd.constants import Scale, find_scales, scalars
+from cpd.constants import Scale, find_scales, formulas, scalars
 from cpd.errors import CPDError
 from cpd.plan import Attribute
 from cpd.replay import Observation, culprit, replay
@@ -158,9 +158,9 @@ class Proof:
                 self._freeze_node(node, why)
                 observation.error = CPDError(f"{node.name} {why}")
                 return
-        self._compare_constants(twins, counts)
+        self._compare_constants(twins, counts, observation)
 
-    def _compare_constants(self, twins: Mapping[Node, Node], counts: Counts) -> None:
+    def _compare_constants(self, twins: Mapping[Node, Node], counts: Counts, observation: Observation) -> None:
         """A number that changed with a width is compensated if one formula explains it in every copy, else frozen."""
         named = {(item.node, item.argument) for item in self.ctx.literals}
         numbers = {
@@ -174,14 +174,16 @@ class Proof:
             if before == after and key not in self.formulas:
                 continue
             candidates = self.formulas.get(key) or find_scales(self.ctx, key[0])
-            self.formulas[key] = [
-                scale
-                for scale in candidates
-                if all(scale.explains(*seen[key], widths) for widths, seen in self.seen if key in seen)
-            ]
+            self.formulas[key] = [scale for scale in candidates if self._explains(scale, key)]
             if not self.formulas[key]:
                 del self.formulas[key]
-                self._freeze_node(key[0], f"the number {before} depends on a width")
+                why = f"the number {before} depends on this width"
+                self._freeze_number(key, why)
+                observation.error = CPDError(f"{key[0].name}: {why}")
+
+    def _explains(self, scale: Scale, key: tuple[Node, str]) -> bool:
+        """Whether a formula gives the number of every copy seen."""
+        return all(scale.explains(*seen[key], widths) for widths, seen in self.seen if key in seen)
 
     # ------------------------------------------------------------ repairing
 
@@ -198,18 +200,20 @@ class Proof:
                 for axis in unproven:
                     axis.frozen = "the ties that it takes part in leave no narrower width"
                 return clean
+            open_before = len(self.open_axes())
             observation = observe(counts, {})
             wrong = observation.wrong(counts)
             if not wrong and observation.error is None:
                 done, unproven = done + 1, unproven - moved(counts, unproven)
                 continue
             clean, done = False, 0
+            if not wrong and (wrong := self._replay(counts, {}).wrong(counts)):  # widths that earlier draws had alike
+                observe = self._replay
             if wrong:
                 wrong = self._try_attributes(observe, counts, wrong)
                 wrong = self._try_ties(observe, rng, wrong)
-                for item in wrong:
-                    self._freeze_literal(item)
-            else:
+                self._freeze_literals(wrong)
+            elif len(self.open_axes()) == open_before:
                 self._freeze_culprit(observation)
             unproven = set(self.open_axes())
         for axis in self.open_axes():
@@ -320,9 +324,9 @@ class Proof:
                     yield block
 
     def _dims_in_sight(self, node: Node) -> list[Dim]:
-        """The dimensions of every tensor that the node's module computes or is given."""
+        """The dimensions of every tensor that the node's module computes or is given, and that its attributes name."""
         module = owners(node)[0]
-        found: list[Dim] = []
+        found = [axes.resolve(dim) for place, dim in self.attributes.items() if place.module == module]
         for other in self.ctx.graph.operations:
             if owners(other)[0] == module:
                 for source in [other, *other.all_input_nodes]:
@@ -332,26 +336,47 @@ class Proof:
 
     # ------------------------------------------------------------ freezing
 
-    def _freeze_literal(self, item: Literal) -> None:
-        why = f"the forward names the width {item.dim.size}, and no attribute or other width explains it"
-        self.ctx.freeze(item.dim, item.node, why)
+    def _freeze_literals(self, wrong: list[Literal]) -> None:
+        """Freeze the widths that nothing explains; where those are frozen already, what was thought to explain them."""
+        for item in wrong:
+            before = len(self.open_axes())
+            why = f"the forward names the width {item.dim.size}, and no attribute or other width explains it"
+            self.ctx.freeze(item.dim, item.node, why)
+            if len(self.open_axes()) == before:
+                for place, dim in self.attributes.items():
+                    if place.module in owners(item.node):
+                        self.ctx.freeze(dim, item.node, f"{place.name} also names a width that cannot change")
+            if len(self.open_axes()) == before:
+                self._freeze_node(item.node, why)
 
-    def _freeze_node(self, node: Node, why: str) -> None:
+    def _freeze_node(self, node: Node, why: str, at: Node | None = None) -> None:
         for source in [node, *node.all_input_nodes]:
             value = self.ctx.values.get(source)
             for shape in value if isinstance(value, list) else [value or ()]:
                 for dim in shape:
-                    self.ctx.freeze(dim, node, why)
+                    self.ctx.freeze(dim, at or node, why)
+
+    def _freeze_number(self, key: tuple[Node, str], why: str) -> None:
+        """Freeze the widths that explain a number; if none does, all that its module or one around it works on."""
+        open_before = len(self.open_axes())
+        for scale in formulas(self.ctx, key[0]):
+            if self._explains(scale, key):
+                self.ctx.freeze(scale.dim, key[0], why)
+        if len(self.open_axes()) == open_before:
+            self._freeze_module(owners(key[0])[0], why, key[0])
 
     def _freeze_culprit(self, observation: Observation) -> None:
         """Freeze what the module in which a narrower copy failed works on; if nothing, the modules around it."""
-        open_before = len(self.open_axes())
-        path = observation.culprit
         message = str(observation.error).strip().splitlines()[0]
+        self._freeze_module(observation.culprit, f"a narrower copy fails here ({message})")
+
+    def _freeze_module(self, path: str, why: str, at: Node | None = None) -> None:
+        """Freeze what a module works on, for a reason found at some node; if nothing of it is open, those around it."""
+        open_before = len(self.open_axes())
         while True:
             for node in self.ctx.graph.operations:
                 if owners(node)[0] == path or (path == "" and open_before):
-                    self._freeze_node(node, f"a narrower copy fails here ({message})")
+                    self._freeze_node(node, why, at)
             if len(self.open_axes()) < open_before or path == "":
                 return
             path = path.rpartition(".")[0]

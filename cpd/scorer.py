@@ -24,7 +24,7 @@ def score(
     *,
     criterion: str | Criterion = "hessian",
     normalization: Normalization = "none",
-    exponent: float = 1.0,
+    exponent: float = 0.5,
     limit: int = 16,
     probes: int = 1,
     seed: int = 0,
@@ -39,7 +39,8 @@ def score(
         criterion: a name in `cpd.criteria.CRITERIA`, or a callable of a `Setting`.
         normalization: what a removed position saves, by which its score is divided: "memory" (elements of all
             tensors that carry it, B x H x W in CPD), "macs", or "none".
-        exponent: the power of what is saved (score / saved^exponent).
+        exponent: the power of what is saved (score / saved^exponent). With 1, layers of high resolution are emptied
+            first; see docs/decisions.md for what was measured.
         limit: at most this many batches are read.
         probes: random vectors a batch, for `hessian`.
         seed: for those.

@@ -31,9 +31,10 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
     check_model(model)
     tensors = named_tensors(model)
     _check(model, tensors, plan)
-    changed = {name: _narrow(name, tensors[name], plan) for name in plan.kept}
+    names = dict.fromkeys([*plan.kept, *(item.tensor for item in plan.rescales)])
+    changed = {name: _narrow(name, tensors[name], plan) for name in names}
     gradients = {
-        name: _slice(tensor.grad, plan.kept[name])
+        name: _slice(tensor.grad, plan.kept.get(name, {}))
         for name in changed
         if (tensor := tensors[name]).is_leaf and tensor.grad is not None
     }
@@ -76,6 +77,10 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> None:
                 f"{'no such tensor' if found is None else list(found)}. Apply it to a model of the original "
                 "architecture and size, not to one already shrunk."
             )
+    for rescale in plan.rescales:
+        rows = tensors[rescale.tensor].shape[rescale.dim] if rescale.tensor in tensors else 0
+        if max(rescale.positions, default=-1) >= rows:
+            raise ShrinkError(f"The plan rescales rows of {rescale.tensor} that this model does not have.")
     for item in plan.attributes:
         try:
             value = getattr(model.get_submodule(item.module), item.name)
@@ -100,7 +105,7 @@ def _narrow(name: str, tensor: Tensor, plan: Plan) -> Tensor:
     for item in scales:
         index = torch.tensor(item.positions, dtype=torch.long, device=value.device)
         value.index_copy_(item.dim, index, value.index_select(item.dim, index) * item.factor)
-    value = _slice(value, plan.kept[name])
+    value = _slice(value, plan.kept.get(name, {}))
     channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
     layout = torch.channels_last if channels_last and tensor.is_contiguous(memory_format=torch.channels_last) else None
     return value.contiguous(memory_format=layout or torch.contiguous_format)

@@ -91,4 +91,5 @@ class Trainee(nn.Module):
         self.model = model
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the model."""
         return self.model(*args, **kwargs)

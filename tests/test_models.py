@@ -98,7 +98,7 @@ def test_the_model_stays_the_object_and_the_class_it_was(case: Case) -> None:
 
 
 def test_shapes_are_as_predicted(case: Case) -> None:
-    assert_shapes_as_predicted(case.comb, case.plan, case.shrunk)
+    assert_shapes_as_predicted(case.comb, case.plan, case.again)
 
 
 def test_cost_is_predicted_without_a_trace(case: Case) -> None:
@@ -133,8 +133,9 @@ def test_a_train_step_runs_at_another_batch_size(case: Case) -> None:
     loss.backward()
     optimizer.step()
     assert torch.isfinite(loss)
-    unchanged = [name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])]
-    assert not unchanged
+    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert changed >= {name for name, parameter in model.named_parameters() if parameter.dim() > 1}
+    assert len(changed) > 0.8 * len(before)  # a bias ahead of a batch norm has no gradient
 
 
 def test_a_plan_survives_json_to_the_bit(case: Case) -> None:

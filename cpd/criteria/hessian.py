@@ -33,23 +33,23 @@ def trace(setting: Setting) -> dict[str, Tensor]:
 
 
 def _expectation(setting: Setting, reading: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
-    """The mean of `reading(v, H v)` over batches and random vectors."""
+    """The mean of `reading(v, H v)` over batches and random vectors, summed over each group's gates."""
     gates = Gates(setting.comb)
     generator = torch.Generator().manual_seed(setting.seed)
-    total = {name: torch.zeros(size, device=setting.device) for name, size in gates.sizes.items()}
+    total = [torch.zeros(site.size, device=setting.device) for site in gates.sites]
     count = 0
     for batch in setting.batches():
         base = setting.gate_gradients(gates, batch)
         for _ in range(setting.probes):
-            v = {n: torch.randn(size, generator=generator).to(setting.device) for n, size in gates.sizes.items()}
-            moved = _gradients_at(setting, gates, batch, {name: 1 + EPSILON * value for name, value in v.items()})
-            for name, sums in total.items():
-                sums += reading(v[name], (moved[name] - base[name]) / EPSILON)
+            v = [torch.randn(site.size, generator=generator).to(setting.device) for site in gates.sites]
+            moved = _gradients_at(setting, gates, batch, [1 + EPSILON * value for value in v])
+            for index, sums in enumerate(total):
+                sums += reading(v[index], (moved[index] - base[index]) / EPSILON)
             count += 1
-    return {name: sums / count for name, sums in total.items()}
+    return gates.sum([sums / count for sums in total])
 
 
-def _gradients_at(setting: Setting, gates: Gates, batch: Batch, at: dict[str, Tensor]) -> dict[str, Tensor]:
+def _gradients_at(setting: Setting, gates: Gates, batch: Batch, at: list[Tensor]) -> list[Tensor]:
     """The gradient in the gates at another point; the weights are put back whatever happens."""
     named = dict(setting.model.named_parameters())
     before = parameters_of(setting.model)
@@ -60,4 +60,4 @@ def _gradients_at(setting: Setting, gates: Gates, batch: Batch, at: dict[str, Te
     finally:
         for name, parameter in named.items():
             parameter.data = before[name]
-    return {name: gradient / at[name] for name, gradient in found.items()}
+    return [gradient / gate for gradient, gate in zip(found, at, strict=True)]

@@ -15,4 +15,4 @@ def magnitude(setting: Setting) -> dict[str, Tensor]:
     """
     gates = Gates(setting.comb, everywhere=True)
     squares = {name: weight.float().square() for name, weight in parameters_of(setting.model).items()}
-    return {name: score / score.mean().clamp_min(1e-30) for name, score in gates.reduce(squares).items()}
+    return {name: score / score.mean().clamp_min(1e-30) for name, score in gates.sum(gates.reduce(squares)).items()}

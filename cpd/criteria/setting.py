@@ -72,7 +72,7 @@ class Setting:
             found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
         return {name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None}
 
-    def gate_gradients(self, gates: Gates, batch: Batch) -> dict[str, Tensor]:
+    def gate_gradients(self, gates: Gates, batch: Batch) -> list[Tensor]:
         """dL/dm of every gate on one batch: sum of w * dL/dw over the gate's slices."""
         gradients = self.gradients(batch)
         weights = parameters_of(self.model)

@@ -12,10 +12,10 @@ from cpd.gates import Gates
 def taylor(setting: Setting) -> dict[str, Tensor]:
     """The mean over batches of (dL/dm_u)^2, the squared change of the loss when gate u closes, to first order."""
     gates = Gates(setting.comb)
-    total = {name: torch.zeros(size, device=setting.device) for name, size in gates.sizes.items()}
+    total = [torch.zeros(site.size, device=setting.device) for site in gates.sites]
     count = 0
     for batch in setting.batches():
-        for name, gradient in setting.gate_gradients(gates, batch).items():
-            total[name] += gradient.square()
+        for sums, gradient in zip(total, setting.gate_gradients(gates, batch), strict=True):
+            sums += gradient.square()
         count += 1
-    return {name: sums / count for name, sums in total.items()}
+    return gates.sum([sums / count for sums in total])

@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import Node
 
 from cpd.axes import Fixed
-from cpd.rules.base import Context, Value, fixed, rule, tensor_inputs
+from cpd.rules.base import Context, Value, broadcast, fixed, rule, tensor_inputs
 from cpd.tracer import op_name
 
 
@@ -26,6 +26,16 @@ def reduce(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     )
     value = fixed(node)
     return [result for _ in value] if isinstance(value, list) else result
+
+
+@rule("max", "min")
+def extremum(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """`x.max(dim)` gives values and indices; the indices would change with the width, so whoever reads them freezes it."""
+    if "other" in args:
+        return broadcast(ctx, node, [ctx.shape(source) for source in tensor_inputs(node)])
+    if any(op_name(user) == "getitem" and user.args[1] == 1 and user.users for user in node.users):
+        ctx.freeze(ctx.shape(args["self"])[args["dim"]], node, "positions are told by their index")
+    return reduce(ctx, node, args)
 
 
 def reduced_dims(dims: Any, rank: int) -> set[int]:
