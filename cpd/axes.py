@@ -289,7 +289,7 @@ def unify(left: Dim, right: Dim, reason: str) -> Dim:
         freeze(right, reason)
     elif isinstance(left, Axis) or isinstance(right, Axis):
         axis, other = (left, right) if isinstance(left, Axis) else (right, left)
-        if axis in leaves(other):  # the same positions times a single removable one
+        if any(leaf is axis for leaf in leaves(other)):  # the same positions times a single removable one
             freeze(other, reason)
         else:
             _bind(axis, other)  # type: ignore[arg-type]

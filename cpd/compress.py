@@ -5,7 +5,6 @@ comb -> score -> select (searching for the measured target) -> shrink -> check -
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import os
@@ -27,20 +26,20 @@ from cpd import sources
 from cpd.artifacts import check_output_dir, save_result
 from cpd.batchnorm import recalibrate_batchnorm
 from cpd.comb import Comb, comb
-from cpd.cost import Figures as Cost
 from cpd.criteria import DATA_FREE, Criterion
 from cpd.distiller import DistillConfig, distill
-from cpd.errors import ExportError, InputError, NothingToPruneError, TargetError
-from cpd.inputs import Call, as_call, batches, check_model, device_of, evaluating, move
+from cpd.errors import ExportError, NothingToPruneError, TargetError
+from cpd.inputs import Call, batches, check_model, device_of, evaluating, move
 from cpd.latency import LatencyComparison, LatencyProbe
 from cpd.losses import task_loss
 from cpd.onnx import export_onnx
 from cpd.oracle import masked_error
 from cpd.plan import Plan
 from cpd.report import Figures, GroupRow, Report
+from cpd.request import Target, check_data, check_limits, check_target, copy_of, example_call
 from cpd.scorer import Normalization, score
 from cpd.search import reach
-from cpd.selector import Limits, Selector
+from cpd.selector import SCOPES, Limits, Scope, Selector
 from cpd.surgeon import shrink
 
 log = logging.getLogger("cpd")
@@ -81,27 +80,6 @@ class Result:
         target = check_output_dir(directory)
         save_result(target, self.model, self.plan, self.report, self._onnx)
         return target
-
-
-@dataclass(frozen=True)
-class _Target:
-    """One target: a measured speed-up, or a cost figure to get down to."""
-
-    name: str
-    value: float
-
-    @property
-    def is_speedup(self) -> bool:
-        return self.name == "target_speedup"
-
-    def of(self, figures: Cost) -> float:
-        """The figure of a cost that the target speaks of."""
-        names = {"target_macs": "macs", "target_params": "parameters", "target_memory": "activations"}
-        return float(getattr(figures, names[self.name]))
-
-    def absolute(self, full: Cost) -> float:
-        """The target as a number: a share up to 1 is one of the original's figure."""
-        return self.value * self.of(full) if self.value <= 1 else self.value
 
 
 def compress(
@@ -176,33 +154,28 @@ def compress(
     """
     given = {key: value for key, value in locals().items() if value is not None and key not in _NOT_REPORTED}
     check_model(model)
-    target = _check_target(target_speedup, target_macs, target_params, target_memory)
-    limits = _check_limits(round_to, max_ratio, tolerance, threads, score_batches)
+    target = check_target(target_speedup, target_macs, target_params, target_memory)
+    limits = check_limits(round_to, max_ratio, tolerance, threads, score_batches)
     settings = training or DistillConfig()
     settings = DistillConfig(
         **{**vars(settings), "epochs": epochs, "lr": lr or settings.lr, "seed": seed, "progress": progress}
     )
     folder = None if output_dir is None else check_output_dir(output_dir)
-    call = _example_call(model, example_inputs, data)
-    student = _copy(model)
+    call = example_call(model, example_inputs, data)
+    student = copy_of(model)
     if data is not None:
-        _check_data(student, data, loss)
+        check_data(student, data, loss)
     run = _Run(model, student, call, target, limits, settings, _Stages(progress))
     run.comb_and_score(data, loss, criterion, normalization, score_batches, seed)
-    run.select(threads, tolerance)
+    run.select(threads, tolerance, data, loss, score_batches)
     run.shrink_and_recover(data, loss, evaluate, teacher)
-    result = run.finish(threads, {**given, **target_dict(target)}, source)
+    result = run.finish(threads, given, source)
     if folder is not None:
         result.save(folder)
     return result
 
 
 _NOT_REPORTED = {"model", "example_inputs", "loss", "evaluate", "data", "training", "teacher", "progress", "source"}
-
-
-def target_dict(target: _Target) -> dict[str, float]:
-    """The target as an argument of `compress`."""
-    return {target.name: target.value}
 
 
 @dataclass
@@ -212,7 +185,7 @@ class _Run:
     model: nn.Module
     student: nn.Module
     call: Call
-    target: _Target
+    target: Target
     limits: Limits
     training: DistillConfig
     stages: _Stages
@@ -223,7 +196,7 @@ class _Run:
     criterion: tuple[str, str, str] = ("", "", "")
     metrics: tuple[float | None, float | None] = (None, None)
     comb: Comb = field(init=False)
-    selector: Selector = field(init=False)
+    selectors: list[Selector] = field(init=False)
     plan: Plan = field(init=False)
     probe: LatencyProbe | None = None
 
@@ -261,25 +234,58 @@ class _Run:
             scores = score(
                 self.student, self.comb, data, loss, criterion=chosen, normalization=saved, limit=limit, seed=seed
             )
-        self.selector = Selector(self.comb, scores, self.limits)
+        scopes: tuple[Scope, ...] = SCOPES if data is not None else ("global",)
+        self.selectors = [Selector(self.comb, scores, self.limits, scope) for scope in scopes]
 
-    def select(self, threads: int, tolerance: float) -> None:
-        """Choose the widths: by measured speed-up, or by cost."""
-        full, least = self.comb.cost({}), self.comb.cost(self.selector.least())
-        with self.stages("select"):
-            if self.target.is_speedup:
+    def select(
+        self,
+        threads: int,
+        tolerance: float,
+        data: Iterable[Any] | None,
+        loss: Callable[[Any, Any], Tensor] | None,
+        limit: int,
+    ) -> None:
+        """Choose the widths: by measured speed-up or by cost; of several scopes, the one that loses least."""
+        if self.target.is_speedup:
+            with self.stages("export"):
                 self.probe = LatencyProbe(self.model, self.call, threads=threads)
-                best, tried = reach(self.student, self.selector, self.probe, self.target.value, tolerance)
-                self.search = [{"macs_ratio": item.macs_ratio, "speedup": item.speedup} for item in tried]
-                self.plan = best.plan
+        plans: list[tuple[Scope, Plan]] = []
+        failure: TargetError | None = None
+        with self.stages("select"):
+            for selector in self.selectors:
+                try:
+                    plans.append((selector.scope, self._meet(selector, tolerance)))
+                except TargetError as error:
+                    failure = failure or error
+            if not plans:
+                assert failure is not None
+                raise failure
+            if len(plans) == 1 or data is None:
+                self.plan = plans[0][1]
                 return
-            goal = self.target.absolute(full)
-            if self.target.of(least) > goal:
-                raise TargetError(
-                    f"{self.target.name}={self.target.value:g} cannot be reached: the narrowest widths allowed leave "
-                    f"{self.target.of(least):,.0f} of {self.target.of(full):,.0f}. {_frozen_reasons(self.comb)}"
-                )
-            self.plan = self.selector.plan(self.selector.meet(self.target.of, goal))
+            losses = [_loss_of(self.student, plan, data, loss, limit) for _, plan in plans]
+        best = losses.index(min(losses))
+        self.plan = plans[best][1]
+        told = ", ".join(f"{scope} {value:.3g}" for (scope, _), value in zip(plans, losses, strict=True))
+        self.note(f"Scores compared by scope {plans[best][0]!r}: the loss after recalibration is lowest ({told}).")
+
+    def _meet(self, selector: Selector, tolerance: float) -> Plan:
+        """The plan of one selector that meets the target."""
+        if self.target.is_speedup:
+            assert self.probe is not None
+            best, tried = reach(self.student, selector, self.probe, self.target.value, tolerance)
+            self.search += [
+                {"scope": selector.scope, "macs_ratio": item.macs_ratio, "speedup": item.speedup} for item in tried
+            ]
+            return best.plan
+        full, least = self.comb.cost({}), self.comb.cost(selector.least())
+        goal = self.target.absolute(full)
+        if self.target.of(least) > goal:
+            raise TargetError(
+                f"{self.target.name}={self.target.value:g} cannot be reached: the narrowest widths allowed leave "
+                f"{self.target.of(least):,.0f} of {self.target.of(full):,.0f}. {_frozen_reasons(self.comb)}"
+            )
+        return selector.plan(selector.meet(self.target.of, goal))
 
     def shrink_and_recover(
         self,
@@ -307,7 +313,7 @@ class _Run:
                 self.history.append({"epoch": 0, "metric": after})
         if data is not None and self.training.epochs:
             with self.stages("distill", bar=False):
-                guide = _copy(self.model) if teacher is None else teacher
+                guide = copy_of(self.model) if teacher is None else teacher
                 records = distill(self.student, guide, data, loss=loss, evaluate=evaluate, config=self.training)
             self.history += [record.to_dict() for record in records]
             after = records[-1].metric if records else after
@@ -376,89 +382,6 @@ class _Stages:
         self.seconds[name] = time.perf_counter() - start
 
 
-# ---------------------------------------------------------------- checking what was given
-
-
-def _check_target(*values: float | None) -> _Target:
-    names = ("target_speedup", "target_macs", "target_params", "target_memory")
-    given = [_Target(name, value) for name, value in zip(names, values, strict=True) if value is not None]
-    if len(given) != 1:
-        raise InputError(
-            f"Give exactly one target of {', '.join(names)}; got {[item.name for item in given] or 'none'}."
-        )
-    (target,) = given
-    if isinstance(target.value, bool) or not isinstance(target.value, (int, float)) or not math.isfinite(target.value):
-        raise InputError(f"{target.name} must be a number; got {target.value!r}.")
-    if target.is_speedup and target.value < 1:
-        raise InputError(
-            f"target_speedup is original over compressed latency, so at least 1; got {target.value:g}. "
-            "For half the latency ask for 2."
-        )
-    if target.value <= 0:
-        raise InputError(f"{target.name} must be above 0: a share up to 1, or a number; got {target.value:g}.")
-    return target
-
-
-def _check_limits(round_to: int, max_ratio: float, tolerance: float, threads: int, score_batches: int) -> Limits:
-    for name, value in (("round_to", round_to), ("threads", threads), ("score_batches", score_batches)):
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be an integer of at least 1; got {value!r}.")
-    for name, share in (("max_ratio", max_ratio), ("tolerance", tolerance)):
-        if not 0 < share < 1:
-            raise InputError(f"{name} must lie between 0 and 1; got {share!r}.")
-    return Limits(round_to, max_ratio)
-
-
-def _example_call(model: nn.Module, example_inputs: Any, data: Iterable[Any] | None) -> Call:
-    """The example inputs: those given, one sample of the data, or what timm and torchvision models take."""
-    if isinstance(data, Iterator):
-        raise InputError("data can be iterated only once (it is an iterator); pass a list or a DataLoader.")
-    if example_inputs is None and data is not None:
-        first = next(batches(data, 1)).call
-        example_inputs = Call(*torch.utils._pytree.tree_map_only(Tensor, lambda t: t[:1], (first.args, first.kwargs)))
-    if example_inputs is None:
-        example_inputs = sources.default_inputs(model)
-    if example_inputs is None:
-        raise InputError(
-            f"The input of {type(model).__name__} is not known: pass example_inputs=, a tensor (with its batch "
-            "dimension), a tuple, or (tuple, dict)."
-        )
-    return as_call(example_inputs).to(device_of(model))
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:  # a user's module may hold anything
-        raise InputError(
-            f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); compress works on a copy. "
-            "Detach tensors that the module keeps, or define __deepcopy__."
-        ) from error
-
-
-def _check_data(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None) -> None:
-    """The first batch must go through the model and give a finite loss.
-
-    Raises:
-        TrainingError: if there is no batch or the loss is not finite.
-        InputError: if the model fails on the batch, or no loss can be inferred.
-    """
-    from cpd.errors import TrainingError
-
-    batch = next(batches(data, 1))
-    device = device_of(model)
-    with torch.no_grad(), evaluating(model):
-        try:
-            output = batch.call.to(device).on(model)
-        except Exception as error:  # the user's forward may raise anything
-            raise InputError(f"The model fails on the first batch of data: {type(error).__name__}: {error}.") from error
-        value = task_loss(output, move(batch.target, device), loss)
-    if value is not None and not bool(torch.isfinite(value)):
-        raise TrainingError(
-            f"The loss of the unpruned model on the first batch is {float(value)}: check data and loss."
-        )
-
-
 def _choose_criterion(
     criterion: str | Criterion | None,
     data: Iterable[Any] | None,
@@ -473,6 +396,21 @@ def _choose_criterion(
     if loss is None and next(batches(data, 1)).target is None:
         return "magnitude", "the data has no targets, so there is no loss whose curvature could be taken."
     return "hessian", "data was given, so the curvature of the loss can be measured (CPD's criterion)."
+
+
+def _loss_of(
+    model: nn.Module, plan: Plan, data: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None, limit: int
+) -> float:
+    """The mean loss of `model` once shrunk by `plan` and recalibrated; without targets, infinity."""
+    student = shrink(copy_of(model), plan)
+    recalibrate_batchnorm(student, data, limit=limit)
+    device = device_of(student)
+    values = []
+    with torch.no_grad(), evaluating(student):
+        for batch in batches(data, limit):
+            value = task_loss(batch.call.to(device).on(student), move(batch.target, device), loss)
+            values.append(math.inf if value is None else float(value))
+    return sum(values) / len(values)
 
 
 def _frozen_reasons(comb: Comb) -> str:

@@ -25,9 +25,9 @@ from cpd.tracer import op_name, owners
 POWERS = (-0.5, 0.5, -1.0, 1.0, -0.25, 0.25)
 #: Ops that only re-lay one tensor: what they give is made of the same rows.
 LAYOUT = {
-    "view", "reshape", "_unsafe_view", "unflatten", "flatten", "squeeze", "unsqueeze", "permute", "transpose", "select",
-    "getitem", "unbind", "chunk", "split", "split_with_sizes", "slice", "contiguous", "alias", "clone", "dropout", "detach",
-    "to", "movedim",
+    "view", "reshape", "_unsafe_view", "unflatten", "flatten", "squeeze", "unsqueeze", "permute", "transpose",
+    "select", "getitem", "unbind", "chunk", "split", "split_with_sizes", "slice", "contiguous", "alias", "clone",
+    "dropout", "detach", "to", "movedim",
 }  # fmt: skip
 #: Ops whose result is linear in either factor.
 PRODUCTS = {"matmul", "bmm", "mm"}
@@ -70,7 +70,7 @@ def scalars(node: Node, twin: Node) -> Iterator[tuple[str, float, float]]:
     """The numbers among the arguments of two nodes, by argument name."""
     before, after = arguments(node), arguments(twin)
     for name, value in before.items():
-        other = after.get(name)
+        other: Any = after.get(name)
         pairs = zip(value, other, strict=False) if isinstance(value, (list, tuple)) else [(value, other)]
         for old, new in pairs:
             if isinstance(old, (int, float)) and isinstance(new, (int, float)) and not isinstance(old, bool):
@@ -162,4 +162,4 @@ def _follow(node: Node, mark: Any) -> Any:
 
 def _flat(mark: Any) -> list[int]:
     parts = mark if isinstance(mark, (tuple, list)) else [mark]
-    return [value for part in parts if isinstance(part, Tensor) for value in part.unique().tolist()]
+    return [value for part in parts if isinstance(part, Tensor) for value in torch.unique(part).tolist()]

@@ -9,12 +9,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from cpd import axes
 from cpd.axes import Axis, Dim, Fixed
 from cpd.rules import Context, arguments
+from cpd.rules.contraction import spell
 from cpd.tracer import op_name
 
 _CONVS = {f"conv{rank}d" for rank in (1, 2, 3)}
@@ -105,25 +106,14 @@ class Cost:
 
 
 def _parameter_terms(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> list[Term]:
-    seen: set[int] = set()
-    terms = []
-    for name, shape in dims.items():
-        if tensors[name].requires_grad or _is_parameter(tensors[name]):
-            if id(tensors[name]) not in seen:
-                seen.add(id(tensors[name]))
-                terms.append(Term(shape, parameters=1))
-    return terms
-
-
-def _is_parameter(tensor: Tensor) -> bool:
-    from torch.nn import Parameter
-
-    return isinstance(tensor, Parameter)
+    """One term a parameter, however many names it has."""
+    named = {id(tensors[name]): shape for name, shape in dims.items() if isinstance(tensors[name], nn.Parameter)}
+    return [Term(shape, parameters=1) for shape in named.values()]
 
 
 def _unused_parameters(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> int:
     """Elements of parameters that the forward pass does not read."""
-    rest = {id(t): t.numel() for name, t in tensors.items() if name not in dims and _is_parameter(t)}
+    rest = {id(t): t.numel() for name, t in tensors.items() if name not in dims and isinstance(t, nn.Parameter)}
     return sum(rest.values())
 
 
@@ -161,15 +151,13 @@ def _macs(ctx: Context, node: Node) -> list[tuple[Dim, ...]]:
 
 
 def _einsum_macs(ctx: Context, node: Node, bound: dict[str, object]) -> tuple[Dim, ...]:
-    from cpd.rules.contraction import _spell
-
     letters: dict[str, Dim] = {}
     terms = str(bound["equation"]).replace(" ", "").partition("->")[0].split(",")
     sources = bound["tensors"]
     assert isinstance(sources, (list, tuple))
     for term, source in zip(terms, sources, strict=True):
         shape = ctx.shape(source)
-        for letter, dim in zip(_spell(term, len(shape)), shape, strict=True):
+        for letter, dim in zip(spell(term, len(shape)), shape, strict=True):
             if letter not in letters or letters[letter] == Fixed(1):
                 letters[letter] = dim
     return tuple(letters.values()) if len(terms) > 1 else (Fixed(0),)

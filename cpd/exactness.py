@@ -22,33 +22,24 @@ from cpd.tracer import op_name, shape_of
 
 #: Elementwise and spatial ops with f(0) = 0.
 ZERO_PRESERVING = {
-    "relu", "relu6", "gelu", "silu", "tanh", "elu", "selu", "celu", "leaky_relu", "hardtanh", "hardswish", "mish", "neg", "abs",
-    "sqrt", "square", "sign", "erf", "sin", "prelu", "rrelu", "hardshrink", "softshrink", "softsign", "expm1", "log1p", "clone",
-    "alias", "contiguous", "detach", "dropout", "feature_dropout", "to", "_to_copy", "type_as", "zeros_like", "positive",
-    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-    "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-    "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "upsample_bicubic2d",
-    "upsample_linear1d", "upsample_trilinear3d", "pixel_shuffle", "pixel_unshuffle",
-    "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "unflatten", "flatten", "squeeze", "unsqueeze", "permute",
-    "transpose", "t", "movedim", "expand", "expand_as", "repeat", "cat", "stack", "select", "slice", "narrow", "chunk", "split",
-    "split_with_sizes", "unbind", "getitem", "roll", "flip", "pad", "constant_pad_nd", "index",
+    "relu", "relu6", "gelu", "silu", "tanh", "elu", "selu", "celu", "leaky_relu", "hardtanh", "hardswish", "mish",
+    "neg", "abs", "sqrt", "square", "sign", "erf", "sin", "prelu", "rrelu", "hardshrink", "softshrink", "softsign",
+    "expm1", "log1p", "clone", "alias", "contiguous", "detach", "dropout", "feature_dropout", "to", "_to_copy",
+    "type_as", "zeros_like", "positive", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d", "adaptive_avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d",
+    "adaptive_max_pool2d", "adaptive_max_pool3d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "pixel_shuffle",
+    "pixel_unshuffle", "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "unflatten", "flatten", "squeeze",
+    "unsqueeze", "permute", "transpose", "t", "movedim", "expand", "expand_as", "repeat", "cat", "stack", "select",
+    "slice", "narrow", "chunk", "split", "split_with_sizes", "unbind", "getitem", "roll", "flip", "pad",
+    "constant_pad_nd", "index",
 }  # fmt: skip
 NORMS = {"layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"}
 REDUCTIONS = {
-    "mean",
-    "amax",
-    "amin",
-    "var",
-    "std",
-    "logsumexp",
-    "norm",
-    "linalg_vector_norm",
-    "prod",
-    "any",
-    "all",
-    "max",
-    "min",
-}
+    "mean", "amax", "amin", "var", "std", "logsumexp", "norm", "linalg_vector_norm", "prod", "any", "all", "max", "min",
+    "var_mean", "std_mean", "frobenius_norm",
+}  # fmt: skip
+CONTRACTIONS = {"linear", "einsum", "matmul", "bmm", "mm", "mv", "dot", "addmm", "baddbmm"}
 _SOFTMAX = {"softmax", "log_softmax", "_softmax", "_log_softmax", "softmin"}
 _CONVS = {f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)}
 
@@ -90,12 +81,14 @@ class Exactness:
     def _visit(self, node: Node) -> set[Axis]:
         name = op_name(node).removesuffix("_")
         bound, inputs, own = arguments(node), tensor_inputs(node), self._axes(node)
+        if _shifts(name, bound):
+            return own
         if name in ("add", "sub", "maximum", "minimum") or (name in ("max", "min") and "other" in bound):
             return {axis for axis in own if not all(self._zero(source, axis) for source in inputs)}
         if name in ("mul", "masked_fill", "div") and inputs:
             factors = inputs if name == "mul" else inputs[:1]
             return {axis for axis in own if not any(self._zero(source, axis) for source in factors)}
-        if name in ("linear", "einsum", "matmul", "bmm", "mm", "addmm", "baddbmm") or name in _CONVS:
+        if name in CONTRACTIONS or name in _CONVS:
             return self._contraction(node, name, bound, own)
         if name == "scaled_dot_product_attention":
             return self._attention(node, bound, own)
@@ -105,7 +98,7 @@ class Exactness:
             shape = self.ctx.shape(inputs[0])
             reduced = [shape[index] for index in reduced_dims(bound.get("dim"), len(shape))]
             self._mark(reduced, node, unless_zero_in=inputs if name == "sum" else ())
-            return own & self.dirty[inputs[0]]
+            return own if name == "logsumexp" else own & self.dirty[inputs[0]]
         if name in ZERO_PRESERVING:
             sources = [s for s in node.all_input_nodes if s in self.dirty]
             return own & set().union(*(self.dirty[source] for source in sources)) if sources else set()
@@ -147,3 +140,10 @@ class Exactness:
         along = [bound[key] for key in ("weight", "bias") if bound.get(key) is not None]
         clean = set.intersection(*({a for a in own if self._zero(p, a)} for p in along)) if along else set()
         return (own - clean) if name != "batch_norm" or along else own & self.dirty[source]
+
+
+def _shifts(name: str, bound: dict[str, Any]) -> bool:
+    """Whether an op gives a number other than zero where all its tensors are zero: `x + 1`, a padding with ones."""
+    argument = {"add": "other", "sub": "other", "masked_fill": "value", "pad": "value", "constant_pad_nd": "value"}
+    number = bound.get(argument.get(name, ""))
+    return isinstance(number, (int, float)) and number != 0

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from cpd import axes
 from cpd.axes import Axis, Dim, Mask
 from cpd.comb import Comb
-from cpd.exactness import REDUCTIONS
+from cpd.exactness import CONTRACTIONS, REDUCTIONS
 from cpd.inputs import evaluating
 from cpd.plan import Plan
 from cpd.rules import arguments
@@ -25,6 +25,9 @@ from cpd.rules.base import tensor_inputs
 from cpd.rules.reduce import reduced_dims
 from cpd.surgeon import named_tensors
 from cpd.tracer import op_name
+
+#: Ops that take the kept positions of what they reduce.
+SUMMARIES = {*REDUCTIONS, "sum"}
 
 
 class MaskedForward(Interpreter):
@@ -52,9 +55,20 @@ class MaskedForward(Interpreter):
                 return self._layer_norm(n)
             if name == "group_norm":
                 return self._group_norm(n)
-            if name in ("softmax", "log_softmax", "_softmax") or (name in REDUCTIONS and "other" not in arguments(n)):
+            if name in CONTRACTIONS:
+                self._zero_removed(n)
+            if name in ("softmax", "log_softmax", "_softmax") or (name in SUMMARIES and "other" not in arguments(n)):
                 return self._along(n, name)
         return super().run_node(n)
+
+    def _zero_removed(self, n: Node) -> None:
+        """Let an op that sums over products see zeros at the removed positions."""
+        for source in tensor_inputs(n):
+            value = self.env[source]
+            for index, dim in enumerate(self.context.shape(source)):
+                gone = torch.from_numpy(~axes.mask(dim, self.masks)).nonzero().squeeze(1)
+                value = value.index_fill(index, gone, 0) if len(gone) else value
+            self.env[source] = value
 
     def _kept(self, dim: Dim) -> Tensor:
         return torch.from_numpy(axes.mask(dim, self.masks)).nonzero().squeeze(1)
@@ -74,7 +88,7 @@ class MaskedForward(Interpreter):
                 bound[name] = bound[name].index_select(-offset, kept)
         sizes = list(narrow.shape[len(shape) - len(bound["normalized_shape"]) :])
         bound["input"], bound["normalized_shape"] = narrow, sizes
-        result = _call(n, bound)
+        result: Tensor = _call(n, bound)
         for offset in range(len(sizes), 0, -1):
             result = _scatter(result, -offset, self._kept(shape[-offset]), dense.shape[-offset])
         return result
@@ -97,7 +111,7 @@ class MaskedForward(Interpreter):
         for dim in reduced_dims(bound.get("dim"), len(shape)):
             bound[first] = bound[first].index_select(dim, self._kept(shape[dim]))
         result = _call(n, bound)
-        if name in REDUCTIONS:
+        if name in SUMMARIES:
             return result
         dim = bound["dim"]
         return _scatter(result, dim, self._kept(shape[dim]), shape[dim].size)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cpd.comb import Comb
+from cpd.comb import Comb, Group
 from cpd.criteria import CRITERIA, Criterion, Setting
 from cpd.errors import InputError, TrainingError
 from cpd.inputs import check_model
@@ -64,6 +64,12 @@ def score(
         value = scores[group.name].detach().to("cpu", torch.float64)
         if not bool(torch.isfinite(value).all()):
             raise TrainingError(f"The scores of {group.name} are not finite: check the data and the loss.")
-        saved = {"memory": comb.cost.memory_of, "macs": comb.cost.macs_of}.get(normalization, lambda axis: 1.0)
-        result[group.name] = value / max(saved(group.axis), 1e-12) ** exponent
+        result[group.name] = value / max(_saved(comb, group, normalization), 1e-12) ** exponent
     return result
+
+
+def _saved(comb: Comb, group: Group, normalization: Normalization) -> float:
+    """What one removed position of a group saves."""
+    if normalization == "none":
+        return 1.0
+    return comb.cost.memory_of(group.axis) if normalization == "memory" else comb.cost.macs_of(group.axis)

@@ -2,6 +2,8 @@
 
 One threshold over all groups: what scores below it goes. The widths are then rounded up to what hardware likes,
 kept above a floor, and raised where a count tie demands it; the threshold is searched until the cost is met.
+Scores are compared over all groups (scope "global"), or by their rank within the group ("group"), which takes the same
+share of each.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,6 +40,17 @@ class Limits:
     max_ratio: float = 0.9
 
 
+Scope = Literal["global", "group"]
+#: Every scope.
+SCOPES: tuple[Scope, ...] = ("global", "group")
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Scores replaced by their rank within the group, from above 0 (the lowest) to 1."""
+    order = torch.argsort(torch.argsort(scores, stable=True), stable=True)
+    return (order + 1).double() / len(scores)
+
+
 class Selector:
     """Selects among the positions of a comb's open groups.
 
@@ -44,10 +58,15 @@ class Selector:
         comb: the comb.
         scores: {group name: Tensor[size]}; the lowest go first.
         limits: what may be done to a group.
+        scope: whether scores are compared over all groups, or within each.
     """
 
-    def __init__(self, comb: Comb, scores: Mapping[str, Tensor], limits: Limits | None = None) -> None:
-        self.comb, self.limits = comb, limits or Limits()
+    def __init__(
+        self, comb: Comb, scores: Mapping[str, Tensor], limits: Limits | None = None, scope: Scope = "global"
+    ) -> None:
+        self.comb, self.limits, self.scope = comb, limits or Limits(), scope
+        if scope == "group":
+            scores = {name: ranks(score) for name, score in scores.items()}
         self.order = {g.name: torch.argsort(scores[g.name], descending=True, stable=True).numpy() for g in comb.open}
         self.sorted = {g.name: np.sort(scores[g.name].numpy())[::-1] for g in comb.open}
         self.steps = {g.name: step(comb, g, self.limits.round_to) for g in comb.open}
@@ -89,11 +108,17 @@ class Selector:
 
 
 def step(comb: Comb, group: Group, round_to: int) -> int:
-    """Positions of a group that go together so that whole widths stay multiples of `round_to`."""
+    """Positions of a group that go together so that whole widths stay multiples of `round_to`.
+
+    A group narrower than two such steps (one segment of a concatenation, say) takes half or quarter steps instead.
+    """
     inner = 1
     for member in group.members:
         inner = max(inner, _inner_width(comb.dims[member.tensor][member.dim], group.axis))
-    return round_to // math.gcd(round_to, inner)
+    width = round_to // math.gcd(round_to, inner)
+    while width > 1 and group.size < 2 * width:
+        width //= 2
+    return width
 
 
 def _inner_width(dim: Dim, axis: Axis) -> int:

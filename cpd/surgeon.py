@@ -215,11 +215,12 @@ def lint(model: nn.Module) -> None:
                 raise ShrinkError(f"{path}.{name} is empty after shrinking: {list(tensor.shape)}.")
         if isinstance(module, nn.modules.conv._ConvNd) and module.out_channels % module.groups:
             raise ShrinkError(f"{path}: {module.out_channels} output channels in {module.groups} groups.")
-        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and module.weight is not None:
-            if tuple(module.weight.shape) != tuple(module.normalized_shape):
-                raise ShrinkError(f"{path}: weight {list(module.weight.shape)}, normalized {module.normalized_shape}.")
+        weight = getattr(module, "weight", None)
+        shape = getattr(module, "normalized_shape", None)
+        if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None and tuple(weight.shape) != shape:
+            raise ShrinkError(f"{path}: weight {list(weight.shape)}, normalized {shape}.")
         if isinstance(module, nn.GroupNorm) and module.num_channels % module.num_groups:
             raise ShrinkError(f"{path}: {module.num_channels} channels in {module.num_groups} groups.")
-        if isinstance(module, (nn.Linear, nn.modules.batchnorm._NormBase)) and module.bias is not None:
-            if module.weight is not None and module.bias.shape[0] != module.weight.shape[0]:
-                raise ShrinkError(f"{path}: weight {list(module.weight.shape)}, bias {list(module.bias.shape)}.")
+        bias = module.bias if isinstance(module, (nn.Linear, nn.modules.batchnorm._NormBase)) else None
+        if bias is not None and weight is not None and bias.shape[0] != weight.shape[0]:
+            raise ShrinkError(f"{path}: weight {list(weight.shape)}, bias {list(bias.shape)}.")

@@ -242,7 +242,7 @@ def test_chunk_ties_its_pieces_in_number() -> None:
     assert {0, 1} <= set(plan.groups["a"])
     assert len(plan.adjusted) == 1
     assert plan.adjusted[0].startswith("a keeps 4 of 6 rather than 2: chunk demands equal pieces")
-    with pytest.raises(PlanError, match="a keeps 4 of 6 rather than 2.*strict=False"):
+    with pytest.raises(PlanError, match=r"a keeps 4 of 6 rather than 2.*strict=False"):
         combed.plan({"a": [0, 1], "a#2": [2, 3, 4, 5]}, strict=True)
     assert combed.plan({"a": [0, 1], "a#2": [4, 5]}, strict=True).adjusted == ()
 
@@ -255,7 +255,9 @@ def test_chunks_that_are_multiplied_lose_the_same_positions() -> None:
 
 
 def test_group_convolution() -> None:
-    combed = sketch(lambda self, x: self.out(self.g(self.a(x))), a=conv(3, 8), g=conv(8, 12, 3, groups=4), out=conv(12, 5))
+    combed = sketch(
+        lambda self, x: self.out(self.g(self.a(x))), a=conv(3, 8), g=conv(8, 12, 3, groups=4), out=conv(12, 5)
+    )
     assert sizes(combed) == {"a": 4, "a#2": 2, "g": 3}
     plan = combed.plan({"a": [0, 2, 3]})
     assert [(item.module, item.name, item.old, item.new) for item in plan.attributes] == [("g", "groups", 4, 3)]
@@ -263,7 +265,9 @@ def test_group_convolution() -> None:
 
 
 def test_depthwise_convolution_with_a_multiplier() -> None:
-    combed = sketch(lambda self, x: self.out(self.g(self.a(x))), a=conv(3, 8), g=conv(8, 16, 3, groups=8), out=conv(16, 5))
+    combed = sketch(
+        lambda self, x: self.out(self.g(self.a(x))), a=conv(3, 8), g=conv(8, 16, 3, groups=8), out=conv(16, 5)
+    )
     assert sizes(combed) == {"a": 8, "g": 2}
 
 
@@ -394,10 +398,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, n, _ = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.kind == "fused":
-            y = F.scaled_dot_product_attention(q, k, v)
-        else:
-            y = self.logits(q, k).softmax(-1) @ v
+        fused = self.kind == "fused"
+        y = F.scaled_dot_product_attention(q, k, v) if fused else self.logits(q, k).softmax(-1) @ v
         return self.out(y.transpose(1, 2).reshape(b, n, -1))
 
     def logits(self, q: Tensor, k: Tensor) -> Tensor:
@@ -451,6 +453,12 @@ def test_squeeze_and_excite() -> None:
         (lambda y: y.max(1, keepdim=True)[0], False),
         (lambda y: F.normalize(y, dim=1), False),
         (lambda y: y.softmax(1), False),
+        (lambda y: torch.var_mean(y, 1, keepdim=True)[0], False),
+        (lambda y: (y + 1).sum(1, keepdim=True), False),
+        (lambda y: y.logsumexp((2, 3), keepdim=True).sum(1, keepdim=True), False),
+        (lambda y: F.pad(y, (1, 1, 1, 1), value=2.0).sum((1, 2, 3), keepdim=True), False),
+        (lambda y: y.masked_fill(y > 1, 3.0).sum(1, keepdim=True), False),
+        (lambda y: torch.einsum("nchw,ncij->nhwij", y.exp(), y.exp()).mean((3, 4))[:, None], False),
         (lambda y: y.sum(1, keepdim=True), True),
         (lambda y: y.exp(), True),
         (lambda y: torch.maximum(y, 2 * y), True),
@@ -471,7 +479,9 @@ def test_an_op_without_a_rule_freezes_and_is_named() -> None:
 
 
 def test_indices_of_channels_freeze_them() -> None:
-    combed = sketch(lambda self, x: self.out(self.a(x)) + self.a(x).max(1, keepdim=True)[1], a=conv(3, 8), out=conv(8, 5))
+    combed = sketch(
+        lambda self, x: self.out(self.a(x)) + self.a(x).max(1, keepdim=True)[1], a=conv(3, 8), out=conv(8, 5)
+    )
     assert "by their index" in frozen(combed)["a"]
 
 
@@ -567,4 +577,6 @@ def test_names_are_unique_and_members_complete() -> None:
     names = names_of(combed.groups)
     assert len(set(names)) == len(names)
     covered = {member.tensor for item in combed.groups for member in item.members}
-    assert covered == {name for name, parameter in model.named_parameters() if parameter.dim() and parameter.numel() > 1}
+    assert covered == {
+        name for name, parameter in model.named_parameters() if parameter.dim() and parameter.numel() > 1
+    }

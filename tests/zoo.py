@@ -16,7 +16,6 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-
 from cpd.axes import count
 from cpd.comb import Comb
 from cpd.comb import comb as comb_model
@@ -61,12 +60,12 @@ def comb(model: nn.Module, *inputs: Tensor) -> Comb:
     return comb_model(model, inputs)
 
 
-def random_plan(combed: Comb, share: float = 0.3, *, exact: bool = False, seed: int = 0) -> Plan:
-    """Remove a random `share` of every open group (of the exact ones alone, if `exact`)."""
+def random_plan(combed: Comb, share: float = 0.3, *, exact: bool = False, seed: int = 0, at_least: int = 0) -> Plan:
+    """Remove a random `share`, and at least so many, of every open group (of the exact ones alone, if `exact`)."""
     rng = random.Random(seed)
     keep = {}
     for group in combed.open:
-        kept = sorted(rng.sample(range(group.size), group.size - int(share * group.size)))
+        kept = sorted(rng.sample(range(group.size), group.size - max(at_least, int(share * group.size))))
         if group.exact or not exact:
             keep[group.name] = kept
     return combed.plan(keep)
@@ -133,7 +132,9 @@ def _plain(attributes: dict) -> dict[str, str]:
     def text(name: str, value: object) -> str:
         if isinstance(value, dict) and (name in ("_parameters", "_buffers", "_modules") or "hooks" in name):
             return repr([(key, id(item)) for key, item in value.items()])
-        return repr(value) if isinstance(value, (int, float, str, tuple, list, dict, set, type(None))) else str(id(value))
+        return (
+            repr(value) if isinstance(value, (int, float, str, tuple, list, dict, set, type(None))) else str(id(value))
+        )
 
     return {name: text(name, value) for name, value in attributes.items()}
 

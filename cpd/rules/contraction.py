@@ -104,7 +104,7 @@ def einsum(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     terms = left.split(",")
     for term, source in zip(terms, args["tensors"], strict=True):
         shape = ctx.shape(source)
-        for index, (letter, dim) in enumerate(zip(_spell(term, len(shape)), shape, strict=True)):
+        for index, (letter, dim) in enumerate(zip(spell(term, len(shape)), shape, strict=True)):
             if letter in letters and letters[letter].size == dim.size:
                 ctx.unify(letters[letter], dim, node, _MEETS_FIXED)
             if letter not in letters or letters[letter].size == 1:
@@ -114,10 +114,10 @@ def einsum(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     if not right:
         free = sorted({letter for letter in left if left.count(letter) == 1 and letter.isalpha()})
         right = ("..." if "..." in left else "") + "".join(free)
-    return tuple(axes.resolve(letters[letter]) for letter in _spell(right, len(shape_of(node))))
+    return tuple(axes.resolve(letters[letter]) for letter in spell(right, len(shape_of(node))))
 
 
-def _spell(term: str, rank: int) -> list[str]:
+def spell(term: str, rank: int) -> list[str]:
     """One name a dimension; those under an ellipsis are numbered from the last."""
     if "..." not in term:
         return list(term)

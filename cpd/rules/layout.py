@@ -237,7 +237,7 @@ def roll(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
 def pad(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Constant positions before and after: new axes, whose widths the forward names."""
     shape, sizes = list(ctx.shape(args["self"])), shape_of(node)
-    amounts = args.get("pad", args.get("padding"))
+    amounts: list[int] = args["pad"] if "pad" in args else args["padding"]
     constant = args.get("mode", "constant") == "constant" and op_name(node) in ("pad", "constant_pad_nd")
     for position in range(len(amounts) // 2):
         axis = len(shape) - 1 - position

@@ -30,7 +30,7 @@ def reduce(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
 
 @rule("max", "min")
 def extremum(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
-    """`x.max(dim)` gives values and indices; the indices would change with the width, so whoever reads them freezes it."""
+    """`x.max(dim)` gives values and indices; whoever reads the indices freezes the width that they count."""
     if "other" in args:
         return broadcast(ctx, node, [ctx.shape(source) for source in tensor_inputs(node)])
     if any(op_name(user) == "getitem" and user.args[1] == 1 and user.users for user in node.users):

@@ -1,0 +1,268 @@
+"""The whole path on tiny models: what comes out, what is refused, and what a saved folder gives back."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import cpd
+from cpd import compress as compress_function
+from cpd.selector import Limits, Selector
+
+
+class Tiny(nn.Module):
+    """A residual convnet of 12 classes on 16 x 16 images."""
+
+    def __init__(self, width=32):
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(width, 12)
+
+    def forward(self, x):
+        x = self.bn(self.stem(x)).relu()
+        x = x + self.conv2(self.conv1(x).relu())
+        return self.head(x.mean((2, 3)))
+
+
+class Fixed(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(sys.modules["cpd.compress"], "FINAL_SECONDS", 0.5)
+    monkeypatch.setattr(sys.modules["cpd.search"], "SECONDS", 0.5)
+
+
+def loader(seed=0, batches=3):
+    g = torch.Generator().manual_seed(seed)
+    return [(torch.randn(8, 3, 16, 16, generator=g), torch.randint(12, (8,), generator=g)) for _ in range(batches)]
+
+
+INPUT = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    torch.manual_seed(0)
+    model = Tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    folder = tmp_path_factory.mktemp("out") / "new"
+    compress_module = sys.modules["cpd.compress"]
+    old, compress_module.FINAL_SECONDS = compress_module.FINAL_SECONDS, 0.5
+    found = cpd.compress(
+        model, target_macs=0.5, data=loader(), epochs=1, evaluate=lambda m: float(m.training), output_dir=folder
+    )
+    compress_module.FINAL_SECONDS = old
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.training
+    return model, found, folder
+
+
+def test_result_is_the_same_class_and_narrower(result):
+    model, found, _ = result
+    assert type(found.model) is Tiny
+    assert found.report.result.macs <= 0.55 * found.report.original.macs
+    assert found.report.result.parameters == sum(p.numel() for p in found.model.parameters())
+    assert found.report.original.parameters == sum(p.numel() for p in model.parameters())
+    assert found.speedup == found.report.latency["speedup"] > 0
+
+
+def test_report_says_what_was_done(result):
+    _, found, _ = result
+    assert found.report.criterion == "hessian"
+    assert found.report.normalization == "memory"
+    assert found.report.checks["masked equals shrunk"] < 1e-4
+    assert [entry["epoch"] for entry in found.report.history] == [0, 1]
+    assert found.report.call["target_macs"] == 0.5
+    assert found.report.original.metric == 0.0  # evaluated in eval mode
+
+
+def test_folder_is_whole_and_loads_to_the_bit(result):
+    _, found, folder = result
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"model.safetensors", "plan.json", "model.onnx", "report.json", "report.html", "README.md"}
+    rebuilt = cpd.load(folder, model=Tiny())
+    with torch.no_grad():
+        assert torch.equal(rebuilt(INPUT), found.model(INPUT))
+    assert json.loads((folder / "report.json").read_text())["criterion"] == "hessian"
+
+
+def test_loads_by_name_in_a_fresh_process(tmp_path):
+    import timm
+
+    model = timm.create_model("resnet18", num_classes=7).eval()
+    found = cpd.compress(model, target_macs=0.3, example_inputs=torch.randn(1, 3, 64, 64))
+    assert found.report.criterion == "magnitude"
+    assert any("No data" in note for note in found.report.notes)
+    found.save(tmp_path / "out")
+    x = torch.randn(2, 3, 64, 64)
+    torch.save(x, tmp_path / "x.pt")
+    code = (
+        "import torch, cpd, sys; m = cpd.load(sys.argv[1] + '/out'); x = torch.load(sys.argv[1] + '/x.pt');"
+        "torch.save(m(x).detach(), sys.argv[1] + '/y.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    with torch.no_grad():
+        assert torch.equal(torch.load(tmp_path / "y.pt"), found.model(x))
+
+
+def test_same_seed_same_plan():
+    torch.manual_seed(0)
+    model = Tiny()
+    plans = [cpd.compress(model, target_macs=0.6, data=loader(), epochs=0, seed=3).plan for _ in range(2)]
+    assert plans[0].to_dict() == plans[1].to_dict()
+
+
+def test_measured_target_ends_on_a_measured_speedup():
+    torch.manual_seed(0)
+    model = Tiny(width=128)
+    found = cpd.compress(model, target_speedup=2, example_inputs=torch.randn(1, 3, 32, 32))
+    assert found.report.search
+    assert found.speedup > 1.5
+    assert found.report.result.macs < found.report.original.macs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"model": "resnet18"}, cpd.InputError, "torch.nn.Module"),
+        ({"target_speedup": 0.5}, cpd.InputError, "at least 1"),
+        ({"target_speedup": "fast"}, cpd.InputError, "must be a number"),
+        ({"target_speedup": float("nan")}, cpd.InputError, "must be a number"),
+        ({"target_speedup": None}, cpd.InputError, "exactly one target"),
+        ({"target_macs": 0.5}, cpd.InputError, "exactly one target"),
+        ({"example_inputs": torch.randn(1, 5, 16, 16)}, cpd.InputError, "fails on the example inputs"),
+        ({"example_inputs": None}, cpd.InputError, "example_inputs="),
+        ({"example_inputs": "image"}, cpd.InputError, "must be a tensor"),
+        ({"data": []}, cpd.TrainingError, "no batch"),
+        ({"data": iter(loader())}, cpd.InputError, "only once"),
+        ({"data": loader(), "loss": lambda out, y: out.mean() * float("nan")}, cpd.TrainingError, "nan"),
+        ({"data": [(torch.randn(2, 9), torch.zeros(2).long())]}, cpd.InputError, "first batch"),
+        ({"round_to": 0}, cpd.InputError, "round_to"),
+        ({"criterion": "beauty"}, cpd.InputError, "criterion"),
+        ({"epochs": -1}, cpd.InputError, "epochs"),
+    ],
+)
+def test_bad_input_is_refused_and_nothing_changes(arguments, error, words):
+    torch.manual_seed(0)
+    model = Tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(error, match=words) as caught:
+        compress_function(**{"model": model, "target_speedup": 2, "example_inputs": INPUT, **arguments})
+    assert isinstance(caught.value, cpd.CPDError)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert model.training
+
+
+def test_output_dir_that_is_a_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(cpd.InputError, match="is a file"):
+        cpd.compress(Tiny(), target_speedup=2, example_inputs=INPUT, output_dir=path)
+    assert path.read_text() == "mine"
+
+
+def test_output_dir_under_a_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    with pytest.raises(cpd.InputError, match="cannot be written"):
+        cpd.compress(Tiny(), target_speedup=2, example_inputs=INPUT, output_dir=path / "below")
+
+
+def test_nothing_to_prune_says_why():
+    with pytest.raises(cpd.NothingToPruneError, match="the model's output"):
+        cpd.compress(nn.Linear(4, 3), target_speedup=2, example_inputs=torch.randn(1, 4))
+    with pytest.raises(cpd.NothingToPruneError):
+        cpd.compress(Fixed(), target_speedup=2, example_inputs=torch.randn(1, 4))
+
+
+def test_unreachable_cost_gives_the_best_figure():
+    with pytest.raises(cpd.TargetError, match="narrowest widths allowed leave"):
+        cpd.compress(Tiny(), target_macs=0.0001, example_inputs=INPUT)
+
+
+def test_unreachable_speedup_gives_the_best_figure():
+    with pytest.raises(cpd.TargetError, match=r"cannot be reached.*times as fast"):
+        cpd.compress(Tiny(), target_speedup=1000, example_inputs=INPUT)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "model.safetensors"])
+def test_truncated_artifacts(result, tmp_path, name):
+    _, found, _ = result
+    found.save(tmp_path)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: len(content) // 2])
+    fresh = Tiny()
+    before = {key: tensor.clone() for key, tensor in fresh.state_dict().items()}
+    with pytest.raises(cpd.ArtifactError, match="truncated"):
+        cpd.load(tmp_path, model=fresh)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in fresh.state_dict().items())
+
+
+def test_foreign_artifacts(result, tmp_path):
+    _, found, _ = result
+    with pytest.raises(cpd.ArtifactError, match="missing"):
+        cpd.load(tmp_path, model=Tiny())
+    found.save(tmp_path)
+    with pytest.raises(cpd.ArtifactError, match="model=fresh"):
+        cpd.load(tmp_path)
+    with pytest.raises(cpd.ArtifactError, match="stem"):
+        cpd.load(tmp_path, model=Tiny(width=16))
+    (tmp_path / "plan.json").write_text('{"format": "other"}')
+    with pytest.raises(cpd.ArtifactError, match="not of the format"):
+        cpd.load(tmp_path, model=Tiny())
+
+
+def test_scores_leave_the_model_as_it_was():
+    torch.manual_seed(0)
+    model = Tiny().requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    comb = cpd.comb(model, INPUT)
+    for criterion in ("hessian", "hessian-trace", "taylor", "magnitude"):
+        scores = cpd.score(model, comb, loader(), criterion=criterion)
+        assert {group.name: group.size for group in comb.open} == {name: len(s) for name, s in scores.items()}
+        assert all((score >= 0).all() and score.max() > 0 for score in scores.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_dead_channel_scores_lowest():
+    torch.manual_seed(0)
+    model = Tiny()
+    with torch.no_grad():
+        model.conv2.weight[:, 5] = 0
+    comb = cpd.comb(model, INPUT)
+    for criterion in ("hessian", "taylor"):
+        assert int(cpd.score(model, comb, loader(), criterion=criterion)["conv1"].argmin()) == 5
+
+
+def test_selection_meets_the_cost_in_multiples():
+    torch.manual_seed(0)
+    model = Tiny(width=64)
+    comb = cpd.comb(model, INPUT)
+    selector = Selector(comb, cpd.score(model, comb, criterion="magnitude"), Limits(round_to=8, max_ratio=0.75))
+    full = comb.cost({}).macs
+    counts = selector.meet(lambda figures: figures.macs, 0.5 * full)
+    assert abs(comb.cost(counts).macs / full - 0.5) < 0.08
+    assert all(width % 8 == 0 and width >= 16 for width in counts.values())
+    plan = selector.plan(counts)
+    kept = {group.name: len(plan.groups[group.name]) for group in comb.open}
+    assert kept == {group.name: counts[group.axis] for group in comb.open}
+
+
+def test_public_names():
+    assert set(cpd.__all__) == {
+        "ArtifactError", "CPDError", "Comb", "DistillConfig", "ExportError", "Group", "InputError", "LatencyComparison",
+        "NothingToPruneError", "Plan", "PlanError", "Report", "Result", "ShrinkError", "TargetError", "TraceError",
+        "TrainingError", "comb", "compare_latency", "compress", "distill", "export_onnx", "load", "score", "shrink",
+    }  # fmt: skip
+    assert all(hasattr(cpd, name) for name in cpd.__all__)
+    assert all(issubclass(getattr(cpd, name), cpd.CPDError) for name in cpd.__all__ if name.endswith("Error"))
