@@ -45,10 +45,10 @@ Scope = Literal["global", "group"]
 SCOPES: tuple[Scope, ...] = ("global", "group")
 
 
-def ranks(scores: Tensor) -> Tensor:
-    """Scores replaced by their rank within the group, from above 0 (the lowest) to 1."""
+def ranks(scores: Tensor, shift: float) -> Tensor:
+    """Scores replaced by their rank within the group, from above 0 (the lowest) to 1, and `shift` positions more."""
     order = torch.argsort(torch.argsort(scores, stable=True), stable=True)
-    return (order + 1).double() / len(scores)
+    return (order + 1 + shift).double() / len(scores)
 
 
 class Selector:
@@ -65,11 +65,12 @@ class Selector:
         self, comb: Comb, scores: Mapping[str, Tensor], limits: Limits | None = None, scope: Scope = "global"
     ) -> None:
         self.comb, self.limits, self.scope = comb, limits or Limits(), scope
-        if scope == "group":
-            scores = {name: ranks(score) for name, score in scores.items()}
+        self.steps = {g.name: step(comb, g, self.limits.round_to) for g in comb.open}
+        if scope == "group":  # shifted by up to a step, so that groups of one size do not all step at once
+            turns = {group.name: index / len(comb.open) for index, group in enumerate(comb.open)}
+            scores = {name: ranks(scores[name], turn * self.steps[name]) for name, turn in turns.items()}
         self.order = {g.name: torch.argsort(scores[g.name], descending=True, stable=True).numpy() for g in comb.open}
         self.sorted = {g.name: np.sort(scores[g.name].numpy())[::-1] for g in comb.open}
-        self.steps = {g.name: step(comb, g, self.limits.round_to) for g in comb.open}
         self.thresholds = np.unique(np.concatenate([self.sorted[g.name] for g in comb.open]))
 
     def counts(self, threshold: float) -> dict[Axis, int]:
@@ -83,7 +84,7 @@ class Selector:
         return ties.repair(wanted, self.comb.ties)
 
     def meet(self, measure: Measure, target: float) -> dict[Axis, int]:
-        """The widths whose `measure` (of the cost, falling with the threshold) is nearest to `target`."""
+        """The widest widths whose `measure` (of the cost, falling with the threshold) is at most `target`."""
         low, high = 0, len(self.thresholds)
         while low < high:
             middle = (low + high) // 2
@@ -91,8 +92,7 @@ class Selector:
                 low = middle + 1
             else:
                 high = middle
-        options = [self.counts(self._at(index)) for index in (low, max(low - 1, 0))]
-        return min(options, key=lambda counts: abs(measure(self.comb.cost(counts)) - target))
+        return self.counts(self._at(low))
 
     def least(self) -> dict[Axis, int]:
         """The narrowest widths that the limits and ties allow."""

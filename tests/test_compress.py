@@ -69,7 +69,7 @@ def result(tmp_path_factory):
 def test_result_is_the_same_class_and_narrower(result):
     model, found, _ = result
     assert type(found.model) is Tiny
-    assert found.report.result.macs <= 0.55 * found.report.original.macs
+    assert found.report.result.macs <= 0.5 * found.report.original.macs
     assert found.report.result.parameters == sum(p.numel() for p in found.model.parameters())
     assert found.report.original.parameters == sum(p.numel() for p in model.parameters())
     assert found.speedup == found.report.latency["speedup"] > 0
@@ -251,7 +251,7 @@ def test_selection_meets_the_cost_in_multiples():
     selector = Selector(comb, cpd.score(model, comb, criterion="magnitude"), Limits(round_to=8, max_ratio=0.75))
     full = comb.cost({}).macs
     counts = selector.meet(lambda figures: figures.macs, 0.5 * full)
-    assert abs(comb.cost(counts).macs / full - 0.5) < 0.08
+    assert 0.4 < comb.cost(counts).macs / full <= 0.5
     assert all(width % 8 == 0 and width >= 16 for width in counts.values())
     plan = selector.plan(counts)
     kept = {group.name: len(plan.groups[group.name]) for group in comb.open}
