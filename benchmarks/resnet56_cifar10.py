@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -177,6 +178,8 @@ def show(report: Report, options: argparse.Namespace, console: Console) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; the exit code is 2 for missing data, 1 if the compression failed."""
     options, console = parse(arguments), Console()
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("cpd").setLevel(logging.INFO)
     try:
         if options.data_dir is None:
             wanted = "\n".join(f"  {name}: {content}" for name, content in FILES.items())

@@ -16,7 +16,7 @@ from cpd.rules.base import Context, Value, rule
 _FIXED = "normalised with parameters that are fixed"
 
 
-@rule("batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit_no_training")
+@rule("batch_norm", "instance_norm")
 def batch_norm(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """[N, C, *]: weight, bias and running statistics lie along C."""
     shape = list(ctx.shape(args["input"]))
@@ -26,7 +26,7 @@ def batch_norm(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return tuple(shape)
 
 
-@rule("layer_norm", "rms_norm", "native_layer_norm")
+@rule("layer_norm", "rms_norm")
 def layer_norm(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """[*, D]: weight and bias lie along the last dimensions; the forward names their widths."""
     shape = list(ctx.shape(args["input"]))

@@ -40,7 +40,7 @@ def _aligned(ctx: Context, node: Node, source: Node) -> Shape:
 
 @rule(
     "alias", "clone", "contiguous", "detach", "detach_", "dropout", "feature_dropout", "alpha_dropout",
-    "to", "_to_copy", "type_as", "lift_fresh_copy", "native_dropout", "zeros_like", "ones_like", "full_like",
+    "to", "_to_copy", "type_as", "lift_fresh_copy", "zeros_like", "ones_like", "full_like",
     "empty_like", "rand_like", "randn_like", "positive", "view_as_real_copy", "bernoulli",
     "softmax", "log_softmax", "_softmax", "_log_softmax", "softmin",
 )  # fmt: skip
