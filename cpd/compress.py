@@ -46,6 +46,8 @@ log = logging.getLogger("cpd")
 
 #: Batches that BatchNorm statistics are re-estimated on at most.
 RECALIBRATION_BATCHES = 64
+#: Two plans leave as much if the MACs of one are at least this share of the other's.
+AS_MUCH = 0.9
 #: Seconds that the final model is timed.
 FINAL_SECONDS = 15.0
 
@@ -245,7 +247,11 @@ class _Run:
         loss: Callable[[Any, Any], Tensor] | None,
         limit: int,
     ) -> None:
-        """Choose the widths: by measured speed-up or by cost; of several scopes, the one that loses least."""
+        """Choose the widths: by measured speed-up or by cost, for each scope.
+
+        Of two that meet the target, the one that leaves more MACs is kept; where both leave as much, the one whose
+        loss is lower after recalibration. (Far from the original the loss is no better than chance and tells nothing.)
+        """
         if self.target.is_speedup:
             with self.stages("export"):
                 self.probe = LatencyProbe(self.model, self.call, threads=threads)
@@ -260,14 +266,29 @@ class _Run:
             if not plans:
                 assert failure is not None
                 raise failure
-            if len(plans) == 1 or data is None:
-                self.plan = plans[0][1]
-                return
-            losses = [_loss_of(self.student, plan, data, loss, limit) for _, plan in plans]
-        best = losses.index(min(losses))
-        self.plan = plans[best][1]
-        told = ", ".join(f"{scope} {value:.3g}" for (scope, _), value in zip(plans, losses, strict=True))
-        self.note(f"Scores compared by scope {plans[best][0]!r}: the loss after recalibration is lowest ({told}).")
+            scope, self.plan = self._choose(plans, data, loss, limit)
+        told = ", ".join(f"{scope} {self._macs_left(plan):.1%}" for scope, plan in plans)
+        self.note(f"Scores compared by scope {scope!r} (share of the MACs left at the target: {told}).")
+
+    def _choose(
+        self,
+        plans: list[tuple[Scope, Plan]],
+        data: Iterable[Any] | None,
+        loss: Callable[[Any, Any], Tensor] | None,
+        limit: int,
+    ) -> tuple[Scope, Plan]:
+        """Of several plans that meet the target, the one that leaves most; of those that leave as much, by loss."""
+        most = max(self._macs_left(plan) for _, plan in plans)
+        rest = [item for item in plans if self._macs_left(item[1]) >= AS_MUCH * most]
+        if len(rest) == 1 or data is None:
+            return rest[0]
+        losses = [_loss_of(self.student, plan, data, loss, limit) for _, plan in rest]
+        return rest[losses.index(min(losses))]
+
+    def _macs_left(self, plan: Plan) -> float:
+        """Share of the original's MACs that a plan leaves."""
+        kept = {group.axis: len(plan.groups[group.name]) for group in self.comb.groups}
+        return self.comb.cost(kept).macs / max(self.comb.cost({}).macs, 1)
 
     def _meet(self, selector: Selector, tolerance: float) -> Plan:
         """The plan of one selector that meets the target."""
