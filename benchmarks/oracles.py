@@ -33,7 +33,7 @@ MODELS = [
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights at which a wrong slice or scale shows: matrices of deviation 1/sqrt(fan_in), random norms and statistics."""
+    """Weights at which a wrong slice shows: matrices of deviation 1/sqrt(fan_in), random norms and statistics."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -421,15 +421,12 @@ def accuracy(model: nn.Module, images: Iterable[Any]) -> float:
     """Share of the images [0 to 1] whose highest logit is the label's; the model's mode is left as found."""
     import torch
 
-    from cpd.inputs import batches, logits
+    from cpd.inputs import batches, device_of, evaluating, logits, move
 
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    was_training, right, total = model.training, 0, 0
-    model.eval()
-    with torch.no_grad():
+    device, right, total = device_of(model), 0, 0
+    with torch.no_grad(), evaluating(model):
         for call, target in batches(images):
             predicted = logits(call.to(device).on(model)).argmax(1)
-            right += int((predicted == target.to(device)).sum())
+            right += int((predicted == move(target, device)).sum())
             total += len(target)
-    model.train(was_training)
     return right / total
