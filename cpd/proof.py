@@ -337,17 +337,31 @@ class Proof:
     # ------------------------------------------------------------ freezing
 
     def _freeze_literals(self, wrong: list[Literal]) -> None:
-        """Freeze the widths that nothing explains; where those are frozen already, what was thought to explain them."""
-        for item in wrong:
-            before = len(self.open_axes())
-            why = f"the forward names the width {item.dim.size}, and no attribute or other width explains it"
-            self.ctx.freeze(item.dim, item.node, why)
-            if len(self.open_axes()) == before:
-                for place, dim in self.attributes.items():
-                    if place.module in owners(item.node):
-                        self.ctx.freeze(dim, item.node, f"{place.name} also names a width that cannot change")
-            if len(self.open_axes()) == before:
-                self._freeze_node(item.node, why)
+        """Freeze the widths that nothing explains; where those are frozen already, ever more around them."""
+        if not wrong:
+            return
+        before = len(self.open_axes())
+        for freeze in (self._freeze_width, self._freeze_attributes, self._freeze_caller):
+            for item in wrong:
+                freeze(item)
+            if len(self.open_axes()) < before:
+                return
+        self._freeze_module(owners(wrong[0].node)[0], _unexplained(wrong[0]), wrong[0].node)
+
+    def _freeze_width(self, item: Literal) -> None:
+        self.ctx.freeze(item.dim, item.node, _unexplained(item))
+
+    def _freeze_attributes(self, item: Literal) -> None:
+        """The width cannot change, yet an attribute that follows another one names it."""
+        for place, dim in self.attributes.items():
+            if place.module in owners(item.node):
+                self.ctx.freeze(dim, item.node, f"{place.name} also names a width that cannot change")
+
+    def _freeze_caller(self, item: Literal) -> None:
+        """The width cannot change, yet the forward computes it from another one that its module works on."""
+        for node in self.ctx.graph.operations:
+            if owners(node)[0] == owners(item.node)[0]:
+                self._freeze_node(node, _unexplained(item), item.node)
 
     def _freeze_node(self, node: Node, why: str, at: Node | None = None) -> None:
         for source in [node, *node.all_input_nodes]:
@@ -380,6 +394,10 @@ class Proof:
             if len(self.open_axes()) < open_before or path == "":
                 return
             path = path.rpartition(".")[0]
+
+
+def _unexplained(item: Literal) -> str:
+    return f"the forward names the width {item.dim.size}, and no attribute or other width explains it"
 
 
 def moved(counts: Counts, among: Iterable[Axis]) -> set[Axis]:
