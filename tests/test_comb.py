@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor, nn
 from zoo import comb, dense, group, images, names_of, random_plan, relative_error, snapshot, zeroed
 
+import cpd
 from cpd.comb import Comb
 from cpd.errors import InputError, PlanError
 from cpd.oracle import masked_error
@@ -580,3 +581,26 @@ def test_names_are_unique_and_members_complete() -> None:
     assert covered == {
         name for name, parameter in model.named_parameters() if parameter.dim() and parameter.numel() > 1
     }
+
+
+class _Borrowed(nn.Module):
+    """A width that is fixed in the code on one side and computed from another layer's on the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.before = nn.Linear(6, 40)
+        self.a = nn.Linear(40, 24)
+        self.q = nn.Linear(24, 32)
+        self.o = nn.Linear(32, 5)
+
+    def forward(self, x):
+        h = self.a(self.before(x).relu())
+        y = self.q(h).view(x.shape[0], 4, 8).transpose(1, 2)
+        return self.o(y.reshape(x.shape[0], h.shape[-1] // 3 * 4))
+
+
+def test_a_width_that_a_frozen_one_is_computed_from_is_frozen_too():
+    comb = cpd.comb(_Borrowed().eval(), torch.randn(2, 6))
+    frozen = {group.name: group.frozen for group in comb.groups}
+    assert "names the width" in frozen["a"]
+    assert "names the width" in frozen["q"]

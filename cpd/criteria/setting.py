@@ -70,7 +70,10 @@ class Setting:
             if not bool(torch.isfinite(value)):
                 raise TrainingError(f"The loss is {float(value)} on the unpruned model: check the data and the loss.")
             found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
-        return {name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None}
+        return {
+            name: torch.zeros_like(named[name]) if gradient is None else gradient
+            for name, gradient in zip(named, found, strict=True)
+        }
 
     def gate_gradients(self, gates: Gates, batch: Batch) -> list[Tensor]:
         """dL/dm of every gate on one batch: sum of w * dL/dw over the gate's slices."""
