@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from cpd.errors import ArtifactError, CPDError, InputError
@@ -157,7 +158,7 @@ def _read_weights(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != document.get("weights_sha256"):
             raise ArtifactError(f"{path} is truncated, or not the file that was saved with {PLAN}.")
-        return load_file(path)
+        return load_tensors(content)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing.") from error
     except (OSError, SafetensorError) as error:

@@ -29,6 +29,7 @@ from cpd.inputs import check_model
 from cpd.plan import Plan, Rescale
 from cpd.proof import Place, Proof, edits
 from cpd.rules import Context, infer
+from cpd.rules.contraction import SPACE
 from cpd.surgeon import named_tensors
 from cpd.ties import Tie
 from cpd.tracer import OperationGraph, trace
@@ -299,7 +300,7 @@ def _groups(ctx: Context, dims: Mapping[str, tuple[Dim, ...]], inexact: Mapping[
     taken: dict[str, int] = {}
     found = []
     for axis, places in members.items():
-        if axis.frozen is not None and axis.frozen.startswith("space or kernel"):
+        if axis.frozen is not None and axis.frozen.startswith(SPACE):
             continue
         first = next((place for place in places if not place.contracted and place.dim == 0), places[0])
         layer = first.tensor.removesuffix(".weight")

@@ -90,7 +90,7 @@ def formulas(
     ctx: Context, node: Node, inverse: bool = False, rows: tuple[tuple[str, tuple[int, ...]], ...] = ()
 ) -> list[Scale]:
     """Every power of every width that the module of `node` works with."""
-    return [Scale(node, dim, power, inverse, rows) for dim in _widths_in_sight(ctx, node) for power in POWERS]
+    return [Scale(node, dim, power, inverse, rows) for dim in widths_in_sight(ctx, node) for power in POWERS]
 
 
 def attention_scales(ctx: Context) -> Iterator[tuple[Node, Scale | None]]:
@@ -103,7 +103,8 @@ def attention_scales(ctx: Context) -> Iterator[tuple[Node, Scale | None]]:
                 yield node, None if rows is None else Scale(node, dim, -0.5, False, rows)
 
 
-def _widths_in_sight(ctx: Context, node: Node) -> list[Dim]:
+def widths_in_sight(ctx: Context, node: Node) -> list[Dim]:
+    """The dimensions with an axis of every tensor that the node's module computes or is given."""
     module = owners(node)[0]
     found: list[Dim] = []
     for other in ctx.graph.operations:

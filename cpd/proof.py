@@ -23,7 +23,7 @@ from torch.fx import Node
 
 from cpd import axes, ties
 from cpd.axes import Axis, Dim
-from cpd.constants import Scale, find_scales, formulas, scalars
+from cpd.constants import Scale, find_scales, formulas, scalars, widths_in_sight
 from cpd.errors import CPDError
 from cpd.plan import Attribute
 from cpd.replay import Observation, culprit, replay
@@ -300,7 +300,9 @@ class Proof:
 
     def _tie_candidates(self, item: Literal) -> list[Tie]:
         """Dimensions in the same module as wide as the literal's, or as a run of its neighbours' product."""
-        in_sight = self._dims_in_sight(item.node)
+        module = owners(item.node)[0]
+        named = [axes.resolve(dim) for place, dim in self.attributes.items() if place.module == module]
+        in_sight = list(dict.fromkeys([*named, *widths_in_sight(self.ctx, item.node)]))
         blocks = [axes.resolve(dim) for dim in (item.dim, *self._blocks_around(item))]
         found: list[Tie] = []
         for block in blocks:
@@ -322,17 +324,6 @@ class Proof:
                 block = axes.product(value[start:end])
                 if end - start > 1 and not any(axis.frozen for axis in axes.leaves(block)):
                     yield block
-
-    def _dims_in_sight(self, node: Node) -> list[Dim]:
-        """The dimensions of every tensor that the node's module computes or is given, and that its attributes name."""
-        module = owners(node)[0]
-        found = [axes.resolve(dim) for place, dim in self.attributes.items() if place.module == module]
-        for other in self.ctx.graph.operations:
-            if owners(other)[0] == module:
-                for source in [other, *other.all_input_nodes]:
-                    value = self.ctx.values.get(source)
-                    found.extend(axes.resolve(dim) for dim in (value if isinstance(value, tuple) else ()))
-        return list(dict.fromkeys(found))
 
     # ------------------------------------------------------------ freezing
 

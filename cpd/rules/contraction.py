@@ -11,6 +11,8 @@ from cpd.axes import Dim, Fixed
 from cpd.rules.base import Context, Shape, Value, broadcast, rule
 from cpd.tracer import op_name, shape_of
 
+#: Why space and kernels are frozen; `comb` lists no group for them.
+SPACE = "space or kernel of a convolution"
 _MEETS_FIXED = "summed over together with a dimension that is fixed"
 
 
@@ -71,7 +73,7 @@ def conv_transpose(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
 
 def _fix_space(ctx: Context, node: Node, dims: list[Dim]) -> None:
     for dim in dims:
-        ctx.freeze(dim, node, "space or kernel of a convolution")
+        ctx.freeze(dim, node, SPACE)
 
 
 @rule("matmul", "bmm", "mm", "mv", "dot")
