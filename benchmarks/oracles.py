@@ -1,18 +1,33 @@
-"""Comb, shrink by 30 % at random, and check: `python benchmarks/oracles.py [MODEL …] [--json FILE]`.
+"""Comb, shrink by 30 % at random, and put the result through every oracle: `python benchmarks/oracles.py MODEL …`.
 
-For each model: groups, share of parameters in open groups, masked equals shrunk in float64 (all open groups) and in
-float32 (exact groups alone), parameters left, and seconds. Weights are random, norms and their statistics too.
-"""
+A model is `timm:NAME`, `torchvision:NAME` or `resnet56`; its weights are random, norms and their statistics too.
+
+| check | passes if |
+|---|---|
+| masked | float64: the unpruned model with removed slices zero gives what the shrunk one gives, to 1e-9 (1e-4 where the forward itself computes in float32) |
+| shapes | every node of the shrunk model's own graph has the shape that the comb predicts |
+| class | the model's class, and that of every submodule, is what it was |
+| onnx | ONNX Runtime agrees with PyTorch on the shrunk model to 1e-3, where the unpruned model exports at all |
+| again | the shrunk model can be combed again, finds the same groups at the kept widths, and can be shrunk again |
+| train | forward, backward and an optimizer step run in train mode at another batch size |
+| reload | saved, and loaded in a fresh process, it gives the same outputs to the bit |
+"""  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
+import collections
 import copy
 import json
 import random
+import resource
+import subprocess
 import sys
+import tempfile
 import time
+import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +35,44 @@ import torch
 from models import resnet56
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import cpd
 from cpd import sources
-from cpd.oracle import masked_error
+from cpd.artifacts import save_result
+from cpd.comb import Comb, Group
+from cpd.inputs import Call, as_call
+from cpd.oracle import masked_error, shape_mismatch
+from cpd.plan import Plan
+from cpd.report import Figures, Report
+from cpd.surgeon import named_tensors
+from cpd.tracer import op_name
 
-MODELS = [
+CHECKS = ("masked", "shapes", "class", "onnx", "again", "train", "reload")
+DEFAULT = [
     "timm:resnet18", "timm:resnet50", "timm:mobilenetv2_100", "timm:densenet121", "timm:convnext_atto",
     "timm:vit_tiny_patch16_224", "torchvision:swin_t", "torchvision:shufflenet_v2_x1_0", "resnet56",
 ]  # fmt: skip
+#: Frames and side of what torchvision's video models take, and the side of what its optical-flow models take.
+VIDEO, FLOW = {"s3d": (14, 224), "mvit": (16, 224), "swin3d": (8, 224), "r": (8, 112), "mc": (8, 112)}, 128
+
+
+def build(name: str) -> tuple[nn.Module, Any]:
+    """A model in eval mode with random weights, and an input of batch 1 that it takes."""
+    if name == "resnet56":
+        return randomize(resnet56()), torch.randn(1, 3, 32, 32)
+    model = randomize(sources.resolve(name).build().eval())
+    kind = type(model).__module__
+    if kind.startswith("torchvision.models.video"):
+        frames, side = next(sizes for prefix, sizes in VIDEO.items() if name.partition(":")[2].startswith(prefix))
+        return model, torch.randn(1, 3, frames, side, side)
+    if kind.startswith("torchvision.models.optical_flow"):
+        return model, (torch.randn(1, 3, FLOW, FLOW), torch.randn(1, 3, FLOW, FLOW))
+    if kind.startswith("torchvision.models.detection"):
+        return model, ([torch.rand(3, 320, 320)],)
+    return model, sources.default_inputs(model)
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -39,76 +82,281 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if not tensor.is_floating_point():
                 continue
-            noise = torch.randn(tensor.shape, generator=g)
-            if tensor.dim() > 1:
-                tensor.copy_(noise / tensor[0].numel() ** 0.5)
-            elif "bias" in name or "mean" in name:
+            noise, leaf = torch.randn(tensor.shape, generator=g), name.rpartition(".")[2]
+            if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
+                tensor.copy_(noise / max(1, tensor[0].numel()) ** 0.5)
+            elif "bias" in leaf or leaf == "running_mean":
                 tensor.copy_(0.3 * noise)
-            else:
+            elif isinstance(tensor, nn.Parameter) or leaf == "running_var":
                 tensor.copy_(torch.rand(tensor.shape, generator=g) + 0.5)
     return model
 
 
-def check(name: str, share: float, seed: int) -> dict[str, Any]:
-    """One model through comb, plan, shrink and the oracle."""
-    if name == "resnet56":
-        model, inputs = resnet56(), torch.randn(1, 3, 32, 32)
-    else:
-        model = sources.resolve(name).build()
-        inputs = sources.default_inputs(model)
-    model = randomize(model.eval())
-    start = time.perf_counter()
-    comb = cpd.comb(model, inputs)
-    row: dict[str, Any] = {"model": name, "comb_s": time.perf_counter() - start, "groups": len(comb.groups)}
-    row |= {
-        "open": len(comb.open),
-        "exact": sum(g.exact for g in comb.open),
-        "open_share": comb.open_share["parameters"],
-    }
+def random_plan(comb: Comb, share: float, seed: int) -> Plan:
+    """Remove a random `share` of every open group, at least one position."""
     rng = random.Random(seed)
-    kept = {g.name: sorted(rng.sample(range(g.size), g.size - int(share * g.size))) for g in comb.open}
-    exact = {g.name: kept[g.name] for g in comb.open if g.exact}
-    for label, keep, dtype in (("error32_exact", exact, torch.float32), ("error64_all", kept, torch.float64)):
-        dense = copy.deepcopy(model).to(dtype)
-        again = cpd.comb(dense, inputs.to(dtype))
-        plan = again.plan(keep)
-        small = copy.deepcopy(dense)
+    return comb.plan(
+        {g.name: sorted(rng.sample(range(g.size), g.size - max(1, int(share * g.size)))) for g in comb.open}
+    )
+
+
+def double(value: Any) -> Any:
+    """A model, or inputs, in float64."""
+    if isinstance(value, nn.Module):
+        return copy.deepcopy(value).double()
+    return pytree.tree_map(lambda leaf: leaf.double() if _is_float(leaf) else leaf, value)
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def outputs_of(model: nn.Module, call: Call) -> list[Tensor]:
+    """Every tensor that the model gives, without gradients."""
+    with torch.no_grad():
+        return [leaf for leaf in pytree.tree_leaves(call.on(model)) if isinstance(leaf, Tensor)]
+
+
+# ---------------------------------------------------------------------------------- the oracles
+
+
+def check_masked(dense: nn.Module, comb: Comb, plan: Plan) -> str:
+    """Masked equals shrunk, in the dtype that the comb was made in."""
+    shrunk = cpd.shrink(copy.deepcopy(dense), plan)
+    error = masked_error(dense, shrunk, comb, plan)
+    low = any("float32" in str((*n.args, n.kwargs)) for n in comb.operations.operations if op_name(n) in _CASTS)
+    assert error <= (1e-4 if low else 1e-9), f"relative difference {error:.1e}"
+    return f"{error:.0e}"
+
+
+_CASTS = ("to", "_to_copy", "arange", "full", "zeros", "ones")
+
+
+def check_shapes(dense: nn.Module, comb: Comb, plan: Plan, again: Comb) -> str:
+    """The shrunk model's own graph has the predicted shapes, node by node."""
+    assert (found := shape_mismatch(comb, plan, again)) is None, found
+    return "ok"
+
+
+def check_class(original: nn.Module, small: nn.Module) -> str:
+    """The same classes everywhere; what only stands in for a torch.nn module must be one of its kind."""
+    assert type(small) is type(original), f"{type(original)} became {type(small)}"
+    pairs = zip(original.named_modules(), small.named_modules(), strict=True)
+    for (path, old), (_, new) in pairs:
+        assert type(old) is type(new), f"{path}: {type(old)} became {type(new)}"
+    return "ok"
+
+
+def check_onnx(original: nn.Module, small: nn.Module, call: Call) -> str:
+    """ONNX Runtime against PyTorch on the shrunk model."""
+    try:
+        serialised = cpd.export_onnx(small, call, check=False)
+        error = cpd.onnx.onnx_parity(small, serialised, call)
+        assert error < 1e-3, f"relative difference {error:.1e}"
+    except Exception as failure:
+        try:
+            serialised = cpd.export_onnx(original, call, check=False)
+            error = cpd.onnx.onnx_parity(original, serialised, call)
+            assert error < 1e-3, f"unpruned: relative difference {error:.1e}"
+        except Exception as own:
+            return f"n/a: unpruned, {_line(own)}"
+        raise failure
+    return f"{error:.0e}"
+
+
+def check_again(small: nn.Module, comb: Comb, plan: Plan, again: Comb, share: float) -> str:
+    """The same groups of each layer at the kept widths; a second shrink, and a forward pass of what it leaves.
+
+    A group of which one position is left is none, so the numbers in the names behind it may move up.
+    """
+    found = collections.Counter((_layer(group), group.size, group.frozen is None) for group in again.groups)
+    for group in comb.open:
+        kept = len(plan.groups[group.name])
+        if kept > 1:
+            same = found[_layer(group), kept, True] + found[_layer(group), kept, False] * bool(group.ties)
+            assert same, f"{group.name}: {kept} kept, no such open group of this layer the second time"
+    smaller = cpd.shrink(copy.deepcopy(small), random_plan(again, share, seed=1))
+    outputs_of(smaller, again.operations.call)
+    return "ok"
+
+
+def _layer(group: Group) -> str:
+    return group.name.partition("#")[0]
+
+
+def check_train(small: nn.Module, call: Call) -> str:
+    """One step of SGD in train mode at batch 3."""
+    model = copy.deepcopy(small).train()
+    args = pytree.tree_map(lambda leaf: torch.cat([leaf] * 3) if isinstance(leaf, Tensor) else leaf, call.args)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    leaves = [leaf for leaf in pytree.tree_leaves(model(*args, **call.kwargs)) if _is_float(leaf) and leaf.grad_fn]
+    assert leaves, "no output carries a gradient"
+    sum(leaf.square().mean() for leaf in leaves).backward()
+    optimizer.step()
+    return "ok"
+
+
+def check_reload(name: str, small: nn.Module, plan: Plan, call: Call) -> str:
+    """Saved, and loaded in a fresh process: the same outputs to the bit."""
+    if name == "resnet56":
+        return "n/a: has no name to rebuild it by"
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Figures(0, 0, 0)
+        report = Report({}, type(small).__qualname__, name, "", "", "", figures, figures)
+        save_result(Path(folder), small, plan, report, None)
+        inputs = [leaf.contiguous() for leaf in pytree.tree_leaves(call.args) if isinstance(leaf, Tensor)]
+        torch.save(call.args, f"{folder}/inputs.pt")
+        command = [sys.executable, __file__, "--reload", folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
+        found = load_file(f"{folder}/outputs.safetensors")
+        expected = outputs_of(small, call)
+        assert inputs and len(found) == len(expected)
+        assert all(torch.equal(found[str(i)], tensor) for i, tensor in enumerate(expected)), "outputs differ"
+    return "ok"
+
+
+def _reload(folder: str) -> None:
+    torch.set_num_threads(1)
+    model = cpd.load(folder)
+    args = torch.load(f"{folder}/inputs.pt")
+    outputs = outputs_of(model, Call(args, {}))
+    save_file({str(i): tensor.contiguous().clone() for i, tensor in enumerate(outputs)}, f"{folder}/outputs.safetensors")
+
+
+# ---------------------------------------------------------------------------------- one model
+
+
+def examine(
+    name: str, share: float = 0.3, seed: int = 0, skip: tuple[str, ...] = (), note: Callable[[dict[str, Any]], None] = print
+) -> dict[str, Any]:
+    """One model through comb, plan, shrink and the oracles; `note` is given the row after every stage."""
+    start = time.perf_counter()
+    model, inputs = build(name)
+    row: dict[str, Any] = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
+    row["build_s"] = time.perf_counter() - start
+    dense, call = double(model), as_call(double(inputs))
+    start = time.perf_counter()
+    comb = cpd.comb(dense, call)
+    row |= {"comb_s": time.perf_counter() - start, "trace_s": comb.operations.seconds}
+    note(row)
+    row |= {
+        "nodes": len(comb.operations.operations),
+        "parts": list(comb.operations.parts),
+        "groups": len(comb.groups),
+        "open": len(comb.open),
+        "exact": sum(group.exact for group in comb.open),
+        "open_parameters": comb.open_share["parameters"],
+        "open_macs": comb.open_share["macs"],
+        "unknown": list(comb.unknown),
+        "reasons": _reasons(comb),
+    }
+    plan = random_plan(comb, share, seed)
+    start = time.perf_counter()
+    small = cpd.shrink(copy.deepcopy(model), plan)
+    row["shrink_s"] = time.perf_counter() - start
+    row["parameters_left"] = sum(p.numel() for p in small.parameters()) / row["parameters"]
+    row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    note(row)
+    again: list[Comb] = []
+
+    def second() -> Comb:
+        if not again:
+            again.append(cpd.comb(double(small), call))
+        return again[0]
+
+    call32 = as_call(inputs)
+    stages: dict[str, Callable[[], str]] = {
+        "masked": lambda: check_masked(dense, comb, plan),
+        "shapes": lambda: check_shapes(dense, comb, plan, second()),
+        "class": lambda: check_class(model, small),
+        "onnx": lambda: check_onnx(model, small, call32),
+        "again": lambda: check_again(double(small), comb, plan, second(), share),
+        "train": lambda: check_train(small, call32),
+        "reload": lambda: check_reload(name, small, plan, call32),
+    }
+    for stage in CHECKS:
+        if stage in skip:
+            continue
         start = time.perf_counter()
-        cpd.shrink(small, plan)
-        row["shrink_s"] = time.perf_counter() - start
-        row[label] = masked_error(dense, small, again, plan)
-    row["parameters_left"] = sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in model.parameters())
+        try:
+            row[stage] = stages[stage]()
+        except Exception as error:
+            row[stage] = f"FAILED: {_line(error)}"
+            row[f"{stage}_traceback"] = "".join(traceback.format_exception(error)[-12:])
+        row[f"{stage}_s"] = time.perf_counter() - start
+        note(row)
     return row
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
+
+
+def _reasons(comb: Comb) -> list[str]:
+    """The frozen widths with the most parameters along them, and why."""
+    sizes = {name: tensor.numel() for name, tensor in named_tensors(comb.model).items()}
+    frozen = [group for group in comb.groups if group.frozen is not None and group.size > 1]
+    frozen.sort(key=lambda group: -sum(sizes[member.tensor] for member in group.members))
+    return [f"{group.name}[{group.size}]: {group.frozen}" for group in frozen[:8]]
+
+
+def passed(row: dict[str, Any]) -> bool:
+    """Whether every check that was made passed."""
+    return "error" not in row and not any(str(row.get(check, "")).startswith("FAILED") for check in CHECKS)
+
+
+def table_of(rows: list[dict[str, Any]], title: str) -> Table:
+    """The figures of some models, a row each."""
+    names = ["model", "params", "nodes", "groups", "open", "open params", "open MACs", "left", *CHECKS, "trace s",
+             "comb s", "shrink s", "MiB"]  # fmt: skip
+    table = Table(*names, title=title)
+    for row in rows:
+        if "open_parameters" not in row:
+            table.add_row(row["model"], str(row.get("error", "?"))[:100])
+            continue
+        table.add_row(
+            row["model"], f"{row['parameters'] / 1e6:.1f} M", str(row["nodes"]), str(row["groups"]), str(row["open"]),
+            f"{row['open_parameters']:.1%}", f"{row['open_macs']:.1%}", f"{row.get('parameters_left', 1):.1%}",
+            *(str(row.get(check, "-")).split(":")[0] for check in CHECKS),
+            *(f"{row.get(key, 0):.1f}" for key in ("trace_s", "comb_s", "shrink_s")), f"{row.get('peak_mib', 0):.0f}",
+        )  # fmt: skip
+    return table
 
 
 def main() -> int:
     """Check every model named; exit code 1 if an oracle fails."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("models", nargs="*", default=MODELS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=DEFAULT, metavar="MODEL")
     parser.add_argument("--share", type=float, default=0.3, help="of every open group that goes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--skip", nargs="*", default=[], choices=CHECKS, help="checks to leave out")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--reload", help=argparse.SUPPRESS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    columns = [
-        "model",
-        "groups",
-        "open",
-        "exact",
-        "open_share",
-        "error32_exact",
-        "error64_all",
-        "parameters_left",
-        "comb_s",
-    ]
-    table, rows = Table(*columns, title=f"{options.share:.0%} of every open group removed"), []
+    if options.reload:
+        _reload(options.reload)
+        return 0
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+
+    def note(row: dict[str, Any]) -> None:
+        if options.json:
+            options.json.write_text(json.dumps([*rows, row], indent=1))
+
     for name in options.models:
-        rows.append(check(name, options.share, options.seed))
-        table.add_row(*(f"{v:.3g}" if isinstance(v := rows[-1][column], float) else str(v) for column in columns))
-    Console(width=160).print(table)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1))
-    return int(any(row["error32_exact"] > 1e-4 or row["error64_all"] > 1e-9 for row in rows))
+        try:
+            rows.append(examine(name, options.share, options.seed, tuple(options.skip), note))
+        except Exception as error:
+            rows.append({"model": name, "error": _line(error), "traceback": traceback.format_exc()})
+            note({})
+        note_rows = rows
+        if options.json:
+            options.json.write_text(json.dumps(note_rows, indent=1))
+    Console(width=220).print(table_of(rows, f"{options.share:.0%} of every open group removed"))
+    return int(not all(passed(row) for row in rows))
 
 
 if __name__ == "__main__":

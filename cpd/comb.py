@@ -234,15 +234,13 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
     tensors = _propagate(ctx, model)
     dims = {name: tensors[name] for name in named_tensors(model) if name in tensors}
     proof = Proof(model, ctx, dims)
-    for node, scale in attention_scales(ctx):
-        if scale is None:
-            query = node.args[0]
-            assert isinstance(query, Node)
-            ctx.freeze(ctx.shape(query)[-1], node, "the scale of an attention depends on this width")
-        else:
-            proof.formulas[node, "scale"] = [scale]
+    proof.formulas.update({(scale.node, "scale"): [scale] for scale in attention_scales(ctx)})
     proof.run()
-    groups = _groups(ctx, dims, Exactness(ctx).inexact)
+    inexact = Exactness(ctx).inexact
+    for scale in proof.scales:
+        for axis in axes.leaves(scale.dim) if not scale.rows else ():
+            inexact.setdefault(axis, ctx.reason(scale.node, "a constant of the forward depends on this width"))
+    groups = _groups(ctx, dims, inexact)
     return Comb(groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch.fx import Node
 from cpd import axes
 from cpd.axes import Axis, Dim
 from cpd.rules import Context, arguments
-from cpd.tracer import op_name, owners
+from cpd.tracer import OperationGraph, op_name, owners
 
 #: Powers of a width that a forward may multiply or divide by.
 POWERS = (-0.5, 0.5, -1.0, 1.0, -0.25, 0.25)
@@ -29,6 +30,7 @@ LAYOUT = {
     "select", "getitem", "unbind", "chunk", "split", "split_with_sizes", "slice", "contiguous", "alias", "clone",
     "dropout", "detach", "to", "movedim",
 }  # fmt: skip
+ATTENTION = "scaled_dot_product_attention"
 #: Ops whose result is linear in either factor.
 PRODUCTS = {"matmul", "bmm", "mm"}
 #: Ops whose result is linear in the rows of their weight and bias: dimension of the result along which those lie.
@@ -44,7 +46,8 @@ class Scale:
         dim: the dimension whose width the constant depends on.
         power: the constant's power of that width.
         inverse: whether the op divides by the constant.
-        rows: (parameter, positions along its dimension 0) that feed the op.
+        rows: (parameter, positions along its dimension 0) that feed the op; none where several layers do. The
+            constant then follows the width, and the group is inexact.
     """
 
     node: Node
@@ -80,10 +83,11 @@ def scalars(node: Node, twin: Node) -> Iterator[tuple[str, float, float]]:
 def find_scales(ctx: Context, node: Node) -> list[Scale]:
     """Every formula for the constant that `node` multiplies or divides by, with the rows that make up for it."""
     name = op_name(node).removesuffix("_")
+    if name == ATTENTION:
+        return formulas(ctx, node, rows=_attention_rows(ctx, node))
     if name not in ("mul", "div") or len(node.all_input_nodes) != 1:
         return []
-    rows = feeding_rows(ctx, node.all_input_nodes[0], node)
-    return [] if rows is None else formulas(ctx, node, name == "div", rows)
+    return formulas(ctx, node, name == "div", feeding_rows(ctx, node.all_input_nodes[0], node) or ())
 
 
 def formulas(
@@ -93,26 +97,52 @@ def formulas(
     return [Scale(node, dim, power, inverse, rows) for dim in widths_in_sight(ctx, node) for power in POWERS]
 
 
-def attention_scales(ctx: Context) -> Iterator[tuple[Node, Scale | None]]:
-    """For each attention with the default scale E^-0.5 whose E may shrink: the rows of q that make up for it."""
+def attention_scales(ctx: Context) -> Iterator[Scale]:
+    """For each attention with the default scale E^-0.5 whose E may shrink: the rows of q or k that make up for it."""
     for node in ctx.graph.operations:
-        if op_name(node) == "scaled_dot_product_attention" and arguments(node).get("scale") is None:
+        if op_name(node) == ATTENTION and arguments(node).get("scale") is None:
             dim = ctx.shape(node.args[0])[-1]  # type: ignore[arg-type]
             if any(axis.frozen is None for axis in axes.leaves(dim)):
-                rows = feeding_rows(ctx, node.args[0], node)  # type: ignore[arg-type]
-                yield node, None if rows is None else Scale(node, dim, -0.5, False, rows)
+                yield Scale(node, dim, -0.5, False, _attention_rows(ctx, node))
+
+
+def _attention_rows(ctx: Context, node: Node) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Rows that the query, or else the key, is made of."""
+    sides = (feeding_rows(ctx, arguments(node)[name], node) for name in ("query", "key"))
+    return next((rows for rows in sides if rows), ())
 
 
 def widths_in_sight(ctx: Context, node: Node) -> list[Dim]:
-    """The dimensions with an axis of every tensor that the node's module computes or is given."""
-    module = owners(node)[0]
+    """The dimensions with an axis of every tensor that the forward of the node's module is given, passes on or computes."""
     found: list[Dim] = []
-    for other in ctx.graph.operations:
-        for source in [other, *other.all_input_nodes] if owners(other)[0] == module else ():
-            value = ctx.values.get(source)
-            if isinstance(value, tuple):
-                found.extend(dim for dim in map(axes.resolve, value) if any(True for _ in axes.leaves(dim)))
+    for source in tensors_in_sight(ctx.graph, owners(node)[0]):
+        value = ctx.values.get(source)
+        if isinstance(value, tuple):
+            found.extend(dim for dim in map(axes.resolve, value) if any(True for _ in axes.leaves(dim)))
     return list(dict.fromkeys(found))
+
+
+@lru_cache(maxsize=512)
+def tensors_in_sight(graph: OperationGraph, module: str) -> tuple[Node, ...]:
+    """The nodes whose results cross a line of a module's forward: into it, out of a submodule, or computed by itself."""
+    found: dict[Node, None] = {}
+    for node in graph.operations:
+        place = _part_of(node, module)
+        if place is None:
+            continue
+        if place == module:
+            found[node] = None
+        found.update(dict.fromkeys(source for source in node.all_input_nodes if _part_of(source, module) != place))
+    return tuple(found)
+
+
+def _part_of(node: Node, module: str) -> str | None:
+    """The submodule called by `module` that a node runs in, `module` itself, or None outside of it."""
+    paths = owners(node)
+    if node.op != "call_function" or module not in paths:
+        return None
+    place = paths.index(module)
+    return paths[place - 1] if place else module
 
 
 def feeding_rows(ctx: Context, node: Node, user: Node) -> tuple[tuple[str, tuple[int, ...]], ...] | None:

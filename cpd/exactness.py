@@ -36,9 +36,10 @@ ZERO_PRESERVING = {
 }  # fmt: skip
 NORMS = {"layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"}
 REDUCTIONS = {
-    "mean", "amax", "amin", "var", "std", "logsumexp", "norm", "linalg_vector_norm", "prod", "any", "all", "max", "min",
-    "var_mean", "std_mean", "frobenius_norm",
+    "mean", "amax", "amin", "var", "std", "logsumexp", "prod", "any", "all", "max", "min", "var_mean", "std_mean",
 }  # fmt: skip
+#: Reductions that a zero adds nothing to.
+SUMS = {"sum", "nansum", "norm", "linalg_vector_norm", "frobenius_norm"}
 CONTRACTIONS = {"linear", "einsum", "matmul", "bmm", "mm", "mv", "dot", "addmm", "baddbmm"}
 _SOFTMAX = {"softmax", "log_softmax", "_softmax", "_log_softmax", "softmin"}
 _CONVS = {f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)}
@@ -94,10 +95,10 @@ class Exactness:
             return self._attention(node, bound, own)
         if name in NORMS or name in _SOFTMAX:
             return self._normalisation(node, name, bound, own)
-        if name in REDUCTIONS or name == "sum":
+        if name in REDUCTIONS or name in SUMS:
             shape = self.ctx.shape(inputs[0])
             reduced = [shape[index] for index in reduced_dims(bound.get("dim"), len(shape))]
-            self._mark(reduced, node, unless_zero_in=inputs if name == "sum" else ())
+            self._mark(reduced, node, unless_zero_in=inputs if name in SUMS else ())
             return own if name == "logsumexp" else own & self.dirty[inputs[0]]
         if name in ZERO_PRESERVING:
             sources = [s for s in node.all_input_nodes if s in self.dirty]
@@ -136,6 +137,9 @@ class Exactness:
             self._mark([inner], node)
         elif name in _SOFTMAX:
             self._mark([shape[bound["dim"]]], node)
+            return own
+        elif name == "batch_norm" and bound["training"]:  # by the statistics of its input: weight standardisation
+            self._mark((*shape[:1], *shape[2:]), node)
             return own
         along = [bound[key] for key in ("weight", "bias") if bound.get(key) is not None]
         clean = set.intersection(*({a for a in own if self._zero(p, a)} for p in along)) if along else set()

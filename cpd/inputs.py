@@ -76,6 +76,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """`torch.nn.MultiheadAttention` without its inference fast path for the length of a block: one op hides its layers."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def as_call(example_inputs: Any) -> Call:
     """Bring example inputs to a `Call`.
 

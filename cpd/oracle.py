@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 from cpd import axes
 from cpd.axes import Axis, Dim, Mask
 from cpd.comb import Comb
-from cpd.exactness import CONTRACTIONS, REDUCTIONS
+from cpd.constants import ATTENTION
+from cpd.exactness import CONTRACTIONS, REDUCTIONS, SUMS
 from cpd.inputs import evaluating
 from cpd.plan import Plan
 from cpd.rules import arguments
@@ -27,7 +28,7 @@ from cpd.surgeon import named_tensors
 from cpd.tracer import op_name
 
 #: Ops that take the kept positions of what they reduce.
-SUMMARIES = {*REDUCTIONS, "sum"}
+SUMMARIES = {*REDUCTIONS, *SUMS}
 
 
 class MaskedForward(Interpreter):
@@ -42,6 +43,7 @@ class MaskedForward(Interpreter):
         super().__init__(comb.operations.module)
         self.context = comb.context
         self.masks: dict[Axis, Mask] = {}
+        self.scales = {scale.node: scale for scale in comb.scales if not scale.rows}
         for group in comb.groups:
             self.masks[group.axis] = axes.mask(group.axis, {})
             self.masks[group.axis][:] = False
@@ -55,6 +57,10 @@ class MaskedForward(Interpreter):
                 return self._layer_norm(n)
             if name == "group_norm":
                 return self._group_norm(n)
+            if name == "batch_norm" and arguments(n)["training"]:
+                return self._standardised(n)
+            if n in self.scales:
+                return self._rescaled(n, name)
             if name in CONTRACTIONS:
                 self._zero_removed(n)
             if name in ("softmax", "log_softmax", "_softmax") or (name in SUMMARIES and "other" not in arguments(n)):
@@ -102,6 +108,26 @@ class MaskedForward(Interpreter):
         for name in ("weight", "bias"):
             bound[name] = None if bound.get(name) is None else bound[name].index_select(0, kept)
         return _scatter(_call(n, bound), 1, kept, size)
+
+    def _standardised(self, n: Node) -> Tensor:
+        """A batch norm by the statistics of its input, over the kept positions of all dimensions but the channels."""
+        bound, shape = self._bound(n), self.context.shape(tensor_inputs(n)[0])
+        kept = {index: self._kept(dim) for index, dim in enumerate(shape) if index != 1}
+        for index, positions in kept.items():
+            bound["input"] = bound["input"].index_select(index, positions)
+        result: Tensor = _call(n, bound)
+        for index, positions in kept.items():
+            result = _scatter(result, index, positions, shape[index].size)
+        return result
+
+    def _rescaled(self, n: Node, name: str) -> Any:
+        """A constant that follows a width."""
+        scale, bound = self.scales[n], self._bound(n)
+        change = scale.change({axis: int(mask.sum()) for axis, mask in self.masks.items()})
+        if name == ATTENTION:
+            bound["scale"] = (bound["scale"] or bound["query"].shape[-1] ** -0.5) * change
+            return _call(n, bound)
+        return super().run_node(n) / change if scale.inverse else super().run_node(n) * change
 
     def _along(self, n: Node, name: str) -> Any:
         """Softmax, or a reduction, over the kept positions."""
@@ -167,3 +193,28 @@ def masked_error(model: nn.Module, shrunk: nn.Module, comb: Comb, plan: Plan) ->
         found = pytree.tree_leaves(comb.operations.call.on(shrunk))
     pairs = [(a, b) for a, b in zip(expected, found, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]
     return max((float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs), default=0.0)
+
+
+def shape_mismatch(comb: Comb, plan: Plan, again: Comb) -> str | None:
+    """The first node whose shape in the shrunk model is not what the comb of the unpruned one predicts.
+
+    Args:
+        comb: the comb of the unpruned model.
+        plan: what is kept.
+        again: the comb of the shrunk model.
+
+    Returns:
+        None where all agree, else a sentence that names the node.
+    """
+    widths = {group.axis: len(plan.groups[group.name]) for group in comb.groups}
+    old, new = comb.operations.operations, again.operations.operations
+    for before, after in zip(old, new, strict=False):
+        if op_name(before) != op_name(after):
+            return f"{before.name} is {op_name(after)} in the shrunk model"
+        value, found = comb.context.values[before], after.meta.get("val")
+        shapes, tensors = (value, found) if isinstance(value, list) else ([value], [found])
+        for shape, tensor in zip(shapes, tensors, strict=True):
+            expected = tuple(axes.count(dim, widths) for dim in shape)
+            if isinstance(tensor, Tensor) and expected != tuple(tensor.shape):
+                return f"{before.name} is {list(tensor.shape)}; predicted {list(expected)}"
+    return None if len(old) == len(new) else f"{len(old)} operations became {len(new)}"

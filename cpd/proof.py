@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from cpd import axes, ties
-from cpd.axes import Axis, Dim
+from cpd.axes import Axis, Dim, Fixed
 from cpd.constants import Scale, find_scales, formulas, scalars, widths_in_sight
 from cpd.errors import CPDError
 from cpd.plan import Attribute
@@ -39,6 +39,8 @@ Observe: TypeAlias = Callable[[Counts, Mapping["Place", Dim]], Observation]
 DRAWS = 3
 #: Random widths drawn to find some that the ties allow, and how deep they may cut.
 TRIES, DEPTHS = 16, (0.125, 0.25, 0.5)
+#: Modules inside the calling one whose attributes are tried.
+MAX_INNER = 16
 #: Remedies tried in a row before everything still open is frozen.
 MAX_ROUNDS = 200
 
@@ -213,7 +215,7 @@ class Proof:
                 wrong = self._try_attributes(observe, counts, wrong)
                 wrong = self._try_ties(observe, rng, wrong)
                 self._freeze_literals(wrong)
-            elif len(self.open_axes()) == open_before:
+            elif len(self.open_axes()) == open_before and not self._try_attributes_checked(counts, observation):
                 self._freeze_culprit(observation)
             unproven = set(self.open_axes())
         for axis in self.open_axes():
@@ -226,50 +228,86 @@ class Proof:
         Returns:
             The literals that no attribute explains.
         """
-        tried: set[Place] = set(self.attributes)
+        tried: set[tuple[Place, Dim]] = set()
         while True:
-            trial: dict[tuple[str, Dim], tuple[Place, Literal]] = {}
+            trial: dict[tuple[str, Dim], tuple[Place, Dim, Literal]] = {}
             for item in wrong:
                 key = (owners(item.node)[0], axes.resolve(item.dim))
-                place = next((place for place in self._candidates(item) if place not in tried), None)
-                if place is not None and place not in [other for other, _ in trial.values()]:
-                    trial.setdefault(key, (place, item))
+                busy = {other for other, _, _ in trial.values()} | set(self.attributes)
+                options = ((p, d) for p, d in self._candidates(item) if (p, d) not in tried and p not in busy)
+                choice = next(options, None)
+                if choice is not None:
+                    trial.setdefault(key, (*choice, item))
             if not trial:
                 return wrong
-            pairs = list(trial.values())
-            tried.update(place for place, _ in pairs)
-            observation = observe(counts, {place: item.dim for place, item in pairs})
-            for place, item in pairs:
+            tried.update((place, dim) for place, dim, _ in trial.values())
+            observation = observe(counts, {place: dim for place, dim, _ in trial.values()})
+            for place, dim, item in trial.values():
                 alone = observation
-                if observation.error is not None and len(pairs) > 1:  # another trial may be to blame
-                    alone = observe(counts, {place: item.dim})
+                if observation.error is not None and len(trial) > 1:  # another trial may be to blame
+                    alone = observe(counts, {place: dim})
                 if alone.agrees(item, counts):
-                    self.attributes[place] = item.dim
-            now = observe(counts, {})
-            wrong = now.wrong(counts)
+                    self.attributes[place] = dim
+            wrong = observe(counts, {}).wrong(counts)
 
-    def _candidates(self, item: Literal) -> list[Place]:
-        """Attributes with the literal's old value: those named like the op's argument first, then the innermost."""
-        old = item.dim.size
-        found: list[Place] = []
-        for path in owners(item.node):
-            for name, value in vars(self.model.get_submodule(path)).items():
-                if type(value) is int and value == old:
-                    found.append(Place(path, name))
-                elif type(value) in (tuple, list):
-                    found.extend(
-                        Place(path, name, i) for i, part in enumerate(value) if type(part) is int and part == old
-                    )
-        return sorted(found, key=lambda place: place.name != item.argument)
+    def _candidates(self, item: Literal) -> list[tuple[Place, Dim]]:
+        """Attributes with the literal's old value, or that of its removable factors (a fixed one may be a batch).
+
+        Those named like the op's argument come first, then the innermost module's.
+        """
+        whole = axes.resolve(item.dim)
+        removable = axes.product(f for f in axes.factors_of(whole) if not isinstance(f, Fixed))
+        found: list[tuple[Place, Dim]] = []
+        for dim in dict.fromkeys([whole, removable]):
+            found += [(place, dim) for path in self._modules_around(item.node) for place in self._integers(path, dim.size)]
+        return sorted(found, key=lambda pair: pair[0].name != item.argument)
+
+    def _modules_around(self, node: Node) -> Iterator[str]:
+        """The module that calls a node, those inside it (whose methods it may have called), those around it."""
+        path, *outer = owners(node)
+        yield path
+        inner = [name for name, _ in self.model.get_submodule(path).named_modules() if name]
+        yield from (f"{path}.{name}" if path else name for name in inner[:MAX_INNER])
+        yield from outer
+
+    def _integers(self, path: str, size: int) -> Iterator[Place]:
+        """Where a module keeps an integer of this value."""
+        for name, value in vars(self.model.get_submodule(path)).items():
+            if type(value) is int and value == size:
+                yield Place(path, name)
+            elif type(value) in (tuple, list):
+                yield from (Place(path, name, i) for i, part in enumerate(value) if type(part) is int and part == size)
+
+    def _try_attributes_checked(self, counts: Counts, observation: Observation) -> bool:
+        """Where a forward checks a width and refuses: try the integers that the module, or one around it, keeps.
+
+        Returns:
+            Whether one of them let the forward get further.
+        """
+        path = observation.culprit
+        nodes = [node for node in self.ctx.graph.operations if owners(node)[0] == path]
+        in_sight = widths_in_sight(self.ctx, nodes[0]) if nodes else []
+        moving = [dim for dim in in_sight if axes.count(dim, counts) != dim.size]
+        while True:
+            for dim in moving:
+                for place in self._integers(path, dim.size):
+                    if place not in self.attributes:
+                        trial = self._replay(counts, {place: dim})
+                        if trial.steps > observation.steps:
+                            self.attributes[place] = dim
+                            return True
+            if not path:
+                return False
+            path = path.rpartition(".")[0]
 
     def _adopt_named_attributes(self) -> None:
         """Attributes that are named like an op's argument and hold its value, as in torch.nn, need no trial."""
         for item in self.ctx.literals:
             if item.argument in ("groups", "num_groups", "normalized_shape"):
-                for place in self._candidates(item)[:1]:
+                for place, dim in self._candidates(item)[:1]:
                     index_fits = place.index is None or place.index == item.index
                     if place.name == item.argument and index_fits and place.module == owners(item.node)[0]:
-                        self.attributes.setdefault(place, item.dim)
+                        self.attributes.setdefault(place, dim)
 
     def _try_ties(self, observe: Observe, rng: random.Random, wrong: list[Literal]) -> list[Literal]:
         """Try, for each module that names a wrong width, one tie after the other.
@@ -303,13 +341,11 @@ class Proof:
         module = owners(item.node)[0]
         named = [axes.resolve(dim) for place, dim in self.attributes.items() if place.module == module]
         in_sight = list(dict.fromkeys([*named, *widths_in_sight(self.ctx, item.node)]))
-        blocks = [axes.resolve(dim) for dim in (item.dim, *self._blocks_around(item))]
+        blocks = list(dict.fromkeys(axes.resolve(dim) for dim in (item.dim, *self._blocks_around(item))))
         found: list[Tie] = []
         for block in blocks:
-            own = set(axes.leaves(block))
             for dim in in_sight:
-                open_ = [axis for axis in axes.leaves(dim) if axis.frozen is None]
-                if dim.size == block.size and open_ and not own & set(axes.leaves(dim)):
+                if dim.size == block.size and dim != block and _open(dim) and _open(block):
                     found.append(Tie(block, dim, self.ctx.reason(item.node, "a width is computed from another")))
         return found
 
@@ -389,6 +425,10 @@ class Proof:
 
 def _unexplained(item: Literal) -> str:
     return f"the forward names the width {item.dim.size}, and no attribute or other width explains it"
+
+
+def _open(dim: Dim) -> bool:
+    return any(axis.frozen is None for axis in axes.leaves(dim))
 
 
 def moved(counts: Counts, among: Iterable[Axis]) -> set[Axis]:

@@ -12,9 +12,12 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
@@ -22,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from cpd import axes
 from cpd.axes import Axis
-from cpd.inputs import evaluating
+from cpd.inputs import device_of, evaluating, plain_attention
 from cpd.rules import Context, Literal
 from cpd.tracer import op_name, owner
 
@@ -35,11 +38,13 @@ class Observation:
         asked: the integer passed for each literal that was reached.
         error: what ended the run early, if anything did.
         culprit: path of the module whose forward it ended in.
+        steps: how many calls of torch it reached.
     """
 
     asked: dict[Literal, int] = field(default_factory=dict)
     error: Exception | None = None
     culprit: str = ""
+    steps: int = 0
 
     def wrong(self, counts: Mapping[Axis, int]) -> list[Literal]:
         """The literals whose integer is not the predicted width."""
@@ -86,6 +91,16 @@ READERS: dict[str, tuple[str, Callable[[tuple[Any, ...], dict[str, Any]], Sequen
     "layer_norm": ("layer_norm", _one(1, "normalized_shape")),
     "rms_norm": ("rms_norm", _one(1, "normalized_shape")),
     "group_norm": ("group_norm", _one(1, "num_groups")),
+    "zeros": ("zeros", _sizes(0, "size")),
+    "ones": ("ones", _sizes(0, "size")),
+    "empty": ("empty", _sizes(0, "size")),
+    "full": ("full", _one(0, "size")),
+    "rand": ("rand", _sizes(0, "size")),
+    "randn": ("randn", _sizes(0, "size")),
+    "new_zeros": ("new_zeros", _sizes(1, "size")),
+    "new_ones": ("new_ones", _sizes(1, "size")),
+    "new_empty": ("new_empty", _sizes(1, "size")),
+    "new_full": ("new_full", _one(1, "size")),
     **{f"conv{rank}d": (f"conv{rank}d", _one(6, "groups", 1)) for rank in (1, 2, 3)},
     **{f"conv_transpose{rank}d": (f"conv_transpose{rank}d", _one(6, "groups", 1)) for rank in (1, 2, 3)},
 }
@@ -95,8 +110,16 @@ _SHARED_NAMES = {"split_with_sizes": "split", "constant_pad_nd": "pad"}
 class _Recorder(TorchFunctionMode):
     """Compares every call that names widths with the node that the trace found in the same place."""
 
-    def __init__(self, ctx: Context, counts: Mapping[Axis, int], observation: Observation, path: list[str]) -> None:
+    def __init__(
+        self,
+        ctx: Context,
+        counts: Mapping[Axis, int],
+        observation: Observation,
+        path: list[str],
+        device: torch.device,
+    ) -> None:
         super().__init__()
+        self.device = device
         self.ctx, self.counts, self.observation, self.path = ctx, counts, observation, path
         self.literals: dict[Node, list[Literal]] = defaultdict(list)
         for item in ctx.literals:
@@ -110,8 +133,12 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.observation.steps += 1
         name, read = READERS.get(getattr(func, "__name__", ""), ("", None))
         queue = self.expected.get((self.path[-1], name)) if read is not None else None
+        if read is None and isinstance(func, FunctionType) and func.__module__ == F.__name__:
+            with self:
+                return _opened(func)(*args, **kwargs)
         if read is None or not queue:
             return func(*args, **kwargs)
         node = queue.popleft()
@@ -121,13 +148,31 @@ class _Recorder(TorchFunctionMode):
             if item.index < len(asked):
                 self.observation.asked[item] = int(asked[item.index])
                 wrong |= not self.observation.agrees(item, self.counts)
-        return self._predict(node, args[0] if args else kwargs["input"]) if wrong else func(*args, **kwargs)
+        return self._predict(node, [*args, *kwargs.values()]) if wrong else func(*args, **kwargs)
 
-    def _predict(self, node: Node, like: Tensor) -> Any:
+    def _predict(self, node: Node, given: Sequence[Any]) -> Any:
+        """Empty tensors of the predicted shapes, on the device of the tensor given, or of the model."""
         value = self.ctx.values[node]
         shapes = value if isinstance(value, list) else [value]
-        made = [like.new_empty([axes.count(dim, self.counts) for dim in shape]) for shape in shapes]
+        like = next((item for item in given if isinstance(item, Tensor)), None)
+        options = {"dtype": node.meta["val"].dtype, "device": self.device} if like is None else {}
+        make = torch.empty if like is None else like.new_empty
+        made = [make([axes.count(dim, self.counts) for dim in shape], **options) for shape in shapes]
         return tuple(made) if isinstance(value, list) else made[0]
+
+
+@cache
+def _opened(function: FunctionType) -> Callable[..., Any]:
+    """A function of torch.nn.functional that no longer hands itself over to the recorder, so that its calls are seen."""
+    never = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _never)
+    names = {**function.__globals__, **never}
+    opened = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
+
+
+def _never(*_: Any) -> bool:
+    return False
 
 
 def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int], *, meta: bool = False) -> Observation:
@@ -146,8 +191,8 @@ def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int], *, meta: 
         handles.append(module.register_forward_hook(lambda *_: path.pop() and None, always_call=True))
     fake = nullcontext() if meta else FakeTensorMode(allow_non_fake_inputs=True)
     call = ctx.graph.call.to("meta") if meta else ctx.graph.call
-    recorder = _Recorder(ctx, counts, observation, path)
-    with evaluating(model), warnings.catch_warnings(), torch.no_grad():
+    recorder = _Recorder(ctx, counts, observation, path, device_of(model))
+    with evaluating(model), warnings.catch_warnings(), torch.no_grad(), plain_attention():
         warnings.simplefilter("ignore")
         try:
             with fake, recorder:

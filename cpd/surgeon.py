@@ -178,6 +178,21 @@ def _prelu(module: Any) -> None:
     module.num_parameters = module.weight.shape[0]
 
 
+def _attention(module: Any) -> None:
+    module.embed_dim = module.out_proj.weight.shape[0]
+    fused = module.in_proj_weight is not None
+    module.kdim, module.vdim = (
+        module.embed_dim if fused else weight.shape[1] for weight in (module.k_proj_weight, module.v_proj_weight)
+    )
+
+
+def _recurrent(module: Any) -> None:
+    module.hidden_size = module.weight_hh_l0.shape[0] // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    module.input_size = module.weight_ih_l0.shape[1]
+    if module.proj_size:
+        module.proj_size = module.weight_hr_l0.shape[0]
+
+
 #: Widths that torch.nn keeps beside its weights. What a forward reads (`groups`, `normalized_shape`,
 #: `num_groups`) is found by the comb like any other attribute and set from the plan before.
 BOOKKEEPING: tuple[tuple[type[nn.Module], Callable[[Any], None]], ...] = (
@@ -187,16 +202,18 @@ BOOKKEEPING: tuple[tuple[type[nn.Module], Callable[[Any], None]], ...] = (
     (nn.GroupNorm, _group_norm),
     (nn.Embedding, _embedding),
     (nn.PReLU, _prelu),
+    (nn.MultiheadAttention, _attention),
+    (nn.RNNBase, _recurrent),
 )
 
 
 def refresh(model: nn.Module, changed: Iterable[str]) -> None:
     """Bring the widths that torch.nn's modules keep in line with their weights."""
     for path in dict.fromkeys(name.rpartition(".")[0] for name in changed):
-        module = model.get_submodule(path)
-        for kind, update in BOOKKEEPING:
-            if isinstance(module, kind):
-                update(module)
+        for module in (model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])):
+            for kind, update in BOOKKEEPING:
+                if isinstance(module, kind):
+                    update(module)
 
 
 def lint(model: nn.Module) -> None:

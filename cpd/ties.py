@@ -20,11 +20,19 @@ MAX_COMBINATIONS = 200_000
 
 @dataclass(frozen=True)
 class Tie:
-    """Two dimensions that must keep equally many positions, and why."""
+    """Two dimensions that must keep equally many positions, and why.
+
+    Attributes:
+        left: one dimension.
+        right: the other; may keep fewer positions than `left`, by at most `slack`.
+        reason: why.
+        slack: 0, or by how much the last piece of a chunk may be shorter than the others.
+    """
 
     left: Dim
     right: Dim
     reason: str
+    slack: int = 0
 
     @property
     def axes(self) -> list[Axis]:
@@ -32,8 +40,8 @@ class Tie:
         return list(dict.fromkeys([*axes.leaves(self.left), *axes.leaves(self.right)]))
 
     def holds(self, counts: Mapping[Axis, int]) -> bool:
-        """Whether both sides keep equally many positions."""
-        return axes.count(self.left, counts) == axes.count(self.right, counts)
+        """Whether both sides keep as many positions as they must."""
+        return 0 <= axes.count(self.left, counts) - axes.count(self.right, counts) <= self.slack
 
 
 def repair(counts: Mapping[Axis, int], ties: Sequence[Tie]) -> dict[Axis, int]:
@@ -44,9 +52,11 @@ def repair(counts: Mapping[Axis, int], ties: Sequence[Tie]) -> dict[Axis, int]:
     result = dict(counts)
     while broken := [tie for tie in ties if not tie.holds(result)]:
         for tie in broken:
-            low, high = sorted((tie.left, tie.right), key=lambda dim: axes.count(dim, result))
-            if axes.count(low, result) < (goal := axes.count(high, result)):
-                result.update(_raise_to(low, goal, result))
+            left, right = axes.count(tie.left, result), axes.count(tie.right, result)
+            if left < right:
+                result.update(_raise_to(tie.left, right, result))
+            elif right < left - tie.slack:
+                result.update(_raise_to(tie.right, left - tie.slack, result))
     return result
 
 

@@ -6,6 +6,7 @@ tensor operations, gives each node its shape, each parameter its name, and each 
 
 from __future__ import annotations
 
+import time
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -19,12 +20,12 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
 from cpd.errors import InputError, TraceError
-from cpd.inputs import Call, as_call, check_model, evaluating
+from cpd.inputs import Call, as_call, check_model, evaluating, plain_attention
 
 _TORCH = str(Path(torch.__file__).parent)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class OperationGraph:
     """The operations of one forward pass.
 
@@ -34,6 +35,8 @@ class OperationGraph:
         constants: placeholder name -> the tensor that the forward uses without registering it.
         inputs: names of the placeholders that are the user's inputs, in order.
         call: the example inputs.
+        parts: paths of the submodules that were traced in the model's place, where it cannot be traced whole.
+        seconds: wall-clock time that the export took.
     """
 
     module: GraphModule
@@ -41,6 +44,8 @@ class OperationGraph:
     constants: dict[str, Tensor]
     inputs: tuple[str, ...]
     call: Call
+    parts: tuple[str, ...] = ()
+    seconds: float = 0.0
 
     @property
     def nodes(self) -> list[Node]:
@@ -76,7 +81,8 @@ def trace(model: nn.Module, example_inputs: Any) -> OperationGraph:
     """
     check_model(model)
     call = as_call(example_inputs)
-    with evaluating(model), warnings.catch_warnings():
+    start = time.perf_counter()
+    with evaluating(model), warnings.catch_warnings(), plain_attention():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, call.args, call.kwargs, strict=False)
@@ -94,7 +100,37 @@ def trace(model: nn.Module, example_inputs: Any) -> OperationGraph:
         if spec.kind is InputKind.CONSTANT_TENSOR and spec.target is not None
     }
     inputs = tuple(name for name, spec in kinds.items() if spec.kind is InputKind.USER_INPUT)
-    return OperationGraph(program.graph_module, tensors, constants, inputs, call)
+    _inline_regions(program.graph_module)
+    seconds = time.perf_counter() - start
+    return OperationGraph(program.graph_module, tensors, constants, inputs, call, seconds=seconds)
+
+
+def _inline_regions(module: GraphModule) -> None:
+    """Put regions that export keeps as sub-graphs (under `no_grad`, `autocast`) in the place of their call.
+
+    Checks that export adds at their edges go with them.
+    """
+    for node in list(module.graph.nodes):
+        if node.op != "call_function" or not str(node.target).startswith("wrap_with_"):
+            continue
+        place = next(index for index, arg in enumerate(node.args) if isinstance(arg, Node) and arg.op == "get_attr")
+        region = getattr(module, str(node.args[place].target))
+        _inline_regions(region)
+        inputs = [inner for inner in region.graph.nodes if inner.op == "placeholder"]
+        values = dict(zip(inputs, node.args[place + 1 :], strict=True))
+        with module.graph.inserting_before(node):
+            result = module.graph.graph_copy(region.graph, values)
+        for user in list(node.users):
+            if not isinstance(result, Node):  # several results, each read by a getitem
+                user.replace_all_uses_with(result[user.args[1]])
+                module.graph.erase_node(user)
+        if isinstance(result, Node):
+            node.replace_all_uses_with(result)
+        module.graph.erase_node(node)
+    for node in list(module.graph.nodes):
+        if op_name(node).startswith("_assert_") and not node.users:
+            module.graph.erase_node(node)
+    module.recompile()
 
 
 def _explain(model: nn.Module, call: Call, error: Exception) -> InputError | TraceError:

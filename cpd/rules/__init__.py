@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from cpd.rules import contraction, layout, norm, pointwise, reduce
+from cpd.rules import contraction, layout, norm, pointwise, recurrent, reduce
 from cpd.rules.base import RULES, Context, Literal, Shape, Value, arguments, find, fixed, tensor_inputs
 from cpd.tracer import op_name
 
 __all__ = ["RULES", "Context", "Literal", "Shape", "Value", "arguments", "infer"]
 
-FAMILIES = (pointwise, layout, contraction, norm, reduce)
+FAMILIES = (pointwise, layout, contraction, norm, recurrent, reduce)
 
 
 def infer(ctx: Context, node: Node) -> Value:

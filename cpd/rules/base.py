@@ -105,10 +105,10 @@ def find(node: Node) -> Rule | None:
     for candidate in (name, name.removesuffix("_")):
         if candidate in RULES:
             return RULES[candidate]
-    overload = getattr(node.target, "_overloadname", "")
     for candidate in (name, name.removesuffix("_")):
-        twin = getattr(getattr(torch.ops.aten, candidate, None), overload or "default", None)
-        if torch.Tag.pointwise in getattr(twin, "tags", ()):
+        packet = getattr(torch.ops.aten, candidate, None)
+        overloads = packet.overloads() if packet is not None else []
+        if any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in overloads):
             return RULES["pointwise"]
     return None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch.fx import Node
 
 from cpd import axes
 from cpd.axes import Axis, Dim, Fixed
-from cpd.rules.base import Context, Shape, Value, rule, tensor_inputs
+from cpd.rules.base import Context, Shape, Value, fixed, rule, tensor_inputs
 from cpd.ties import Tie
 from cpd.tracer import op_name, shape_of
 
@@ -107,6 +108,48 @@ def repeat(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return tuple(axes.product([Fixed(times), dim]) for times, dim in zip(args["repeats"], shape, strict=True))
 
 
+@rule("repeat_interleave")
+def repeat_interleave(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Each position several times in a row; where the times are a tensor, or all is flattened, nothing is removed."""
+    shape = ctx.shape(tensor_inputs(node)[0])
+    if not isinstance(args.get("repeats"), int) or args.get("dim") is None:
+        for dim in shape:
+            ctx.freeze(dim, node, "repeated as a tensor says")
+        return fixed(node)
+    axis = args["dim"] % len(shape)
+    return (*shape[:axis], axes.product([shape[axis], Fixed(args["repeats"])]), *shape[axis + 1 :])
+
+
+@rule("im2col")
+def im2col(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """[*, C, H, W] to [*, C x kernel, windows]."""
+    *batch, channels, height, width = ctx.shape(args["self"])
+    for dim in (height, width):
+        ctx.freeze(dim, node, "space that is cut into windows")
+    window = axes.product([channels, Fixed(math.prod(args["kernel_size"]))])
+    return (*batch, window, Fixed(shape_of(node)[-1]))
+
+
+@rule("col2im")
+def col2im(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """[*, C x kernel, windows] to [*, C, H, W]."""
+    *batch, window, count = ctx.shape(args["self"])
+    ctx.freeze(count, node, "windows that are put back in space")
+    channels, kernel = ctx.split(window, math.prod(args["kernel_size"]), node, "windows over channels")
+    ctx.freeze(kernel, node, "becomes space")
+    return (*batch, channels, *(Fixed(size) for size in shape_of(node)[-2:]))
+
+
+@rule("unfold")
+def unfold(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Windows along one dimension, which cannot shrink; they become the last one."""
+    shape = list(ctx.shape(args["self"]))
+    axis = args["dimension"] % len(shape)
+    ctx.freeze(shape[axis], node, "cut into windows")
+    shape[axis] = Fixed(shape_of(node)[axis])
+    return (*shape, Fixed(shape_of(node)[-1]))
+
+
 @rule("cat", "concat", "concatenate")
 def cat(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """One after the other along `dim`; coupled in every other dimension."""
@@ -147,24 +190,36 @@ def _pieces(ctx: Context, node: Node, source: Node, dim: int, sizes: Sequence[in
     return [(*shape[:axis], part, *shape[axis + 1 :]) for part in parts]
 
 
-def _tie_pieces(ctx: Context, node: Node, pieces: list[Shape], dim: int, why: str) -> None:
-    """Pieces of one size must stay of one size."""
+def _tie_pieces(ctx: Context, node: Node, pieces: list[Shape], dim: int, why: str, slack: int) -> None:
+    """Pieces of one size stay of one size; the last may be shorter by at most `slack`, if it is so now."""
+    first, last = pieces[0][dim], pieces[-1][dim]
     for piece in pieces[1:]:
-        left, right = pieces[0][dim], piece[dim]
-        if left.size != right.size:
-            ctx.freeze(left, node, why + ", and the pieces differ in size")
-            ctx.freeze(right, node, why + ", and the pieces differ in size")
-        else:
-            ctx.ties.append(Tie(left, right, ctx.reason(node, why)))
+        if piece[dim].size == first.size:
+            ctx.ties.append(Tie(first, piece[dim], ctx.reason(node, why)))
+    if last.size != first.size:
+        ctx.ties.append(Tie(first, last, ctx.reason(node, why), slack))
 
 
 @rule("chunk")
 def chunk(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
-    """Equal pieces: their widths are tied in number."""
+    """Equal pieces, the last of them the rest: n pieces of ceil(size / n), their widths tied in number."""
     sizes = [int(value.shape[args["dim"]]) for value in node.meta["val"]]
     pieces = _pieces(ctx, node, args["self"], args["dim"], sizes)
-    _tie_pieces(ctx, node, pieces, args["dim"], "chunk demands equal pieces")
+    if len(pieces) < args["chunks"]:
+        for piece in pieces:
+            ctx.freeze(piece[args["dim"]], node, "chunk gives fewer pieces than asked for")
+    _tie_pieces(ctx, node, pieces, args["dim"], "chunk demands equal pieces", args["chunks"] - 1)
     return pieces
+
+
+@rule("glu")
+def glu(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """The first half times the sigmoid of the second: both lose the same positions."""
+    dim = args["dim"] % len(shape_of(node))
+    size = shape_of(node)[dim]
+    first, second = _pieces(ctx, node, args["self"], dim, [size, size])
+    both = ctx.unify(first[dim], second[dim], node, "multiplied with a half that is fixed")
+    return (*first[:dim], both, *first[dim + 1 :])
 
 
 @rule("split", "split_with_sizes", "unsafe_split")
@@ -176,7 +231,7 @@ def split(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
         for index, piece in enumerate(pieces):
             ctx.literal(node, "split_sizes", index, piece[args["dim"]])
     else:
-        _tie_pieces(ctx, node, pieces, args["dim"], "split by one size demands equal pieces")
+        _tie_pieces(ctx, node, pieces, args["dim"], "split by one size demands equal pieces", sizes[0] - 1)
         ctx.literal(node, "split_size", 0, pieces[0][args["dim"]])
     return pieces
 
@@ -275,6 +330,45 @@ def pixel_unshuffle(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
         axes.product([channels, Fixed(factor * factor)]),
         *(Fixed(s) for s in shape_of(node)[-2:]),
     )
+
+
+@rule("channel_shuffle")
+def channel_shuffle(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """[N, G x C, *] to [N, C x G, *]."""
+    batch, channels, *space = ctx.shape(args["input"] if "input" in args else args["self"])
+    groups, inner = ctx.split(channels, channels.size // args["groups"], node, "channel shuffle")
+    ctx.freeze(groups, node, "the number of groups of a channel shuffle")
+    return (batch, axes.product([inner, groups]), *space)
+
+
+@rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk", "index_select", "gather",
+      "take_along_dim", "index_copy", "index_add", "scatter", "scatter_add")  # fmt: skip
+def ordered(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Positions of one dimension are told apart by their order or index: that dimension cannot shrink."""
+    shape, rest = ctx.shape(tensor_inputs(node)[0]), tensor_inputs(node)[1:]
+    axis = (-1 if args.get("dim") is None else args["dim"]) % len(shape)
+    ctx.freeze(shape[axis], node, "positions are told apart by their order or index")
+    whole = op_name(node) not in ("index_select", "cumsum", "cumprod", "logcumsumexp")
+    for source in rest:
+        for index, dim in enumerate(ctx.shape(source)):
+            ctx.freeze(dim, node, "used as an index")
+            if whole and index < len(shape):
+                ctx.freeze(shape[index], node, "read together with an index tensor")
+    value = fixed(node)
+    shapes = value if isinstance(value, list) else [value]
+    results = [tuple(Fixed(s.size) if i == axis else d for i, (d, s) in enumerate(zip(shape, item, strict=True)))
+               if len(item) == len(shape) and all(i == axis or d.size == s.size for i, (d, s) in enumerate(zip(shape, item, strict=True)))
+               else item for item in shapes]
+    return results if isinstance(value, list) else results[0]
+
+
+@rule("slice_scatter", "select_scatter", "index_put", "masked_scatter")
+def written_into(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Some positions of a tensor are replaced: nothing of either tensor is removed."""
+    for source in tensor_inputs(node):
+        for dim in ctx.shape(source):
+            ctx.freeze(dim, node, "some of its positions are written to")
+    return fixed(node)
 
 
 @rule("index")

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch.fx import Node
 
+from cpd.axes import Axis, Fixed
 from cpd.rules.base import Context, Shape, Value, broadcast, fixed, rule, tensor_inputs
-from cpd.tracer import op_name
+from cpd.tracer import op_name, shape_of
 
 
 @rule(
@@ -61,9 +62,21 @@ def getitem(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return value[index]
 
 
-@rule("zeros", "ones", "full", "empty", "arange", "linspace", "eye", "rand", "randn", "scalar_tensor", "tril_indices",
-      "new_zeros", "new_ones", "new_full", "new_empty", "_assert_tensor_metadata", "sym_size",
-      "lift_fresh", "hann_window")  # fmt: skip
-def created(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
-    """A tensor made in the forward: nothing of it is removed."""
+@rule("arange", "linspace", "eye", "scalar_tensor", "tril_indices", "triu_indices", "_assert_tensor_metadata",
+      "sym_size", "lift_fresh", "hann_window", "one_hot")  # fmt: skip
+def numbered(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """A tensor made in the forward whose positions differ: nothing of it is removed."""
+    for source in tensor_inputs(node):
+        for dim in ctx.shape(source):
+            ctx.freeze(dim, node, "used as an index")
     return fixed(node)
+
+
+@rule("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty")
+def filled(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """A tensor made in the forward whose positions are alike: as wide as what it meets; the forward names its sizes."""
+    sizes = shape_of(node)
+    shape = tuple(Axis(size) if size > 1 else Fixed(size) for size in sizes)
+    for index, dim in enumerate(shape):
+        ctx.literal(node, "size", index, dim)
+    return shape

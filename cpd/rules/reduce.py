@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from cpd.axes import Fixed
 from cpd.rules.base import Context, Value, broadcast, fixed, rule, tensor_inputs
-from cpd.tracer import op_name
+from cpd.tracer import op_name, shape_of
 
 
 @rule(
@@ -43,6 +43,24 @@ def reduced_dims(dims: Any, rank: int) -> set[int]:
     if dims is None or dims == []:
         return set(range(rank))
     return {dim % rank for dim in ([dims] if isinstance(dims, int) else dims)} if rank else set()
+
+
+@rule("argmax", "argmin")
+def arg_extremum(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Positions are told by their index."""
+    shape = ctx.shape(args["self"])
+    for index in reduced_dims(args["dim"], len(shape)):
+        ctx.freeze(shape[index], node, "positions are told by their index")
+    return reduce(ctx, node, args)
+
+
+@rule("grid_sampler", "grid_sampler_2d", "grid_sampler_3d")
+def grid_sampler(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """[N, C, *] read at the places [N, *, rank] of a grid gives [N, C, *]."""
+    shape = ctx.shape(args["input"])
+    for dim in (*shape[2:], *ctx.shape(args["grid"])):
+        ctx.freeze(dim, node, "space that is resampled")
+    return (*shape[:2], *(Fixed(size) for size in shape_of(node)[2:]))
 
 
 @rule(

@@ -1,0 +1,73 @@
+"""Torch-Pruning on one model, in the way of its own timm example: `python benchmarks/peer.py MODEL FILE.json`.
+
+Started by `coverage.py --peer`, which installs the peer. Group magnitude, uniform ratio 0.5, widths in multiples of 8,
+the classifier ignored, attention heads given by hand and set by hand afterwards. Nothing checks the values.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from oracles import build
+from torch import nn
+
+
+def main(name: str, file: Path) -> None:
+    """Write {"outcome", "seconds", "parameters_left"}."""
+    import torch_pruning as tp
+
+    torch.set_num_threads(1)
+    model, inputs = build(name)
+    before, row = sum(p.numel() for p in model.parameters()), {"outcome": "raises"}
+
+    def write(**found: Any) -> None:
+        row.update(found)
+        file.write_text(json.dumps(row))
+
+    with torch.no_grad():
+        expected = _shapes(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
+    heads, ignored = {}, []
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.out_features == getattr(model, "num_classes", 1000):
+            ignored.append(module)
+        if hasattr(module, "num_heads"):
+            for part in ("qkv", "qkv_proj"):
+                if isinstance(getattr(module, part, None), nn.Linear):
+                    heads[getattr(module, part)] = module.num_heads
+    try:
+        start = time.perf_counter()
+        pruner = tp.pruner.BasePruner(
+            model, inputs, importance=tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.5, round_to=8,
+            ignored_layers=ignored, num_heads=heads, prune_num_heads=False, prune_head_dims=True,
+        )  # fmt: skip
+        pruner.step()
+        seconds = time.perf_counter() - start
+        for module in model.modules():
+            for part in ("qkv", "qkv_proj"):
+                layer = getattr(module, part, None)
+                if isinstance(layer, nn.Linear) and layer in pruner.num_heads:
+                    module.num_heads = pruner.num_heads[layer]
+                    module.head_dim = layer.out_features // (3 * module.num_heads)
+    except Exception as error:
+        return write(outcome=f"raises: {type(error).__name__}: {error}"[:200])
+    try:
+        with torch.no_grad():
+            found = _shapes(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
+    except Exception as error:
+        return write(outcome=f"forward broken: {type(error).__name__}: {error}"[:200], seconds=seconds)
+    left = sum(p.numel() for p in model.parameters()) / before
+    outcome = "output shape changed" if found != expected else "nothing removed" if left == 1 else "runs, smaller"
+    return write(outcome=outcome, seconds=seconds, parameters_left=left)
+
+
+def _shapes(output: Any) -> list[list[int]]:
+    return [list(leaf.shape) for leaf in torch.utils._pytree.tree_leaves(output) if isinstance(leaf, torch.Tensor)]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
