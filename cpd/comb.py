@@ -17,12 +17,11 @@ import networkx as nx
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from cpd import axes, ties
 from cpd.axes import Axis, Dim, Fixed, Mask
 from cpd.constants import Scale, attention_scales
-from cpd.cost import Cost
+from cpd.cost import Cost, FrozenShare
 from cpd.errors import PlanError
 from cpd.exactness import Exactness
 from cpd.inputs import check_model
@@ -131,6 +130,11 @@ class Comb:
     def open_share(self) -> dict[str, float]:
         """The share of parameters, and of MACs, that lie in at least one open group."""
         return self.cost.open_share()
+
+    @cached_property
+    def frozen_share(self) -> tuple[FrozenShare, ...]:
+        """The rest of `open_share` by reason, most costly first."""
+        return self.cost.frozen_share()
 
     def plan(self, keep: Mapping[str, Any], *, strict: bool = False) -> Plan:
         """Make a plan that keeps the given positions.

@@ -113,7 +113,7 @@ def _attention_rows(ctx: Context, node: Node) -> tuple[tuple[str, tuple[int, ...
 
 
 def widths_in_sight(ctx: Context, node: Node) -> list[Dim]:
-    """The dimensions with an axis of every tensor that the forward of the node's module is given, passes on or computes."""
+    """The dimensions with an axis of every tensor that the node's module is given, passes on or computes."""
     found: list[Dim] = []
     for source in tensors_in_sight(ctx.graph, owners(node)[0]):
         value = ctx.values.get(source)
@@ -124,7 +124,7 @@ def widths_in_sight(ctx: Context, node: Node) -> list[Dim]:
 
 @lru_cache(maxsize=512)
 def tensors_in_sight(graph: OperationGraph, module: str) -> tuple[Node, ...]:
-    """The nodes whose results cross a line of a module's forward: into it, out of a submodule, or computed by itself."""
+    """The nodes whose results a module's forward sees: its inputs, what its submodules give, what it computes."""
     found: dict[Node, None] = {}
     for node in graph.operations:
         place = _part_of(node, module)

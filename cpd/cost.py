@@ -6,7 +6,8 @@ Each figure is a sum of products of dimensions, so a candidate's cost needs no t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -15,8 +16,13 @@ from torch.fx import Node
 from cpd import axes
 from cpd.axes import Axis, Dim, Fixed
 from cpd.rules import Context, arguments
-from cpd.rules.contraction import spell
+from cpd.rules.contraction import SPACE, spell
 from cpd.tracer import op_name
+
+#: Reasons given only where a term has no other: they say little about what to change.
+_PLAIN = ("a single position", "no parameter lies along it")
+NO_DIMENSION = "no removable dimension"
+UNREAD = "not read by the forward pass"
 
 _CONVS = {f"conv{rank}d" for rank in (1, 2, 3)}
 _TRANSPOSED = {f"conv_transpose{rank}d" for rank in (1, 2, 3)}
@@ -54,12 +60,32 @@ class Figures:
     activations: int
 
 
+@dataclass(frozen=True)
+class FrozenShare:
+    """What one reason keeps from being pruned.
+
+    Attributes:
+        reason: the reason without its place; numbers that differ from place to place are written N.
+        parameters: share of the model's parameters.
+        macs: share of the model's MACs.
+        tensors: number of parameters, as tensors, that it applies to.
+        places: where it applies, each as `op in module, file:line`, in the order of the model.
+    """
+
+    reason: str
+    parameters: float
+    macs: float
+    tensors: int
+    places: tuple[str, ...]
+
+
 class Cost:
     """Evaluates the cost of any widths of one model."""
 
     def __init__(self, ctx: Context, dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> None:
         self._terms = [*_parameter_terms(dims, tensors), *_operation_terms(ctx)]
-        self._unused = _unused_parameters(dims, tensors)
+        unread = _unread_parameters(dims, tensors)
+        self._unused, self._unread = sum(unread), len(unread)
         self._dims = list(dict.fromkeys(axes.resolve(dim) for term in self._terms for dim in term.dims))
         place = {dim: index for index, dim in enumerate(self._dims)}
         self._factors = [[place[axes.resolve(dim)] for dim in term.dims] for term in self._terms]
@@ -104,6 +130,73 @@ class Cost:
         full = self({})
         return {"parameters": share["parameters"] / max(full.parameters, 1), "macs": share["macs"] / max(full.macs, 1)}
 
+    def frozen_share(self) -> tuple[FrozenShare, ...]:
+        """The rest of `open_share` by reason, most costly first.
+
+        A term that several reasons hold is shared equally among them, so all shares add up to one with those of
+        `open_share`.
+        """
+        rows: dict[str, _Tally] = {}
+        for term in self._terms:
+            size = math.prod(dim.size for dim in term.dims)
+            parameters, macs = term.parameters * size, term.macs * size
+            leaves = [axis for dim in term.dims for axis in axes.leaves(dim)]
+            if not (parameters or macs) or any(axis.frozen is None for axis in leaves):
+                continue
+            found = _told(axis.frozen for axis in leaves if axis.frozen is not None)
+            for key, reasons in found.items():
+                rows.setdefault(key, _Tally()).add(reasons, parameters / len(found), macs / len(found), term.parameters)
+        if self._unused:
+            rows.setdefault(UNREAD, _Tally()).add([(UNREAD, "")], self._unused, 0, self._unread)
+        full = self({})
+        shares = [tally.share(max(full.parameters, 1), max(full.macs, 1)) for tally in rows.values()]
+        return tuple(sorted(shares, key=lambda row: (-max(row.parameters, row.macs), row.reason)))
+
+
+class _Tally:
+    """What one reason has been found to hold so far."""
+
+    def __init__(self) -> None:
+        self.whys: dict[str, None] = {}
+        self.places: dict[str, None] = {}
+        self.parameters = self.macs = 0.0
+        self.tensors = 0
+
+    def add(self, reasons: Iterable[tuple[str, str]], parameters: float, macs: float, tensors: int) -> None:
+        for why, place in reasons:
+            self.whys[why] = None
+            if place:
+                self.places[place] = None
+        self.parameters += parameters
+        self.macs += macs
+        self.tensors += tensors
+
+    def share(self, parameters: int, macs: int) -> FrozenShare:
+        first = next(iter(self.whys))
+        why = first if len(self.whys) == 1 else _alike(first)
+        return FrozenShare(why, self.parameters / parameters, self.macs / macs, self.tensors, tuple(self.places))
+
+
+def _told(frozen: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
+    """The reasons worth telling as (why, place), alike ones together."""
+    reasons = [reason for reason in dict.fromkeys(frozen) if not reason.startswith(SPACE)]
+    telling = [reason for reason in reasons if not reason.startswith(_PLAIN)] or reasons or [NO_DIMENSION]
+    found: dict[str, list[tuple[str, str]]] = {}
+    for why, place in map(split_reason, telling):
+        found.setdefault(_alike(why), []).append((why, place))
+    return found
+
+
+def split_reason(reason: str) -> tuple[str, str]:
+    """The reason of `Context.reason` as (why, place); a reason without a place has none."""
+    why, _, place = reason.rpartition(" [")
+    return (why, place[:-1]) if why and place.endswith("]") and " in " in place else (reason, "")
+
+
+def _alike(why: str) -> str:
+    """Equal for reasons that differ only in numbers."""
+    return re.sub(r"\d+", "N", why)
+
 
 def _parameter_terms(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> list[Term]:
     """One term a parameter, however many names it has."""
@@ -111,10 +204,10 @@ def _parameter_terms(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, 
     return [Term(shape, parameters=1) for shape in named.values()]
 
 
-def _unused_parameters(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> int:
-    """Elements of parameters that the forward pass does not read."""
+def _unread_parameters(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> list[int]:
+    """Elements of each parameter that the forward pass does not read."""
     rest = {id(t): t.numel() for name, t in tensors.items() if name not in dims and isinstance(t, nn.Parameter)}
-    return sum(rest.values())
+    return list(rest.values())
 
 
 def _operation_terms(ctx: Context) -> list[Term]:

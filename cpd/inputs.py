@@ -78,7 +78,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def plain_attention() -> Iterator[None]:
-    """`torch.nn.MultiheadAttention` without its inference fast path for the length of a block: one op hides its layers."""
+    """`torch.nn.MultiheadAttention` without its inference fast path, one op that hides its layers, in a block."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

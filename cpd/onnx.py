@@ -8,13 +8,9 @@ The file has the shapes of the example inputs, batch size included: what is meas
 
 from __future__ import annotations
 
-import io
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -28,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from cpd.errors import ExportError, InputError
 from cpd.inputs import Call, as_call, check_model, device_of, evaluating
+from cpd.tracer import quiet
 
 OnnxSource: TypeAlias = bytes | str | os.PathLike[str] | onnx.ModelProto
 """A serialised ONNX model, the path of its file, or the protobuf that `onnx.load` gives."""
@@ -45,7 +42,6 @@ _RUNTIME_ERRORS: tuple[type[Exception], ...] = (
         if isinstance(kind, type) and issubclass(kind, Exception)
     ),
 )
-_EXPORTER_LOGGERS = ("torch", "torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
 
 
 @overload
@@ -249,7 +245,7 @@ def _export(model: nn.Module, call: Call) -> Any:
     if not kwargs and args and isinstance(args[-1], dict):
         args = (*args, {})  # else the exporter takes the last argument for the keyword arguments
     try:
-        with evaluating(model), torch.no_grad(), _quiet():
+        with evaluating(model), torch.no_grad(), quiet():
             program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, verbose=False)
             assert program is not None
     except Exception as error:  # whatever the exporter or the traced forward raises; chained, not hidden
@@ -263,27 +259,11 @@ def _export(model: nn.Module, call: Call) -> Any:
     return program
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings, log lines and graph print-outs from the user, who can act on none of them."""
-    loggers = [logging.getLogger(name) for name in _EXPORTER_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-
-
 def _write(program: Any, target: Path, verify: Callable[[OnnxSource], None]) -> Path:
     """Save to a folder beside `target`, verify there, then move into place, the model last."""
     with tempfile.TemporaryDirectory(prefix=".cpd-onnx-", dir=target.parent) as folder:
         draft = Path(folder, target.name)
-        with _quiet():
+        with quiet():
             program.save(draft)
         verify(draft)
         for file in sorted(Path(folder).iterdir(), key=lambda file: file == draft):

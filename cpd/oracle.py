@@ -19,13 +19,13 @@ from cpd.axes import Axis, Dim, Mask
 from cpd.comb import Comb
 from cpd.constants import ATTENTION
 from cpd.exactness import CONTRACTIONS, REDUCTIONS, SUMS
-from cpd.inputs import evaluating
+from cpd.inputs import evaluating, plain_attention
 from cpd.plan import Plan
 from cpd.rules import arguments
 from cpd.rules.base import tensor_inputs
 from cpd.rules.reduce import reduced_dims
 from cpd.surgeon import named_tensors
-from cpd.tracer import op_name
+from cpd.tracer import op_name, pair
 
 #: Ops that take the kept positions of what they reduce.
 SUMMARIES = {*REDUCTIONS, *SUMS}
@@ -189,8 +189,8 @@ def masked_error(model: nn.Module, shrunk: nn.Module, comb: Comb, plan: Plan) ->
         plan: what is kept.
     """
     expected = masked_output(model, comb, plan)
-    with torch.no_grad(), evaluating(shrunk):
-        found = pytree.tree_leaves(comb.operations.call.on(shrunk))
+    with torch.no_grad(), evaluating(shrunk), plain_attention():
+        found = pytree.tree_leaves(comb.operations.call.on(comb.operations.runner(shrunk)))
     pairs = [(a, b) for a, b in zip(expected, found, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]
     return max((float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs), default=0.0)
 
@@ -207,14 +207,14 @@ def shape_mismatch(comb: Comb, plan: Plan, again: Comb) -> str | None:
         None where all agree, else a sentence that names the node.
     """
     widths = {group.axis: len(plan.groups[group.name]) for group in comb.groups}
-    old, new = comb.operations.operations, again.operations.operations
-    for before, after in zip(old, new, strict=False):
-        if op_name(before) != op_name(after):
-            return f"{before.name} is {op_name(after)} in the shrunk model"
+    pairs, odd = pair(comb.operations, again.operations)
+    if odd is not None:
+        return f"{odd.name} has no counterpart in the shrunk model"
+    for before, after in pairs.items():
         value, found = comb.context.values[before], after.meta.get("val")
         shapes, tensors = (value, found) if isinstance(value, list) else ([value], [found])
         for shape, tensor in zip(shapes, tensors, strict=True):
             expected = tuple(axes.count(dim, widths) for dim in shape)
             if isinstance(tensor, Tensor) and expected != tuple(tensor.shape):
                 return f"{before.name} is {list(tensor.shape)}; predicted {list(expected)}"
-    return None if len(old) == len(new) else f"{len(old)} operations became {len(new)}"
+    return None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from cpd import axes, ties
-from cpd.axes import Axis, Dim, Fixed
+from cpd.axes import Axis, Concat, Dim, Fixed
 from cpd.constants import Scale, find_scales, formulas, scalars, widths_in_sight
 from cpd.errors import CPDError
 from cpd.plan import Attribute
@@ -30,7 +30,7 @@ from cpd.replay import Observation, culprit, replay
 from cpd.rules import Context, Literal, arguments
 from cpd.surgeon import set_attributes, skeleton
 from cpd.ties import Tie
-from cpd.tracer import op_name, owners, shape_of, trace
+from cpd.tracer import owner, owners, pair, retrace, shape_of
 
 Counts: TypeAlias = Mapping[Axis, int]
 Observe: TypeAlias = Callable[[Counts, Mapping["Place", Dim]], Observation]
@@ -131,21 +131,21 @@ class Proof:
         observation = Observation()
         model = self.narrow(counts, extra)
         try:
-            graph = trace(model, self.ctx.graph.call)
+            graph = retrace(model, self.ctx.graph)
         except CPDError as error:
             cause = error.__cause__ or error
             observation.error = error
             observation.culprit = culprit(model, cause)
             return observation
-        old, new = self.ctx.graph.operations, graph.operations
-        if [op_name(node) for node in old] != [op_name(node) for node in new]:
-            observation.error = CPDError("the forward calls other operations at another width")
+        twins, odd = pair(self.ctx.graph, graph)
+        if odd is not None:
+            observation.culprit = owner(odd)
+            observation.error = CPDError(f"at {odd.name} the forward calls another operation at another width")
             return observation
-        self._compare(old, new, counts, observation)
+        self._compare(twins, counts, observation)
         return observation
 
-    def _compare(self, old: list[Node], new: list[Node], counts: Counts, observation: Observation) -> None:
-        twins = dict(zip(old, new, strict=True))
+    def _compare(self, twins: Mapping[Node, Node], counts: Counts, observation: Observation) -> None:
         for item in self.ctx.literals:
             value = arguments(twins[item.node])[item.argument]
             observation.asked[item] = int(value[item.index] if isinstance(value, (list, tuple)) else value)
@@ -213,9 +213,9 @@ class Proof:
                 observe = self._replay
             if wrong:
                 wrong = self._try_attributes(observe, counts, wrong)
-                wrong = self._try_ties(observe, rng, wrong)
+                wrong = self._try_ties(observe, rng, counts, wrong)
                 self._freeze_literals(wrong)
-            elif len(self.open_axes()) == open_before and not self._try_attributes_checked(counts, observation):
+            elif len(self.open_axes()) == open_before and not self._try_attributes_checked(counts):
                 self._freeze_culprit(observation)
             unproven = set(self.open_axes())
         for axis in self.open_axes():
@@ -251,15 +251,14 @@ class Proof:
             wrong = observe(counts, {}).wrong(counts)
 
     def _candidates(self, item: Literal) -> list[tuple[Place, Dim]]:
-        """Attributes with the literal's old value, or that of its removable factors (a fixed one may be a batch).
+        """Attributes with the literal's old value, or that of a part of it: `B * self.num_heads`, `self.dim * 3`.
 
-        Those named like the op's argument come first, then the innermost module's.
+        Those named like the op's argument come first, then those of the whole width, then the innermost module's.
         """
-        whole = axes.resolve(item.dim)
-        removable = axes.product(f for f in axes.factors_of(whole) if not isinstance(f, Fixed))
         found: list[tuple[Place, Dim]] = []
-        for dim in dict.fromkeys([whole, removable]):
-            found += [(place, dim) for path in self._modules_around(item.node) for place in self._integers(path, dim.size)]
+        for dim in dict.fromkeys(_parts_of(item.dim)):
+            for path in self._modules_around(item.node):
+                found += [(place, dim) for place in self._integers(path, dim.size)]
         return sorted(found, key=lambda pair: pair[0].name != item.argument)
 
     def _modules_around(self, node: Node) -> Iterator[str]:
@@ -278,12 +277,15 @@ class Proof:
             elif type(value) in (tuple, list):
                 yield from (Place(path, name, i) for i, part in enumerate(value) if type(part) is int and part == size)
 
-    def _try_attributes_checked(self, counts: Counts, observation: Observation) -> bool:
+    def _try_attributes_checked(self, counts: Counts) -> bool:
         """Where a forward checks a width and refuses: try the integers that the module, or one around it, keeps.
 
         Returns:
             Whether one of them let the forward get further.
         """
+        observation = self._replay(counts, {})
+        if observation.error is None:
+            return False
         path = observation.culprit
         nodes = [node for node in self.ctx.graph.operations if owners(node)[0] == path]
         in_sight = widths_in_sight(self.ctx, nodes[0]) if nodes else []
@@ -309,17 +311,19 @@ class Proof:
                     if place.name == item.argument and index_fits and place.module == owners(item.node)[0]:
                         self.attributes.setdefault(place, dim)
 
-    def _try_ties(self, observe: Observe, rng: random.Random, wrong: list[Literal]) -> list[Literal]:
+    def _try_ties(self, observe: Observe, rng: random.Random, counts: Counts, wrong: list[Literal]) -> list[Literal]:
         """Try, for each module that names a wrong width, one tie after the other.
 
         Returns:
             The literals that no tie explains.
         """
         tried: set[tuple[Dim, Dim]] = set()
+        asked = observe(counts, {}).asked if wrong else {}
         while True:
             trial: dict[str, tuple[Tie, Literal]] = {}
             for item in wrong:
-                tie = next((tie for tie in self._tie_candidates(item) if (tie.left, tie.right) not in tried), None)
+                candidates = self._tie_candidates(item, asked.get(item), counts)
+                tie = next((tie for tie in candidates if (tie.left, tie.right) not in tried), None)
                 if tie is not None:
                     trial.setdefault(owners(item.node)[0], (tie, item))
             if not trial:
@@ -334,10 +338,14 @@ class Proof:
                     confirmed.append(tie)
             self.ctx.ties = confirmed
             counts = self.draw(rng)
-            wrong = observe(counts, {}).wrong(counts)
+            observation = observe(counts, {})
+            wrong, asked = observation.wrong(counts), observation.asked
 
-    def _tie_candidates(self, item: Literal) -> list[Tie]:
-        """Dimensions in the same module as wide as the literal's, or as a run of its neighbours' product."""
+    def _tie_candidates(self, item: Literal, asked: int | None, counts: Counts) -> list[Tie]:
+        """Dimensions in the same module as wide as the literal's, or as a run of its neighbours' product.
+
+        Those come first from whose width at `counts` the integer follows that the forward asked for.
+        """
         module = owners(item.node)[0]
         named = [axes.resolve(dim) for place, dim in self.attributes.items() if place.module == module]
         in_sight = list(dict.fromkeys([*named, *widths_in_sight(self.ctx, item.node)]))
@@ -347,7 +355,12 @@ class Proof:
             for dim in in_sight:
                 if dim.size == block.size and dim != block and _open(dim) and _open(block):
                     found.append(Tie(block, dim, self.ctx.reason(item.node, "a width is computed from another")))
-        return found
+
+        def follows(tie: Tie) -> bool:
+            rest = axes.count(tie.left, counts) // axes.count(item.dim, counts)
+            return asked is not None and rest * asked <= axes.count(tie.right, counts) < rest * (asked + 1)
+
+        return sorted(found, key=lambda tie: not follows(tie))
 
     def _blocks_around(self, item: Literal) -> Iterator[Dim]:
         """Products of neighbouring dimensions of the literal's node that contain its own."""
@@ -425,6 +438,18 @@ class Proof:
 
 def _unexplained(item: Literal) -> str:
     return f"the forward names the width {item.dim.size}, and no attribute or other width explains it"
+
+
+def _parts_of(dim: Dim) -> Iterator[Dim]:
+    """A dimension, its factors but for the fixed ones, and each removable factor and segment of it."""
+    dim = axes.resolve(dim)
+    yield dim
+    factors = [factor for factor in axes.factors_of(dim) if not isinstance(factor, Fixed)]
+    if factors:
+        yield axes.product(factors)
+    for part in (*factors, *(dim.segments if isinstance(dim, Concat) else ())):
+        if part != dim and not isinstance(part, Fixed):
+            yield from _parts_of(part)
 
 
 def _open(dim: Dim) -> bool:

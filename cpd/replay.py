@@ -136,7 +136,7 @@ class _Recorder(TorchFunctionMode):
         self.observation.steps += 1
         name, read = READERS.get(getattr(func, "__name__", ""), ("", None))
         queue = self.expected.get((self.path[-1], name)) if read is not None else None
-        if read is None and isinstance(func, FunctionType) and func.__module__ == F.__name__:
+        if read is None and isinstance(func, FunctionType) and func.__globals__ is vars(F):
             with self:
                 return _opened(func)(*args, **kwargs)
         if read is None or not queue:
@@ -163,7 +163,7 @@ class _Recorder(TorchFunctionMode):
 
 @cache
 def _opened(function: FunctionType) -> Callable[..., Any]:
-    """A function of torch.nn.functional that no longer hands itself over to the recorder, so that its calls are seen."""
+    """A function of torch.nn.functional that does not hand itself over to the recorder, so that its calls are seen."""
     never = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _never)
     names = {**function.__globals__, **never}
     opened = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
@@ -196,7 +196,7 @@ def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int], *, meta: 
         warnings.simplefilter("ignore")
         try:
             with fake, recorder:
-                call.on(model)
+                call.on(ctx.graph.runner(model))
         except Exception as error:  # the user's forward may raise anything
             observation.error, observation.culprit = error, culprit(model, error)
     for handle in handles:

@@ -6,9 +6,14 @@ tensor operations, gives each node its shape, each parameter its name, and each 
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import logging
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,8 @@ from torch.fx import GraphModule, Node
 from cpd.errors import InputError, TraceError
 from cpd.inputs import Call, as_call, check_model, evaluating, plain_attention
 
+log = logging.getLogger(__name__)
+_EXPORTER_LOGGERS = ("torch", "torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -34,7 +41,7 @@ class OperationGraph:
         tensors: placeholder name -> name of the parameter or buffer in the model.
         constants: placeholder name -> the tensor that the forward uses without registering it.
         inputs: names of the placeholders that are the user's inputs, in order.
-        call: the example inputs.
+        call: the example inputs; those of each part, where the model cannot be traced whole.
         parts: paths of the submodules that were traced in the model's place, where it cannot be traced whole.
         seconds: wall-clock time that the export took.
     """
@@ -46,6 +53,10 @@ class OperationGraph:
     call: Call
     parts: tuple[str, ...] = ()
     seconds: float = 0.0
+
+    def runner(self, model: nn.Module) -> nn.Module:
+        """What `call` is a call of: `model` itself, or its parts."""
+        return Parts(model, self.parts) if self.parts else model
 
     @property
     def nodes(self) -> list[Node]:
@@ -71,23 +82,63 @@ class OperationGraph:
 def trace(model: nn.Module, example_inputs: Any) -> OperationGraph:
     """Export `model` (in eval mode; its modes are left as found) on `example_inputs`.
 
+    A model that runs but cannot be exported whole (detection, say, whose post-processing depends on values) is traced
+    by its largest submodules that can; what those give to the rest counts as the graph's output.
+
     Args:
         model: the model.
         example_inputs: a tensor, a tuple, or `(tuple, dict)`.
 
     Raises:
         InputError: if `model` is no module, or itself fails on `example_inputs`.
-        TraceError: if the model runs but cannot be exported; the message names the line.
+        TraceError: if the model runs, but neither it nor a part of it can be exported; the message names the line.
     """
     check_model(model)
     call = as_call(example_inputs)
     start = time.perf_counter()
+    try:
+        graph = _export(model, call)
+    except Exception as error:  # the user's forward may raise anything
+        explained = _explain(model, call, error)
+        parts = {} if isinstance(explained, InputError) else find_parts(model, call)
+        if not parts:
+            raise explained from error
+        reason = str(explained).removesuffix(_REMEDY)
+        log.warning("%s What can be traced of it is combed: %s.", reason, ", ".join(parts))
+        graph = trace_parts(model, tuple(parts), Call(tuple(parts.values()), {}))
+    return dataclasses.replace(graph, seconds=time.perf_counter() - start)
+
+
+def retrace(model: nn.Module, graph: OperationGraph) -> OperationGraph:
+    """Trace a narrower copy of a model in the way that `graph` was traced.
+
+    Raises:
+        InputError: if the copy fails on the inputs.
+        TraceError: if it runs, but cannot be exported.
+    """
+    try:
+        return trace_parts(model, graph.parts, graph.call) if graph.parts else _export(model, graph.call)
+    except Exception as error:  # the user's forward may raise anything
+        raise _explain(graph.runner(model), graph.call, error) from error
+
+
+def trace_parts(model: nn.Module, parts: tuple[str, ...], calls: Call) -> OperationGraph:
+    """Export some submodules of `model` as one graph, every name in it as in `model`."""
+    graph = _export(Parts(model, parts), calls)
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        node.meta["nn_module_stack"] = {
+            key: (path.removeprefix(_MODEL), kind) for key, (path, kind) in stack.items() if path.startswith(_MODEL)
+        }
+    tensors = {name: target.removeprefix(_MODEL) for name, target in graph.tensors.items()}
+    return dataclasses.replace(graph, tensors=tensors, parts=parts)
+
+
+def _export(model: nn.Module, call: Call) -> OperationGraph:
     with evaluating(model), warnings.catch_warnings(), plain_attention():
         warnings.simplefilter("ignore")
-        try:
+        with quiet():  # on failure export writes the whole graph to its log
             program = torch.export.export(model, call.args, call.kwargs, strict=False)
-        except Exception as error:  # the user's forward may raise anything
-            raise _explain(model, call, error) from error
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     tensors = {
         name: spec.target
@@ -101,8 +152,103 @@ def trace(model: nn.Module, example_inputs: Any) -> OperationGraph:
     }
     inputs = tuple(name for name, spec in kinds.items() if spec.kind is InputKind.USER_INPUT)
     _inline_regions(program.graph_module)
-    seconds = time.perf_counter() - start
-    return OperationGraph(program.graph_module, tensors, constants, inputs, call, seconds=seconds)
+    return OperationGraph(program.graph_module, tensors, constants, inputs, call)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the exporters' warnings, log lines and graph print-outs from the user, who can act on none of them."""
+    loggers = [logging.getLogger(name) for name in _EXPORTER_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# ---------------------------------------------------------------- parts of a model that cannot be exported whole
+
+_MODEL = "model."
+
+
+class Parts(nn.Module):
+    """Runs some submodules of a model, each on its own inputs: what is exported where the whole cannot be.
+
+    Args:
+        model: the model.
+        paths: of the submodules.
+    """
+
+    def __init__(self, model: nn.Module, paths: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.paths = paths
+
+    def forward(self, *calls: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Any]:
+        """The output of each submodule on its own (args, kwargs)."""
+        return [
+            self.model.get_submodule(path)(*args, **kwargs)
+            for path, (args, kwargs) in zip(self.paths, calls, strict=True)
+        ]
+
+
+def find_parts(model: nn.Module, call: Call) -> dict[str, Call]:
+    """The largest submodules that a forward pass calls once and that can be exported, each with its inputs.
+
+    A submodule that holds layers which are also called from elsewhere is none.
+    """
+    calls: dict[str, list[Call]] = {}
+    handles = [
+        module.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: calls.setdefault(name, []).append(Call(args, dict(kwargs))),
+            with_kwargs=True,
+        )
+        for name, module in model.named_modules()
+    ]
+    try:
+        with evaluating(model), torch.no_grad():
+            call.on(model)
+            whole = {name: len(found) for name, found in calls.items()}
+            recorded = {name: found[0] for name, found in calls.items()}
+            found: dict[str, Call] = {}
+            pending = [name for name, _ in model.named_children()]
+            while pending:
+                path = pending.pop(0)
+                module = model.get_submodule(path)
+                if not any(True for _ in module.parameters()):
+                    continue
+                if whole.get(path) == 1 and _stands_alone(module, path, recorded[path], calls, whole):
+                    found[path] = recorded[path]
+                else:
+                    pending += [f"{path}.{name}" for name, _ in module.named_children()]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _stands_alone(
+    module: nn.Module, path: str, call: Call, calls: dict[str, list[Call]], whole: dict[str, int]
+) -> bool:
+    """Whether a submodule can be exported, and its layers are called by itself alone."""
+    inner = [f"{path}.{name}" if name else path for name, _ in module.named_modules()]
+    leaves = torch.utils._pytree.tree_leaves((call.args, call.kwargs))
+    if not all(leaf is None or isinstance(leaf, (Tensor, int, float, str)) for leaf in leaves):
+        return False
+    calls.clear()
+    try:
+        call.on(module)
+        if any(len(calls.get(name, ())) != whole.get(name, 0) for name in inner):
+            return False
+        _export(module, call)
+    except Exception:  # the user's forward may raise anything
+        return False
+    return True
 
 
 def _inline_regions(module: GraphModule) -> None:
@@ -133,6 +279,9 @@ def _inline_regions(module: GraphModule) -> None:
     module.recompile()
 
 
+_REMEDY = " Nor any part of it alone: comb a submodule that can be traced, e.g. cpd.comb(model.backbone, …)."
+
+
 def _explain(model: nn.Module, call: Call, error: Exception) -> InputError | TraceError:
     """Tell a model that does not run on its inputs from one that cannot be exported."""
     shapes = [tuple(leaf.shape) for leaf in torch.utils._pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
@@ -147,8 +296,7 @@ def _explain(model: nn.Module, call: Call, error: Exception) -> InputError | Tra
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_user_code(frame.filename)]
     line = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
     return TraceError(
-        f"torch.export cannot trace {type(model).__name__}{line}: {str(error).strip().splitlines()[0]} "
-        "Comb a submodule that can be traced instead, e.g. cpd.comb(model.backbone, …)."
+        f"torch.export cannot trace {type(model).__name__}{line}: {str(error).strip().splitlines()[0]}{_REMEDY}"
     )
 
 
@@ -195,3 +343,22 @@ def line_of(node: Node) -> str:
             places.append((filename, number))
     mine = [place for place in places if _is_user_code(place[0])] or places
     return f"{Path(mine[-1][0]).name}:{mine[-1][1]}" if mine else "unknown line"
+
+
+#: Ops that export leaves out where the tensor is laid out so already, which may depend on a width.
+_LAYOUT_ONLY = {"contiguous"}
+
+
+def pair(old: OperationGraph, new: OperationGraph) -> tuple[dict[Node, Node], Node | None]:
+    """Each operation of one graph beside its twin in the graph of the same model at other widths.
+
+    Returns:
+        The pairs, and the first operation of `old` that has no twin; None where all have one.
+    """
+    left, right = ([n for n in graph.operations if op_name(n) not in _LAYOUT_ONLY] for graph in (old, new))
+    pairs: dict[Node, Node] = {}
+    for before, after in zip(left, right, strict=False):
+        if op_name(before) != op_name(after):
+            return pairs, before
+        pairs[before] = after
+    return pairs, None if len(left) == len(right) else left[min(len(left), len(right)) - 1]

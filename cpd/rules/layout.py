@@ -341,33 +341,24 @@ def channel_shuffle(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return (batch, axes.product([inner, groups]), *space)
 
 
-@rule("cumsum", "cumprod", "cummax", "cummin", "logcumsumexp", "sort", "argsort", "topk", "index_select", "gather",
-      "take_along_dim", "index_copy", "index_add", "scatter", "scatter_add")  # fmt: skip
+@rule("cumsum", "cumprod", "logcumsumexp", "index_select")
 def ordered(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Positions of one dimension are told apart by their order or index: that dimension cannot shrink."""
-    shape, rest = ctx.shape(tensor_inputs(node)[0]), tensor_inputs(node)[1:]
-    axis = (-1 if args.get("dim") is None else args["dim"]) % len(shape)
+    shape = list(ctx.shape(args["self"]))
+    axis = args["dim"] % len(shape)
     ctx.freeze(shape[axis], node, "positions are told apart by their order or index")
-    whole = op_name(node) not in ("index_select", "cumsum", "cumprod", "logcumsumexp")
-    for source in rest:
-        for index, dim in enumerate(ctx.shape(source)):
-            ctx.freeze(dim, node, "used as an index")
-            if whole and index < len(shape):
-                ctx.freeze(shape[index], node, "read together with an index tensor")
-    value = fixed(node)
-    shapes = value if isinstance(value, list) else [value]
-    results = [tuple(Fixed(s.size) if i == axis else d for i, (d, s) in enumerate(zip(shape, item, strict=True)))
-               if len(item) == len(shape) and all(i == axis or d.size == s.size for i, (d, s) in enumerate(zip(shape, item, strict=True)))
-               else item for item in shapes]
-    return results if isinstance(value, list) else results[0]
+    shape[axis] = Fixed(shape_of(node)[axis])
+    return tuple(shape)
 
 
-@rule("slice_scatter", "select_scatter", "index_put", "masked_scatter")
-def written_into(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
-    """Some positions of a tensor are replaced: nothing of either tensor is removed."""
+@rule("cummax", "cummin", "sort", "argsort", "topk", "gather", "take_along_dim", "index_copy", "index_add", "scatter",
+      "scatter_add", "slice_scatter", "select_scatter", "index_put", "masked_scatter", "searchsorted",
+      "bucketize")  # fmt: skip
+def indexed(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Single positions are picked, ordered or written to: nothing of these tensors is removed."""
     for source in tensor_inputs(node):
         for dim in ctx.shape(source):
-            ctx.freeze(dim, node, "some of its positions are written to")
+            ctx.freeze(dim, node, "single positions are picked, ordered or written to")
     return fixed(node)
 
 
