@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.data import DataLoader
 
+    from cpd.cost import FrozenShare
     from cpd.report import Report
     from cpd.sources import ModelSource
 
@@ -33,6 +35,7 @@ DEFAULT_SPEEDUP = 2.0
 TRAIN_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
 MEMBERS_SHOWN = 3
+PLACES_SHOWN = 2
 
 app = typer.Typer(
     name="cpd",
@@ -155,22 +158,34 @@ def compress(
 def comb(
     model: Model,
     input_size: InputSize = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Also draw the grouped graph, to an .svg or .html file.")
+    ] = None,
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     debug: Debug = False,
 ) -> None:
-    """List a model's coupling groups: size, members, exact, frozen and why."""
+    """List a model's coupling groups (size, members, exact, frozen and why) and what the frozen ones hold."""
     with _running(quiet, verbose, debug):
+        if plot is not None:
+            from cpd.picture import check_path
+
+            check_path(plot)
         _, built, example_inputs = _build(model, input_size, pretrained=False)
 
         import cpd
 
         combed = cpd.comb(built, example_inputs)
         share: dict[str, float] = combed.open_share
+        if plot is not None:
+            from cpd.picture import draw
+
+            logging.getLogger("cpd.cli").info("picture written to %s", draw(combed, plot))
         if json_output:
             rows = [_group_dict(group) for group in combed.groups]
-            _print_json({"model": model, "groups": rows, "open_share": dict(share)})
+            frozen = [asdict(row) for row in combed.frozen_share]
+            _print_json({"model": model, "groups": rows, "open_share": dict(share), "frozen_share": frozen})
             return
         console = Console()
         console.print(groups_table(combed.groups))
@@ -180,6 +195,8 @@ def comb(
             f"parameters and {share['macs']:.1%} of the MACs.",
             highlight=False,
         )
+        if combed.frozen_share:
+            console.print(frozen_table(combed.frozen_share))
 
 
 @app.command()
@@ -296,6 +313,26 @@ def groups_table(groups: Sequence[Any]) -> Table:
         exact = Text("yes" if group.exact else "no")
         table.add_row(Text(group.name), str(group.size), Text(_members(group.members)), exact, frozen + ties)
     return table
+
+
+def frozen_table(rows: Sequence[FrozenShare]) -> Table:
+    """One row a reason: what it keeps from being pruned, and where."""
+    table = Table(title="What no open group reaches, and why", title_justify="left")
+    table.add_column("reason", overflow="fold")
+    table.add_column("parameters", justify="right")
+    table.add_column("MACs", justify="right")
+    table.add_column("places", overflow="fold")
+    for row in rows:
+        more = len(row.places) - PLACES_SHOWN
+        shown = [*row.places[:PLACES_SHOWN], *([f"and {more} more"] if more > 0 else [])]
+        places = f"{len(row.places)}: {', '.join(shown)}" if shown else ""
+        table.add_row(Text(row.reason), _share(row.parameters), _share(row.macs), Text(places))
+    return table
+
+
+def _share(share: float) -> str:
+    """A share in per cent; one that rounds to nothing is told from none."""
+    return "<0.01%" if 0 < share < 0.00005 else f"{share:.2%}"
 
 
 def _members(members: Sequence[Any]) -> str:

@@ -26,7 +26,8 @@ from cpd.errors import PlanError
 from cpd.exactness import Exactness
 from cpd.inputs import check_model
 from cpd.plan import Plan, Rescale
-from cpd.proof import Place, Proof, edits
+from cpd.proof import Proof, edits
+from cpd.provenance import Place
 from cpd.rules import Context, infer
 from cpd.rules.contraction import SPACE
 from cpd.surgeon import named_tensors

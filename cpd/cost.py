@@ -36,12 +36,13 @@ _VIEWS = {
 
 @dataclass(frozen=True)
 class Term:
-    """A product of dimensions, and what it counts."""
+    """A product of dimensions, and what it counts; `name` is that of a parameter."""
 
     dims: tuple[Dim, ...]
     parameters: int = 0
     macs: int = 0
     activations: int = 0
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class FrozenShare:
         parameters: share of the model's parameters.
         macs: share of the model's MACs.
         tensors: number of parameters, as tensors, that it applies to.
-        places: where it applies, each as `op in module, file:line`, in the order of the model.
+        places: where it applies, each as `op in module, file:line`, or the name of a parameter where the reason names
+            no place; in the order of the model.
     """
 
     reason: str
@@ -84,8 +86,8 @@ class Cost:
 
     def __init__(self, ctx: Context, dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> None:
         self._terms = [*_parameter_terms(dims, tensors), *_operation_terms(ctx)]
-        unread = _unread_parameters(dims, tensors)
-        self._unused, self._unread = sum(unread), len(unread)
+        self._unread = _unread_parameters(dims, tensors)
+        self._unused = sum(self._unread.values())
         self._dims = list(dict.fromkeys(axes.resolve(dim) for term in self._terms for dim in term.dims))
         place = {dim: index for index, dim in enumerate(self._dims)}
         self._factors = [[place[axes.resolve(dim)] for dim in term.dims] for term in self._terms]
@@ -145,9 +147,10 @@ class Cost:
                 continue
             found = _told(axis.frozen for axis in leaves if axis.frozen is not None)
             for key, reasons in found.items():
-                rows.setdefault(key, _Tally()).add(reasons, parameters / len(found), macs / len(found), term.parameters)
-        if self._unused:
-            rows.setdefault(UNREAD, _Tally()).add([(UNREAD, "")], self._unused, 0, self._unread)
+                told = [(why, place or term.name) for why, place in reasons]
+                rows.setdefault(key, _Tally()).add(told, parameters / len(found), macs / len(found), term.parameters)
+        for name, size in self._unread.items():
+            rows.setdefault(UNREAD, _Tally()).add([(UNREAD, name)], size, 0, 1)
         full = self({})
         shares = [tally.share(max(full.parameters, 1), max(full.macs, 1)) for tally in rows.values()]
         return tuple(sorted(shares, key=lambda row: (-max(row.parameters, row.macs), row.reason)))
@@ -200,14 +203,20 @@ def _alike(why: str) -> str:
 
 def _parameter_terms(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> list[Term]:
     """One term a parameter, however many names it has."""
-    named = {id(tensors[name]): shape for name, shape in dims.items() if isinstance(tensors[name], nn.Parameter)}
-    return [Term(shape, parameters=1) for shape in named.values()]
+    first: dict[int, str] = {}
+    for name in dims:
+        if isinstance(tensors[name], nn.Parameter):
+            first.setdefault(id(tensors[name]), name)
+    return [Term(dims[name], parameters=1, name=name) for name in first.values()]
 
 
-def _unread_parameters(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> list[int]:
-    """Elements of each parameter that the forward pass does not read."""
-    rest = {id(t): t.numel() for name, t in tensors.items() if name not in dims and isinstance(t, nn.Parameter)}
-    return list(rest.values())
+def _unread_parameters(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Elements of each parameter that the forward pass does not read, by its first name."""
+    first: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        if name not in dims and isinstance(tensor, nn.Parameter):
+            first.setdefault(id(tensor), name)
+    return {name: tensors[name].numel() for name in first.values()}
 
 
 def _operation_terms(ctx: Context) -> list[Term]:

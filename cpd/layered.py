@@ -7,13 +7,17 @@ or in a lane to the left of its column; never through a node.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import networkx as nx
 
 Point: TypeAlias = tuple[float, float]
+#: A vertical run: the column it passes on the left, the node it comes from, and how it leaves that.
+LaneKey: TypeAlias = tuple[int, Any, str]
+#: A horizontal run: the row it passes above, whether it arrives (1) or leaves (0), and the node it does that at.
+TrackKey: TypeAlias = tuple[int, int, Any]
 
 MARGIN = 16.0
 GAP = 16.0
@@ -103,15 +107,15 @@ def layout(
     def middle(node: Any) -> float:
         return left[columns[node]] + wide[columns[node]] / 2
 
-    def lane_x(key: Hashable) -> float:
-        return left[key[0]] - 10 - LANE * lanes[key]  # type: ignore[index]
+    def lane_x(key: LaneKey) -> float:
+        return left[key[0]] - 10 - LANE * lanes[key]
 
     tracks = runs.tracks(middle, lane_x)
     tops, gaps, y = [], [], MARGIN
     starts, ends = {first for first, _ in bands}, {last for _, last in bands}
     for row in range(max(rows.values(), default=-1) + 1):
         y += BAND_BOTTOM if row - 1 in ends else 0
-        used = max((track + 1 for (gap, _), track in tracks.items() if gap == row), default=0)
+        used = max((track + 1 for (gap, _, _), track in tracks.items() if gap == row), default=0)
         room = max(GAP, 8 + TRACK * used) if row else 0
         gaps.append((y, room / (used + 1)))
         y += room + (BAND_TOP if row in starts else 0)
@@ -123,7 +127,7 @@ def layout(
         if node in columns
     }
 
-    def track_y(key: tuple[int, Hashable]) -> float:
+    def track_y(key: TrackKey) -> float:
         return gaps[key[0]][0] + gaps[key[0]][1] * (tracks[key] + 1)
 
     routes = {edge: runs.route(edge, boxes, lane_x, track_y) for edge in graph.edges}
@@ -132,7 +136,7 @@ def layout(
     return Layout(boxes, routes, frames, x - 10 + MARGIN, y + last + MARGIN)
 
 
-def _order(graph: nx.DiGraph) -> Any:
+def _order(graph: nx.DiGraph) -> Callable[[Any], int]:
     place = {node: index for index, node in enumerate(graph)}
     return place.__getitem__
 
@@ -158,7 +162,7 @@ def _columns(graph: nx.DiGraph, rows: Mapping[Any, int]) -> dict[Any, int]:
     return columns
 
 
-def _longest(graph: nx.DiGraph, nodes: Sequence[Any], place: Any) -> list[Any]:
+def _longest(graph: nx.DiGraph, nodes: Sequence[Any], place: Callable[[Any], int]) -> list[Any]:
     """The longest path among `nodes` (in topological order); of equal ones, that of the earliest nodes."""
     length: dict[Any, int] = {}
     before: dict[Any, Any] = {}
@@ -184,7 +188,7 @@ class _Runs:
     columns: Mapping[Any, int]
     taken: set[tuple[int, int]]
     kinds: dict[tuple[Any, Any], str] = field(default_factory=dict)
-    spans: dict[tuple[int, Any, str], tuple[float, float]] = field(default_factory=dict)
+    spans: dict[LaneKey, tuple[float, float]] = field(default_factory=dict)
 
     def add(self, start: Any, end: Any) -> None:
         """Choose how one edge runs."""
@@ -207,9 +211,9 @@ class _Runs:
             known = self.spans.get(key, reach)
             self.spans[key] = (known[0], max(known[1], reach[1]))
 
-    def lanes(self) -> dict[tuple[int, Any, str], int]:
+    def lanes(self) -> dict[LaneKey, int]:
         """A lane for each vertical run, short ones nearest to the column; runs of one source share theirs."""
-        lanes: dict[tuple[int, Any, str], int] = {}
+        lanes: dict[LaneKey, int] = {}
         ordered = sorted(self.spans.items(), key=lambda item: item[1][1] - item[1][0])
         for key, (low, high) in ordered:
             others = [
@@ -220,15 +224,15 @@ class _Runs:
             lanes[key] = next(lane for lane in range(len(others) + 1) if lane not in others)
         return lanes
 
-    def _key(self, edge: tuple[Any, Any]) -> tuple[int, Any, str]:
+    def _key(self, edge: tuple[Any, Any]) -> LaneKey:
         return (max(self.columns[edge[0]], self.columns[edge[1]]), edge[0], self.kinds[edge])
 
-    def tracks(self, middle: Any, lane_x: Any) -> dict[tuple[int, Hashable], int]:
+    def tracks(self, middle: Callable[[Any], float], lane_x: Callable[[LaneKey], float]) -> dict[TrackKey, int]:
         """For each gap above a row, a height for each horizontal run in it: those that leave a node on top."""
-        reach: dict[tuple[int, Hashable], list[float]] = {}
+        reach: dict[TrackKey, list[float]] = {}
         for edge, kind in self.kinds.items():
             start, end = edge
-            leave, arrive = (self.rows[start] + 1, (0, start)), (self.rows[end], (1, end))
+            leave, arrive = (self.rows[start] + 1, 0, start), (self.rows[end], 1, end)
             if kind == "fork":
                 reach.setdefault(leave, []).extend((middle(start), middle(end)))
             elif kind == "join":
@@ -236,8 +240,8 @@ class _Runs:
             elif kind == "lane":
                 reach.setdefault(leave, []).extend((middle(start), lane_x(self._key(edge))))
                 reach.setdefault(arrive, []).extend((middle(end), lane_x(self._key(edge))))
-        tracks: dict[tuple[int, Hashable], int] = {}
-        for key, xs in sorted(reach.items(), key=lambda item: (item[0][0], item[0][1][0])):  # type: ignore[index]
+        tracks: dict[TrackKey, int] = {}
+        for key, xs in sorted(reach.items(), key=lambda item: item[0][:2]):
             others = [
                 tracks[other]
                 for other in tracks
@@ -246,12 +250,18 @@ class _Runs:
             tracks[key] = max(others, default=-1) + 1
         return tracks
 
-    def route(self, edge: tuple[Any, Any], boxes: Mapping[Any, Box], lane_x: Any, track_y: Any) -> tuple[Point, ...]:
+    def route(
+        self,
+        edge: tuple[Any, Any],
+        boxes: Mapping[Any, Box],
+        lane_x: Callable[[LaneKey], float],
+        track_y: Callable[[TrackKey], float],
+    ) -> tuple[Point, ...]:
         """The corners of an edge's line."""
         start, end = edge
         one, two, kind = boxes[start], boxes[end], self.kinds[edge]
         down, up = (one.middle, one.y + one.height), (two.middle, two.y)
-        leave, arrive = (self.rows[start] + 1, (0, start)), (self.rows[end], (1, end))
+        leave, arrive = (self.rows[start] + 1, 0, start), (self.rows[end], 1, end)
         if kind == "straight":
             return (down, up)
         if kind in ("fork", "join"):

@@ -9,11 +9,12 @@ The file is self-contained.
 from __future__ import annotations
 
 import colorsys
+import math
 import os
 import re
 import tempfile
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -129,7 +130,7 @@ def render(comb: Comb, *, html: bool) -> str:
         "html": html,
         "width": scene.width if html else scene.width + LEGEND_WIDTH,
         "height": scene.height if html else max(scene.height, lines[-1].y + 24 if lines else 0, 120),
-        "legend_x": scene.width,
+        "legend_x": scene.width + 16,
     }
     return _environment().get_template("picture.html.j2" if html else "picture.svg.j2").render(**values)
 
@@ -192,7 +193,7 @@ def contract(comb: Comb) -> nx.DiGraph:
         if node.op == "placeholder":
             if node.name in comb.operations.inputs and node.users:
                 shape = " × ".join(map(str, shape_of(node)))
-                stands[node] = add(Item(node.name, node.name, "end", [node], kind="input", after=shape))
+                stands[node] = add(Item(node.name, f"input {node.name}", "end", [node], after=shape))
             elif comb.operations.tensors.get(node.name) in parameters:
                 reads[node] = {comb.operations.tensors[node.name]: None}
             continue
@@ -212,7 +213,7 @@ def contract(comb: Comb) -> nx.DiGraph:
         if known is not None and not any(nx.has_path(graph, known, other) for other in reached if other != known):
             index = known
         elif call is not None:
-            index = calls[call] = add(Item(owner(node), owner(node), "layer"))
+            index = calls[call] = add(Item(owner(node), owner(node) or type(comb.model).__name__, "layer"))
         elif own:
             name = _layer_name(node, own, leaves)
             index = add(Item(name, name, "layer"))
@@ -226,15 +227,14 @@ def contract(comb: Comb) -> nx.DiGraph:
         item.parameters.update(own)
         graph.add_edges_from((other, index) for other in reached if other != index)
         stands[node] = index
-    used = set(stands.values())
-    _drop_unused(graph, used)
+    _drop_unused(graph)
     _describe(graph, comb)
     return graph
 
 
-def _drop_unused(graph: nx.DiGraph, used: Iterable[int]) -> None:
+def _drop_unused(graph: nx.DiGraph) -> None:
     """Remove ops that lead nowhere, such as a mean of attention weights that nobody reads; layers stay."""
-    for index in sorted(used, reverse=True):
+    for index in sorted(graph, reverse=True):
         if graph.nodes[index]["item"].role == "op" and not graph.succ[index]:
             graph.remove_node(index)
 
@@ -280,6 +280,8 @@ def _channels(comb: Comb, node: Node, op: str, number: Mapping[axes.Axis, int]) 
     if isinstance(value, list):
         value = value[0] if value else ()
     dims = [axes.resolve(dim) for dim in value]
+    if op == "scaled_dot_product_attention" and len(dims) == 4:
+        return [dims[1], dims[3]]
     space = _CONVS.get(op) or _TRANSPOSED.get(op)
     place = -1 - space if space else 1 if op in _CHANNEL_1 else -1 if op in _LAST else None
     if place is not None and len(dims) >= (place + 1 if place > 0 else -place):
@@ -405,9 +407,13 @@ def _blocks(items: Mapping[int, Item], rows: Mapping[int, int], model: nn.Module
         if not mixed:
             kept = {path: members for path, members in blocks.items() if len(members) > 1}
             return dict(sorted(kept.items(), key=lambda block: spans[block[0]]))
-        choices = {
-            index: paths[1:] if paths and paths[0] in mixed else paths for index, paths in choices.items()
-        }
+        deepest = max(path.count(".") for path in mixed)  # a smaller one may be all that stands in a larger one's way
+        gone = {path for path in mixed if path.count(".") == deepest}
+        larger = {paths[1] for paths in choices.values() if paths and paths[0] in gone and len(paths) > 1}
+        for index, paths in choices.items():
+            rest = paths[1:] if paths and paths[0] in gone else paths
+            shared = next((place for place, path in enumerate(rest) if path in larger), 0)
+            choices[index] = rest[shared:]
 
 
 def _enclosing(path: str, role: str, modules: Mapping[str, nn.Module]) -> list[str]:
@@ -441,15 +447,16 @@ def _text(text: str, most: int, pixels: float) -> float:
 
 
 def _width(item: Item, name: str) -> float:
-    """Pixels that the texts of a node take, with room between them."""
+    """Pixels that the texts of a node take, with room between them; even, so that its middle is exact."""
     kind, widths = _text(item.kind, LONGEST_KIND, SANS), _text(item.widths, 24, SANS)
-    return 22 + len(name) * MONO + (12 if name and kind else 0) + kind + (14 if widths else 0) + widths
+    room = 22 + (12 if name and kind else 0) + (14 if widths else 0)
+    return 2.0 * math.ceil((room + len(name) * MONO + kind + widths) / 2)
 
 
 def _shape(item: Item, name: str, box: Box, groups: Sequence[Group], palette: Sequence[str]) -> Shape:
     own = [groups[index] for index in item.groups]
     free = [index for index in item.groups if groups[index].frozen is None]
-    stripe = box.height / max(len(item.groups), 1)
+    stripe = (box.height - 6) / max(len(item.groups), 1)
     return Shape(
         box=Box(_round(box.x), _round(box.y), _round(box.width), box.height),
         role=item.role,
@@ -460,7 +467,7 @@ def _shape(item: Item, name: str, box: Box, groups: Sequence[Group], palette: Se
         groups=_refs(item.groups),
         colour=_colour(item.groups, groups, palette),
         stripes=tuple(
-            (_round(box.y + number * stripe), _round(stripe), palette[index])
+            (_round(box.y + 3 + number * stripe), _round(stripe), palette[index])
             for number, index in enumerate(item.groups)
         ),
         dashed=any(not groups[index].exact for index in free),
@@ -498,7 +505,7 @@ def _lines(items: Mapping[int, Item], laid: Layout, groups: Sequence[Group], pal
     for (start, _), points in sorted(laid.routes.items()):
         own = items[start].groups
         (x, y), (before, _) = points[-1], points[-2]
-        head = f"M{_round(x)} {_round(y)}" + ("l-3.5 -6h7z" if before == x else "l-6 -3.5v7z")
+        head = f"M{_round(x)} {_round(y)}" + ("l-3.5 -6h7z" if _round(before) == _round(x) else "l-6 -3.5v7z")
         yield Line(_rounded(points), head, _colour(own, groups, palette), _refs(own))
 
 
@@ -541,7 +548,7 @@ def _own_colour(number: int) -> str:
     """The first few are chosen by hand; then hues a golden angle apart, in turn light, dark and dull."""
     if number < len(FIRST):
         return FIRST[number]
-    hue = (number * 0.381966) % 1
+    hue = (number * 0.381966 + 0.2) % 1
     light, strong = ((0.46, 0.75), (0.6, 0.6), (0.4, 0.45))[number % 3]
     return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hls_to_rgb(hue, light, strong))
 
@@ -566,8 +573,7 @@ def _legend(groups: Sequence[Group], palette: Sequence[str]) -> list[Entry]:
             frozen.setdefault(re.sub(r"\d+", "N", split_reason(group.frozen)[0]), []).append(index)
             continue
         detail = "; ".join(
-            [f"{group.size} positions, {_count(group.members, 'member')}, {_exactness(group)}"]
-            + [f"tied: {tie}" for tie in dict.fromkeys(group.ties)]
+            [f"{group.size} positions, {_count(group.members, 'member')}, {_exactness(group)}", *_tied(group.ties)]
         )
         title = _members(group)
         entries.append(Entry(group.name, detail, palette[index], _refs([index]), not group.exact, title))
@@ -583,7 +589,19 @@ def _legend(groups: Sequence[Group], palette: Sequence[str]) -> list[Entry]:
     return entries
 
 
-def _count(things: Sequence[object], word: str) -> str:
+def _tied(ties: Sequence[str]) -> list[str]:
+    """Each reason of a tie once, with its number of places."""
+    places: dict[str, dict[str, None]] = {}
+    for tie in ties:
+        why, place = split_reason(tie)
+        places.setdefault(why, {})[place] = None
+    return [
+        f"tied: {why}" + (f" [{next(iter(at))}]" if len(at) == 1 and "" not in at else f" ({_count(at, 'place')})")
+        for why, at in places.items()
+    ]
+
+
+def _count(things: Collection[object], word: str) -> str:
     return f"{len(things)} {word}{'' if len(things) == 1 else 's'}"
 
 
@@ -628,4 +646,8 @@ def _environment() -> jinja2.Environment:
 
 def _printable(value: object) -> object:
     """Text without the control characters that XML forbids."""
-    return re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "\ufffd", value) if type(value) is str else value
+    return (
+        re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]", "\ufffd", value)
+        if type(value) is str
+        else value
+    )

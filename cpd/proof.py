@@ -26,6 +26,7 @@ from cpd.axes import Axis, Concat, Dim, Fixed
 from cpd.constants import Scale, find_scales, formulas, scalars, widths_in_sight
 from cpd.errors import CPDError
 from cpd.plan import Attribute
+from cpd.provenance import Place, integers, trace_integers
 from cpd.replay import Observation, culprit, replay
 from cpd.rules import Context, Literal, arguments
 from cpd.surgeon import set_attributes, skeleton
@@ -41,17 +42,10 @@ DRAWS = 3
 TRIES, DEPTHS = 16, (0.125, 0.25, 0.5)
 #: Modules inside the calling one whose attributes are tried.
 MAX_INNER = 16
+#: Other widths tried where a copy fails and no integer tells why.
+RETRIES = 4
 #: Remedies tried in a row before everything still open is frozen.
 MAX_ROUNDS = 200
-
-
-@dataclass(frozen=True, order=True)
-class Place:
-    """Where an integer that a forward reads is kept: `module.name`, or `module.name[index]` of a tuple or list."""
-
-    module: str
-    name: str
-    index: int | None = None
 
 
 @dataclass
@@ -64,6 +58,7 @@ class Proof:
         dims: the dimensions of every parameter and buffer.
         attributes: integers that must follow a width.
         formulas: for each constant that depends on a width, the formulas that explain it in every copy seen.
+        places: for each literal, where the integers are kept that it is computed from, as far as they could be followed.
         seen: the widths of each copy that was exported, and the numbers of the unpruned model beside its own.
     """
 
@@ -72,6 +67,7 @@ class Proof:
     dims: dict[str, tuple[Dim, ...]]
     attributes: dict[Place, Dim] = field(default_factory=dict)
     formulas: dict[tuple[Node, str], list[Scale]] = field(default_factory=dict)
+    places: dict[Literal, frozenset[Place]] = field(default_factory=dict)
     seen: list[tuple[Counts, dict[tuple[Node, str], tuple[float, float]]]] = field(default_factory=list)
     seed: int = 0
 
@@ -83,6 +79,9 @@ class Proof:
     def run(self) -> None:
         """Repair or freeze until narrower copies behave as predicted, each open axis among those narrowed."""
         self._adopt_named_attributes()
+        traced = skeleton(self.model, {}, meta=True)
+        trace_integers(traced)
+        self.places = replay(self.ctx, traced, {}, meta=True).places
         rng = random.Random(self.seed)
         while True:
             self._settle(self._replay, rng, DRAWS)
@@ -209,11 +208,17 @@ class Proof:
                 done, unproven = done + 1, unproven - moved(counts, unproven)
                 continue
             clean, done = False, 0
-            if not wrong and (wrong := self._replay(counts, {}).wrong(counts)):  # widths that earlier draws had alike
-                observe = self._replay
+            for _ in range(RETRIES):  # widths that earlier draws had alike, or that were not reached
+                if wrong:
+                    break
+                if wrong := self._replay(counts, {}).wrong(counts):
+                    observe = self._replay
+                else:
+                    counts = self.draw(rng, unproven)
             if wrong:
-                wrong = self._try_attributes(observe, counts, wrong)
+                wrong = self._try_attributes(observe, counts, wrong, self._followed)
                 wrong = self._try_ties(observe, rng, counts, wrong)
+                wrong = self._try_attributes(observe, counts, wrong, self._candidates)
                 self._freeze_literals(wrong)
             elif len(self.open_axes()) == open_before and not self._try_attributes_checked(counts):
                 self._freeze_culprit(observation)
@@ -222,8 +227,20 @@ class Proof:
             axis.frozen = "the proof did not come to an end"
         return False
 
-    def _try_attributes(self, observe: Observe, counts: Counts, wrong: list[Literal]) -> list[Literal]:
+    def _try_attributes(
+        self,
+        observe: Observe,
+        counts: Counts,
+        wrong: list[Literal],
+        candidates: Callable[[Literal], list[tuple[Place, Dim]]],
+    ) -> list[Literal]:
         """Try, for each width that a module names, one attribute after the other.
+
+        Args:
+            observe: runs a copy.
+            counts: the widths of the copies.
+            wrong: the literals that need an explanation.
+            candidates: for a literal, places of integers and the widths that they may have to follow.
 
         Returns:
             The literals that no attribute explains.
@@ -234,7 +251,7 @@ class Proof:
             for item in wrong:
                 key = (owners(item.node)[0], axes.resolve(item.dim))
                 busy = {other for other, _, _ in trial.values()} | set(self.attributes)
-                options = ((p, d) for p, d in self._candidates(item) if (p, d) not in tried and p not in busy)
+                options = ((p, d) for p, d in candidates(item) if (p, d) not in tried and p not in busy)
                 choice = next(options, None)
                 if choice is not None:
                     trial.setdefault(key, (*choice, item))
@@ -250,16 +267,38 @@ class Proof:
                     self.attributes[place] = dim
             wrong = observe(counts, {}).wrong(counts)
 
+    def _followed(self, item: Literal) -> list[tuple[Place, Dim]]:
+        """The integers that the literal was seen to be computed from, each with the widths that it is as large as."""
+        kept = {place: value for path in dict.fromkeys(p.module for p in self.places.get(item, ()))
+                for place, value in integers(self.model, path)}  # fmt: skip
+        return [
+            (place, dim)
+            for dim in self._widths_around(item)
+            for place in sorted(self.places.get(item, ()))
+            if kept[place] == dim.size
+        ]
+
     def _candidates(self, item: Literal) -> list[tuple[Place, Dim]]:
-        """Attributes with the literal's old value, or that of a part of it: `B * self.num_heads`, `self.dim * 3`.
+        """Integers that the modules around the literal keep, each with the widths that it is as large as.
 
         Those named like the op's argument come first, then those of the whole width, then the innermost module's.
         """
         found: list[tuple[Place, Dim]] = []
-        for dim in dict.fromkeys(_parts_of(item.dim)):
-            for path in self._modules_around(item.node):
-                found += [(place, dim) for place in self._integers(path, dim.size)]
+        kept = [pair for path in self._modules_around(item.node) for pair in integers(self.model, path)]
+        for dim in self._widths_around(item):
+            found += [(place, dim) for place, value in kept if value == dim.size]
         return sorted(found, key=lambda pair: pair[0].name != item.argument)
+
+    def _widths_around(self, item: Literal) -> list[Dim]:
+        """The literal's width, parts of it (`B * self.num_heads`, `self.dim * 3`), and those around (`dim - part`)."""
+        around = (dim for node in [*item.node.all_input_nodes, item.node] for dim in self._dims_of(node))
+        return list(dict.fromkeys([*_parts_of(item.dim), *around]))
+
+    def _dims_of(self, node: Node) -> Iterator[Dim]:
+        """The removable dimensions of a node's results."""
+        value = self.ctx.values.get(node, ())
+        for shape in value if isinstance(value, list) else [value]:
+            yield from (axes.resolve(dim) for dim in shape if any(True for _ in axes.leaves(dim)))
 
     def _modules_around(self, node: Node) -> Iterator[str]:
         """The module that calls a node, those inside it (whose methods it may have called), those around it."""
@@ -268,14 +307,6 @@ class Proof:
         inner = [name for name, _ in self.model.get_submodule(path).named_modules() if name]
         yield from (f"{path}.{name}" if path else name for name in inner[:MAX_INNER])
         yield from outer
-
-    def _integers(self, path: str, size: int) -> Iterator[Place]:
-        """Where a module keeps an integer of this value."""
-        for name, value in vars(self.model.get_submodule(path)).items():
-            if type(value) is int and value == size:
-                yield Place(path, name)
-            elif type(value) in (tuple, list):
-                yield from (Place(path, name, i) for i, part in enumerate(value) if type(part) is int and part == size)
 
     def _try_attributes_checked(self, counts: Counts) -> bool:
         """Where a forward checks a width and refuses: try the integers that the module, or one around it, keeps.
@@ -292,8 +323,8 @@ class Proof:
         moving = [dim for dim in in_sight if axes.count(dim, counts) != dim.size]
         while True:
             for dim in moving:
-                for place in self._integers(path, dim.size):
-                    if place not in self.attributes:
+                for place, value in integers(self.model, path):
+                    if value == dim.size and place not in self.attributes:
                         trial = self._replay(counts, {place: dim})
                         if trial.steps > observation.steps:
                             self.attributes[place] = dim
@@ -421,16 +452,20 @@ class Proof:
 
     def _freeze_culprit(self, observation: Observation) -> None:
         """Freeze what the module in which a narrower copy failed works on; if nothing, the modules around it."""
-        message = str(observation.error).strip().splitlines()[0]
+        message = next(iter(str(observation.error).strip().splitlines()), type(observation.error).__name__)
         self._freeze_module(observation.culprit, f"a narrower copy fails here ({message})")
 
     def _freeze_module(self, path: str, why: str, at: Node | None = None) -> None:
         """Freeze what a module works on, for a reason found at some node; if nothing of it is open, those around it."""
         open_before = len(self.open_axes())
         while True:
-            for node in self.ctx.graph.operations:
-                if owners(node)[0] == path or (path == "" and open_before):
-                    self._freeze_node(node, why, at)
+            nodes = [node for node in self.ctx.graph.operations if owners(node)[0] == path or path == ""]
+            for node in nodes:
+                self._freeze_node(node, why, at)
+            for name, shape in self.dims.items() if not nodes else ():  # its methods were called, not its forward
+                if name.startswith(f"{path}."):
+                    for dim in shape:
+                        axes.freeze(dim, f"{why} [{path}]")
             if len(self.open_axes()) < open_before or path == "":
                 return
             path = path.rpartition(".")[0]

@@ -7,6 +7,7 @@ differs, and goes on with the predicted shape, so that one pass finds them all.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -26,8 +27,9 @@ from torch.overrides import TorchFunctionMode
 from cpd import axes
 from cpd.axes import Axis
 from cpd.inputs import device_of, evaluating, plain_attention
+from cpd.provenance import Place, places_of
 from cpd.rules import Context, Literal
-from cpd.tracer import op_name, owner
+from cpd.tracer import op_name, owner, quiet
 
 
 @dataclass
@@ -39,12 +41,14 @@ class Observation:
         error: what ended the run early, if anything did.
         culprit: path of the module whose forward it ended in.
         steps: how many calls of torch it reached.
+        places: for each literal whose integer a module keeps or computes from what it keeps, where it is kept.
     """
 
     asked: dict[Literal, int] = field(default_factory=dict)
     error: Exception | None = None
     culprit: str = ""
     steps: int = 0
+    places: dict[Literal, frozenset[Place]] = field(default_factory=dict)
 
     def wrong(self, counts: Mapping[Axis, int]) -> list[Literal]:
         """The literals whose integer is not the predicted width."""
@@ -127,6 +131,8 @@ class _Recorder(TorchFunctionMode):
         self.expected: dict[tuple[str, str], deque[Node]] = defaultdict(deque)
         for node in ctx.graph.operations:
             name = op_name(node)
+            if name == "slice" and _is_whole(*node.args[2:4]):
+                continue
             self.expected[owner(node), _SHARED_NAMES.get(name, name)].append(node)
 
     def __torch_function__(
@@ -134,6 +140,8 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.observation.steps += 1
+        if func is Tensor.__getitem__:
+            return func(args[0], self._sliced(args[1]))
         name, read = READERS.get(getattr(func, "__name__", ""), ("", None))
         queue = self.expected.get((self.path[-1], name)) if read is not None else None
         if read is None and isinstance(func, FunctionType) and func.__globals__ is vars(F):
@@ -143,12 +151,29 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         node = queue.popleft()
         asked = read(args, kwargs)
-        wrong = False
-        for item in self.literals[node]:
-            if item.index < len(asked):
-                self.observation.asked[item] = int(asked[item.index])
-                wrong |= not self.observation.agrees(item, self.counts)
+        given = {item: asked[item.index] for item in self.literals[node] if item.index < len(asked)}
+        wrong = [item for item in given if not self._note(item, given[item])]
         return self._predict(node, [*args, *kwargs.values()]) if wrong else func(*args, **kwargs)
+
+    def _note(self, item: Literal, asked: Any) -> bool:
+        """Note what was asked for; tell whether it is as predicted."""
+        self.observation.asked[item] = int(asked)
+        self.observation.places[item] = places_of(asked)
+        return self.observation.agrees(item, self.counts)
+
+    def _sliced(self, index: Any) -> Any:
+        """The index of `x[index]`, each bound of its slices as predicted."""
+        items = list(index) if isinstance(index, tuple) else [index]
+        for position, item in enumerate(items):
+            queue = self.expected.get((self.path[-1], "slice"))
+            if isinstance(item, slice) and not _is_whole(item.start, item.stop) and queue:
+                bounds = {"start": item.start, "end": item.stop}
+                for literal in self.literals[queue.popleft()]:
+                    asked = bounds.get(literal.argument)
+                    if isinstance(asked, int) and not self._note(literal, asked):
+                        bounds[literal.argument] = predicted(literal, self.counts)
+                items[position] = slice(bounds["start"], bounds["end"], item.step)
+        return tuple(items) if isinstance(index, tuple) else items[0]
 
     def _predict(self, node: Node, given: Sequence[Any]) -> Any:
         """Empty tensors of the predicted shapes, on the device of the tensor given, or of the model."""
@@ -159,6 +184,11 @@ class _Recorder(TorchFunctionMode):
         make = torch.empty if like is None else like.new_empty
         made = [make([axes.count(dim, self.counts) for dim in shape], **options) for shape in shapes]
         return tuple(made) if isinstance(value, list) else made[0]
+
+
+def _is_whole(start: Any = None, end: Any = None, *_: Any) -> bool:
+    """Whether a slice names no bound."""
+    return start in (None, 0) and (end is None or (isinstance(end, int) and end >= sys.maxsize))
 
 
 @cache
@@ -195,7 +225,7 @@ def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int], *, meta: 
     with evaluating(model), warnings.catch_warnings(), torch.no_grad(), plain_attention():
         warnings.simplefilter("ignore")
         try:
-            with fake, recorder:
+            with quiet(), fake, recorder:
                 call.on(ctx.graph.runner(model))
         except Exception as error:  # the user's forward may raise anything
             observation.error, observation.culprit = error, culprit(model, error)

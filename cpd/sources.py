@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from cpd.errors import ArtifactError, InputError
 from cpd.inputs import check_model
+from cpd.surgeon import skeleton
 
 Kind = Literal["timm", "torchvision", "factory"]
 
@@ -158,7 +159,10 @@ def default_inputs(model: nn.Module, source: ModelSource | None = None) -> Tenso
     config = _timm_config(model)
     if config is not None:
         size = _timm_image_size(model) or tuple(config["input_size"][1:])
-        return image_inputs(model, size)
+        inputs = image_inputs(model, size)
+        if inputs.shape[1] != config["input_size"][0] and not _takes(model, inputs):
+            return _noise(model, (1, *config["input_size"]))  # the first layer is no convolution over the image
+        return inputs
     module = type(model).__module__
     if not module.startswith("torchvision.models.") or any(part in module for part in _NO_IMAGE_INPUT):
         return None
@@ -173,8 +177,21 @@ def image_inputs(model: nn.Module, size: tuple[int, int]) -> Tensor:
         size: H and W in pixels.
     """
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = 3 if first is None else first.in_channels
-    noise = torch.randn(1, channels, *size, generator=torch.Generator().manual_seed(0))
+    return _noise(model, (1, 3 if first is None else first.in_channels, *size))
+
+
+def _takes(model: nn.Module, inputs: Tensor) -> bool:
+    """Whether the model runs on inputs of this shape, tried without values."""
+    try:
+        with torch.no_grad():
+            skeleton(model, {}, meta=True).eval()(inputs.to("meta"))
+    except Exception:  # the user's forward may raise anything
+        return False
+    return True
+
+
+def _noise(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     weight = next((p for p in model.parameters() if p.is_floating_point() and not p.is_meta), None)
     return noise if weight is None else noise.to(weight.device, weight.dtype)
 

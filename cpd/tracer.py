@@ -28,7 +28,7 @@ from cpd.errors import InputError, TraceError
 from cpd.inputs import Call, as_call, check_model, evaluating, plain_attention
 
 log = logging.getLogger(__name__)
-_EXPORTER_LOGGERS = ("torch", "torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
+_EXPORTER_LOGGERS = ("torch", "torch._subclasses.fake_tensor", "torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -152,7 +152,20 @@ def _export(model: nn.Module, call: Call) -> OperationGraph:
     }
     inputs = tuple(name for name, spec in kinds.items() if spec.kind is InputKind.USER_INPUT)
     _inline_regions(program.graph_module)
+    _name_once(program.graph_module, model)
     return OperationGraph(program.graph_module, tensors, constants, inputs, call)
+
+
+def _name_once(graph: GraphModule, model: nn.Module) -> None:
+    """Give a module that is reached by several paths one of them, the first of `named_modules`, at every node."""
+    every = dict(model.named_modules(remove_duplicate=False))
+    first = {id(module): path for path, module in model.named_modules()}
+    for node in graph.graph.nodes:
+        stack = node.meta.get("nn_module_stack") or {}
+        plain = {key: (str(path).split("@")[0], kind) for key, (path, kind) in stack.items()}
+        node.meta["nn_module_stack"] = {
+            key: (first[id(every[path])] if path in every else path, kind) for key, (path, kind) in plain.items()
+        }
 
 
 @contextmanager
@@ -324,7 +337,7 @@ def shape_of(node: Node) -> tuple[int, ...]:
 def owners(node: Node) -> list[str]:
     """Paths of the modules whose forward the node was called in, innermost first; "" is the model."""
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(path).split("@")[0] for path, _ in stack.values()]
+    paths = [path for path, _ in stack.values()]
     return paths[::-1] or [""]
 
 

@@ -463,7 +463,7 @@ class Fakes:
             SimpleNamespace(name="open[1]", size=64, frozen=None, exact=True, members=members, ties=("heads",)),
             SimpleNamespace(name="fc", size=10, frozen="an output", exact=False, members=members[:1], ties=()),
         )
-        return SimpleNamespace(groups=groups, open_share={"parameters": 0.987, "macs": 0.5})
+        return SimpleNamespace(groups=groups, open_share={"parameters": 0.987, "macs": 0.5}, frozen_share=())
 
 
 @pytest.fixture

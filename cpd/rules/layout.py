@@ -100,12 +100,14 @@ def expand_as(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return ctx.shape(args["other"])
 
 
-@rule("repeat")
+@rule("repeat", "tile")
 def repeat(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """The whole dimension several times over."""
     shape = ctx.shape(args["self"])
-    shape = (Fixed(1),) * (len(args["repeats"]) - len(shape)) + shape
-    return tuple(axes.product([Fixed(times), dim]) for times, dim in zip(args["repeats"], shape, strict=True))
+    repeats = list(args["repeats"] if op_name(node) == "repeat" else args["dims"])
+    repeats = [1] * (len(shape) - len(repeats)) + repeats
+    shape = (Fixed(1),) * (len(repeats) - len(shape)) + shape
+    return tuple(axes.product([Fixed(times), dim]) for times, dim in zip(repeats, shape, strict=True))
 
 
 @rule("repeat_interleave")

@@ -63,7 +63,7 @@ def getitem(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
 
 
 @rule("arange", "linspace", "eye", "scalar_tensor", "tril_indices", "triu_indices", "_assert_tensor_metadata",
-      "sym_size", "lift_fresh", "hann_window", "one_hot")  # fmt: skip
+      "sym_size", "lift_fresh", "hann_window", "one_hot", "meshgrid")  # fmt: skip
 def numbered(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """A tensor made in the forward whose positions differ: nothing of it is removed."""
     for source in tensor_inputs(node):
