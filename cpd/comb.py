@@ -29,7 +29,7 @@ from cpd.plan import Plan, Rescale
 from cpd.proof import Proof, edits
 from cpd.provenance import Place
 from cpd.rules import Context, infer
-from cpd.rules.contraction import SPACE
+from cpd.rules.contraction import KERNEL
 from cpd.surgeon import named_tensors
 from cpd.ties import Tie
 from cpd.tracer import OperationGraph, trace
@@ -303,7 +303,7 @@ def _groups(ctx: Context, dims: Mapping[str, tuple[Dim, ...]], inexact: Mapping[
     taken: dict[str, int] = {}
     found = []
     for axis, places in members.items():
-        if axis.frozen is not None and axis.frozen.startswith(SPACE):
+        if axis.frozen is not None and axis.frozen.startswith(KERNEL):
             continue
         first = next((place for place in places if not place.contracted and place.dim == 0), places[0])
         layer = first.tensor.removesuffix(".weight")

@@ -16,7 +16,7 @@ from torch.fx import Node
 from cpd import axes
 from cpd.axes import Axis, Dim, Fixed
 from cpd.rules import Context, arguments
-from cpd.rules.contraction import SPACE, spell
+from cpd.rules.contraction import KERNEL, spell
 from cpd.tracer import op_name
 
 #: Reasons given only where a term has no other: they say little about what to change.
@@ -182,7 +182,7 @@ class _Tally:
 
 def _told(frozen: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
     """The reasons worth telling as (why, place), alike ones together."""
-    reasons = [reason for reason in dict.fromkeys(frozen) if not reason.startswith(SPACE)]
+    reasons = [reason for reason in dict.fromkeys(frozen) if not reason.startswith(KERNEL)]
     telling = [reason for reason in reasons if not reason.startswith(_PLAIN)] or reasons or [NO_DIMENSION]
     found: dict[str, list[tuple[str, str]]] = {}
     for why, place in map(split_reason, telling):

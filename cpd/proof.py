@@ -14,6 +14,7 @@ At last a narrower copy is exported again and compared node by node: operations,
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -99,9 +100,12 @@ class Proof:
         """Random widths that the ties allow; of several such, the one that narrows most of `unproven`."""
         found = self.open_axes()
         best: dict[Axis, int] = {}
-        for _ in range(TRIES if self.ctx.ties else 1):
+        for trial in range(TRIES if self.ctx.ties else 1):
             depth = rng.choice(DEPTHS)
             wanted = {axis: axis.size - rng.randint(1, max(1, int(axis.size * depth))) for axis in found}
+            if trial % 2:  # alike axes alike: what ties many layers to one width is met more often
+                alike = {axis.size: kept for axis, kept in wanted.items()}
+                wanted = {axis: alike[axis.size] for axis in found}
             counts = ties.repair(wanted, self.ctx.ties)
             if not best or len(moved(counts, unproven)) > len(moved(best, unproven)):
                 best = counts
@@ -218,7 +222,7 @@ class Proof:
             if wrong:
                 wrong = self._try_attributes(observe, counts, wrong, self._followed)
                 wrong = self._try_ties(observe, rng, counts, wrong)
-                wrong = self._try_attributes(observe, counts, wrong, self._candidates)
+                wrong = self._try_unfollowed(observe, counts, wrong)
                 self._freeze_literals(wrong)
             elif len(self.open_axes()) == open_before and not self._try_attributes_checked(counts):
                 self._freeze_culprit(observation)
@@ -257,15 +261,18 @@ class Proof:
                     trial.setdefault(key, (*choice, item))
             if not trial:
                 return wrong
-            tried.update((place, dim) for place, dim, _ in trial.values())
             observation = observe(counts, {place: dim for place, dim, _ in trial.values()})
-            for place, dim, item in trial.values():
-                alone = observation
-                if observation.error is not None and len(trial) > 1:  # another trial may be to blame
-                    alone = observe(counts, {place: dim})
-                if alone.agrees(item, counts):
-                    self.attributes[place] = dim
+            judged = [choice for choice in trial.values() if _judged(choice[2], observation)] or list(trial.values())
+            tried.update((place, dim) for place, dim, _ in judged)
+            self.attributes.update({p: d for p, d, item in judged if observation.agrees(item, counts)})
             wrong = observe(counts, {}).wrong(counts)
+
+    def _try_unfollowed(self, observe: Observe, counts: Counts, wrong: list[Literal]) -> list[Literal]:
+        """Try the integers around a literal that stays what it was at any width: it may have lost its origin."""
+        asked = observe(counts, {}).asked if wrong else {}
+        constant = [item for item in wrong if asked.get(item) == item.sign * item.dim.size]
+        left = self._try_attributes(observe, counts, constant, self._candidates) if constant else []
+        return [item for item in wrong if item not in constant or item in left]
 
     def _followed(self, item: Literal) -> list[tuple[Place, Dim]]:
         """The integers that the literal was seen to be computed from, each with the widths that it is as large as."""
@@ -348,27 +355,28 @@ class Proof:
         Returns:
             The literals that no tie explains.
         """
-        tried: set[tuple[Dim, Dim]] = set()
+        trials: Counter[tuple[Dim, Dim]] = Counter()
         asked = observe(counts, {}).asked if wrong else {}
         while True:
             trial: dict[str, tuple[Tie, Literal]] = {}
             for item in wrong:
                 candidates = self._tie_candidates(item, asked.get(item), counts)
-                tie = next((tie for tie in candidates if (tie.left, tie.right) not in tried), None)
+                tie = next((tie for tie in candidates if trials[tie.left, tie.right] < RETRIES), None)
                 if tie is not None:
                     trial.setdefault(owners(item.node)[0], (tie, item))
             if not trial:
                 return wrong
-            tried.update((tie.left, tie.right) for tie, _ in trial.values())
             confirmed = list(self.ctx.ties)
             self.ctx.ties = confirmed + [tie for tie, _ in trial.values()]
             counts = self.draw(rng, {axis for tie, _ in trial.values() for axis in tie.axes})
             observation = observe(counts, {})
             for tie, item in trial.values():
-                if moved(counts, tie.axes) and observation.agrees(item, counts):
+                told = moved(counts, tie.axes) and _judged(item, observation)
+                trials[tie.left, tie.right] += RETRIES if told else 1
+                if told and observation.agrees(item, counts):
                     confirmed.append(tie)
             self.ctx.ties = confirmed
-            counts = self.draw(rng)
+            counts = self.draw(rng, {axis for item in wrong for axis in axes.leaves(item.dim)})
             observation = observe(counts, {})
             wrong, asked = observation.wrong(counts), observation.asked
 
@@ -473,6 +481,12 @@ class Proof:
 
 def _unexplained(item: Literal) -> str:
     return f"the forward names the width {item.dim.size}, and no attribute or other width explains it"
+
+
+def _judged(item: Literal, observation: Observation) -> bool:
+    """Whether a run tells about a literal: it was reached, or its module, or one inside, is where the run ended."""
+    path = owner(item.node)
+    return item in observation.asked or observation.culprit == path or observation.culprit.startswith(f"{path}.")
 
 
 def _parts_of(dim: Dim) -> Iterator[Dim]:

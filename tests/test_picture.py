@@ -26,7 +26,7 @@ from cpd.cost import Cost, FrozenShare, split_reason
 from cpd.errors import InputError
 from cpd.layered import layout, rows_of
 from cpd.picture import GREY, MARK, colours, contract, draw, render
-from cpd.rules.contraction import SPACE
+from cpd.rules.contraction import KERNEL
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -160,7 +160,7 @@ def held(size: int, reason: str) -> Axis:
 
 
 def test_reasons_are_shared_merged_and_told_apart() -> None:
-    space = f"{SPACE} [conv2d in a, net.py:1]"
+    space = f"{KERNEL} [conv2d in a, net.py:1]"
     dims: dict[str, tuple[Any, ...]] = {
         "open.weight": (Axis(5), held(4, "x [add in a, net.py:1]")),
         "two.weight": (held(6, "needs 6 [view in a, net.py:1]"), held(5, "the output [add in b, net.py:2]")),

@@ -11,8 +11,8 @@ from cpd.axes import Dim, Fixed
 from cpd.rules.base import Context, Shape, Value, broadcast, rule
 from cpd.tracer import op_name, shape_of
 
-#: Why space and kernels are frozen; `comb` lists no group for them.
-SPACE = "space or kernel of a convolution"
+#: Why kernels are frozen; `comb` lists no group for them.
+KERNEL = "kernel of a convolution"
 _MEETS_FIXED = "summed over together with a dimension that is fixed"
 
 
@@ -39,12 +39,13 @@ def linear(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
 def conv(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """[*, G x I, space] with weight [G x O, I, kernel]: I is summed over within each of G groups, O is fresh.
 
-    A depthwise convolution is the case I = O = 1: its channels are the groups.
+    A depthwise convolution is the case I = O = 1: its channels are the groups. Space that a kernel of one position
+    steps through one by one stays what it is.
     """
     weight, shape = ctx.shape(args["weight"]), ctx.shape(args["input"])
     outputs, inputs, *kernel = weight
     *batch, channels = shape[: len(shape) - len(kernel)]
-    _fix_space(ctx, node, [*kernel, *shape[len(shape) - len(kernel) :]])
+    space = _space(ctx, node, args, kernel, shape[len(shape) - len(kernel) :])
     groups_in, inner = ctx.split(channels, inputs.size, node, "groups of a convolution")
     groups_out, outputs = ctx.split(outputs, outputs.size // args["groups"], node, "groups of a convolution")
     ctx.unify(inner, inputs, node, _MEETS_FIXED)
@@ -52,7 +53,7 @@ def conv(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     ctx.contract(args["weight"], 1)
     ctx.literal(node, "groups", 0, groups)
     result = _bias(ctx, node, args, axes.product([groups, outputs]))
-    return (*batch, result, *(Fixed(size) for size in shape_of(node)[len(shape) - len(kernel) :]))
+    return (*batch, result, *space)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -61,19 +62,32 @@ def conv_transpose(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     weight, shape = ctx.shape(args["weight"]), ctx.shape(args["input"])
     inputs, outputs, *kernel = weight
     *batch, channels = shape[: len(shape) - len(kernel)]
-    _fix_space(ctx, node, [*kernel, *shape[len(shape) - len(kernel) :]])
+    space = _space(ctx, node, args, kernel, shape[len(shape) - len(kernel) :])
     ctx.unify(channels, inputs, node, _MEETS_FIXED)
     groups, _ = ctx.split(inputs, inputs.size // args["groups"], node, "groups of a convolution")
     if args["groups"] == 1:
         ctx.contract(args["weight"], 0)
     ctx.literal(node, "groups", 0, groups)
     result = _bias(ctx, node, args, axes.product([groups, outputs]))
-    return (*batch, result, *(Fixed(size) for size in shape_of(node)[len(shape) - len(kernel) :]))
+    return (*batch, result, *space)
 
 
-def _fix_space(ctx: Context, node: Node, dims: list[Dim]) -> None:
-    for dim in dims:
-        ctx.freeze(dim, node, SPACE)
+def _space(ctx: Context, node: Node, args: dict[str, Any], kernel: list[Dim], space: Shape) -> list[Dim]:
+    """The dimensions of space after a convolution."""
+    result: list[Dim] = []
+    for index, (dim, size) in enumerate(zip(space, shape_of(node)[-len(kernel) :], strict=True)):
+        ctx.freeze(kernel[index], node, KERNEL)
+        if kernel[index].size == _at(args["stride"], index) == 1 and _at(args["padding"], index) in (0, "valid", "same"):
+            result.append(dim)
+        else:
+            ctx.freeze(dim, node, "the space of a convolution")
+            result.append(Fixed(size))
+    return result
+
+
+def _at(setting: Any, index: int) -> Any:
+    """A setting of one dimension of space."""
+    return setting[min(index, len(setting) - 1)] if isinstance(setting, (list, tuple)) else setting
 
 
 @rule("matmul", "bmm", "mm", "mv", "dot")
