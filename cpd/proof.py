@@ -32,7 +32,7 @@ from cpd.replay import Observation, culprit, replay
 from cpd.rules import Context, Literal, arguments
 from cpd.surgeon import set_attributes, skeleton
 from cpd.ties import Tie
-from cpd.tracer import owner, owners, pair, retrace, shape_of
+from cpd.tracer import owner, owners, pair, retrace, retrace_operations, shape_of
 
 Counts: TypeAlias = Mapping[Axis, int]
 Observe: TypeAlias = Callable[[Counts, Mapping["Place", Dim]], Observation]
@@ -59,7 +59,7 @@ class Proof:
         dims: the dimensions of every parameter and buffer.
         attributes: integers that must follow a width.
         formulas: for each constant that depends on a width, the formulas that explain it in every copy seen.
-        places: for each literal, where the integers are kept that it is computed from, as far as they could be followed.
+        places: for each literal, where the integers are kept that it is computed from, as far as can be followed.
         seen: the widths of each copy that was exported, and the numbers of the unpruned model beside its own.
     """
 
@@ -133,6 +133,12 @@ class Proof:
         """Export a narrower copy and compare it with the prediction node by node."""
         observation = Observation()
         model = self.narrow(counts, extra)
+        graph = retrace_operations(model, self.ctx.graph)
+        if graph is not None:
+            twins, odd = pair(self.ctx.graph, graph)
+            if odd is None:
+                self._compare(twins, counts, observation)
+                return observation
         try:
             graph = retrace(model, self.ctx.graph)
         except CPDError as error:

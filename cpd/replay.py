@@ -110,7 +110,9 @@ READERS: dict[str, tuple[str, Callable[[tuple[Any, ...], dict[str, Any]], Sequen
     **{f"conv_transpose{rank}d": (f"conv_transpose{rank}d", _one(6, "groups", 1)) for rank in (1, 2, 3)},
 }
 #: Functions that give a tensor like their first, whose kernels for tensors without values are slow.
-_ALIKE = {"batch_norm", "layer_norm", "relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "softmax", "dropout", "hardswish"}
+_ALIKE = {
+    "batch_norm", "layer_norm", "relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "softmax", "dropout", "hardswish",
+}  # fmt: skip
 _SHARED_NAMES = {"split_with_sizes": "split", "constant_pad_nd": "pad"}
 
 

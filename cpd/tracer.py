@@ -23,12 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from cpd.errors import InputError, TraceError
 from cpd.inputs import Call, as_call, check_model, evaluating, plain_attention
 
 log = logging.getLogger(__name__)
-_EXPORTER_LOGGERS = ("torch", "torch._subclasses.fake_tensor", "torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir")
+_EXPORTER_LOGGERS = (
+    "torch", "torch._subclasses.fake_tensor", "torch.onnx", "torch.export", "torch._dynamo", "onnxscript", "onnx_ir",
+)  # fmt: skip
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -110,7 +113,7 @@ def trace(model: nn.Module, example_inputs: Any) -> OperationGraph:
 
 
 def retrace(model: nn.Module, graph: OperationGraph) -> OperationGraph:
-    """Trace a narrower copy of a model in the way that `graph` was traced.
+    """Export a narrower copy of a model in the way that `graph` was.
 
     Raises:
         InputError: if the copy fails on the inputs.
@@ -120,6 +123,34 @@ def retrace(model: nn.Module, graph: OperationGraph) -> OperationGraph:
         return trace_parts(model, graph.parts, graph.call) if graph.parts else _export(model, graph.call)
     except Exception as error:  # the user's forward may raise anything
         raise _explain(graph.runner(model), graph.call, error) from error
+
+
+def retrace_operations(model: nn.Module, graph: OperationGraph) -> OperationGraph | None:
+    """The operations of a narrower copy alone, by the tracer inside `torch.export`: in half the time of an export.
+
+    Returns:
+        A graph whose nodes know neither their modules nor the names of the tensors, or None where that fails.
+    """
+    runner = graph.runner(model)
+    state: dict[str, Tensor] = {**dict(runner.named_parameters()), **dict(runner.named_buffers())}
+    leaves, layout = torch.utils._pytree.tree_flatten(graph.call)
+    places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def forward(tensors: dict[str, Tensor], inputs: list[Tensor]) -> Any:
+        given = list(leaves)
+        for index, tensor in zip(places, inputs, strict=True):
+            given[index] = tensor
+        args, kwargs = torch.utils._pytree.tree_unflatten(given, layout)
+        return torch.func.functional_call(runner, tensors, args, kwargs)
+
+    with evaluating(model), warnings.catch_warnings(), plain_attention(), quiet():
+        warnings.simplefilter("ignore")
+        try:
+            tracer = make_fx(forward, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
+            module = tracer(state, [leaves[index] for index in places])
+        except Exception:  # the user's forward may raise anything
+            return None
+    return OperationGraph(module, {}, {}, (), graph.call, graph.parts)
 
 
 def trace_parts(model: nn.Module, parts: tuple[str, ...], calls: Call) -> OperationGraph:
@@ -358,8 +389,9 @@ def line_of(node: Node) -> str:
     return f"{Path(mine[-1][0]).name}:{mine[-1][1]}" if mine else "unknown line"
 
 
-#: Ops that export leaves out where the tensor is laid out so already, which may depend on a width.
-_LAYOUT_ONLY = {"contiguous"}
+#: Ops that compute nothing: left out where a tensor is laid out so already, which may depend on a width, or kept as
+#: the edge of a sub-graph.
+_IDLE = {"contiguous", "_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_assert_tensor_metadata"}
 
 
 def pair(old: OperationGraph, new: OperationGraph) -> tuple[dict[Node, Node], Node | None]:
@@ -368,7 +400,7 @@ def pair(old: OperationGraph, new: OperationGraph) -> tuple[dict[Node, Node], No
     Returns:
         The pairs, and the first operation of `old` that has no twin; None where all have one.
     """
-    left, right = ([n for n in graph.operations if op_name(n) not in _LAYOUT_ONLY] for graph in (old, new))
+    left, right = ([n for n in graph.operations if op_name(n) not in _IDLE] for graph in (old, new))
     pairs: dict[Node, Node] = {}
     for before, after in zip(left, right, strict=False):
         if op_name(before) != op_name(after):

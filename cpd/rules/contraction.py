@@ -77,7 +77,8 @@ def _space(ctx: Context, node: Node, args: dict[str, Any], kernel: list[Dim], sp
     result: list[Dim] = []
     for index, (dim, size) in enumerate(zip(space, shape_of(node)[-len(kernel) :], strict=True)):
         ctx.freeze(kernel[index], node, KERNEL)
-        if kernel[index].size == _at(args["stride"], index) == 1 and _at(args["padding"], index) in (0, "valid", "same"):
+        padding = _at(args["padding"], index)
+        if kernel[index].size == _at(args["stride"], index) == 1 and padding in (0, "valid", "same"):
             result.append(dim)
         else:
             ctx.freeze(dim, node, "the space of a convolution")
