@@ -59,8 +59,10 @@ class MaskedForward(Interpreter):
                 return self._group_norm(n)
             if name == "batch_norm" and arguments(n)["training"]:
                 return self._standardised(n)
+            if name == ATTENTION:
+                return self._attention(n)
             if n in self.scales:
-                return self._rescaled(n, name)
+                return self._rescaled(n)
             if name in CONTRACTIONS:
                 self._zero_removed(n)
             if name in ("softmax", "log_softmax", "_softmax") or (name in SUMMARIES and "other" not in arguments(n)):
@@ -120,14 +122,24 @@ class MaskedForward(Interpreter):
             result = _scatter(result, index, positions, shape[index].size)
         return result
 
-    def _rescaled(self, n: Node, name: str) -> Any:
+    def _attention(self, n: Node) -> Tensor:
+        """Attention to the kept keys, by the scale that the narrower forward has."""
+        bound, kept = self._bound(n), self._kept(self.context.shape(arguments(n)["key"])[-2])
+        bound["key"], bound["value"] = (bound[name].index_select(-2, kept) for name in ("key", "value"))
+        if bound["attn_mask"] is not None and bound["attn_mask"].shape[-1] > 1:
+            bound["attn_mask"] = bound["attn_mask"].index_select(-1, kept)
+        if n in self.scales:
+            bound["scale"] = (bound["scale"] or bound["query"].shape[-1] ** -0.5) * self._change(n)
+        result: Tensor = _call(n, bound)
+        return result
+
+    def _rescaled(self, n: Node) -> Any:
         """A constant that follows a width."""
-        scale, bound = self.scales[n], self._bound(n)
-        change = scale.change({axis: int(mask.sum()) for axis, mask in self.masks.items()})
-        if name == ATTENTION:
-            bound["scale"] = (bound["scale"] or bound["query"].shape[-1] ** -0.5) * change
-            return _call(n, bound)
-        return super().run_node(n) / change if scale.inverse else super().run_node(n) * change
+        result = super().run_node(n)
+        return result / self._change(n) if self.scales[n].inverse else result * self._change(n)
+
+    def _change(self, n: Node) -> float:
+        return self.scales[n].change({axis: int(mask.sum()) for axis, mask in self.masks.items()})
 
     def _along(self, n: Node, name: str) -> Any:
         """Softmax, or a reduction, over the kept positions."""
@@ -212,7 +224,7 @@ def shape_mismatch(comb: Comb, plan: Plan, again: Comb) -> str | None:
         return f"{odd.name} has no counterpart in the shrunk model"
     for before, after in pairs.items():
         value, found = comb.context.values[before], after.meta.get("val")
-        shapes, tensors = (value, found) if isinstance(value, list) else ([value], [found])
+        shapes, tensors = (value, list(found or ())) if isinstance(value, list) else ([value], [found])
         for shape, tensor in zip(shapes, tensors, strict=True):
             expected = tuple(axes.count(dim, widths) for dim in shape)
             if isinstance(tensor, Tensor) and expected != tuple(tensor.shape):

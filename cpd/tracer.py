@@ -312,7 +312,7 @@ def _inline_regions(module: GraphModule) -> None:
             result = module.graph.graph_copy(region.graph, values)
         for user in list(node.users):
             if not isinstance(result, Node):  # several results, each read by a getitem
-                user.replace_all_uses_with(result[user.args[1]])
+                user.replace_all_uses_with(result[user.args[1]])  # type: ignore[index]
                 module.graph.erase_node(user)
         if isinstance(result, Node):
             node.replace_all_uses_with(result)

@@ -1,0 +1,593 @@
+"""Proof: integers that the forward asks for, attributes and ties that explain them, and models traced in parts."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_rules import MAP, TOKENS, Sketch, checked, conv, frozen, random, sizes, sketch
+from torch import Tensor, nn
+from zoo import dense, group, random_plan
+
+import cpd
+from cpd.comb import Comb
+from cpd.errors import TraceError
+from cpd.oracle import masked_error
+from cpd.plan import Plan
+from cpd.provenance import Place, Traced, integers, places_of, trace_integers
+from cpd.surgeon import shrink
+
+
+def new_attributes(plan: Plan) -> dict[str, object]:
+    """{path: new value} of the attributes that a plan sets."""
+    return {f"{item.module}.{item.name}".lstrip("."): item.new for item in plan.attributes}
+
+
+# ---------------------------------------------------------------- attributes
+
+
+class Heads(nn.Module):
+    """Attention by hand, whose head width is computed from the width of its input."""
+
+    def __init__(self, computed: str) -> None:
+        super().__init__()
+        self.a = nn.Linear(12, 8)
+        self.num_heads, self.head_dim, self.computed = 4, 2, computed
+        self.q, self.k, self.v, self.proj = (nn.Linear(8, 8) for _ in range(4))
+        self.out = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        b, n, c = x.shape
+        width = c // self.num_heads if self.computed == "shape" else self.head_dim
+        q, k, v = (layer(x).reshape(b, n, self.num_heads, width).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        y = (q * width**-0.5) @ k.transpose(-2, -1)
+        y = (y.softmax(-1) @ v).transpose(1, 2).reshape(b, n, self.num_heads * width)
+        return self.out(self.proj(y))
+
+
+def test_a_width_computed_from_another_is_a_tie() -> None:
+    combed = checked(Heads("shape"), TOKENS, train=True)
+    assert sizes(combed) == {"a": 8, "q": 4, "q#2": 2, "proj": 8}
+    assert all(
+        any("a width is computed from another [reshape in the model, test_proof.py:" in tie for tie in item.ties)
+        for item in combed.open
+        if item.name != "proj"
+    )
+    for heads in (1, 2, 3, 4):
+        for width in (1, 2):
+            for inputs in range(1, 9):
+                plan = combed.plan({"a": range(inputs), "q": range(heads), "q#2": range(width)})
+                kept = {name: len(positions) for name, positions in plan.groups.items()}
+                assert kept["a"] == kept["q"] * kept["q#2"]
+                assert new_attributes(plan).get("num_heads", 4) == kept["q"]
+                assert kept["a"] >= inputs
+                assert kept["q"] >= heads
+                assert kept["q#2"] >= width
+
+
+def test_a_width_kept_in_an_attribute_needs_no_tie() -> None:
+    combed = checked(Heads("attribute"), TOKENS, train=True)
+    assert sizes(combed) == {"a": 8, "q": 4, "q#2": 2, "proj": 8}
+    assert not combed.ties
+    plan = combed.plan({"a": [0, 1, 5], "q": [1, 2, 3], "q#2": [1]})
+    assert new_attributes(plan) == {"num_heads": 3, "head_dim": 1}
+
+
+def split_in_two(function: Callable[[Sketch, Tensor], list], **attributes: object) -> Sketch:
+    """A layer of 10 channels split into 3 and 7, each read by a layer of its own."""
+
+    def forward(self: Sketch, x: Tensor) -> Tensor:
+        first, second = function(self, self.a(x))
+        return self.first(first) + self.second(second)
+
+    return Sketch(forward, a=conv(3, 10), first=conv(3, 5), second=conv(7, 5), **attributes)
+
+
+@pytest.mark.parametrize(
+    ("split", "attributes", "expected"),
+    [
+        (
+            lambda self, y: y.split([self.pdim, self.dim - self.pdim], 1),
+            {"dim": 10, "pdim": 3},
+            {"dim": 7, "pdim": 2},
+        ),
+        (
+            lambda self, y: torch.split(y, (self.pdim, self.dim - self.pdim), dim=1),
+            {"dim": 10, "pdim": 3},
+            {"dim": 7, "pdim": 2},
+        ),
+        (lambda self, y: y.split(self.widths, 1), {"widths": [3, 7]}, {"widths": [2, 5]}),
+        (lambda self, y: torch.split_with_sizes(y, self.widths, 1), {"widths": (3, 7)}, {"widths": [2, 5]}),
+        (lambda self, y: (y[:, : self.first_dim], y[:, self.first_dim :]), {"first_dim": 3}, {"first_dim": 2}),
+        (lambda self, y: (y[:, : -self.last_dim], y[:, -self.last_dim :]), {"last_dim": 7}, {"last_dim": 5}),
+    ],
+)
+def test_sizes_of_pieces_follow_attributes(split: Callable, attributes: dict, expected: dict) -> None:
+    combed = checked(split_in_two(split, **attributes), MAP, train=True)
+    assert sizes(combed) == {"a": 3, "a#2": 7}
+    plan = combed.plan({"a": [0, 2], "a#2": [0, 1, 2, 3, 6]})
+    assert new_attributes(plan) == expected
+
+
+def test_one_end_of_a_slice_in_digits_freezes_its_side_alone() -> None:
+    combed = checked(split_in_two(lambda self, y: (y[:, : self.first_dim], y[:, -7:]), first_dim=3), MAP)
+    assert sizes(combed) == {"a": 3}
+    assert "the forward names the width 7" in frozen(combed)["a#2"]
+    assert new_attributes(combed.plan({"a": [1]})) == {"first_dim": 1}
+
+
+def test_a_product_of_an_attribute_and_a_number() -> None:
+    def forward(self: Sketch, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        y = self.qkv(x).view(b, n, self.num_heads, self.head_dim * 3)
+        q, k, v = (part.transpose(1, 2) for part in y.chunk(3, -1))
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1))
+
+    model = Sketch(forward, qkv=nn.Linear(12, 48), out=nn.Linear(16, 5), num_heads=4, head_dim=4)
+    combed = checked(model, TOKENS, train=True)
+    found = sizes(combed)
+    assert found["qkv"] == 4
+    assert 4 in list(found.values())[1:]
+    plan = random_plan(combed, 0.5)
+    assert new_attributes(plan) == {"num_heads": 2, "head_dim": 2}
+
+
+class Table(nn.Module):
+    """Keeps a bias and the shape that its method gives it; its forward is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(8 * 8))
+        self.shape = (1, 8, 1, 8)
+
+    def get(self) -> Tensor:
+        return self.table.view(self.shape)
+
+
+def test_an_attribute_of_an_inner_module_read_through_its_method() -> None:
+    model = Sketch(lambda self, x: self.out(self.a(x) + self.bias.get()), a=conv(3, 8), bias=Table(), out=conv(8, 5))
+    combed = checked(model, MAP)
+    assert sizes(combed) == {"a": 8}
+    assert {str(member) for member in combed.open[0].members} >= {"a.weight dim 0", "bias.table dim 0"}
+    plan = combed.plan({"a": [2, 3, 7]})
+    assert new_attributes(plan)["bias.shape"] == [1, 3, 1, 8]
+    assert plan.kept["bias.table"][0].tolist() == [*range(16, 32), *range(56, 64)]
+
+
+@pytest.mark.parametrize("how", ["assert", "torch", "raise"])
+def test_a_forward_that_checks_its_width_against_an_attribute(how: str) -> None:
+    def forward(self: Sketch, x: Tensor) -> Tensor:
+        y = self.a(x)
+        if how == "assert":
+            assert y.shape[1] == self.embed_dim, "wrong width"
+        elif how == "torch":
+            torch._assert(y.shape[1] == self.embed_dim, "wrong width")
+        elif y.shape[1] != self.embed_dim:
+            raise ValueError(f"{y.shape[1]} channels, not {self.embed_dim}")
+        return self.out(F.relu(y))
+
+    model = Sketch(forward, a=conv(3, 8), out=conv(8, 5), embed_dim=8, other=8)
+    combed = checked(model, MAP, train=True)
+    assert sizes(combed) == {"a": 8}
+    assert new_attributes(combed.plan({"a": [1, 2, 6]})) == {"embed_dim": 3}
+
+
+def test_a_literal_is_frozen_with_its_file_and_line_and_the_rest_stays_open() -> None:
+    def forward(self: Sketch, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = y.view(x.shape[0], 8, 64)
+        return self.out(self.b(y.transpose(1, 2)))
+
+    line = forward.__code__.co_firstlineno + 2
+    combed = sketch(forward, a=conv(3, 8), b=nn.Linear(8, 6), out=nn.Linear(6, 5))
+    assert sizes(combed) == {"b": 6}
+    reason = frozen(combed)["a"]
+    assert reason.startswith("the forward names the width 8, and no attribute or other width explains it")
+    assert f"[view in the model, test_proof.py:{line}]" in reason
+
+
+def test_an_attribute_that_has_a_width_by_coincidence_stays_as_it_is() -> None:
+    """The patch size, the stride and the width of the embedding are all 4; so is the number of heads."""
+
+    class Patches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch_size, self.embed_dim = 4, 4
+            self.patch = nn.Conv2d(3, 4, 4, stride=4)
+            self.out = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, _, h, w = x.shape
+            y = self.patch(x).view(b, self.embed_dim, h // self.patch_size * (w // self.patch_size))
+            return self.out(y.transpose(1, 2))
+
+    combed = checked(Patches(), MAP, train=True)
+    assert sizes(combed) == {"patch": 4}
+    assert new_attributes(combed.plan({"patch": [0, 2]})) == {"embed_dim": 2}
+    assert (combed.model.patch_size, combed.model.embed_dim) == (4, 4)
+
+
+def test_a_shift_as_large_as_the_number_of_heads_stays_as_it_is() -> None:
+    def forward(self: Sketch, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        y = self.a(x.roll(self.shift, 1)).view(b, n, self.num_heads, -1)
+        return self.out(y.softmax(-1).flatten(2))
+
+    combed = sketch(forward, TOKENS, a=nn.Linear(12, 6), out=nn.Linear(6, 5), shift=3, num_heads=3)
+    assert sizes(combed) == {"a": 3, "a#2": 2}
+    assert new_attributes(combed.plan({"a": [1]})) == {"num_heads": 1}
+
+
+class Shared(nn.Module):
+    """A child that two parents share, and that names its width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 8
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.fc(x)).view(x.shape[0], -1, self.width)
+
+
+class Parent(nn.Module):
+    def __init__(self, shared: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.end = shared, nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.inner(x))
+
+
+def test_a_module_shared_between_two_parents() -> None:
+    shared = Shared()
+    model = Sketch(
+        lambda self, x: self.out(self.left(self.a(x)) + self.right(self.a(x))),
+        a=nn.Linear(12, 8),
+        left=Parent(shared),
+        right=Parent(shared),
+        out=nn.Linear(6, 5),
+    )
+    combed = checked(model, TOKENS, train=True)
+    assert sizes(combed) == {"a": 8, "left.inner.fc": 8, "left.end": 6}
+    plan = combed.plan({"a": [0, 1, 7], "left.inner.fc": [2, 3]})
+    assert new_attributes(plan) == {"left.inner.width": 2}
+    shrunk = shrink(copy.deepcopy(model), plan)
+    assert shrunk.left.inner is shrunk.right.inner
+    assert shrunk.right.inner.width == 2
+    assert shrunk.right.inner.fc.weight.shape == (2, 3)
+
+
+# ---------------------------------------------------------------- torch.nn's attention
+
+
+SURE_CHECKS = "two checks in a row, no call of torch between: the proof sees no progress and freezes the module"
+WRONG_WIDTH = "cpd.surgeon sets MultiheadAttention.embed_dim from what it gives (out_proj), not from what it reads"
+
+
+def attention(heads: int = 2, *, weights: bool = False, **options: object) -> Sketch:
+    """Self-attention of width 8 between two linear layers."""
+
+    def forward(self: Sketch, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.out(self.attn(y, y, y, need_weights=weights)[0])
+
+    attn = nn.MultiheadAttention(8, heads, **options)
+    return Sketch(forward, a=nn.Linear(12, 8), attn=attn, out=nn.Linear(8, 5))
+
+
+@pytest.mark.xfail(strict=True, reason=SURE_CHECKS)
+@pytest.mark.parametrize(("width", "heads"), [(8, 4), (12, 3), (16, 2), (16, 4)])
+def test_self_attention_is_open_at_any_number_of_heads(width: int, heads: int) -> None:
+    model = Sketch(
+        lambda self, x: self.out(x + self.attn(x, x, x)[0]),
+        attn=nn.MultiheadAttention(width, heads, batch_first=True),
+        out=nn.Linear(width, 5),
+    )
+    model = Sketch(lambda self, x: self.rest(self.a(x)), a=nn.Linear(12, width), rest=model)
+    assert sorted(sizes(checked(model, TOKENS)).values()) == sorted([heads, width // heads, width])
+
+
+@pytest.mark.xfail(strict=True, reason=WRONG_WIDTH)
+@pytest.mark.parametrize("keep", [{"attn.out_proj": [0, 1, 2]}, {"a": [0, 1, 2, 3], "attn.in_proj_weight#2": [1]}])
+def test_attention_may_read_and_give_different_widths(keep: dict) -> None:
+    model = dense(attention(batch_first=True))
+    combed = cpd.comb(model, TOKENS)
+    assert sizes(combed) == {"a": 8, "attn.in_proj_weight#2": 2, "attn.in_proj_weight#3": 4, "attn.out_proj": 8}
+    plan = combed.plan(keep)
+    shrunk = shrink(copy.deepcopy(model), plan)
+    assert shrunk.attn.embed_dim == shrunk.a.out_features == len(plan.groups["a"])
+    assert masked_error(model, shrunk, combed, plan) <= 1e-9
+
+
+@pytest.mark.xfail(strict=True, reason=WRONG_WIDTH)
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_self_attention(weights: bool, bias: bool, batch_first: bool) -> None:
+    model = attention(weights=weights, bias=bias, batch_first=batch_first)
+    combed = checked(model, TOKENS, batched=batch_first)
+    assert sizes(combed) == {"a": 8, "attn.in_proj_weight#2": 2, "attn.in_proj_weight#3": 4, "attn.out_proj": 8}
+    assert all(item.exact for item in combed.open)
+    for share in (0.25, 0.5):
+        plan = random_plan(combed, share, at_least=1)
+        shrunk = shrink(copy.deepcopy(model), plan)
+        heads, width = (len(plan.groups[f"attn.in_proj_weight#{number}"]) for number in (2, 3))
+        assert (shrunk.attn.num_heads, shrunk.attn.embed_dim) == (heads, heads * width)
+        assert shrunk.a.out_features == heads * width < 8
+
+
+@pytest.mark.xfail(strict=True, reason=SURE_CHECKS)
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_cross_attention_with_other_widths_of_keys_and_values(weights: bool, batch_first: bool) -> None:
+    def forward(self: Sketch, x: Tensor, y: Tensor) -> Tensor:
+        q, k, v = self.q(x), self.k(y), self.v(y)
+        return self.out(self.attn(q, k, v, need_weights=weights)[0])
+
+    model = Sketch(
+        forward,
+        q=nn.Linear(12, 8),
+        k=nn.Linear(12, 6),
+        v=nn.Linear(12, 10),
+        attn=nn.MultiheadAttention(8, 2, kdim=6, vdim=10, batch_first=batch_first),
+        out=nn.Linear(8, 5),
+    )
+    combed = checked(model, TOKENS, TOKENS.flip(0) * 0.5, batched=batch_first)
+    found = sizes(combed)
+    assert (found["q"], found["k"], found["v"]) == (8, 6, 10)
+    assert sorted(found.values()) == [2, 4, 6, 8, 8, 10]
+    plan = combed.plan({"k": [0, 5], "v": [1, 2, 3]})
+    attn = shrink(copy.deepcopy(model), plan).attn
+    assert (attn.kdim, attn.vdim, attn.embed_dim, attn.num_heads) == (2, 3, 8, 2)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("heads", [2, pytest.param(4, marks=pytest.mark.xfail(strict=True, reason=SURE_CHECKS))])
+def test_an_encoder_layer(heads: int, batch_first: bool, norm_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, heads, 10, batch_first=batch_first, norm_first=norm_first)
+    model = Sketch(lambda self, x: self.out(self.layer(self.a(x))), a=nn.Linear(12, 8), layer=layer, out=nn.Linear(8, 5))
+    combed = checked(model, TOKENS, batched=batch_first)
+    assert sorted(sizes(combed).values()) == [2, 4, 8, 10]
+    assert {item.name: item.exact for item in combed.open if item.name in ("a", "layer.linear1")} == {
+        "a": False,
+        "layer.linear1": True,
+    }
+    plan = random_plan(combed, 0.5)
+    narrow = shrink(copy.deepcopy(model), plan).layer
+    assert narrow.self_attn.embed_dim == narrow.linear1.in_features == narrow.norm1.normalized_shape[0] < 8
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_decoder_layer(batch_first: bool) -> None:
+    """The keys and values of the second attention are demanded to be as wide as its queries: one group with them."""
+    layer = nn.TransformerDecoderLayer(8, 4, 10, batch_first=batch_first)
+    model = Sketch(
+        lambda self, x, y: self.out(self.layer(self.a(x), self.b(y))),
+        a=nn.Linear(12, 8),
+        b=nn.Linear(12, 8),
+        layer=layer,
+        out=nn.Linear(8, 5),
+    )
+    combed = checked(model, TOKENS, TOKENS.flip(0) * 0.5, batched=batch_first)
+    assert sorted(sizes(combed).values()) == [2, 2, 4, 4, 8, 10]
+    assert group(combed, "layer.linear1").size == 10
+    assert {"a.weight dim 0", "b.weight dim 0"} <= {str(member) for member in group(combed, "a").members}
+
+
+# ---------------------------------------------------------------- attention whose constant no rows make up for
+
+
+def test_attention_whose_query_no_rows_explain_is_inexact() -> None:
+    """Neither q nor k are rows of a layer: both pass through an op that is not linear."""
+
+    def forward(self: Sketch, x: Tensor) -> Tensor:
+        q, k, v = F.gelu(self.q(x)), F.gelu(self.k(x)), self.v(x)
+        return self.out(F.scaled_dot_product_attention(q, k, v))
+
+    combed = sketch(
+        forward, TOKENS, q=nn.Linear(12, 8), k=nn.Linear(12, 8), v=nn.Linear(12, 6), out=nn.Linear(6, 5)
+    )
+    assert {item.name: (item.size, item.exact) for item in combed.open} == {"q": (8, False), "v": (6, True)}
+    assert "a constant of the forward depends on this width" in group(combed, "q").inexact
+    plan = combed.plan({"q": [0, 1, 5]})
+    assert not plan.rescales
+
+
+def test_a_key_makes_up_for_the_constant_where_the_query_cannot() -> None:
+    def forward(self: Sketch, x: Tensor) -> Tensor:
+        q, k, v = F.gelu(self.q(x)), self.k(x), self.v(x)
+        return self.out(F.scaled_dot_product_attention(q, k, v))
+
+    combed = sketch(
+        forward, TOKENS, q=nn.Linear(12, 8), k=nn.Linear(12, 8), v=nn.Linear(12, 6), out=nn.Linear(6, 5)
+    )
+    assert {item.name: (item.size, item.exact) for item in combed.open} == {"q": (8, True), "v": (6, True)}
+    plan = combed.plan({"q": [0, 1]})
+    assert {item.tensor for item in plan.rescales} == {"k.weight", "k.bias"}
+    assert all(item.factor == pytest.approx(0.5) for item in plan.rescales)
+
+
+# ---------------------------------------------------------------- parts of models that cannot be exported whole
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3, 8, 3), conv(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.b(F.relu(self.a(x))))
+
+
+class Head(nn.Module):
+    def __init__(self, inputs: int = 6) -> None:
+        super().__init__()
+        self.hidden, self.score = conv(inputs, 10), conv(10, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.score(F.relu(self.hidden(x))).flatten(2).transpose(1, 2)
+
+
+class Detector(nn.Module):
+    """A body and a head whose scores decide in Python what is done with them."""
+
+    def __init__(self, body: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body, self.head = body or Body(), Head()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        found = self.head(self.body(x))
+        scores, values = found[..., 0].sigmoid(), found[..., 1]
+        if scores.max() > 0.5:
+            values = values[scores > 0.5]
+        return {"scores": scores, "values": values}
+
+
+def parts_checked(model: nn.Module, *inputs: Tensor) -> Comb:
+    """The comb of a model in parts: those shrink soundly, and so does the whole model run."""
+    model = dense(model)
+    combed = cpd.comb(model, inputs)
+    for share in (0.3, 0.6):
+        plan = random_plan(combed, share, at_least=1)
+        assert plan.kept
+        shrunk = shrink(copy.deepcopy(model), plan)
+        assert masked_error(model, shrunk, combed, plan) <= 1e-9
+        with torch.no_grad():
+            before, after = model(*inputs), shrunk(*inputs)
+            shrunk(*(torch.cat([x, x]) for x in inputs))
+        assert before["scores"].shape == after["scores"].shape
+        assert after["values"].isfinite().all()
+    return combed
+
+
+def test_parts_are_found_and_what_lies_between_them_is_frozen(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="cpd"):
+        combed = parts_checked(Detector(), MAP)
+    assert combed.operations.parts == ("body", "head")
+    assert "torch.export cannot trace Detector at" in caplog.text
+    assert "What can be traced of it is combed: body, head." in caplog.text
+    assert sizes(combed) == {"body.a": 8, "head.hidden": 10}
+    assert "the model's output" in frozen(combed)["body.b"]
+    assert "head.score" in frozen(combed)
+
+
+def test_a_model_that_can_be_traced_whole_has_no_parts() -> None:
+    combed = sketch(lambda self, x: self.head(self.body(x)), body=Body(), head=Head())
+    assert combed.operations.parts == ()
+    assert sizes(combed) == {"body.a": 8, "body.b": 6, "head.hidden": 10}
+
+
+def test_a_submodule_called_twice_is_no_part() -> None:
+    class Twice(Detector):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            y = self.body(x)
+            y = self.body(x + 1) if y.max() > 1e6 else y + self.body(x.flip(-1))
+            found = self.head(y)
+            return {"scores": found[..., 0], "values": found[..., 1]}
+
+    model = Twice()
+    combed = parts_checked(model, MAP)
+    assert combed.operations.parts == ("head",)
+    assert sizes(combed) == {"head.hidden": 10}
+    assert {name for item in combed.groups for name in [item.name] if name.startswith("body")} == set()
+
+
+def test_layers_called_from_elsewhere_are_in_no_part() -> None:
+    """The whole reads a layer of the body past it, so that the body alone is not all that uses it."""
+
+    class Past(Detector):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            found = self.head(self.body(x) + self.body.b(self.body.a(x.flip(-1))))
+            return {"scores": found[..., 0], "values": found[..., 1] * (1 if found.max() > 0 else 2)}
+
+    combed = parts_checked(Past(), MAP)
+    assert combed.operations.parts == ("head",)
+
+
+def test_parts_lie_deeper_where_a_whole_submodule_cannot_be_traced() -> None:
+    class Choosy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 7)), nn.Sequential(conv(7, 9), nn.ReLU(), conv(9, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.second(y if y.sum() > 1e6 else y + 1)
+
+    combed = parts_checked(Detector(Choosy()), MAP)
+    assert combed.operations.parts == ("head", "body.first", "body.second")
+    assert sizes(combed) == {"head.hidden": 10, "body.first.0": 8, "body.second.0": 9}
+
+
+def test_a_model_of_which_nothing_can_be_traced_says_what_to_do() -> None:
+    class Opaque(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.weight[:, None, None] if x.sum() > 0 else x
+
+    with pytest.raises(TraceError, match=r"cannot trace Opaque at .*test_proof\.py:\d+") as raised:
+        cpd.comb(Opaque().double().eval(), MAP)
+    assert isinstance(raised.value, cpd.TraceError)
+    assert str(raised.value).endswith(cpd.tracer._REMEDY)
+
+
+# ---------------------------------------------------------------- provenance
+
+A, B = Place("m", "a"), Place("m.inner", "b", 1)
+
+
+@pytest.mark.parametrize(
+    "name", ["add", "sub", "mul", "floordiv", "mod", "pow", "lshift", "rshift"]
+)
+def test_traced_integers_hand_on_where_they_come_from(name: str) -> None:
+    function = getattr(operator, name)
+    left, right = Traced(7, frozenset([A])), Traced(2, frozenset([B]))
+    for args, places in (((left, 2), {A}), ((7, right), {B}), ((left, right), {A, B}), ((left, left), {A})):
+        found = function(*args)
+        assert type(found) is Traced
+        assert found == function(*map(int, args))
+        assert found.places == places
+
+
+def test_traced_integers_are_integers() -> None:
+    traced = Traced(6, frozenset([A]))
+    assert (-traced).places == (+traced).places == abs(traced).places == {A}
+    assert (-traced, +traced, abs(-traced)) == (-6, 6, 6)
+    assert isinstance(traced, int)
+    assert [*range(traced)][traced - 1] == 5
+    assert hash(traced) == hash(6)
+    assert places_of(3 * traced // 2) == {A}
+    for plain in (traced / 4, traced**-0.5, traced * 0.5, int(traced), 5, True, "a"):
+        assert places_of(plain) == frozenset()
+    assert (traced / 4, traced**-1) == (1.5, 6**-1)
+    assert torch.zeros(2, traced).view(traced, -1).shape == (6, 2)
+
+
+def test_integers_of_a_model_are_found_and_traced_in_place() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.width, self.flag, self.rate, self.sizes, self.names = 3, True, 0.5, (4, 5.0, 6), ["a", 7]
+
+    model = nn.ModuleDict({"inner": Inner()})
+    found = {(place.name, place.index): value for place, value in integers(model, "inner")}
+    assert found == {("width", None): 3, ("sizes", 0): 4, ("sizes", 2): 6, ("names", 1): 7}
+    assert all(place.module == "inner" for place, _ in integers(model, "inner"))
+    trace_integers(model)
+    inner = model["inner"]
+    assert places_of(inner.width) == {Place("inner", "width")}
+    assert places_of(inner.sizes[2] - inner.width) == {Place("inner", "sizes", 2), Place("inner", "width")}
+    assert (type(inner.sizes), type(inner.names)) == (tuple, list)
+    assert (inner.flag, inner.rate, inner.sizes, inner.names) == (True, 0.5, (4, 5.0, 6), ["a", 7])
+    assert type(inner.flag) is bool
