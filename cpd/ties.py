@@ -16,6 +16,8 @@ from cpd.axes import Axis, Dim
 
 #: Enumerating the widths that a tied dimension can take stops here; beyond, its groups keep everything.
 MAX_COMBINATIONS = 200_000
+#: Rounds of choosing anew from the counts given; beyond, counts only rise.
+MAX_ROUNDS = 100
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,23 @@ class Tie:
 
 
 def repair(counts: Mapping[Axis, int], ties: Sequence[Tie]) -> dict[Axis, int]:
-    """The least counts, none below those given, that satisfy every tie.
+    """Small counts, none below those given, that satisfy every tie.
 
-    Counts only rise, and all positions kept satisfies every tie, so this ends.
+    Each broken tie raises its narrower side. A side of several axes (heads x head_dim) is chosen anew from the counts
+    given each time that its goal rises, since what fitted the last goal need not be on the way to the next: twelve
+    layers of 9 to 12 heads then meet at a common width below the full one. Where that goes round in circles (an axis
+    in several ties), counts only rise; all positions kept satisfies every tie, so this ends.
     """
-    result = dict(counts)
+    result, rounds = dict(counts), 0
     while broken := [tie for tie in ties if not tie.holds(result)]:
+        rounds += 1
+        base = counts if rounds <= MAX_ROUNDS else result
         for tie in broken:
             left, right = axes.count(tie.left, result), axes.count(tie.right, result)
             if left < right:
-                result.update(_raise_to(tie.left, right, result))
+                result.update(_raise_to(tie.left, right, base))
             elif right < left - tie.slack:
-                result.update(_raise_to(tie.right, left - tie.slack, result))
+                result.update(_raise_to(tie.right, left - tie.slack, base))
     return result
 
 

@@ -28,6 +28,13 @@ def new_attributes(plan: Plan) -> dict[str, object]:
     return {f"{item.module}.{item.name}".lstrip("."): item.new for item in plan.attributes}
 
 
+#: Why some tests fail as yet; each is in the report on `cpd`.
+ALIKE = "widths of size 2 are narrowed to 1 in every draw, so that two of them are never seen to differ"
+SURE_CHECKS = "two checks in a row, no call of torch between: the proof sees no progress and freezes the module"
+WRONG_WIDTH = "cpd.surgeon sets MultiheadAttention.embed_dim from what it gives (out_proj), not from what it reads"
+RARE_DRAW = "the only narrower width that the ties allow was not drawn in TRIES random draws"
+DEAD_CODE = "cpd.exactness follows what no output reads: the attention weights averaged over the heads"
+
 # ---------------------------------------------------------------- attributes
 
 
@@ -53,7 +60,7 @@ class Heads(nn.Module):
 
 def test_a_width_computed_from_another_is_a_tie() -> None:
     combed = checked(Heads("shape"), TOKENS, train=True)
-    assert sizes(combed) == {"a": 8, "q": 4, "q#2": 2, "proj": 8}
+    assert sizes(combed) == {"a": 8, "q": 4, "q#2": 2, "v": 2, "proj": 8}
     assert all(
         any("a width is computed from another [reshape in the model, test_proof.py:" in tie for tie in item.ties)
         for item in combed.open
@@ -65,18 +72,24 @@ def test_a_width_computed_from_another_is_a_tie() -> None:
                 plan = combed.plan({"a": range(inputs), "q": range(heads), "q#2": range(width)})
                 kept = {name: len(positions) for name, positions in plan.groups.items()}
                 assert kept["a"] == kept["q"] * kept["q#2"]
+                assert kept["v"] == kept["q#2"]
                 assert new_attributes(plan).get("num_heads", 4) == kept["q"]
                 assert kept["a"] >= inputs
                 assert kept["q"] >= heads
                 assert kept["q#2"] >= width
 
 
-def test_a_width_kept_in_an_attribute_needs_no_tie() -> None:
+@pytest.mark.xfail(strict=True, reason=ALIKE)
+def test_a_width_kept_in_an_attribute_is_tied_to_others_that_it_names() -> None:
+    """`head_dim` is the width of q and k, and that of v: two groups, of which one attribute can follow one."""
     combed = checked(Heads("attribute"), TOKENS, train=True)
-    assert sizes(combed) == {"a": 8, "q": 4, "q#2": 2, "proj": 8}
-    assert not combed.ties
-    plan = combed.plan({"a": [0, 1, 5], "q": [1, 2, 3], "q#2": [1]})
+    assert sizes(combed) == {"a": 8, "q": 4, "q#2": 2, "v": 2, "proj": 8}
+    plan = combed.plan({"a": [0, 1, 5], "q": [1, 2, 3], "q#2": [1], "v": [0]})
     assert new_attributes(plan) == {"num_heads": 3, "head_dim": 1}
+    assert [group(combed, name).ties != () for name in ("a", "q", "q#2", "v")] == [False, False, True, True]
+    for widths in ({"q#2": [1]}, {"v": [1]}):
+        shrunk = shrink(copy.deepcopy(combed.model), combed.plan(widths))
+        assert shrunk(TOKENS).isfinite().all()
 
 
 def split_in_two(function: Callable[[Sketch, Tensor], list], **attributes: object) -> Sketch:
@@ -267,10 +280,6 @@ def test_a_module_shared_between_two_parents() -> None:
 # ---------------------------------------------------------------- torch.nn's attention
 
 
-SURE_CHECKS = "two checks in a row, no call of torch between: the proof sees no progress and freezes the module"
-WRONG_WIDTH = "cpd.surgeon sets MultiheadAttention.embed_dim from what it gives (out_proj), not from what it reads"
-
-
 def attention(heads: int = 2, *, weights: bool = False, **options: object) -> Sketch:
     """Self-attention of width 8 between two linear layers."""
 
@@ -306,7 +315,6 @@ def test_attention_may_read_and_give_different_widths(keep: dict) -> None:
     assert masked_error(model, shrunk, combed, plan) <= 1e-9
 
 
-@pytest.mark.xfail(strict=True, reason=WRONG_WIDTH)
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -314,7 +322,6 @@ def test_self_attention(weights: bool, bias: bool, batch_first: bool) -> None:
     model = attention(weights=weights, bias=bias, batch_first=batch_first)
     combed = checked(model, TOKENS, batched=batch_first)
     assert sizes(combed) == {"a": 8, "attn.in_proj_weight#2": 2, "attn.in_proj_weight#3": 4, "attn.out_proj": 8}
-    assert all(item.exact for item in combed.open)
     for share in (0.25, 0.5):
         plan = random_plan(combed, share, at_least=1)
         shrunk = shrink(copy.deepcopy(model), plan)
@@ -323,7 +330,14 @@ def test_self_attention(weights: bool, bias: bool, batch_first: bool) -> None:
         assert shrunk.a.out_features == heads * width < 8
 
 
-@pytest.mark.xfail(strict=True, reason=SURE_CHECKS)
+@pytest.mark.parametrize("weights", [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason=DEAD_CODE))])
+def test_attention_is_exact(weights: bool) -> None:
+    combed = cpd.comb(dense(attention(weights=weights)), TOKENS)
+    assert len(combed.open) == 4
+    assert all(item.exact for item in combed.open)
+
+
+@pytest.mark.xfail(strict=True, reason=f"{SURE_CHECKS}; {WRONG_WIDTH}")
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("batch_first", [False, True])
 def test_cross_attention_with_other_widths_of_keys_and_values(weights: bool, batch_first: bool) -> None:
@@ -350,7 +364,13 @@ def test_cross_attention_with_other_widths_of_keys_and_values(weights: bool, bat
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("heads", [2, pytest.param(4, marks=pytest.mark.xfail(strict=True, reason=SURE_CHECKS))])
+@pytest.mark.parametrize(
+    "heads",
+    [
+        pytest.param(2, marks=pytest.mark.xfail(strict=True, reason=RARE_DRAW)),
+        pytest.param(4, marks=pytest.mark.xfail(strict=True, reason=SURE_CHECKS)),
+    ],
+)
 def test_an_encoder_layer(heads: int, batch_first: bool, norm_first: bool) -> None:
     layer = nn.TransformerEncoderLayer(8, heads, 10, batch_first=batch_first, norm_first=norm_first)
     model = Sketch(lambda self, x: self.out(self.layer(self.a(x))), a=nn.Linear(12, 8), layer=layer, out=nn.Linear(8, 5))
