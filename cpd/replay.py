@@ -83,6 +83,10 @@ def _one(position: int, name: str, default: int = 0) -> Callable[[tuple[Any, ...
     return read
 
 
+#: Functions whose result is taken from the prediction: their kernels for tensors without values are slow.
+_PREDICTED = (
+    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d", "lstm", "gru", "rnn_tanh", "rnn_relu",
+)  # fmt: skip
 #: Python name of a function that is given widths -> (name shared with the ATen op, how to read the widths).
 READERS: dict[str, tuple[str, Callable[[tuple[Any, ...], dict[str, Any]], Sequence[int]]]] = {
     "view": ("view", _sizes(1, "size")),
@@ -105,7 +109,7 @@ READERS: dict[str, tuple[str, Callable[[tuple[Any, ...], dict[str, Any]], Sequen
     "new_ones": ("new_ones", _sizes(1, "size")),
     "new_empty": ("new_empty", _sizes(1, "size")),
     "new_full": ("new_full", _one(1, "size")),
-    **{name: (name, lambda *_: ()) for name in ("upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d")},
+    **{name: (name, lambda *_: ()) for name in _PREDICTED},
     **{f"conv{rank}d": (f"conv{rank}d", _one(6, "groups", 1)) for rank in (1, 2, 3)},
     **{f"conv_transpose{rank}d": (f"conv_transpose{rank}d", _one(6, "groups", 1)) for rank in (1, 2, 3)},
 }
@@ -159,7 +163,7 @@ class _Recorder(TorchFunctionMode):
         asked = read(args, kwargs)
         given = {item: asked[item.index] for item in self.literals[node] if item.index < len(asked)}
         wrong = [item for item in given if not self._note(item, given[item])]
-        trusted = wrong or name.startswith("upsample")
+        trusted = wrong or name in _PREDICTED
         return self._predict(node, [*args, *kwargs.values()]) if trusted else func(*args, **kwargs)
 
     def _note(self, item: Literal, asked: Any) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_rules import MAP, TOKENS, Sketch, checked, conv, frozen, random, sizes, sketch
+from test_rules import MAP, TOKENS, Sketch, checked, conv, frozen, sizes, sketch
 from torch import Tensor, nn
 from zoo import dense, group, random_plan
 
@@ -29,7 +29,8 @@ def new_attributes(plan: Plan) -> dict[str, object]:
 
 
 #: Why some tests fail as yet; each is in the report on `cpd`.
-ALIKE = "widths of size 2 are narrowed to 1 in every draw, so that two of them are never seen to differ"
+ALIKE = "the proof narrowed two widths of one size by the same number in every draw, and took them for one"
+WRONG_SCALE = "two formulas explain a constant at the widths drawn; the one of fewer axes was taken, and is wrong"
 SURE_CHECKS = "two checks in a row, no call of torch between: the proof sees no progress and freezes the module"
 WRONG_WIDTH = "cpd.surgeon sets MultiheadAttention.embed_dim from what it gives (out_proj), not from what it reads"
 RARE_DRAW = "the only narrower width that the ties allow was not drawn in TRIES random draws"
@@ -41,12 +42,12 @@ DEAD_CODE = "cpd.exactness follows what no output reads: the attention weights a
 class Heads(nn.Module):
     """Attention by hand, whose head width is computed from the width of its input."""
 
-    def __init__(self, computed: str) -> None:
+    def __init__(self, computed: str, head_dim: int = 2) -> None:
         super().__init__()
         self.a = nn.Linear(12, 8)
-        self.num_heads, self.head_dim, self.computed = 4, 2, computed
-        self.q, self.k, self.v, self.proj = (nn.Linear(8, 8) for _ in range(4))
-        self.out = nn.Linear(8, 5)
+        self.num_heads, self.head_dim, self.computed = 4, head_dim, computed
+        self.q, self.k, self.v = (nn.Linear(8, 4 * head_dim) for _ in range(3))
+        self.proj, self.out = nn.Linear(4 * head_dim, 8), nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.a(x)
@@ -79,17 +80,25 @@ def test_a_width_computed_from_another_is_a_tie() -> None:
                 assert kept["q#2"] >= width
 
 
-@pytest.mark.xfail(strict=True, reason=ALIKE)
-def test_a_width_kept_in_an_attribute_is_tied_to_others_that_it_names() -> None:
+@pytest.mark.parametrize(
+    "width",
+    [
+        *(pytest.param(width, marks=pytest.mark.xfail(strict=True, reason=ALIKE)) for width in (2, 3, 4)),
+        6,
+        pytest.param(8, marks=pytest.mark.xfail(strict=True, reason=WRONG_SCALE)),
+    ],
+)
+def test_a_width_kept_in_an_attribute_is_tied_to_others_that_it_names(width: int) -> None:
     """`head_dim` is the width of q and k, and that of v: two groups, of which one attribute can follow one."""
-    combed = checked(Heads("attribute"), TOKENS, train=True)
-    assert sizes(combed) == {"a": 8, "q": 4, "q#2": 2, "v": 2, "proj": 8}
-    plan = combed.plan({"a": [0, 1, 5], "q": [1, 2, 3], "q#2": [1], "v": [0]})
-    assert new_attributes(plan) == {"num_heads": 3, "head_dim": 1}
+    combed = checked(Heads("attribute", width), TOKENS, train=True)
+    assert sizes(combed) == {"a": 8, "q": 4, "q#2": width, "v": width, "proj": 8}
     assert [group(combed, name).ties != () for name in ("a", "q", "q#2", "v")] == [False, False, True, True]
-    for widths in ({"q#2": [1]}, {"v": [1]}):
-        shrunk = shrink(copy.deepcopy(combed.model), combed.plan(widths))
-        assert shrunk(TOKENS).isfinite().all()
+    for keep in ({"q#2": [1]}, {"v": [1]}, {"q": [0, 3]}, {"q": [0], "q#2": [1], "v": [0]}):
+        plan = combed.plan(keep)
+        assert len(plan.groups["q#2"]) == len(plan.groups["v"]) == (1 if len(keep) == 3 else width)
+        shrunk = shrink(copy.deepcopy(combed.model), plan)
+        assert masked_error(combed.model, shrunk, combed, plan) <= 1e-9
+    assert new_attributes(plan) == {"num_heads": 1, "head_dim": 1}
 
 
 def split_in_two(function: Callable[[Sketch, Tensor], list], **attributes: object) -> Sketch:
@@ -291,16 +300,40 @@ def attention(heads: int = 2, *, weights: bool = False, **options: object) -> Sk
     return Sketch(forward, a=nn.Linear(12, 8), attn=attn, out=nn.Linear(8, 5))
 
 
-@pytest.mark.xfail(strict=True, reason=SURE_CHECKS)
-@pytest.mark.parametrize(("width", "heads"), [(8, 4), (12, 3), (16, 2), (16, 4)])
-def test_self_attention_is_open_at_any_number_of_heads(width: int, heads: int) -> None:
-    model = Sketch(
-        lambda self, x: self.out(x + self.attn(x, x, x)[0]),
-        attn=nn.MultiheadAttention(width, heads, batch_first=True),
-        out=nn.Linear(width, 5),
-    )
-    model = Sketch(lambda self, x: self.rest(self.a(x)), a=nn.Linear(12, width), rest=model)
-    assert sorted(sizes(checked(model, TOKENS)).values()) == sorted([heads, width // heads, width])
+class Residual(nn.Module):
+    """Self-attention whose result is added to what it reads."""
+
+    def __init__(self, width: int, heads: int, *, weights: bool) -> None:
+        super().__init__()
+        self.a, self.out, self.weights = nn.Linear(12, width), nn.Linear(width, 5), weights
+        self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.out(x + self.attn(x, x, x, need_weights=self.weights)[0])
+
+
+@pytest.mark.parametrize(
+    ("width", "heads"),
+    [
+        (16, 4),
+        pytest.param(8, 4, marks=pytest.mark.xfail(strict=True, reason=RARE_DRAW)),
+        pytest.param(16, 2, marks=pytest.mark.xfail(strict=True, reason=RARE_DRAW)),
+        pytest.param(12, 3, marks=pytest.mark.xfail(strict=True, reason=SURE_CHECKS)),
+    ],
+)
+def test_attention_is_open_at_any_number_of_heads(width: int, heads: int) -> None:
+    combed = checked(Residual(width, heads, weights=False), TOKENS)
+    assert sorted(sizes(combed).values()) == sorted([heads, width // heads, width])
+
+
+@pytest.mark.xfail(strict=True, reason=WRONG_SCALE)
+def test_the_scale_of_attention_follows_the_width_of_a_head() -> None:
+    """With as many heads as a head is wide, head_dim ** -0.5 is also width ** -0.25: until they are told apart."""
+    combed = checked(Residual(16, 4, weights=True), TOKENS)
+    (scale,) = combed.scales
+    assert (scale.dim, scale.power) == (group(combed, "attn.in_proj_weight#3").axis, -0.5)
+    assert not combed.plan({"a": range(12), "attn.in_proj_weight#2": [0, 1, 2]}).rescales
 
 
 @pytest.mark.xfail(strict=True, reason=WRONG_WIDTH)
@@ -315,9 +348,10 @@ def test_attention_may_read_and_give_different_widths(keep: dict) -> None:
     assert masked_error(model, shrunk, combed, plan) <= 1e-9
 
 
-@pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(
+    ("weights", "bias", "batch_first"),
+    [(False, True, True), (True, True, False), (True, False, True), (False, False, False)],
+)
 def test_self_attention(weights: bool, bias: bool, batch_first: bool) -> None:
     model = attention(weights=weights, bias=bias, batch_first=batch_first)
     combed = checked(model, TOKENS, batched=batch_first)
@@ -338,8 +372,7 @@ def test_attention_is_exact(weights: bool) -> None:
 
 
 @pytest.mark.xfail(strict=True, reason=f"{SURE_CHECKS}; {WRONG_WIDTH}")
-@pytest.mark.parametrize("weights", [False, True])
-@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize(("weights", "batch_first"), [(False, True), (True, False)])
 def test_cross_attention_with_other_widths_of_keys_and_values(weights: bool, batch_first: bool) -> None:
     def forward(self: Sketch, x: Tensor, y: Tensor) -> Tensor:
         q, k, v = self.q(x), self.k(y), self.v(y)
@@ -362,8 +395,7 @@ def test_cross_attention_with_other_widths_of_keys_and_values(weights: bool, bat
     assert (attn.kdim, attn.vdim, attn.embed_dim, attn.num_heads) == (2, 3, 8, 2)
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize(("batch_first", "norm_first"), [(True, False), (False, True)])
 @pytest.mark.parametrize(
     "heads",
     [
@@ -373,7 +405,9 @@ def test_cross_attention_with_other_widths_of_keys_and_values(weights: bool, bat
 )
 def test_an_encoder_layer(heads: int, batch_first: bool, norm_first: bool) -> None:
     layer = nn.TransformerEncoderLayer(8, heads, 10, batch_first=batch_first, norm_first=norm_first)
-    model = Sketch(lambda self, x: self.out(self.layer(self.a(x))), a=nn.Linear(12, 8), layer=layer, out=nn.Linear(8, 5))
+    model = Sketch(
+        lambda self, x: self.out(self.layer(self.a(x))), a=nn.Linear(12, 8), layer=layer, out=nn.Linear(8, 5)
+    )
     combed = checked(model, TOKENS, batched=batch_first)
     assert sorted(sizes(combed).values()) == [2, 4, 8, 10]
     assert {item.name: item.exact for item in combed.open if item.name in ("a", "layer.linear1")} == {
@@ -412,9 +446,7 @@ def test_attention_whose_query_no_rows_explain_is_inexact() -> None:
         q, k, v = F.gelu(self.q(x)), F.gelu(self.k(x)), self.v(x)
         return self.out(F.scaled_dot_product_attention(q, k, v))
 
-    combed = sketch(
-        forward, TOKENS, q=nn.Linear(12, 8), k=nn.Linear(12, 8), v=nn.Linear(12, 6), out=nn.Linear(6, 5)
-    )
+    combed = sketch(forward, TOKENS, q=nn.Linear(12, 8), k=nn.Linear(12, 8), v=nn.Linear(12, 6), out=nn.Linear(6, 5))
     assert {item.name: (item.size, item.exact) for item in combed.open} == {"q": (8, False), "v": (6, True)}
     assert "a constant of the forward depends on this width" in group(combed, "q").inexact
     plan = combed.plan({"q": [0, 1, 5]})
@@ -426,9 +458,7 @@ def test_a_key_makes_up_for_the_constant_where_the_query_cannot() -> None:
         q, k, v = F.gelu(self.q(x)), self.k(x), self.v(x)
         return self.out(F.scaled_dot_product_attention(q, k, v))
 
-    combed = sketch(
-        forward, TOKENS, q=nn.Linear(12, 8), k=nn.Linear(12, 8), v=nn.Linear(12, 6), out=nn.Linear(6, 5)
-    )
+    combed = sketch(forward, TOKENS, q=nn.Linear(12, 8), k=nn.Linear(12, 8), v=nn.Linear(12, 6), out=nn.Linear(6, 5))
     assert {item.name: (item.size, item.exact) for item in combed.open} == {"q": (8, True), "v": (6, True)}
     plan = combed.plan({"q": [0, 1]})
     assert {item.tensor for item in plan.rescales} == {"k.weight", "k.bias"}
@@ -517,7 +547,7 @@ def test_a_submodule_called_twice_is_no_part() -> None:
     combed = parts_checked(model, MAP)
     assert combed.operations.parts == ("head",)
     assert sizes(combed) == {"head.hidden": 10}
-    assert {name for item in combed.groups for name in [item.name] if name.startswith("body")} == set()
+    assert not [item.name for item in combed.groups if item.name.startswith("body")]
 
 
 def test_layers_called_from_elsewhere_are_in_no_part() -> None:
@@ -536,7 +566,10 @@ def test_parts_lie_deeper_where_a_whole_submodule_cannot_be_traced() -> None:
     class Choosy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.first, self.second = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 7)), nn.Sequential(conv(7, 9), nn.ReLU(), conv(9, 6))
+            self.first, self.second = (
+                nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 7)),
+                nn.Sequential(conv(7, 9), nn.ReLU(), conv(9, 6)),
+            )
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.first(x)
@@ -559,7 +592,7 @@ def test_a_model_of_which_nothing_can_be_traced_says_what_to_do() -> None:
     with pytest.raises(TraceError, match=r"cannot trace Opaque at .*test_proof\.py:\d+") as raised:
         cpd.comb(Opaque().double().eval(), MAP)
     assert isinstance(raised.value, cpd.TraceError)
-    assert str(raised.value).endswith(cpd.tracer._REMEDY)
+    assert "comb a submodule that can be traced, e.g. cpd.comb(model.backbone" in str(raised.value)
 
 
 # ---------------------------------------------------------------- provenance
@@ -567,9 +600,7 @@ def test_a_model_of_which_nothing_can_be_traced_says_what_to_do() -> None:
 A, B = Place("m", "a"), Place("m.inner", "b", 1)
 
 
-@pytest.mark.parametrize(
-    "name", ["add", "sub", "mul", "floordiv", "mod", "pow", "lshift", "rshift"]
-)
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "floordiv", "mod", "pow", "lshift", "rshift"])
 def test_traced_integers_hand_on_where_they_come_from(name: str) -> None:
     function = getattr(operator, name)
     left, right = Traced(7, frozenset([A])), Traced(2, frozenset([B]))

@@ -175,6 +175,8 @@ def test_states_of_a_recurrent_layer_are_as_wide_as_its_units() -> None:
     members = {str(member) for member in group(combed, "h").members}
     assert {"h.weight dim 0", "c.weight dim 0", "rnn.weight_hh_l0 dim 1", "last.weight dim 1"} <= members
     assert combed.plan({"h": [2]}).kept["last.weight"][1].tolist() == [2, 8]
+    shrunk = shrink(copy.deepcopy(combed.model), combed.plan({"h": [0, 2]}))
+    assert (shrunk.rnn.hidden_size, shrunk.rnn.input_size) == (2, 12)
 
 
 def test_a_recurrent_layer_whose_state_is_the_input_is_frozen() -> None:
@@ -273,13 +275,19 @@ def test_channel_shuffle_keeps_its_groups() -> None:
         (lambda y: y.cumsum(2), lambda y: y.cumsum(1)),
         (lambda y: y.cumsum(-1), lambda y: y.cumsum(-3)),
         (lambda y: y.index_select(2, torch.tensor([0, 5, 3])), lambda y: y.index_select(1, torch.arange(8).flip(0))),
-        (lambda y: y.argmax(2, keepdim=True).double(), lambda y: y.argmax(1, keepdim=True).expand(-1, 8, -1, -1).double()),
+        (
+            lambda y: y.argmax(2, keepdim=True).double(),
+            lambda y: y.argmax(1, keepdim=True).expand(-1, 8, -1, -1).double(),
+        ),
     ],
 )
 def test_order_over_space_leaves_channels_open(over_space: Callable, over_channels: Callable) -> None:
     assert sizes(between(over_space)) == {"a": 8}
     combed = sketch(
-        lambda self, x: self.out(over_channels(self.a(x))).mean((1, 2, 3), keepdim=True) + self.b(x), a=conv(3, 8), out=conv(8, 5), b=conv(3, 5)
+        lambda self, x: self.out(over_channels(self.a(x))).mean((1, 2, 3), keepdim=True) + self.b(x),
+        a=conv(3, 8),
+        out=conv(8, 5),
+        b=conv(3, 5),
     )
     assert "a" not in sizes(combed)
     assert "by their" in frozen(combed)["a"]
@@ -521,9 +529,7 @@ def _(x: Tensor) -> Tensor:
 
 
 def test_an_unknown_op_freezes_what_it_touches_and_is_listed() -> None:
-    combed = sketch(
-        lambda self, x: self.out(self.b(twist(self.a(x)))), a=conv(3, 8), b=conv(8, 6), out=conv(6, 5)
-    )
+    combed = sketch(lambda self, x: self.out(self.b(twist(self.a(x)))), a=conv(3, 8), b=conv(8, 6), out=conv(6, 5))
     assert combed.unknown == ("cpd_test_rules.twist.default",)
     assert "no rule for cpd_test_rules.twist.default [twist in the model, test_rules.py:" in frozen(combed)["a"]
     assert sizes(combed) == {"b": 6}
