@@ -124,7 +124,10 @@ def check_masked(dense: nn.Module, comb: Comb, plan: Plan) -> str:
     """Masked equals shrunk, in the dtype that the comb was made in."""
     shrunk = cpd.shrink(copy.deepcopy(dense), plan)
     error = masked_error(dense, shrunk, comb, plan)
-    low = any("float32" in str((*n.args, n.kwargs)) for n in comb.operations.operations if op_name(n) in _CASTS)
+    single = next(dense.parameters()).dtype is torch.float32
+    low = single or any(
+        "float32" in str((*n.args, n.kwargs)) for n in comb.operations.operations if op_name(n) in _CASTS
+    )
     assert error <= (1e-4 if low else 1e-9), f"relative difference {error:.1e}"
     return f"{error:.0e}"
 
@@ -164,7 +167,7 @@ def check_onnx(original: nn.Module, small: nn.Module, call: Call) -> str:
     return f"{error:.0e}"
 
 
-def check_again(small: nn.Module, comb: Comb, plan: Plan, again: Comb, share: float) -> str:
+def check_again(comb: Comb, plan: Plan, again: Comb, share: float) -> str:
     """The same groups of each layer at the kept widths; a second shrink, and a forward pass of what it leaves.
 
     A group of which one position is left is none, so the numbers in the names behind it may move up.
@@ -175,7 +178,7 @@ def check_again(small: nn.Module, comb: Comb, plan: Plan, again: Comb, share: fl
         if kept > 1:
             same = found[_layer(group), kept, True] + found[_layer(group), kept, False] * bool(group.ties)
             assert same, f"{group.name}: {kept} kept, no such open group of this layer the second time"
-    smaller = cpd.shrink(copy.deepcopy(small), random_plan(again, share, seed=1))
+    smaller = cpd.shrink(copy.deepcopy(again.model), random_plan(again, share, seed=1))
     outputs_of(again.operations.runner(smaller), again.operations.call)
     return "ok"
 
@@ -243,6 +246,11 @@ def examine(
     row: dict[str, Any] = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
     row["build_s"] = time.perf_counter() - start
     dense, call = double(model), as_call(double(inputs))
+    try:
+        outputs_of(dense, call)
+    except RuntimeError:  # the forward itself makes tensors of float32
+        dense, call = copy.deepcopy(model), as_call(inputs)
+    row["dtype"] = str(next(dense.parameters()).dtype).removeprefix("torch.")
     start = time.perf_counter()
     cpd.comb(nn.Linear(2, 2), torch.zeros(1, 2))  # the first export of a process imports torch's compiler
     row["import_s"] = time.perf_counter() - start
@@ -272,7 +280,7 @@ def examine(
 
     def second() -> Comb:
         if not again:
-            again.append(cpd.comb(double(small), call))
+            again.append(cpd.comb(copy.deepcopy(small).to(next(dense.parameters()).dtype), call))
         return again[0]
 
     call32 = as_call(inputs)
@@ -281,7 +289,7 @@ def examine(
         "shapes": lambda: check_shapes(dense, comb, plan, second()),
         "class": lambda: check_class(model, small),
         "onnx": lambda: check_onnx(model, small, call32),
-        "again": lambda: check_again(double(small), comb, plan, second(), share),
+        "again": lambda: check_again(comb, plan, second(), share),
         "train": lambda: check_train(small, call32, comb),
         "reload": lambda: check_reload(name, small, plan, call32),
     }

@@ -57,8 +57,9 @@ class Exactness:
         self.ctx = ctx
         self.dirty: dict[Node, set[Axis]] = {}
         self.inexact: dict[Axis, str] = {}
+        live = _live(ctx.graph.nodes)
         for node in ctx.graph.nodes:
-            if node.op == "call_function":
+            if node.op == "call_function" and node in live:
                 self.dirty[node] = self._visit(node)
             else:
                 self.dirty[node] = set()
@@ -98,7 +99,8 @@ class Exactness:
         if name in REDUCTIONS or name in SUMS:
             shape = self.ctx.shape(inputs[0])
             reduced = [shape[index] for index in reduced_dims(bound.get("dim"), len(shape))]
-            self._mark(reduced, node, unless_zero_in=inputs if name in SUMS else ())
+            negative = any(isinstance(bound.get(key), (int, float)) and bound[key] < 0 for key in ("ord", "p"))
+            self._mark(reduced, node, unless_zero_in=inputs if name in SUMS and not negative else ())
             return own if name == "logsumexp" else own & self.dirty[inputs[0]]
         if name in ZERO_PRESERVING:
             sources = [s for s in node.all_input_nodes if s in self.dirty]
@@ -146,8 +148,19 @@ class Exactness:
         return (own - clean) if name != "batch_norm" or along else own & self.dirty[source]
 
 
+def _live(nodes: list[Node]) -> set[Node]:
+    """The nodes that the output depends on."""
+    live: set[Node] = set()
+    for node in reversed(nodes):
+        if node.op == "output" or any(user in live for user in node.users):
+            live.add(node)
+    return live
+
+
 def _shifts(name: str, bound: dict[str, Any]) -> bool:
     """Whether an op gives a number other than zero where all its tensors are zero: `x + 1`, a padding with ones."""
+    if name == "hardtanh":
+        return not bound["min_val"] <= 0 <= bound["max_val"]
     argument = {"add": "other", "sub": "other", "masked_fill": "value", "pad": "value", "constant_pad_nd": "value"}
     number = bound.get(argument.get(name, ""))
     return isinstance(number, (int, float)) and number != 0

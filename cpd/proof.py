@@ -17,6 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -38,11 +39,18 @@ Counts: TypeAlias = Mapping[Axis, int]
 Observe: TypeAlias = Callable[[Counts, Mapping["Place", Dim]], Observation]
 
 #: Narrower copies tried; random widths make a coincidence of widths in all of them unlikely.
-DRAWS = 3
-#: Random widths drawn to find some that the ties allow, and how deep they may cut.
-TRIES, DEPTHS = 16, (0.125, 0.25, 0.5)
+DRAWS = 4
+#: Copies on which an attribute or a tie must hold beyond the one that suggested it.
+CONFIRMATIONS = 2
+#: Copies traced at most to tell the formulas of a constant apart.
+MAX_TRACES = 4
+#: Random widths drawn to find some that the ties allow, the share of the axes in question that must be narrower for a
+#: draw to be taken at once, and how deep a draw may cut.
+TRIES, ENOUGH, DEPTHS = 64, 0.5, (0.125, 0.25, 0.5)
 #: Modules inside the calling one whose attributes are tried.
 MAX_INNER = 16
+#: Ties tried where a forward checks a width and refuses.
+MAX_PAIRS = 32
 #: Other widths tried where a copy fails and no integer tells why.
 RETRIES = 4
 #: Remedies tried in a row before everything still open is frozen.
@@ -70,7 +78,7 @@ class Proof:
     formulas: dict[tuple[Node, str], list[Scale]] = field(default_factory=dict)
     places: dict[Literal, frozenset[Place]] = field(default_factory=dict)
     seen: list[tuple[Counts, dict[tuple[Node, str], tuple[float, float]]]] = field(default_factory=list)
-    seed: int = 0
+    rng: random.Random = field(default_factory=lambda: random.Random(0))
 
     @property
     def scales(self) -> list[Scale]:
@@ -83,10 +91,9 @@ class Proof:
         traced = skeleton(self.model, {}, meta=True)
         trace_integers(traced)
         self.places = replay(self.ctx, traced, {}, meta=True).places
-        rng = random.Random(self.seed)
         while True:
-            self._settle(self._replay, rng, DRAWS)
-            if self._settle(self._export, rng, 1):
+            self._settle(self._replay, DRAWS)
+            if self._settle(self._export, 1):
                 return
 
     # ------------------------------------------------------------ observing
@@ -96,19 +103,21 @@ class Proof:
         found = [axis for dims in self.dims.values() for dim in dims for axis in axes.leaves(dim)]
         return [axis for axis in dict.fromkeys(found) if axis.frozen is None and axis.size > 1]
 
-    def draw(self, rng: random.Random, unproven: Collection[Axis] = ()) -> dict[Axis, int]:
+    def draw(self, unproven: Collection[Axis] = ()) -> dict[Axis, int]:
         """Random widths that the ties allow; of several such, the one that narrows most of `unproven`."""
         found = self.open_axes()
         best: dict[Axis, int] = {}
         for trial in range(TRIES if self.ctx.ties else 1):
-            depth = rng.choice(DEPTHS)
-            wanted = {axis: axis.size - rng.randint(1, max(1, int(axis.size * depth))) for axis in found}
+            depth = self.rng.choice(DEPTHS)
+            wanted = {axis: axis.size - _cut(self.rng, axis.size, depth) for axis in found}
             if trial % 2:  # alike axes alike: what ties many layers to one width is met more often
                 alike = {axis.size: kept for axis, kept in wanted.items()}
                 wanted = {axis: alike[axis.size] for axis in found}
             counts = ties.repair(wanted, self.ctx.ties)
             if not best or len(moved(counts, unproven)) > len(moved(best, unproven)):
                 best = counts
+            if trial >= 1 and len(moved(best, unproven)) >= ENOUGH * len(unproven):
+                break
         return best
 
     def narrow(self, counts: Counts, extra: Mapping[Place, Dim], *, meta: bool = False) -> nn.Module:
@@ -198,7 +207,7 @@ class Proof:
 
     # ------------------------------------------------------------ repairing
 
-    def _settle(self, observe: Observe, rng: random.Random, draws: int) -> bool:
+    def _settle(self, observe: Observe, draws: int) -> bool:
         """Observe random widths, at least `draws` times and each open axis narrowed once; repair what differs.
 
         Returns:
@@ -206,8 +215,12 @@ class Proof:
         """
         clean, done, unproven = True, 0, set(self.open_axes())
         for _ in range(MAX_ROUNDS):
-            counts = self.draw(rng, unproven)
-            if done >= draws and not moved(counts, unproven):
+            counts = self.draw(unproven)
+            if (
+                done >= draws
+                and not moved(counts, unproven)
+                and not (observe == self._export and self._ambiguous(done))
+            ):
                 for axis in unproven:
                     axis.frozen = "the ties that it takes part in leave no narrower width"
                 return clean
@@ -224,18 +237,24 @@ class Proof:
                 if wrong := self._replay(counts, {}).wrong(counts):
                     observe = self._replay
                 else:
-                    counts = self.draw(rng, unproven)
+                    counts = self.draw(unproven)
             if wrong:
                 wrong = self._try_attributes(observe, counts, wrong, self._followed)
-                wrong = self._try_ties(observe, rng, counts, wrong)
+                wrong = self._try_ties(observe, counts, wrong)
                 wrong = self._try_unfollowed(observe, counts, wrong)
                 self._freeze_literals(wrong)
-            elif len(self.open_axes()) == open_before and not self._try_attributes_checked(counts):
+            elif len(self.open_axes()) == open_before and not (
+                self._try_attributes_checked(counts) or self._try_ties_checked(counts)
+            ):
                 self._freeze_culprit(observation)
             unproven = set(self.open_axes())
         for axis in self.open_axes():
             axis.frozen = "the proof did not come to an end"
         return False
+
+    def _ambiguous(self, done: int) -> bool:
+        """Whether several formulas still explain a constant, and more copies may tell them apart."""
+        return done < MAX_TRACES and any(len(found) > 1 for found in self.formulas.values())
 
     def _try_attributes(
         self,
@@ -270,7 +289,14 @@ class Proof:
             observation = observe(counts, {place: dim for place, dim, _ in trial.values()})
             judged = [choice for choice in trial.values() if _judged(choice[2], observation)] or list(trial.values())
             tried.update((place, dim) for place, dim, _ in judged)
-            self.attributes.update({p: d for p, d, item in judged if observation.agrees(item, counts)})
+            adopted = {place: (dim, item) for place, dim, item in judged if observation.agrees(item, counts)}
+            self.attributes.update({place: dim for place, (dim, _) in adopted.items()})
+            for _ in range(CONFIRMATIONS if adopted else 0):
+                other = self.draw()
+                observation = self._replay(other, {})
+                for place, (_, item) in adopted.items():
+                    if item in observation.asked and not observation.agrees(item, other):
+                        self.attributes.pop(place, None)  # it had the right width by coincidence
             wrong = observe(counts, {}).wrong(counts)
 
     def _try_unfollowed(self, observe: Observe, counts: Counts, wrong: list[Literal]) -> list[Literal]:
@@ -331,9 +357,7 @@ class Proof:
         if observation.error is None:
             return False
         path = observation.culprit
-        nodes = [node for node in self.ctx.graph.operations if owners(node)[0] == path]
-        in_sight = widths_in_sight(self.ctx, nodes[0]) if nodes else []
-        moving = [dim for dim in in_sight if axes.count(dim, counts) != dim.size]
+        moving = [dim for dim in self._widths_of(path) if axes.count(dim, counts) != dim.size]
         while True:
             for dim in moving:
                 for place, value in integers(self.model, path):
@@ -346,6 +370,37 @@ class Proof:
                 return False
             path = path.rpartition(".")[0]
 
+    def _try_ties_checked(self, counts: Counts) -> bool:
+        """Where a forward checks a width and refuses: try ties between the widths that the checking module sees.
+
+        Returns:
+            Whether one of them let the forward get further, at several widths.
+        """
+        observation = self._replay(counts, {})
+        if observation.error is None:
+            return False
+        in_sight = [dim for dim in self._widths_of(observation.culprit) if _open(dim)]
+        pairs = [(left, right) for left, right in combinations(in_sight, 2) if left.size == right.size]
+        why = f"the forward checks a width [{observation.culprit or 'the model'}]"
+        for left, right in pairs[:MAX_PAIRS]:
+            tie = Tie(left, right, why)
+            self.ctx.ties.append(tie)
+            further = 0
+            for _ in range(1 + CONFIRMATIONS):
+                other = self.draw(tie.axes)
+                further += bool(moved(other, tie.axes)) and self._replay(other, {}).steps > observation.steps
+            if further > CONFIRMATIONS:
+                return True
+            self.ctx.ties.remove(tie)
+        return False
+
+    def _widths_of(self, path: str) -> list[Dim]:
+        """The removable dimensions of what a module sees, and of the parameters that it keeps itself."""
+        nodes = [node for node in self.ctx.graph.operations if owner(node) == path]
+        own = [shape for name, shape in self.dims.items() if name.rpartition(".")[0] == path]
+        kept = [axes.resolve(dim) for shape in own for dim in shape if any(True for _ in axes.leaves(dim))]
+        return list(dict.fromkeys([*(widths_in_sight(self.ctx, nodes[0]) if nodes else ()), *kept]))
+
     def _adopt_named_attributes(self) -> None:
         """Attributes that are named like an op's argument and hold its value, as in torch.nn, need no trial."""
         for item in self.ctx.literals:
@@ -355,7 +410,7 @@ class Proof:
                     if place.name == item.argument and index_fits and place.module == owners(item.node)[0]:
                         self.attributes.setdefault(place, dim)
 
-    def _try_ties(self, observe: Observe, rng: random.Random, counts: Counts, wrong: list[Literal]) -> list[Literal]:
+    def _try_ties(self, observe: Observe, counts: Counts, wrong: list[Literal]) -> list[Literal]:
         """Try, for each module that names a wrong width, one tie after the other.
 
         Returns:
@@ -374,7 +429,7 @@ class Proof:
                 return wrong
             confirmed = list(self.ctx.ties)
             self.ctx.ties = confirmed + [tie for tie, _ in trial.values()]
-            counts = self.draw(rng, {axis for tie, _ in trial.values() for axis in tie.axes})
+            counts = self.draw({axis for tie, _ in trial.values() for axis in tie.axes})
             observation = observe(counts, {})
             for tie, item in trial.values():
                 told = moved(counts, tie.axes) and _judged(item, observation)
@@ -382,7 +437,13 @@ class Proof:
                 if told and observation.agrees(item, counts):
                     confirmed.append(tie)
             self.ctx.ties = confirmed
-            counts = self.draw(rng, {axis for item in wrong for axis in axes.leaves(item.dim)})
+            for _ in range(CONFIRMATIONS):
+                other = self.draw({axis for tie, _ in trial.values() for axis in tie.axes})
+                observation = self._replay(other, {})
+                for tie, item in trial.values():
+                    if tie in self.ctx.ties and item in observation.asked and not observation.agrees(item, other):
+                        self.ctx.ties.remove(tie)  # the widths were equal by coincidence
+            counts = self.draw({axis for item in wrong for axis in axes.leaves(item.dim)})
             observation = observe(counts, {})
             wrong, asked = observation.wrong(counts), observation.asked
 
@@ -505,6 +566,11 @@ def _parts_of(dim: Dim) -> Iterator[Dim]:
     for part in (*factors, *(dim.segments if isinstance(dim, Concat) else ())):
         if part != dim and not isinstance(part, Fixed):
             yield from _parts_of(part)
+
+
+def _cut(rng: random.Random, size: int, depth: float) -> int:
+    """How many positions go: none, a few, or any number, so that no two widths are told alike for long."""
+    return rng.choice((0, rng.randint(1, max(1, int(size * depth))), rng.randint(1, size - 1)))
 
 
 def _open(dim: Dim) -> bool:

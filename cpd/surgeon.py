@@ -179,8 +179,8 @@ def _prelu(module: Any) -> None:
 
 
 def _attention(module: Any) -> None:
-    module.embed_dim = module.out_proj.weight.shape[0]
     fused = module.in_proj_weight is not None
+    module.embed_dim = (module.in_proj_weight if fused else module.q_proj_weight).shape[1]
     module.kdim, module.vdim = (
         module.embed_dim if fused else weight.shape[1] for weight in (module.k_proj_weight, module.v_proj_weight)
     )

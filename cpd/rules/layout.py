@@ -349,6 +349,9 @@ def ordered(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     shape = list(ctx.shape(args["self"]))
     axis = args["dim"] % len(shape)
     ctx.freeze(shape[axis], node, "positions are told apart by their order or index")
+    for source in tensor_inputs(node)[1:]:
+        for dim in ctx.shape(source):
+            ctx.freeze(dim, node, "used as an index")
     shape[axis] = Fixed(shape_of(node)[axis])
     return tuple(shape)
 
