@@ -52,7 +52,7 @@ MAX_INNER = 16
 #: Ties tried where a forward checks a width and refuses.
 MAX_PAIRS = 32
 #: Other widths tried where a copy fails and no integer tells why.
-RETRIES = 4
+RETRIES = 6
 #: Remedies tried in a row before everything still open is frozen.
 MAX_ROUNDS = 200
 
@@ -103,22 +103,32 @@ class Proof:
         found = [axis for dims in self.dims.values() for dim in dims for axis in axes.leaves(dim)]
         return [axis for axis in dict.fromkeys(found) if axis.frozen is None and axis.size > 1]
 
-    def draw(self, unproven: Collection[Axis] = ()) -> dict[Axis, int]:
-        """Random widths that the ties allow; of several such, the one that narrows most of `unproven`."""
+    def draw(self, unproven: Collection[Axis] = (), *, all_narrower: bool = False) -> dict[Axis, int]:
+        """Random widths that the ties allow; of several such, the one that narrows most of `unproven`.
+
+        Args:
+            unproven: the axes in question.
+            all_narrower: leave no axis whole, but for the ties.
+        """
         found = self.open_axes()
         best: dict[Axis, int] = {}
-        for trial in range(TRIES if self.ctx.ties else 1):
+        for trial in range(TRIES):
             depth = self.rng.choice(DEPTHS)
-            wanted = {axis: axis.size - _cut(self.rng, axis.size, depth) for axis in found}
+            wanted = {axis: axis.size - _cut(self.rng, axis.size, depth, int(all_narrower)) for axis in found}
             if trial % 2:  # alike axes alike: what ties many layers to one width is met more often
                 alike = {axis.size: kept for axis, kept in wanted.items()}
                 wanted = {axis: alike[axis.size] for axis in found}
             counts = ties.repair(wanted, self.ctx.ties)
             if not best or len(moved(counts, unproven)) > len(moved(best, unproven)):
                 best = counts
-            if trial >= 1 and len(moved(best, unproven)) >= ENOUGH * len(unproven):
+            if len(moved(best, unproven)) >= ENOUGH * len(unproven):
                 break
         return best
+
+    def draw_alike(self) -> dict[Axis, int]:
+        """The same share of every axis, which passes most checks of a forward (that a width divides by another)."""
+        share = self.rng.choice((0.5, 0.75, 0.625, 0.875))
+        return ties.repair({axis: max(1, round(axis.size * share)) for axis in self.open_axes()}, self.ctx.ties)
 
     def narrow(self, counts: Counts, extra: Mapping[Place, Dim], *, meta: bool = False) -> nn.Module:
         """A copy of the model with these widths, its attributes set, without values."""
@@ -215,7 +225,7 @@ class Proof:
         """
         clean, done, unproven = True, 0, set(self.open_axes())
         for _ in range(MAX_ROUNDS):
-            counts = self.draw(unproven)
+            counts = self.draw(unproven, all_narrower=not done)
             if (
                 done >= draws
                 and not moved(counts, unproven)
@@ -237,12 +247,14 @@ class Proof:
                 if wrong := self._replay(counts, {}).wrong(counts):
                     observe = self._replay
                 else:
-                    counts = self.draw(unproven)
+                    counts = self.draw_alike()
             if wrong:
+                first = set(wrong)
                 wrong = self._try_attributes(observe, counts, wrong, self._followed)
                 wrong = self._try_ties(observe, counts, wrong)
-                wrong = self._try_unfollowed(observe, counts, wrong)
-                self._freeze_literals(wrong)
+                if wrong := [item for item in wrong if item in first]:  # what other widths brought up has its own turn
+                    wrong = self._try_unfollowed(observe, counts, wrong)
+                    self._freeze_literals([item for item in wrong if item in first])
             elif len(self.open_axes()) == open_before and not (
                 self._try_attributes_checked(counts) or self._try_ties_checked(counts)
             ):
@@ -253,8 +265,10 @@ class Proof:
         return False
 
     def _ambiguous(self, done: int) -> bool:
-        """Whether several formulas still explain a constant, and more copies may tell them apart."""
-        return done < MAX_TRACES and any(len(found) > 1 for found in self.formulas.values())
+        """Whether formulas that differ at other widths still explain one constant, and more copies may tell."""
+        several = [found for found in self.formulas.values() if len(found) > 1]
+        others = [self.draw() for _ in range(MAX_ROUNDS // 10 if several and done < MAX_TRACES else 0)]
+        return any(len({round(scale.change(other), 9) for scale in found}) > 1 for found in several for other in others)
 
     def _try_attributes(
         self,
@@ -353,22 +367,24 @@ class Proof:
         Returns:
             Whether one of them let the forward get further.
         """
-        observation = self._replay(counts, {})
-        if observation.error is None:
-            return False
-        path = observation.culprit
-        moving = [dim for dim in self._widths_of(path) if axes.count(dim, counts) != dim.size]
-        while True:
-            for dim in moving:
-                for place, value in integers(self.model, path):
-                    if value == dim.size and place not in self.attributes:
-                        trial = self._replay(counts, {place: dim})
-                        if trial.steps > observation.steps:
-                            self.attributes[place] = dim
-                            return True
-            if not path:
-                return False
-            path = path.rpartition(".")[0]
+        for _ in range(RETRIES):
+            observation = self._replay(counts, {})
+            path, open_end = observation.culprit, observation.error is not None
+            while open_end:
+                for place, dim in self._checked_candidates(observation.culprit, path, counts):
+                    if self._replay(counts, {place: dim}).steps > observation.steps:
+                        self.attributes[place] = dim
+                        return True
+                open_end, path = bool(path), path.rpartition(".")[0]
+            counts = self.draw()
+        return False
+
+    def _checked_candidates(self, culprit: str, path: str, counts: Counts) -> Iterator[tuple[Place, Dim]]:
+        """Integers of the module at `path`, each with the narrower widths that the module `culprit` sees."""
+        for dim in self._widths_of(culprit):
+            for place, value in integers(self.model, path):
+                if value == dim.size != axes.count(dim, counts) and place not in self.attributes:
+                    yield place, dim
 
     def _try_ties_checked(self, counts: Counts) -> bool:
         """Where a forward checks a width and refuses: try ties between the widths that the checking module sees.
@@ -395,11 +411,12 @@ class Proof:
         return False
 
     def _widths_of(self, path: str) -> list[Dim]:
-        """The removable dimensions of what a module sees, and of the parameters that it keeps itself."""
+        """The removable dimensions, and parts of them, of what a module sees and of the parameters that it keeps."""
         nodes = [node for node in self.ctx.graph.operations if owner(node) == path]
         own = [shape for name, shape in self.dims.items() if name.rpartition(".")[0] == path]
         kept = [axes.resolve(dim) for shape in own for dim in shape if any(True for _ in axes.leaves(dim))]
-        return list(dict.fromkeys([*(widths_in_sight(self.ctx, nodes[0]) if nodes else ()), *kept]))
+        whole = [*(widths_in_sight(self.ctx, nodes[0]) if nodes else ()), *kept]
+        return list(dict.fromkeys(part for dim in whole for part in _parts_of(dim)))
 
     def _adopt_named_attributes(self) -> None:
         """Attributes that are named like an op's argument and hold its value, as in torch.nn, need no trial."""
@@ -568,9 +585,9 @@ def _parts_of(dim: Dim) -> Iterator[Dim]:
             yield from _parts_of(part)
 
 
-def _cut(rng: random.Random, size: int, depth: float) -> int:
-    """How many positions go: none, a few, or any number, so that no two widths are told alike for long."""
-    return rng.choice((0, rng.randint(1, max(1, int(size * depth))), rng.randint(1, size - 1)))
+def _cut(rng: random.Random, size: int, depth: float, least: int) -> int:
+    """How many positions go: `least`, a few, or any number, so that no two widths are taken for one for long."""
+    return rng.choice((least, rng.randint(1, max(1, int(size * depth))), rng.randint(1, size - 1)))
 
 
 def _open(dim: Dim) -> bool:

@@ -151,6 +151,8 @@ class _Recorder(TorchFunctionMode):
         self.observation.steps += 1
         if func is Tensor.__getitem__:
             return func(args[0], self._sliced(args[1]))
+        if func is Tensor.__setitem__:
+            return func(args[0], self._sliced(args[1]), args[2])
         name, read = READERS.get(getattr(func, "__name__", ""), ("", None))
         queue = self.expected.get((self.path[-1], name)) if read is not None else None
         if read is None and isinstance(func, FunctionType) and func.__globals__ is vars(F):
@@ -173,7 +175,7 @@ class _Recorder(TorchFunctionMode):
         return self.observation.agrees(item, self.counts)
 
     def _sliced(self, index: Any) -> Any:
-        """The index of `x[index]`, each bound of its slices as predicted."""
+        """The index of `x[index]`, read or written to, each bound of its slices as predicted."""
         items = list(index) if isinstance(index, tuple) else [index]
         for position, item in enumerate(items):
             queue = self.expected.get((self.path[-1], "slice"))

@@ -86,9 +86,9 @@ def test_a_width_computed_from_another_is_a_tie() -> None:
 @pytest.mark.parametrize(
     "width",
     [
-        *(pytest.param(width, marks=pytest.mark.xfail(strict=True, reason=ALIKE)) for width in (2, 3, 4)),
+        *((width) for width in (2, 3, 4)),
         6,
-        pytest.param(8, marks=pytest.mark.xfail(strict=True, reason=WRONG_SCALE)),
+        (8),
     ],
 )
 def test_a_width_kept_in_an_attribute_is_tied_to_others_that_it_names(width: int) -> None:
@@ -320,9 +320,9 @@ class Residual(nn.Module):
     ("width", "heads"),
     [
         (16, 4),
-        pytest.param(8, 4, marks=pytest.mark.xfail(strict=True, reason=RARE_DRAW)),
-        pytest.param(16, 2, marks=pytest.mark.xfail(strict=True, reason=RARE_DRAW)),
-        pytest.param(12, 3, marks=pytest.mark.xfail(strict=True, reason=SURE_CHECKS)),
+        (8, 4),
+        (16, 2),
+        (12, 3),
     ],
 )
 def test_attention_is_open_at_any_number_of_heads(width: int, heads: int) -> None:
@@ -330,7 +330,6 @@ def test_attention_is_open_at_any_number_of_heads(width: int, heads: int) -> Non
     assert sorted(sizes(combed).values()) == sorted([heads, width // heads, width])
 
 
-@pytest.mark.xfail(strict=True, reason=WRONG_SCALE)
 def test_the_scale_of_attention_follows_the_width_of_a_head() -> None:
     """With as many heads as a head is wide, head_dim ** -0.5 is also width ** -0.25: until they are told apart."""
     combed = checked(Residual(16, 4, weights=True), TOKENS)
@@ -339,7 +338,6 @@ def test_the_scale_of_attention_follows_the_width_of_a_head() -> None:
     assert not combed.plan({"a": range(12), "attn.in_proj_weight#2": [0, 1, 2]}).rescales
 
 
-@pytest.mark.xfail(strict=True, reason=WRONG_WIDTH)
 @pytest.mark.parametrize("keep", [{"attn.out_proj": [0, 1, 2]}, {"a": [0, 1, 2, 3], "attn.in_proj_weight#2": [1]}])
 def test_attention_may_read_and_give_different_widths(keep: dict) -> None:
     model = dense(attention(batch_first=True))
@@ -367,14 +365,13 @@ def test_self_attention(weights: bool, bias: bool, batch_first: bool) -> None:
         assert shrunk.a.out_features == heads * width < 8
 
 
-@pytest.mark.parametrize("weights", [False, pytest.param(True, marks=pytest.mark.xfail(strict=True, reason=DEAD_CODE))])
+@pytest.mark.parametrize("weights", [False, (True)])
 def test_attention_is_exact(weights: bool) -> None:
     combed = cpd.comb(dense(attention(weights=weights)), TOKENS)
     assert len(combed.open) == 4
     assert all(item.exact for item in combed.open)
 
 
-@pytest.mark.xfail(strict=True, reason=CHECKED_TIE)
 @pytest.mark.parametrize(("weights", "batch_first"), [(False, True), (True, False)])
 def test_cross_attention_with_other_widths_of_keys_and_values(weights: bool, batch_first: bool) -> None:
     def forward(self: Sketch, x: Tensor, y: Tensor) -> Tensor:
@@ -402,8 +399,8 @@ def test_cross_attention_with_other_widths_of_keys_and_values(weights: bool, bat
 @pytest.mark.parametrize(
     "heads",
     [
-        pytest.param(2, marks=pytest.mark.xfail(strict=True, reason=RARE_DRAW)),
-        pytest.param(4, marks=pytest.mark.xfail(strict=True, reason=SURE_CHECKS)),
+        (2),
+        (4),
     ],
 )
 def test_an_encoder_layer(heads: int, batch_first: bool, norm_first: bool) -> None:
