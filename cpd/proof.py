@@ -52,7 +52,7 @@ MAX_INNER = 16
 #: Ties tried where a forward checks a width and refuses.
 MAX_PAIRS = 32
 #: Other widths tried where a copy fails and no integer tells why.
-RETRIES = 6
+RETRIES = 8
 #: Remedies tried in a row before everything still open is frozen.
 MAX_ROUNDS = 200
 
@@ -88,6 +88,7 @@ class Proof:
     def run(self) -> None:
         """Repair or freeze until narrower copies behave as predicted, each open axis among those narrowed."""
         self._adopt_named_attributes()
+        self._adopt_attention()
         traced = skeleton(self.model, {}, meta=True)
         trace_integers(traced)
         self.places = replay(self.ctx, traced, {}, meta=True).places
@@ -126,9 +127,20 @@ class Proof:
         return best
 
     def draw_alike(self) -> dict[Axis, int]:
-        """The same share of every axis, which passes most checks of a forward (that a width divides by another)."""
-        share = self.rng.choice((0.5, 0.75, 0.625, 0.875))
-        return ties.repair({axis: max(1, round(axis.size * share)) for axis in self.open_axes()}, self.ctx.ties)
+        """The same share of every width, which passes most checks of a forward: that one divides or equals another.
+
+        Half of the times, only the larger factor of heads x head_dim is narrowed.
+        """
+        whole: set[Axis] = set()
+        for dim in map(axes.resolve, (dim for dims in self.dims.values() for dim in dims)):
+            factors = [factor for factor in axes.factors_of(dim) if isinstance(factor, Axis)]
+            whole.update(sorted(factors, key=lambda axis: axis.size)[:-1])
+        share, inner_only = self.rng.choice((0.5, 0.75, 0.625, 0.875)), self.rng.random() < 0.5
+        kept = {
+            axis: axis.size if inner_only and axis in whole else max(1, round(axis.size * share))
+            for axis in self.open_axes()
+        }
+        return ties.repair(kept, self.ctx.ties)
 
     def narrow(self, counts: Counts, extra: Mapping[Place, Dim], *, meta: bool = False) -> nn.Module:
         """A copy of the model with these widths, its attributes set, without values."""
@@ -385,6 +397,21 @@ class Proof:
             for place, value in integers(self.model, path):
                 if value == dim.size != axes.count(dim, counts) and place not in self.attributes:
                     yield place, dim
+
+    def _adopt_attention(self) -> None:
+        """What `torch.nn.MultiheadAttention` checks in its forward: heads x head_dim is as wide as its embedding."""
+        for path, module in self.model.named_modules():
+            if not isinstance(module, nn.MultiheadAttention) or f"{path}.out_proj.weight" not in self.dims:
+                continue
+            fused = module.in_proj_weight is not None
+            embedding = self.dims[f"{path}.{'in_proj_weight' if fused else 'q_proj_weight'}"][1]
+            inner = axes.resolve(self.dims[f"{path}.out_proj.weight"][1])
+            for width in (inner, *(() if fused else (self.dims[f"{path}.q_proj_weight"][0],))):
+                why = f"heads x head_dim is the embedding of a MultiheadAttention [{path}]"
+                self.ctx.ties.append(Tie(axes.resolve(width), axes.resolve(embedding), why))
+            heads = axes.factors_of(inner)[:1]
+            if heads and heads[0].size == module.num_heads:
+                self.attributes[Place(path, "num_heads")] = heads[0]
 
     def _try_ties_checked(self, counts: Counts) -> bool:
         """Where a forward checks a width and refuses: try ties between the widths that the checking module sees.
