@@ -25,7 +25,7 @@ from torch.fx import Node
 
 from cpd import axes, ties
 from cpd.axes import Axis, Concat, Dim, Fixed
-from cpd.constants import Scale, find_scales, formulas, scalars, widths_in_sight
+from cpd.constants import POWERS, Scale, find_scales, formulas, scalars, widths_in_sight
 from cpd.errors import CPDError
 from cpd.plan import Attribute
 from cpd.provenance import Place, integers, trace_integers
@@ -43,7 +43,9 @@ DRAWS = 4
 #: Copies on which an attribute or a tie must hold beyond the one that suggested it.
 CONFIRMATIONS = 2
 #: Copies traced at most to tell the formulas of a constant apart.
-MAX_TRACES = 4
+MAX_TRACES = 8
+#: Widths drawn to find some that tell formulas apart.
+TELLING = 20
 #: Random widths drawn to find some that the ties allow, the share of the axes in question that must be narrower for a
 #: draw to be taken at once, and how deep a draw may cut.
 TRIES, ENOUGH, DEPTHS = 64, 0.5, (0.125, 0.25, 0.5)
@@ -83,7 +85,11 @@ class Proof:
     @property
     def scales(self) -> list[Scale]:
         """The formula of each constant that depends on a width: the simplest of those that explain it."""
-        return [min(found, key=lambda scale: len(list(axes.leaves(scale.dim)))) for found in self.formulas.values()]
+
+        def simplicity(scale: Scale) -> tuple[int, int]:
+            return len(list(axes.leaves(scale.dim))), POWERS.index(scale.power)
+
+        return [min(found, key=simplicity) for found in self.formulas.values()]
 
     def run(self) -> None:
         """Repair or freeze until narrower copies behave as predicted, each open axis among those narrowed."""
@@ -237,15 +243,14 @@ class Proof:
         """
         clean, done, unproven = True, 0, set(self.open_axes())
         for _ in range(MAX_ROUNDS):
-            counts = self.draw(unproven, all_narrower=not done)
-            if (
-                done >= draws
-                and not moved(counts, unproven)
-                and not (observe == self._export and self._ambiguous(done))
-            ):
-                for axis in unproven:
-                    axis.frozen = "the ties that it takes part in leave no narrower width"
-                return clean
+            counts: Counts = self.draw(unproven, all_narrower=not done)
+            if done >= draws and not moved(counts, unproven):
+                telling = self._telling_widths() if observe == self._export and done < MAX_TRACES else None
+                if telling is None:
+                    for axis in unproven:
+                        axis.frozen = "the ties that it takes part in leave no narrower width"
+                    return clean
+                counts = telling
             open_before = len(self.open_axes())
             observation = observe(counts, {})
             wrong = observation.wrong(counts)
@@ -276,11 +281,15 @@ class Proof:
             axis.frozen = "the proof did not come to an end"
         return False
 
-    def _ambiguous(self, done: int) -> bool:
-        """Whether formulas that differ at other widths still explain one constant, and more copies may tell."""
+    def _telling_widths(self) -> Counts | None:
+        """Widths at which formulas that explain one constant so far differ most; None where they never do."""
+
+        def kinds(counts: Counts) -> int:
+            return sum(len({round(scale.change(counts), 9) for scale in found}) - 1 for found in several)
+
         several = [found for found in self.formulas.values() if len(found) > 1]
-        others = [self.draw() for _ in range(MAX_ROUNDS // 10 if several and done < MAX_TRACES else 0)]
-        return any(len({round(scale.change(other), 9) for scale in found}) > 1 for found in several for other in others)
+        best = max((self.draw() for _ in range(TELLING if several else 0)), key=kinds, default=None)
+        return best if best is not None and kinds(best) else None
 
     def _try_attributes(
         self,
