@@ -188,7 +188,7 @@ def _layer(group: Group) -> str:
 
 
 def check_train(small: nn.Module, call: Call, comb: Comb) -> str:
-    """One step of SGD in train mode at batch 3; of the parts alone, at batch 1, where the whole needs boxes to train."""
+    """One step of SGD in train mode at batch 3; of the parts alone, at batch 1, where the whole cannot be exported."""
     model = comb.operations.runner(copy.deepcopy(small)).train()
     if comb.operations.parts:
         call = Call(
