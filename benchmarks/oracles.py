@@ -247,7 +247,7 @@ def examine(
     row["build_s"] = time.perf_counter() - start
     dense, call = double(model), as_call(double(inputs))
     try:
-        outputs_of(dense, call)
+        outputs_of(copy.deepcopy(dense), call)
     except RuntimeError:  # the forward itself makes tensors of float32
         dense, call = copy.deepcopy(model), as_call(inputs)
     row["dtype"] = str(next(dense.parameters()).dtype).removeprefix("torch.")

@@ -238,6 +238,7 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
     ctx = Context(graph)
     tensors = _propagate(ctx, model)
     dims = {name: tensors[name] for name in named_tensors(model) if name in tensors}
+    _freeze_tables(ctx, dims, named_tensors(model))
     proof = Proof(model, ctx, dims)
     proof.formulas.update({(scale.node, "scale"): [scale] for scale in attention_scales(ctx)})
     proof.run()
@@ -282,6 +283,22 @@ def _propagate(ctx: Context, model: nn.Module) -> dict[str, tuple[Dim, ...]]:
         if shared in tensors:
             tensors[name] = tensors[shared]
     return tensors
+
+
+def _freeze_tables(ctx: Context, dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> None:
+    """Freeze what buffers alone give: like an input, it is no layer's to narrow (and a forward may compute it anew)."""
+    given: set[Axis] = set()
+    tables: dict[Axis, str] = {}
+    for name, shape in dims.items():
+        for index, dim in enumerate(shape):
+            for axis in axes.leaves(dim):
+                if not isinstance(tensors[name], nn.Parameter):
+                    tables.setdefault(axis, name)
+                elif (name, index) not in ctx.contracted:
+                    given.add(axis)
+    for axis, name in tables.items():
+        if axis not in given:
+            axes.freeze(axis, f"given by the buffer {name} alone")
 
 
 def _dims(value: Any) -> list[Dim]:

@@ -444,6 +444,24 @@ def test_a_number_that_no_formula_explains_freezes_its_width() -> None:
     assert "depends on this width [mul in the model, test_comb.py:" in frozen(combed)["a"]
 
 
+def test_features_that_a_buffer_alone_gives_are_frozen() -> None:
+    class Table(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("features", torch.randn(9, 4))
+            self.register_buffer("position", torch.randn(8, 1, 1))
+            self.a, self.inner, self.out = conv(3, 8), nn.Linear(4, 6), nn.Linear(6, 8)
+            self.last = conv(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            bias = self.out(self.inner(self.features)).mean(0)[:, None, None]
+            return self.last(self.a(x) + self.position + bias)
+
+    combed = comb(Table(), torch.randn(2, 3, 8, 8))
+    assert sizes(combed) == {"a": 8, "inner": 6}  # a buffer along channels that a layer gives goes with them
+    assert any("given by the buffer features alone" in reason for reason in frozen(combed).values())
+
+
 def test_flatten_before_a_linear_layer() -> None:
     combed = sketch(lambda self, x: self.out(self.a(x).flatten(1)), a=conv(3, 4), out=nn.Linear(256, 5))
     assert sizes(combed) == {"a": 4}
