@@ -85,9 +85,9 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             noise, leaf = torch.randn(tensor.shape, generator=g), name.rpartition(".")[2]
             if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
                 tensor.copy_(noise / max(1, tensor[0].numel()) ** 0.5)
-            elif "bias" in leaf or leaf == "running_mean":
+            elif leaf == "running_mean" or (isinstance(tensor, nn.Parameter) and "bias" in leaf):
                 tensor.copy_(0.3 * noise)
-            elif isinstance(tensor, nn.Parameter) or leaf == "running_var":
+            elif leaf == "running_var" or isinstance(tensor, nn.Parameter):
                 tensor.copy_(torch.rand(tensor.shape, generator=g) + 0.5)
     return model
 
