@@ -1,7 +1,7 @@
 """Comb and shrink every model of a library: `python benchmarks/coverage.py --library timm [--json runs/timm.json]`.
 
 Each model runs in a process of its own (`benchmarks/oracles.py`), under a time limit; the JSON file is written after
-each, and a run that is started again with the same file goes on where it ended.
+each, and a run that is started again with the same file goes on where it ended (what ended in an error runs again).
 
 | option | models |
 |---|---|
@@ -160,7 +160,7 @@ def cover(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]
     """Run every model that the JSON file does not hold yet."""
     rows: dict[str, dict[str, Any]] = {}
     if options.json and options.json.exists() and not options.again:
-        rows = {row["model"]: row for row in json.loads(options.json.read_text())}
+        rows = {row["model"]: row for row in json.loads(options.json.read_text()) if "error" not in row}
     todo = [name for name in names if name not in rows]
     columns = (SpinnerColumn(), TextColumn("{task.completed}/{task.total} {task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)
