@@ -83,6 +83,11 @@ def _one(position: int, name: str, default: int = 0) -> Callable[[tuple[Any, ...
     return read
 
 
+def _bounds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[int]:
+    """Start and length of `narrow(x, dim, start, length)`."""
+    return (*args[2:4], *(kwargs[name] for name in ("start", "length") if name in kwargs))
+
+
 #: Functions whose result is taken from the prediction: their kernels for tensors without values are slow.
 _PREDICTED = (
     "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d", "lstm", "gru", "rnn_tanh", "rnn_relu",
@@ -96,6 +101,7 @@ READERS: dict[str, tuple[str, Callable[[tuple[Any, ...], dict[str, Any]], Sequen
     "split": ("split", _one(1, "split_size_or_sections")),
     "split_with_sizes": ("split", _one(1, "split_sizes")),
     "pad": ("pad", _one(1, "pad")),
+    "narrow": ("narrow", _bounds),
     "layer_norm": ("layer_norm", _one(1, "normalized_shape")),
     "rms_norm": ("rms_norm", _one(1, "normalized_shape")),
     "group_norm": ("group_norm", _one(1, "num_groups")),

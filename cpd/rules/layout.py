@@ -256,13 +256,29 @@ def select(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return (*shape[:axis], *shape[axis + 1 :])
 
 
-@rule("slice", "narrow")
+@rule("narrow")
+def narrow(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """A run of positions: cut at its start and after its length, which the forward names."""
+    shape = ctx.shape(args["input"] if "input" in args else args["self"])
+    axis = args["dim"] % len(shape)
+    start, length = args["start"], args["length"]
+    if not isinstance(start, int) or start < 0:
+        ctx.freeze(shape[axis], node, "positions are picked by their index")
+        return (*shape[:axis], Fixed(length), *shape[axis + 1 :])
+    before, rest = axes.cut(shape[axis], start)
+    kept, _ = axes.cut(rest, length)
+    ctx.literal(node, "start", 0, before)
+    ctx.literal(node, "length", 1, kept)
+    return (*shape[:axis], axes.resolve(kept), *shape[axis + 1 :])
+
+
+@rule("slice")
 def slice_(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """A run of positions: cut at its start and end, which the forward names."""
     shape = ctx.shape(args["self"])
     axis = args["dim"] % len(shape)
     dim, size = shape[axis], shape_of(node)[axis]
-    if args.get("step", 1) != 1 or "length" in args:
+    if args.get("step", 1) != 1:
         ctx.freeze(dim, node, "positions are picked by their index")
         return (*shape[:axis], Fixed(size), *shape[axis + 1 :])
     start, end = args["start"] or 0, args["end"]
