@@ -155,6 +155,11 @@ def leaves(dim: Dim) -> Iterator[Axis]:
             yield from leaves(segment)
 
 
+def is_open(dim: Dim) -> bool:
+    """Whether something of `dim` may be removed."""
+    return any(axis.frozen is None for axis in leaves(dim))
+
+
 # ---------------------------------------------------------------- refining: freeze, bind, split, cut
 
 

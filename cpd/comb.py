@@ -116,8 +116,7 @@ class Comb:
         graph = self.operations.digraph()
         names = {group.axis: group.name for group in self.groups}
         for node in self.operations.nodes:
-            value = self.context.values.get(node, ())
-            found = [axis for dim in _dims(value) for axis in axes.leaves(dim)]
+            found = [axis for dim in self.context.dims_of(node) for axis in axes.leaves(dim)]
             label = self.operations.tensors.get(node.name, node.name)
             graph.nodes[label]["groups"] = list(dict.fromkeys(names[axis] for axis in found if axis in names))
         return graph
@@ -237,8 +236,9 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
     graph = trace(model, example_inputs)
     ctx = Context(graph)
     tensors = _propagate(ctx, model)
-    dims = {name: tensors[name] for name in named_tensors(model) if name in tensors}
-    _freeze_tables(ctx, dims, named_tensors(model))
+    named = named_tensors(model)
+    dims = {name: tensors[name] for name in named if name in tensors}
+    _freeze_tables(ctx, dims, named)
     proof = Proof(model, ctx, dims)
     proof.formulas.update({(scale.node, "scale"): [scale] for scale in attention_scales(ctx)})
     proof.run()
@@ -268,11 +268,11 @@ def _propagate(ctx: Context, model: nn.Module) -> dict[str, tuple[Dim, ...]]:
             ctx.values[node] = infer(ctx, node)
         elif node.op == "output":
             for source in node.all_input_nodes:
-                for dim in _dims(ctx.values[source]):
+                for dim in ctx.dims_of(source):
                     ctx.freeze(dim, source, "the model's output")
     own = {axis for dims in tensors.values() for dim in dims for axis in axes.leaves(dim)}
-    for value in ctx.values.values():
-        for dim in _dims(value):
+    for node in ctx.values:
+        for dim in ctx.dims_of(node):
             for axis in axes.leaves(dim):
                 if axis not in own:
                     axes.freeze(axis, "no parameter lies along it")
@@ -299,11 +299,6 @@ def _freeze_tables(ctx: Context, dims: Mapping[str, tuple[Dim, ...]], tensors: M
     for axis, name in tables.items():
         if axis not in given:
             axes.freeze(axis, f"given by the buffer {name} alone")
-
-
-def _dims(value: Any) -> list[Dim]:
-    shapes = value if isinstance(value, list) else [value]
-    return [dim for shape in shapes for dim in shape]
 
 
 def _groups(ctx: Context, dims: Mapping[str, tuple[Dim, ...]], inexact: Mapping[Axis, str]) -> tuple[Group, ...]:

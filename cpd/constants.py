@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch.fx import Node
 from cpd import axes
 from cpd.axes import Axis, Dim
 from cpd.rules import Context, arguments
-from cpd.tracer import OperationGraph, op_name, owners
+from cpd.tracer import op_name, owners
 
 #: Powers of a width that a forward may multiply or divide by.
 POWERS = (-0.5, 0.5, -1.0, 1.0, -0.25, 0.25)
@@ -102,7 +101,7 @@ def attention_scales(ctx: Context) -> Iterator[Scale]:
     for node in ctx.graph.operations:
         if op_name(node) == ATTENTION and arguments(node).get("scale") is None:
             dim = ctx.shape(node.args[0])[-1]  # type: ignore[arg-type]
-            if any(axis.frozen is None for axis in axes.leaves(dim)):
+            if axes.is_open(dim):
                 yield Scale(node, dim, -0.5, False, _attention_rows(ctx, node))
 
 
@@ -115,25 +114,26 @@ def _attention_rows(ctx: Context, node: Node) -> tuple[tuple[str, tuple[int, ...
 def widths_in_sight(ctx: Context, node: Node) -> list[Dim]:
     """The dimensions with an axis of every tensor that the node's module is given, passes on or computes."""
     found: list[Dim] = []
-    for source in tensors_in_sight(ctx.graph, owners(node)[0]):
+    for source in tensors_in_sight(ctx, owners(node)[0]):
         value = ctx.values.get(source)
         if isinstance(value, tuple):
             found.extend(dim for dim in map(axes.resolve, value) if any(True for _ in axes.leaves(dim)))
     return list(dict.fromkeys(found))
 
 
-@lru_cache(maxsize=512)
-def tensors_in_sight(graph: OperationGraph, module: str) -> tuple[Node, ...]:
+def tensors_in_sight(ctx: Context, module: str) -> tuple[Node, ...]:
     """The nodes whose results a module's forward sees: its inputs, what its submodules give, what it computes."""
+    if module in ctx.in_sight:
+        return ctx.in_sight[module]
     found: dict[Node, None] = {}
-    for node in graph.operations:
+    for node in ctx.graph.operations:
         place = _part_of(node, module)
         if place is None:
             continue
         if place == module:
             found[node] = None
         found.update(dict.fromkeys(source for source in node.all_input_nodes if _part_of(source, module) != place))
-    return tuple(found)
+    return ctx.in_sight.setdefault(module, tuple(found))
 
 
 def _part_of(node: Node, module: str) -> str | None:

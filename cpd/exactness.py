@@ -65,9 +65,8 @@ class Exactness:
                 self.dirty[node] = set()
 
     def _axes(self, node: Node) -> set[Axis]:
-        value = self.ctx.values.get(node, ())
-        shapes = value if isinstance(value, list) else [value]
-        return {axis for shape in shapes for dim in shape for axis in axes.leaves(dim) if axis.frozen is None}
+        dims = self.ctx.dims_of(node)
+        return {axis for dim in dims for axis in axes.leaves(dim) if axis.frozen is None}
 
     def _zero(self, node: Node, axis: Axis) -> bool:
         """Whether `node` is zero wherever a removed position of `axis` enters it."""

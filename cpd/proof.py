@@ -17,6 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations
 from typing import TypeAlias
 
@@ -69,7 +70,6 @@ class Proof:
         dims: the dimensions of every parameter and buffer.
         attributes: integers that must follow a width.
         formulas: for each constant that depends on a width, the formulas that explain it in every copy seen.
-        places: for each literal, where the integers are kept that it is computed from, as far as can be followed.
         seen: the widths of each copy that was exported, and the numbers of the unpruned model beside its own.
     """
 
@@ -78,7 +78,6 @@ class Proof:
     dims: dict[str, tuple[Dim, ...]]
     attributes: dict[Place, Dim] = field(default_factory=dict)
     formulas: dict[tuple[Node, str], list[Scale]] = field(default_factory=dict)
-    places: dict[Literal, frozenset[Place]] = field(default_factory=dict)
     seen: list[tuple[Counts, dict[tuple[Node, str], tuple[float, float]]]] = field(default_factory=list)
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
@@ -91,13 +90,17 @@ class Proof:
 
         return [min(found, key=simplicity) for found in self.formulas.values()]
 
+    @cached_property
+    def places(self) -> dict[Literal, frozenset[Place]]:
+        """For each literal, where the integers are kept that it is computed from, as far as can be followed."""
+        traced = skeleton(self.model, {}, meta=True)
+        trace_integers(traced)
+        return replay(self.ctx, traced, {}, meta=True).places
+
     def run(self) -> None:
         """Repair or freeze until narrower copies behave as predicted, each open axis among those narrowed."""
         self._adopt_named_attributes()
         self._adopt_attention()
-        traced = skeleton(self.model, {}, meta=True)
-        trace_integers(traced)
-        self.places = replay(self.ctx, traced, {}, meta=True).places
         while True:
             self._settle(self._replay, DRAWS)
             if self._settle(self._export, 1):
@@ -365,14 +368,9 @@ class Proof:
 
     def _widths_around(self, item: Literal) -> list[Dim]:
         """The literal's width, parts of it (`B * self.num_heads`, `self.dim * 3`), and those around (`dim - part`)."""
-        around = (dim for node in [*item.node.all_input_nodes, item.node] for dim in self._dims_of(node))
-        return list(dict.fromkeys([*_parts_of(item.dim), *around]))
-
-    def _dims_of(self, node: Node) -> Iterator[Dim]:
-        """The removable dimensions of a node's results."""
-        value = self.ctx.values.get(node, ())
-        for shape in value if isinstance(value, list) else [value]:
-            yield from (axes.resolve(dim) for dim in shape if any(True for _ in axes.leaves(dim)))
+        around = (dim for node in [*item.node.all_input_nodes, item.node] for dim in self.ctx.dims_of(node))
+        removable = (dim for dim in around if any(True for _ in axes.leaves(dim)))
+        return list(dict.fromkeys([*_parts_of(item.dim), *removable]))
 
     def _modules_around(self, node: Node) -> Iterator[str]:
         """The module that calls a node, those inside it (whose methods it may have called), those around it."""
@@ -431,7 +429,7 @@ class Proof:
         observation = self._replay(counts, {})
         if observation.error is None:
             return False
-        in_sight = [dim for dim in self._widths_of(observation.culprit) if _open(dim)]
+        in_sight = [dim for dim in self._widths_of(observation.culprit) if axes.is_open(dim)]
         pairs = [(left, right) for left, right in combinations(in_sight, 2) if left.size == right.size]
         why = f"the forward checks a width [{observation.culprit or 'the model'}]"
         for left, right in pairs[:MAX_PAIRS]:
@@ -512,7 +510,7 @@ class Proof:
         found: list[Tie] = []
         for block in blocks:
             for dim in in_sight:
-                if dim.size == block.size and dim != block and _open(dim) and _open(block):
+                if dim.size == block.size and dim != block and axes.is_open(dim) and axes.is_open(block):
                     found.append(Tie(block, dim, self.ctx.reason(item.node, "a width is computed from another")))
 
         def follows(tie: Tie) -> bool:
@@ -564,10 +562,8 @@ class Proof:
 
     def _freeze_node(self, node: Node, why: str, at: Node | None = None) -> None:
         for source in [node, *node.all_input_nodes]:
-            value = self.ctx.values.get(source)
-            for shape in value if isinstance(value, list) else [value or ()]:
-                for dim in shape:
-                    self.ctx.freeze(dim, at or node, why)
+            for dim in self.ctx.dims_of(source):
+                self.ctx.freeze(dim, at or node, why)
 
     def _freeze_number(self, key: tuple[Node, str], why: str) -> None:
         """Freeze the widths that explain a number; if none does, all that its module or one around it works on."""
@@ -624,10 +620,6 @@ def _parts_of(dim: Dim) -> Iterator[Dim]:
 def _cut(rng: random.Random, size: int, depth: float, least: int) -> int:
     """How many positions go: `least`, a few, or any number, so that no two widths are taken for one for long."""
     return rng.choice((least, rng.randint(1, max(1, int(size * depth))), rng.randint(1, size - 1)))
-
-
-def _open(dim: Dim) -> bool:
-    return any(axis.frozen is None for axis in axes.leaves(dim))
 
 
 def moved(counts: Counts, among: Iterable[Axis]) -> set[Axis]:

@@ -14,7 +14,20 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from zoo import comb, dense, group, images, names_of, random_plan, relative_error, snapshot, zeroed
+from zoo import (
+    comb,
+    conv,
+    dense,
+    frozen,
+    group,
+    images,
+    names_of,
+    random_plan,
+    relative_error,
+    sizes,
+    snapshot,
+    zeroed,
+)
 
 import cpd
 from cpd.comb import Comb
@@ -57,20 +70,6 @@ def checked(model: nn.Module, x: Tensor) -> Comb:
         with torch.no_grad():
             assert relative_error(shrunk(x), zeroed(model, plan)(x)) < 1e-9
     return combed
-
-
-def sizes(combed: Comb) -> dict[str, int]:
-    """Sizes of the groups that can be pruned."""
-    return {item.name: item.size for item in combed.open}
-
-
-def frozen(combed: Comb) -> dict[str, str]:
-    """Reasons of the groups that cannot."""
-    return {item.name: item.frozen for item in combed.groups if item.frozen is not None}
-
-
-def conv(inputs: int, outputs: int, size: int = 1, **options: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, size, padding=size // 2, **options)
 
 
 # ---------------------------------------------------------------- golden groups

@@ -10,9 +10,9 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_rules import MAP, TOKENS, Sketch, checked, conv, frozen, sizes, sketch
+from test_rules import MAP, TOKENS, Sketch, checked, sketch
 from torch import Tensor, nn
-from zoo import dense, group, random_plan
+from zoo import conv, dense, frozen, group, random_plan, sizes
 
 import cpd
 from cpd.comb import Comb

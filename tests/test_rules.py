@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo import comb, dense, group, random_plan, relative_error, zeroed
+from zoo import comb, conv, dense, frozen, group, random_plan, relative_error, sizes, zeroed
 
 from cpd.comb import Comb
 from cpd.oracle import masked_error
@@ -89,20 +89,6 @@ def sketch(function: Callable[..., Tensor], x: Tensor = MAP, **attributes: objec
 def between(mix: Callable[[Tensor], Tensor], outputs: int = 8, x: Tensor = MAP, **attributes: object) -> Comb:
     """The checked comb of an op between two convolutions, the first of 8 channels, the second reading `outputs`."""
     return sketch(lambda self, x: self.out(mix(self.a(x))), x, a=conv(3, 8), out=conv(outputs, 5), **attributes)
-
-
-def sizes(combed: Comb) -> dict[str, int]:
-    """Sizes of the groups that can be pruned."""
-    return {item.name: item.size for item in combed.open}
-
-
-def frozen(combed: Comb) -> dict[str, str]:
-    """Reasons of the groups that cannot."""
-    return {item.name: item.frozen for item in combed.groups if item.frozen is not None}
-
-
-def conv(inputs: int, outputs: int, size: int = 1, **options: int) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, size, padding=size // 2, **options)
 
 
 # ---------------------------------------------------------------- recurrent layers

@@ -44,7 +44,10 @@ class Literal:
 
 @dataclass
 class Context:
-    """State of one comb: the dimensions of every node so far, and the demands met on the way."""
+    """State of one comb: the dimensions of every node so far, and the demands met on the way.
+
+    `in_sight` keeps, for each module asked about, the nodes whose results its forward sees (`cpd.constants`).
+    """
 
     graph: OperationGraph
     values: dict[Node, Value] = field(default_factory=dict)
@@ -52,6 +55,12 @@ class Context:
     ties: list[Tie] = field(default_factory=list)
     contracted: set[tuple[str, int]] = field(default_factory=set)
     unknown: dict[str, str] = field(default_factory=dict)
+    in_sight: dict[str, tuple[Node, ...]] = field(default_factory=dict)
+
+    def dims_of(self, node: Node) -> list[Dim]:
+        """The dimensions of all tensors that a node gives, in normal form; none for a node not visited."""
+        value = self.values.get(node, ())
+        return [axes.resolve(dim) for shape in (value if isinstance(value, list) else [value]) for dim in shape]
 
     def shape(self, node: Node) -> Shape:
         """The dimensions of a node's tensor, in normal form."""
