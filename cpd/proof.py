@@ -47,9 +47,8 @@ CONFIRMATIONS = 2
 MAX_TRACES = 8
 #: Widths drawn to find some that tell formulas apart.
 TELLING = 20
-#: Random widths drawn to find some that the ties allow, the share of the axes in question that must be narrower for a
-#: draw to be taken at once, and how deep a draw may cut.
-TRIES, ENOUGH, DEPTHS = 64, 0.5, (0.125, 0.25, 0.5)
+#: Random widths drawn to find some that the ties allow, and how deep a draw may cut.
+TRIES, DEPTHS = 64, (0.125, 0.25, 0.5)
 #: Modules inside the calling one whose attributes are tried.
 MAX_INNER = 16
 #: Ties tried where a forward checks a width and refuses.
@@ -114,26 +113,30 @@ class Proof:
         return [axis for axis in dict.fromkeys(found) if axis.frozen is None and axis.size > 1]
 
     def draw(self, unproven: Collection[Axis] = (), *, all_narrower: bool = False) -> dict[Axis, int]:
-        """Random widths that the ties allow; of several such, the one that narrows most of `unproven`.
+        """Random widths that the ties allow; of several such for axes tied to each other, those that narrow most.
 
         Args:
             unproven: the axes in question.
             all_narrower: leave no axis whole, but for the ties.
         """
-        found = self.open_axes()
-        best: dict[Axis, int] = {}
+        unproven, counts = set(unproven), dict[Axis, int]()
+        blocks = ties.components(self.open_axes(), self.ctx.ties)
         for trial in range(TRIES):
-            depth = self.rng.choice(DEPTHS)
-            wanted = {axis: axis.size - _cut(self.rng, axis.size, depth, int(all_narrower)) for axis in found}
-            if trial % 2:  # alike axes alike: what ties many layers to one width is met more often
-                alike = {axis.size: kept for axis, kept in wanted.items()}
-                wanted = {axis: alike[axis.size] for axis in found}
-            counts = ties.repair(wanted, self.ctx.ties)
-            if not best or len(moved(counts, unproven)) > len(moved(best, unproven)):
-                best = counts
-            if len(moved(best, unproven)) >= ENOUGH * len(unproven):
+            depth, alike = self.rng.choice(DEPTHS), dict[int, int]()
+            pending = []
+            for found, among in blocks:
+                wanted = {axis: axis.size - _cut(self.rng, axis.size, depth, int(all_narrower)) for axis in found}
+                if trial % 2:  # alike axes alike: what ties many layers to one width is met more often
+                    wanted = {axis: alike.setdefault(axis.size, kept) for axis, kept in wanted.items()}
+                widths = ties.repair(wanted, among)
+                asked = unproven.intersection(found)
+                if trial == 0 or len(moved(widths, asked)) > len(moved(counts, asked)):
+                    counts.update(widths)
+                if moved(counts, asked) < asked:
+                    pending.append((found, among))
+            if not (blocks := pending):
                 break
-        return best
+        return counts
 
     def draw_alike(self) -> dict[Axis, int]:
         """The same share of every width, which passes most checks of a forward: that one divides or equals another.
@@ -171,7 +174,7 @@ class Proof:
 
     def _export(self, counts: Counts, extra: Mapping[Place, Dim]) -> Observation:
         """Export a narrower copy and compare it with the prediction node by node."""
-        observation = Observation()
+        observation = Observation(counts)
         model = self.narrow(counts, extra)
         graph = retrace_operations(model, self.ctx.graph)
         if graph is not None:
@@ -198,7 +201,7 @@ class Proof:
         for item in self.ctx.literals:
             value = arguments(twins[item.node])[item.argument]
             observation.asked[item] = int(value[item.index] if isinstance(value, (list, tuple)) else value)
-        if observation.wrong(counts):
+        if observation.wrong():
             return
         for node, twin in twins.items():
             value = self.ctx.values.get(node)
@@ -256,25 +259,19 @@ class Proof:
                 counts = telling
             open_before = len(self.open_axes())
             observation = observe(counts, {})
-            wrong = observation.wrong(counts)
-            if not wrong and observation.error is None:
+            if not observation.wrong() and observation.error is None:
                 done, unproven = done + 1, unproven - moved(counts, unproven)
                 continue
             clean, done = False, 0
-            for _ in range(RETRIES):  # widths that earlier draws had alike, or that were not reached
-                if wrong:
-                    break
-                if wrong := self._replay(counts, {}).wrong(counts):
-                    observe = self._replay
-                else:
-                    counts = self.draw_alike()
-            if wrong:
+            found = self._where_wrong(observation)
+            if wrong := found.wrong():
                 first = set(wrong)
-                wrong = self._try_attributes(observe, counts, wrong, self._followed)
-                wrong = self._try_ties(observe, counts, wrong)
-                if wrong := [item for item in wrong if item in first]:  # what other widths brought up has its own turn
-                    wrong = self._try_unfollowed(observe, counts, wrong)
-                    self._freeze_literals([item for item in wrong if item in first])
+                observe = observe if found is observation else self._replay
+                found = self._try_attributes(observe, found, self._followed)
+                found = self._try_ties(observe, found)
+                if first.intersection(found.wrong()):  # what other widths brought up has its own turn
+                    found = self._try_unfollowed(observe, found)
+                    self._freeze_literals([item for item in found.wrong() if item in first])
             elif len(self.open_axes()) == open_before and not (
                 self._try_attributes_checked(counts) or self._try_ties_checked(counts)
             ):
@@ -283,6 +280,19 @@ class Proof:
         for axis in self.open_axes():
             axis.frozen = "the proof did not come to an end"
         return False
+
+    def _where_wrong(self, observation: Observation) -> Observation:
+        """A run that ended in an error, or one like it which shows an integer that is not as predicted.
+
+        Earlier draws may have had widths alike by chance, or have ended before the place.
+        """
+        counts, found = observation.counts, observation
+        for _ in range(RETRIES):
+            if found.wrong():
+                return found
+            found = self._replay(counts, {})
+            counts = self.draw_alike()
+        return observation
 
     def _telling_widths(self) -> Counts | None:
         """Widths at which formulas that explain one constant so far differ most; None where they never do."""
@@ -295,27 +305,22 @@ class Proof:
         return best if best is not None and kinds(best) else None
 
     def _try_attributes(
-        self,
-        observe: Observe,
-        counts: Counts,
-        wrong: list[Literal],
-        candidates: Callable[[Literal], list[tuple[Place, Dim]]],
-    ) -> list[Literal]:
+        self, observe: Observe, seen: Observation, candidates: Callable[[Literal], list[tuple[Place, Dim]]]
+    ) -> Observation:
         """Try, for each width that a module names, one attribute after the other.
 
         Args:
             observe: runs a copy.
-            counts: the widths of the copies.
-            wrong: the literals that need an explanation.
+            seen: a run that shows the literals which need an explanation.
             candidates: for a literal, places of integers and the widths that they may have to follow.
 
         Returns:
-            The literals that no attribute explains.
+            A run with what was found; its wrong literals are those that no attribute explains.
         """
         tried: set[tuple[Place, Dim]] = set()
         while True:
             trial: dict[tuple[str, Dim], tuple[Place, Dim, Literal]] = {}
-            for item in wrong:
+            for item in seen.wrong():
                 key = (owners(item.node)[0], axes.resolve(item.dim))
                 busy = {other for other, _, _ in trial.values()} | set(self.attributes)
                 options = ((p, d) for p, d in candidates(item) if (p, d) not in tried and p not in busy)
@@ -323,26 +328,25 @@ class Proof:
                 if choice is not None:
                     trial.setdefault(key, (*choice, item))
             if not trial:
-                return wrong
-            observation = observe(counts, {place: dim for place, dim, _ in trial.values()})
-            judged = [choice for choice in trial.values() if _judged(choice[2], observation)] or list(trial.values())
+                return seen
+            found = observe(seen.counts, {place: dim for place, dim, _ in trial.values()})
+            judged = [choice for choice in trial.values() if _judged(choice[2], found)] or list(trial.values())
             tried.update((place, dim) for place, dim, _ in judged)
-            adopted = {place: (dim, item) for place, dim, item in judged if observation.agrees(item, counts)}
-            self.attributes.update({place: dim for place, (dim, _) in adopted.items()})
+            adopted = {place: item for place, _, item in judged if found.agrees(item)}
+            self.attributes.update({place: dim for place, dim, _ in judged if place in adopted})
             for _ in range(CONFIRMATIONS if adopted else 0):
-                other = self.draw()
-                observation = self._replay(other, {})
-                for place, (_, item) in adopted.items():
-                    if item in observation.asked and not observation.agrees(item, other):
+                found = self._replay(self.draw(_axes_of(seen.wrong())), {})
+                for place, item in adopted.items():
+                    if item in found.asked and not found.agrees(item):
                         self.attributes.pop(place, None)  # it had the right width by coincidence
-            wrong = observe(counts, {}).wrong(counts)
+            if adopted:
+                confirmed = observe == self._replay and self.attributes.keys() >= adopted.keys()
+                seen = found if confirmed else observe(seen.counts, {})
 
-    def _try_unfollowed(self, observe: Observe, counts: Counts, wrong: list[Literal]) -> list[Literal]:
+    def _try_unfollowed(self, observe: Observe, seen: Observation) -> Observation:
         """Try the integers around a literal that stays what it was at any width: it may have lost its origin."""
-        asked = observe(counts, {}).asked if wrong else {}
-        constant = [item for item in wrong if asked.get(item) == item.sign * item.dim.size]
-        left = self._try_attributes(observe, counts, constant, self._candidates) if constant else []
-        return [item for item in wrong if item not in constant or item in left]
+        constant = {item for item in seen.wrong() if seen.asked[item] == item.sign * item.dim.size}
+        return self._try_attributes(observe, seen, lambda item: self._candidates(item) if item in constant else [])
 
     def _followed(self, item: Literal) -> list[tuple[Place, Dim]]:
         """The integers that the literal was seen to be computed from, each with the widths that it is as large as."""
@@ -461,48 +465,45 @@ class Proof:
                     if place.name == item.argument and index_fits and place.module == owners(item.node)[0]:
                         self.attributes.setdefault(place, dim)
 
-    def _try_ties(self, observe: Observe, counts: Counts, wrong: list[Literal]) -> list[Literal]:
+    def _try_ties(self, observe: Observe, seen: Observation) -> Observation:
         """Try, for each module that names a wrong width, one tie after the other.
 
         Returns:
-            The literals that no tie explains.
+            A run with what was found; its wrong literals are those that no tie explains.
         """
         trials: Counter[tuple[Dim, Dim]] = Counter()
-        asked = observe(counts, {}).asked if wrong else {}
         while True:
             trial: dict[str, tuple[Tie, Literal]] = {}
-            for item in wrong:
-                candidates = self._tie_candidates(item, asked.get(item), counts)
+            for item in seen.wrong():
+                candidates = self._tie_candidates(item, seen)
                 tie = next((tie for tie in candidates if trials[tie.left, tie.right] < RETRIES), None)
                 if tie is not None:
                     trial.setdefault(owners(item.node)[0], (tie, item))
             if not trial:
-                return wrong
-            confirmed = list(self.ctx.ties)
-            self.ctx.ties = confirmed + [tie for tie, _ in trial.values()]
-            counts = self.draw({axis for tie, _ in trial.values() for axis in tie.axes})
-            observation = observe(counts, {})
+                return seen
+            tied, before = {axis for tie, _ in trial.values() for axis in tie.axes}, self.ctx.ties
+            self.ctx.ties = [*before, *(tie for tie, _ in trial.values())]
+            found, kept = observe(self.draw(tied), {}), []
             for tie, item in trial.values():
-                told = moved(counts, tie.axes) and _judged(item, observation)
+                told = moved(found.counts, tie.axes) and _judged(item, found)
                 trials[tie.left, tie.right] += RETRIES if told else 1
-                if told and observation.agrees(item, counts):
-                    confirmed.append(tie)
-            self.ctx.ties = confirmed
-            for _ in range(CONFIRMATIONS):
-                other = self.draw({axis for tie, _ in trial.values() for axis in tie.axes})
-                observation = self._replay(other, {})
-                for tie, item in trial.values():
-                    if tie in self.ctx.ties and item in observation.asked and not observation.agrees(item, other):
+                if told and found.agrees(item):
+                    kept.append((tie, item))
+            self.ctx.ties = [*before, *(tie for tie, _ in kept)]
+            for _ in range(CONFIRMATIONS if kept else 0):
+                found = self._replay(self.draw(tied | _axes_of(seen.wrong())), {})
+                for tie, item in kept:
+                    if tie in self.ctx.ties and item in found.asked and not found.agrees(item):
                         self.ctx.ties.remove(tie)  # the widths were equal by coincidence
-            counts = self.draw({axis for item in wrong for axis in axes.leaves(item.dim)})
-            observation = observe(counts, {})
-            wrong, asked = observation.wrong(counts), observation.asked
+            if kept:
+                seen = found if observe == self._replay else observe(self.draw(_axes_of(seen.wrong())), {})
 
-    def _tie_candidates(self, item: Literal, asked: int | None, counts: Counts) -> list[Tie]:
+    def _tie_candidates(self, item: Literal, seen: Observation) -> list[Tie]:
         """Dimensions in the same module as wide as the literal's, or as a run of its neighbours' product.
 
-        Those come first from whose width at `counts` the integer follows that the forward asked for.
+        Those come first from whose width the integer follows that the forward asked for.
         """
+        counts, asked = seen.counts, seen.asked.get(item)
         module = owners(item.node)[0]
         named = [axes.resolve(dim) for place, dim in self.attributes.items() if place.module == module]
         in_sight = list(dict.fromkeys([*named, *widths_in_sight(self.ctx, item.node)]))
@@ -597,6 +598,11 @@ class Proof:
 
 def _unexplained(item: Literal) -> str:
     return f"the forward names the width {item.dim.size}, and no attribute or other width explains it"
+
+
+def _axes_of(items: Iterable[Literal]) -> set[Axis]:
+    """Every axis of the widths that these literals name."""
+    return {axis for item in items for axis in axes.leaves(item.dim)}
 
 
 def _judged(item: Literal, observation: Observation) -> bool:

@@ -7,6 +7,7 @@ differs, and goes on with the predicted shape, so that one pass finds them all.
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections import defaultdict, deque
@@ -37,6 +38,7 @@ class Observation:
     """What a narrower copy asked for.
 
     Attributes:
+        counts: the width of each axis in the copy.
         asked: the integer passed for each literal that was reached.
         error: what ended the run early, if anything did.
         culprit: path of the module whose forward it ended in.
@@ -44,19 +46,20 @@ class Observation:
         places: for each literal whose integer a module keeps or computes from what it keeps, where it is kept.
     """
 
+    counts: Mapping[Axis, int]
     asked: dict[Literal, int] = field(default_factory=dict)
     error: Exception | None = None
     culprit: str = ""
     steps: int = 0
     places: dict[Literal, frozenset[Place]] = field(default_factory=dict)
 
-    def wrong(self, counts: Mapping[Axis, int]) -> list[Literal]:
+    def wrong(self) -> list[Literal]:
         """The literals whose integer is not the predicted width."""
-        return [item for item, value in self.asked.items() if value != predicted(item, counts)]
+        return [item for item in self.asked if not self.agrees(item)]
 
-    def agrees(self, item: Literal, counts: Mapping[Axis, int]) -> bool:
+    def agrees(self, item: Literal) -> bool:
         """Whether a literal was reached and is as predicted."""
-        return item in self.asked and self.asked[item] == predicted(item, counts)
+        return item in self.asked and self.asked[item] == predicted(item, self.counts)
 
 
 def predicted(item: Literal, counts: Mapping[Axis, int]) -> int:
@@ -123,6 +126,12 @@ READERS: dict[str, tuple[str, Callable[[tuple[Any, ...], dict[str, Any]], Sequen
 _ALIKE = {
     "batch_norm", "layer_norm", "relu", "relu_", "gelu", "silu", "silu_", "sigmoid", "softmax", "dropout", "hardswish",
 }  # fmt: skip
+#: The same, of a number or of another tensor of the same shape.
+_ELEMENTWISE = {
+    f"{before}{name}{after}" for name in ("add", "sub", "mul", "div", "truediv")
+    for before, after in (("", ""), ("", "_"), ("__r", "__"), ("__i", "__"))
+}  # fmt: skip
+_IN_PLACE = re.compile(r"[a-z]\w*[^_]_$|__i\w+__$")
 _SHARED_NAMES = {"split_with_sizes": "split", "constant_pad_nd": "pad"}
 
 
@@ -132,14 +141,13 @@ class _Recorder(TorchFunctionMode):
     def __init__(
         self,
         ctx: Context,
-        counts: Mapping[Axis, int],
         observation: Observation,
         path: list[str],
         device: torch.device,
     ) -> None:
         super().__init__()
         self.device = device
-        self.ctx, self.counts, self.observation, self.path = ctx, counts, observation, path
+        self.ctx, self.counts, self.observation, self.path = ctx, observation.counts, observation, path
         self.literals: dict[Node, list[Literal]] = defaultdict(list)
         for item in ctx.literals:
             self.literals[item.node].append(item)
@@ -165,20 +173,20 @@ class _Recorder(TorchFunctionMode):
             with self:
                 return _opened(func)(*args, **kwargs)
         if read is None or not queue:
-            quick = _without_kernel(func, args, kwargs)
-            return func(*args, **kwargs) if quick is None else quick
+            return _run(func, args, kwargs)
         node = queue.popleft()
         asked = read(args, kwargs)
         given = {item: asked[item.index] for item in self.literals[node] if item.index < len(asked)}
         wrong = [item for item in given if not self._note(item, given[item])]
-        trusted = wrong or name in _PREDICTED
-        return self._predict(node, [*args, *kwargs.values()]) if trusted else func(*args, **kwargs)
+        if wrong or name in _PREDICTED:
+            return self._predict(node, [*args, *kwargs.values()])
+        return _run(func, args, kwargs)
 
     def _note(self, item: Literal, asked: Any) -> bool:
         """Note what was asked for; tell whether it is as predicted."""
         self.observation.asked[item] = int(asked)
         self.observation.places[item] = places_of(asked)
-        return self.observation.agrees(item, self.counts)
+        return self.observation.agrees(item)
 
     def _sliced(self, index: Any) -> Any:
         """The index of `x[index]`, read or written to, each bound of its slices as predicted."""
@@ -205,20 +213,42 @@ class _Recorder(TorchFunctionMode):
         return tuple(made) if isinstance(value, list) else made[0]
 
 
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a function, or find its result, which has no values, without running its kernel."""
+    quick = _without_kernel(func, args, kwargs)
+    return func(*args, **kwargs) if quick is None else quick
+
+
 def _without_kernel(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The result of some functions, without values, found without running them; None where that is not plain."""
     name = getattr(func, "__name__", "")
     first = args[0] if args else kwargs.get("input")
-    if not isinstance(first, Tensor) or not first.is_floating_point():
-        return None
-    if name == "linear" and len(args) > 1 and args[1].dim() == 2 and first.shape[-1] == args[1].shape[1]:
-        return first.new_empty((*first.shape[:-1], args[1].shape[0]))
-    if name not in _ALIKE or kwargs.get("dtype") is not None:
+    if not isinstance(first, Tensor) or not first.is_floating_point() or kwargs.get("dtype") is not None:
         return None
     others = [arg for arg in (*args[1:], *kwargs.values()) if isinstance(arg, Tensor)]
-    width = first.shape[-1] if name == "layer_norm" else first.shape[1] if name == "batch_norm" else None
-    fits = all(other.dim() == 1 and other.shape[0] == width for other in others)
-    return first if name.endswith("_") else first.new_empty(first.shape) if fits else None
+    shape: tuple[int, ...] | None = None
+    if name == "linear" and others and others[0].dim() == 2 and first.shape[-1] == others[0].shape[1]:
+        shape = (*first.shape[:-1], others[0].shape[0])
+    elif name in ("matmul", "bmm") and first.dim() > 1 and _same(first, others[0], -2):
+        shape = (*first.shape[:-1], others[0].shape[-1]) if first.shape[-1] == others[0].shape[-2] else None
+    elif name == "scaled_dot_product_attention" and len(others) == 2 and "enable_gqa" not in kwargs:
+        key, value = others
+        fits = first.shape[-1] == key.shape[-1] and _same(first, key, -2) and _same(key, value, -1)
+        shape = (*first.shape[:-1], value.shape[-1]) if fits else None
+    elif name in _ELEMENTWISE and len(args) == 2 and not kwargs:
+        fits = _same(first, others[0], None) if others else isinstance(args[1], (int, float))
+        shape = tuple(first.shape) if fits and (not others or others[0].dtype == first.dtype) else None
+    elif name in _ALIKE:
+        width = first.shape[-1] if name == "layer_norm" else first.shape[1] if name == "batch_norm" else None
+        shape = tuple(first.shape) if all(tuple(other.shape) == (width,) for other in others) else None
+    if shape is None:
+        return None
+    return first if _IN_PLACE.match(name) else first.new_empty(shape)
+
+
+def _same(left: Tensor, right: Tensor, end: int | None) -> bool:
+    """Whether two tensors have the same shape up to a dimension."""
+    return left.dim() == right.dim() and left.shape[:end] == right.shape[:end]
 
 
 def _is_whole(start: Any = None, end: Any = None, *_: Any) -> bool:
@@ -249,14 +279,14 @@ def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int], *, meta: 
         counts: the width of each axis.
         meta: whether `model` is on the meta device, which is faster than fake tensors.
     """
-    observation, path = Observation(), [""]
+    observation, path = Observation(counts), [""]
     handles = []
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda *_, name=name: path.append(name), prepend=True))
         handles.append(module.register_forward_hook(lambda *_: path.pop() and None, always_call=True))
     fake = nullcontext() if meta else FakeTensorMode(allow_non_fake_inputs=True)
     call = ctx.graph.call.to("meta") if meta else ctx.graph.call
-    recorder = _Recorder(ctx, counts, observation, path, device_of(model))
+    recorder = _Recorder(ctx, observation, path, device_of(model))
     with evaluating(model), warnings.catch_warnings(), torch.no_grad(), plain_attention():
         warnings.simplefilter("ignore")
         try:

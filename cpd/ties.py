@@ -7,9 +7,11 @@ equally many positions; `repair` raises the counts of a plan until every tie hol
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product as combinations
+
+import networkx as nx
 
 from cpd import axes
 from cpd.axes import Axis, Dim
@@ -44,6 +46,22 @@ class Tie:
     def holds(self, counts: Mapping[Axis, int]) -> bool:
         """Whether both sides keep as many positions as they must."""
         return 0 <= axes.count(self.left, counts) - axes.count(self.right, counts) <= self.slack
+
+
+def components(among: Iterable[Axis], ties: Sequence[Tie]) -> list[tuple[list[Axis], list[Tie]]]:
+    """These axes in parts that no tie joins, each with the ties between its axes, in the order given."""
+    graph: nx.Graph = nx.Graph()
+    graph.add_nodes_from(among)
+    for tie in ties:
+        nx.add_path(graph, tie.axes)
+    number = {axis: index for index, part in enumerate(nx.connected_components(graph)) for axis in part}
+    found: dict[int, tuple[list[Axis], list[Tie]]] = {}
+    for axis in among:
+        found.setdefault(number[axis], ([], []))[0].append(axis)
+    for tie in ties:
+        if tie.axes and number[tie.axes[0]] in found:
+            found[number[tie.axes[0]]][1].append(tie)
+    return list(found.values())
 
 
 def repair(counts: Mapping[Axis, int], ties: Sequence[Tie]) -> dict[Axis, int]:
