@@ -55,24 +55,15 @@ DEFAULT = [
     "timm:resnet18", "timm:resnet50", "timm:mobilenetv2_100", "timm:densenet121", "timm:convnext_atto",
     "timm:vit_tiny_patch16_224", "torchvision:swin_t", "torchvision:shufflenet_v2_x1_0", "resnet56",
 ]  # fmt: skip
-#: Frames and side of what torchvision's video models take, and the side of what its optical-flow models take.
-VIDEO, FLOW = {"s3d": (14, 224), "mvit": (16, 224), "swin3d": (8, 224), "r": (8, 112), "mc": (8, 112)}, 128
 
 
 def build(name: str) -> tuple[nn.Module, Any]:
     """A model in eval mode with random weights, and an input of batch 1 that it takes."""
     if name == "resnet56":
         return randomize(resnet56()), torch.randn(1, 3, 32, 32)
-    model = randomize(sources.resolve(name).build().eval())
-    kind = type(model).__module__
-    if kind.startswith("torchvision.models.video"):
-        frames, side = next(sizes for prefix, sizes in VIDEO.items() if name.partition(":")[2].startswith(prefix))
-        return model, torch.randn(1, 3, frames, side, side)
-    if kind.startswith("torchvision.models.optical_flow"):
-        return model, (torch.randn(1, 3, FLOW, FLOW), torch.randn(1, 3, FLOW, FLOW))
-    if kind.startswith("torchvision.models.detection"):
-        return model, ([torch.rand(3, 320, 320)],)
-    return model, sources.default_inputs(model)
+    source = sources.resolve(name)
+    model = randomize(source.build().eval())
+    return model, sources.default_inputs(model, source)
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -242,8 +242,8 @@ def _running(quiet: bool, verbose: bool, debug: bool) -> Iterator[None]:
         logger.propagate = propagate
 
 
-def _build(name: str, input_size: str | None, pretrained: bool) -> tuple[ModelSource, nn.Module, Tensor]:
-    """The source, the model in eval mode, and one example input [1, C, H, W]."""
+def _build(name: str, input_size: str | None, pretrained: bool) -> tuple[ModelSource, nn.Module, Any]:
+    """The source, the model in eval mode, and one example input: [1, C, H, W] of most models."""
     size = None if input_size is None else parse_size(input_size)
     from cpd import sources
 
@@ -378,7 +378,7 @@ def image_folders(root: Path) -> tuple[Path, Path | None]:
 def load_images(
     model: nn.Module,
     folders: tuple[Path, Path | None],
-    example_inputs: Tensor,
+    example_inputs: Any,
     *,
     batch_size: int,
     workers: int,
@@ -395,10 +395,16 @@ def load_images(
         seed: of the order of the images.
 
     Raises:
-        InputError: if the folders' classes are not the model's or not each other's.
+        InputError: if the model takes no images, or the folders' classes are not the model's or not each other's.
     """
     import torch
     from torch.utils.data import DataLoader
+
+    if not isinstance(example_inputs, torch.Tensor) or example_inputs.dim() != 4:
+        raise InputError(
+            f"--data reads folders of images for classifiers; {type(model).__name__} takes something else. "
+            "Call cpd.compress(model, data=your_loader, loss=…) from Python."
+        )
 
     training = _dataset(model, folders[0], example_inputs, training=True)
     _check_classes(model, folders[0], training, example_inputs)

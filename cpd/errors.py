@@ -6,6 +6,8 @@ anything of the user's is changed.
 
 from __future__ import annotations
 
+import textwrap
+
 
 class CPDError(Exception):
     """Base class of all errors raised by `cpd`."""
@@ -45,3 +47,12 @@ class ExportError(CPDError):
 
 class ArtifactError(CPDError):
     """A saved result is missing, truncated, foreign, or cannot be written."""
+
+
+def first_line(error: BaseException, limit: int = 200) -> str:
+    """The first line of an error's message, at most `limit` characters, without a full stop; its type if it has none.
+
+    Exporters put whole graphs and pages of symbols into their messages.
+    """
+    lines = str(error).strip().splitlines()
+    return textwrap.shorten(lines[0], limit, placeholder=" …").rstrip(". ") if lines else type(error).__name__

@@ -22,7 +22,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cpd.errors import ExportError, InputError
+from cpd.errors import ExportError, InputError, first_line
 from cpd.inputs import Call, as_call, check_model, device_of, evaluating
 from cpd.tracer import quiet
 
@@ -195,7 +195,7 @@ def open_session(onnx_model: OnnxSource, threads: int = 1) -> Any:
     except _RUNTIME_ERRORS as error:
         name = "the serialised model" if isinstance(source, bytes) else repr(source)
         raise InputError(
-            f"ONNX Runtime cannot open {name}: {_first_line(error)}. Pass the path or the bytes of an ONNX "
+            f"ONNX Runtime cannot open {name}: {first_line(error)}. Pass the path or the bytes of an ONNX "
             "model with standard operators, as export_onnx writes them."
         ) from error
 
@@ -234,7 +234,7 @@ def run_session(session: Any, arrays: dict[str, np.ndarray[Any, Any]]) -> list[n
         return [np.asarray(output) for output in session.run(None, arrays)]
     except _RUNTIME_ERRORS as error:
         raise InputError(
-            f"ONNX Runtime cannot run the model on these inputs: {_first_line(error)}. "
+            f"ONNX Runtime cannot run the model on these inputs: {first_line(error)}. "
             "Pass example inputs of the types and shapes that it was exported with."
         ) from error
 
@@ -250,9 +250,10 @@ def _export(model: nn.Module, call: Call) -> Any:
             assert program is not None
     except Exception as error:  # whatever the exporter or the traced forward raises; chained, not hidden
         raise ExportError(
-            f"torch.onnx.export failed on {type(model).__name__}: {_first_line(error.__cause__ or error)}. "
+            f"torch.onnx.export failed on {type(model).__name__}: {first_line(error.__cause__ or error)}. "
             "Check that model(*args, **kwargs) runs on the example inputs, and that its forward neither "
-            "branches on tensor values nor uses an operator without an ONNX counterpart; the cause is above."
+            "branches on tensor values nor uses an operator without an ONNX counterpart; the cause is above. "
+            "Targets other than latency (target_macs, target_params) need no export."
         ) from error
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
@@ -312,9 +313,3 @@ def _difference(expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> 
     largest = np.abs(a[np.isfinite(a)]).max(initial=0.0)
     difference = np.abs(a[differs] - b[differs]).max()
     return float(difference / largest) if largest > 0 else float("inf")
-
-
-def _first_line(error: BaseException) -> str:
-    """The first line of an error's message, without a full stop; its type where it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(". ") if lines else type(error).__name__

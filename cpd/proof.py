@@ -27,7 +27,7 @@ from torch.fx import Node
 from cpd import axes, ties
 from cpd.axes import Axis, Concat, Dim, Fixed
 from cpd.constants import POWERS, Scale, find_scales, formulas, scalars, widths_in_sight
-from cpd.errors import CPDError
+from cpd.errors import CPDError, first_line
 from cpd.plan import Attribute
 from cpd.provenance import Place, integers, trace_integers
 from cpd.replay import Observation, culprit, replay
@@ -49,6 +49,8 @@ MAX_TRACES = 8
 TELLING = 20
 #: Random widths drawn to find some that the ties allow, and how deep a draw may cut.
 TRIES, DEPTHS = 64, (0.125, 0.25, 0.5)
+#: Axes of up to this many positions are whole or narrower by turns: random widths would be alike too often.
+SMALL = 4
 #: Modules inside the calling one whose attributes are tried.
 MAX_INNER = 16
 #: Ties tried where a forward checks a width and refuses.
@@ -112,20 +114,31 @@ class Proof:
         found = [axis for dims in self.dims.values() for dim in dims for axis in axes.leaves(dim)]
         return [axis for axis in dict.fromkeys(found) if axis.frozen is None and axis.size > 1]
 
-    def draw(self, unproven: Collection[Axis] = (), *, all_narrower: bool = False) -> dict[Axis, int]:
+    def draw(self, unproven: Collection[Axis] = (), done: int | None = None) -> dict[Axis, int]:
         """Random widths that the ties allow; of several such for axes tied to each other, those that narrow most.
+
+        Of a series of copies the first has every axis narrower, but for the ties. In those after it small axes are
+        whole by turns, the turn of each being its number among those of its size in binary: two neighbours that are
+        as wide as each other by chance are told apart by one of the next `DRAWS` - 1.
 
         Args:
             unproven: the axes in question.
-            all_narrower: leave no axis whole, but for the ties.
+            done: number of the copy in a series.
         """
-        unproven, counts = set(unproven), dict[Axis, int]()
+        unproven, counts, number = set(unproven), dict[Axis, int](), Counter[int]()
+        whole: set[Axis] = set()
+        for axis in self.open_axes():
+            if done and axis.size <= SMALL and not number[axis.size] >> (done - 1) % (DRAWS - 1) & 1:
+                whole.add(axis)
+            number[axis.size] += 1
         blocks = ties.components(self.open_axes(), self.ctx.ties)
         for trial in range(TRIES):
             depth, alike = self.rng.choice(DEPTHS), dict[int, int]()
             pending = []
             for found, among in blocks:
-                wanted = {axis: axis.size - _cut(self.rng, axis.size, depth, int(all_narrower)) for axis in found}
+                least = {axis: int(done == 0 or (done is not None and axis.size <= SMALL)) for axis in found}
+                wanted = {axis: axis.size - _cut(self.rng, axis.size, depth, least[axis]) for axis in found}
+                wanted.update((axis, axis.size) for axis in found if axis in whole)
                 if trial % 2:  # alike axes alike: what ties many layers to one width is met more often
                     wanted = {axis: alike.setdefault(axis.size, kept) for axis, kept in wanted.items()}
                 widths = ties.repair(wanted, among)
@@ -249,7 +262,7 @@ class Proof:
         """
         clean, done, unproven = True, 0, set(self.open_axes())
         for _ in range(MAX_ROUNDS):
-            counts: Counts = self.draw(unproven, all_narrower=not done)
+            counts: Counts = self.draw(unproven, done)
             if done >= draws and not moved(counts, unproven):
                 telling = self._telling_widths() if observe == self._export and done < MAX_TRACES else None
                 if telling is None:
@@ -577,8 +590,8 @@ class Proof:
 
     def _freeze_culprit(self, observation: Observation) -> None:
         """Freeze what the module in which a narrower copy failed works on; if nothing, the modules around it."""
-        message = next(iter(str(observation.error).strip().splitlines()), type(observation.error).__name__)
-        self._freeze_module(observation.culprit, f"a narrower copy fails here ({message})")
+        assert observation.error is not None
+        self._freeze_module(observation.culprit, f"a narrower copy fails here ({first_line(observation.error)})")
 
     def _freeze_module(self, path: str, why: str, at: Node | None = None) -> None:
         """Freeze what a module works on, for a reason found at some node; if nothing of it is open, those around it."""

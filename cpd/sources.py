@@ -41,8 +41,10 @@ _TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
     "googlenet": {"init_weights": False},
     "inception_v3": {"init_weights": False},
 }
-_TORCHVISION_SIZES = {"Inception3": 299}
-_NO_IMAGE_INPUT = (".detection.", ".video.", ".optical_flow.")
+_TORCHVISION_SIZES = {"Inception3": 299, "VideoResNet": 112}
+#: Frames of the clip that torchvision's video models take, the side [pixels] of what the optical-flow and the
+#: detection models take.
+_FRAMES, _FLOW_SIZE, _DETECTION_SIZE = 16, 128, 320
 _UNSETTLED = ("training", "grad_checkpointing")
 
 
@@ -145,16 +147,17 @@ def identify(model: nn.Module) -> ModelSource | None:
     return None
 
 
-def default_inputs(model: nn.Module, source: ModelSource | None = None) -> Tensor | None:
-    """One input of a timm model, or of a torchvision classification or segmentation model.
+def default_inputs(model: nn.Module, source: ModelSource | None = None) -> Any:
+    """One input of a timm or a torchvision model, as `cpd.compress` takes `example_inputs`.
 
     Args:
         model: the model.
         source: where it comes from, as far as known (saves looking it up).
 
     Returns:
-        Normal noise [1, C, H, W] on the model's device and in its dtype (the same at every call), or None
-        where nothing is known about the model's input.
+        Normal noise (the same at every call) on the model's device and in its dtype: [1, C, H, W]; [1, 3, T, H, W]
+        for video; two images [1, 3, H, W] for optical flow; a list of one image [3, H, W] for detection. None where
+        nothing is known about the model's input.
     """
     config = _timm_config(model)
     if config is not None:
@@ -164,8 +167,15 @@ def default_inputs(model: nn.Module, source: ModelSource | None = None) -> Tenso
             return _noise(model, (1, *config["input_size"]))  # the first layer is no convolution over the image
         return inputs
     module = type(model).__module__
-    if not module.startswith("torchvision.models.") or any(part in module for part in _NO_IMAGE_INPUT):
+    if not module.startswith("torchvision.models."):
         return None
+    match module.split(".")[2]:
+        case "detection":
+            return ([_noise(model, (3, _DETECTION_SIZE, _DETECTION_SIZE))],)
+        case "optical_flow":
+            return tuple(_noise(model, (2, 3, _FLOW_SIZE, _FLOW_SIZE)).chunk(2))
+        case "video":
+            return _noise(model, (1, 3, _FRAMES, *_torchvision_size(model, source)))
     return image_inputs(model, _torchvision_size(model, source))
 
 

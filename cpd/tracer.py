@@ -25,7 +25,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cpd.errors import InputError, TraceError
+from cpd.errors import InputError, TraceError, first_line
 from cpd.inputs import Call, as_call, check_model, evaluating, plain_attention
 
 log = logging.getLogger(__name__)
@@ -339,9 +339,7 @@ def _explain(model: nn.Module, call: Call, error: Exception) -> InputError | Tra
         )
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_user_code(frame.filename)]
     line = f" at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
-    return TraceError(
-        f"torch.export cannot trace {type(model).__name__}{line}: {str(error).strip().splitlines()[0]}{_REMEDY}"
-    )
+    return TraceError(f"torch.export cannot trace {type(model).__name__}{line}: {first_line(error)}.{_REMEDY}")
 
 
 def _is_user_code(filename: str) -> bool:

@@ -1075,9 +1075,11 @@ class Net(nn.Module):
     def pooled(self, values: list[Tensor]) -> Tensor:
         if self.head_kind == "flatten":
             return torch.cat([values[index].flatten(1) for index in self.ends], 1)
-        if self.head_kind == "first":  # the class token, or a pool by a view
+        if self.head_kind == "first":  # the class token, or a global maximum
             picked = [values[index] for index in self.ends]
-            return torch.cat([y[:, 0] if y.dim() == TOKENS else y.view(*y.shape[:2], -1).amax(-1) for y in picked], 1)
+            return torch.cat(
+                [y[:, 0] if y.dim() == TOKENS else y.reshape(*y.shape[:2], -1).amax(-1) for y in picked], 1
+            )
         return torch.cat(
             [values[i].mean(1) if values[i].dim() == TOKENS else values[i].mean((2, 3)) for i in self.ends], 1
         )

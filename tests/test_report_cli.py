@@ -19,11 +19,13 @@ import torch
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import cpd
 from cpd.cli import app, image_folders, parse_size
 from cpd.errors import ArtifactError, InputError, NothingToPruneError
+from cpd.inputs import as_call
 from cpd.report import Figures, GroupRow, Report, call_text, human
 from cpd.sources import ModelSource, default_inputs, identify, image_inputs, resolve
 
@@ -433,9 +435,19 @@ def test_default_inputs(name: str, shape: tuple[int, ...]) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("name", ["mc3_18", "raft_small", "ssdlite320_mobilenet_v3_large"])
+def test_default_inputs_of_torchvision_models_that_take_no_single_image(name: str) -> None:
+    source = resolve(f"torchvision:{name}")
+    model = source.build().eval()
+    first, again = default_inputs(model, source), default_inputs(model)
+    leaves = zip(tree_leaves(first), tree_leaves(again), strict=True)
+    assert all(torch.equal(left, right) for left, right in leaves)
+    with torch.no_grad():
+        as_call(first).on(model)
+
+
 def test_default_inputs_of_unknown_models() -> None:
     assert default_inputs(nn.Conv2d(3, 8, 3)) is None
-    assert default_inputs(torchvision.models.video.r3d_18()) is None
     assert image_inputs(nn.Conv2d(5, 8, 3), (4, 6)).shape == (1, 5, 4, 6)
 
 
