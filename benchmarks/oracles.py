@@ -234,7 +234,11 @@ def examine(
     """One model through comb, plan, shrink and the oracles; `note` is given the row after every stage."""
     start = time.perf_counter()
     model, inputs = build(name)
-    row: dict[str, Any] = {"model": name, "parameters": sum(p.numel() for p in model.parameters())}
+    row: dict[str, Any] = {
+        "model": name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "commit": _commit(),
+    }
     row["build_s"] = time.perf_counter() - start
     dense, call = double(model), as_call(double(inputs))
     try:
@@ -296,6 +300,12 @@ def examine(
         row[f"{stage}_s"] = time.perf_counter() - start
         note(row)
     return row
+
+
+def _commit() -> str:
+    """The commit of this checkout, with a plus sign where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _line(error: BaseException) -> str:
