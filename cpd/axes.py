@@ -40,9 +40,9 @@ class Fixed:
 
 
 class Axis:
-    """`size` removable positions; a variable that may become bound to a finer expression."""
+    """`size` removable positions, of which `minimum` must stay; may become bound to a finer expression."""
 
-    __slots__ = ("bound", "frozen", "serial", "size")
+    __slots__ = ("bound", "frozen", "minimum", "serial", "size", "why_minimum")
 
     _created = 0
 
@@ -52,6 +52,8 @@ class Axis:
         self.serial = Axis._created
         self.bound: Dim | None = None
         self.frozen: str | None = None
+        self.minimum = 1
+        self.why_minimum = ""
 
     def __repr__(self) -> str:
         return f"Axis({self.size}{'!' if self.frozen else ''})"

@@ -309,7 +309,9 @@ def groups_table(groups: Sequence[Any]) -> Table:
     table.add_column("frozen", overflow="fold")
     for group in groups:
         frozen = Text("no" if group.frozen is None else group.frozen, style="" if group.frozen is None else "yellow")
-        ties = Text(f"; tied: {', '.join(group.ties)}" if group.ties else "", style="dim")
+        demands = [f"tied: {', '.join(group.ties)}"] if group.ties else []
+        demands += [f"at least {group.minimum}"] if group.minimum > 1 else []
+        ties = Text("".join(f"; {demand}" for demand in demands), style="dim")
         exact = Text("yes" if group.exact else "no")
         table.add_row(Text(group.name), str(group.size), Text(_members(group.members)), exact, frozen + ties)
     return table

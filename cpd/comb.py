@@ -60,6 +60,7 @@ class Group:
     Attributes:
         name: the layer that gives the channels, with a number where it gives several groups.
         size: number of positions.
+        minimum: how many positions must stay.
         frozen: None if prunable, else the reason why not.
         exact: whether removing a position gives what zeroing it gives in the unpruned model.
         inexact: if not exact, the op that mixes over the group.
@@ -69,6 +70,7 @@ class Group:
 
     name: str
     size: int
+    minimum: int
     frozen: str | None
     exact: bool
     inexact: str | None
@@ -141,11 +143,11 @@ class Comb:
 
         Args:
             keep: {group name: positions kept, as indices}; groups not named keep everything.
-            strict: raise where a tie demands that more is kept, rather than keeping more.
+            strict: raise where a tie or a minimum demands that more is kept, rather than keeping more.
 
         Raises:
             PlanError: a group is unknown, frozen or emptied, a position is out of range, or, if `strict`,
-                a tie is broken.
+                a tie or a minimum is broken.
         """
         named = {group.name: group for group in self.groups}
         masks = {named[name].axis: _mask(named, name, positions) for name, positions in keep.items() if name in named}
@@ -156,7 +158,7 @@ class Comb:
         return self._build(masks, adjusted)
 
     def _honour_ties(self, masks: dict[Axis, Mask], strict: bool) -> tuple[dict[Axis, Mask], list[str]]:
-        """Keep more where a tie demands it: the first of the removed positions come back."""
+        """Keep more where a tie or a minimum demands it: the first of the removed positions come back."""
         counts = {group.axis: int(masks[group.axis].sum()) for group in self.open if group.axis in masks}
         counts.update({group.axis: group.size for group in self.open if group.axis not in masks})
         needed = ties.repair(counts, self.context.ties)
@@ -166,7 +168,8 @@ class Comb:
             if count == counts.get(axis, axis.size):
                 continue
             group = names[axis]
-            sentence = f"{group.name} keeps {count} of {group.size} rather than {counts[axis]}: {group.ties[0]}"
+            why = axis.why_minimum if counts[axis] < axis.minimum else group.ties[0]
+            sentence = f"{group.name} keeps {count} of {group.size} rather than {counts[axis]}: {why}"
             if strict:
                 raise PlanError(f"{sentence}. Leave strict=False to keep more.")
             mask = masks[axis].copy()
@@ -323,6 +326,16 @@ def _groups(ctx: Context, dims: Mapping[str, tuple[Dim, ...]], inexact: Mapping[
         name = layer if taken[layer] == 1 else f"{layer}#{taken[layer]}"
         why = inexact.get(axis)
         found.append(
-            Group(name, axis.size, axis.frozen, why is None, why, tuple(places), tuple(reasons.get(axis, ())), axis)
+            Group(
+                name=name,
+                size=axis.size,
+                minimum=axis.minimum,
+                frozen=axis.frozen,
+                exact=why is None,
+                inexact=why,
+                members=tuple(places),
+                ties=tuple(reasons.get(axis, ())),
+                axis=axis,
+            )
         )
     return tuple(found)

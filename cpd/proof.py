@@ -104,6 +104,7 @@ class Proof:
         self._adopt_attention()
         while True:
             self._settle(self._replay, DRAWS)
+            self._settle_minimums()
             if self._settle(self._export, 1):
                 return
 
@@ -286,13 +287,74 @@ class Proof:
                     found = self._try_unfollowed(observe, found)
                     self._freeze_literals([item for item in found.wrong() if item in first])
             elif len(self.open_axes()) == open_before and not (
-                self._try_attributes_checked(counts) or self._try_ties_checked(counts)
+                self._try_attributes_checked(counts)
+                or self._try_ties_checked(counts)
+                or self._try_minimum(self._replay(counts, {}))
             ):
                 self._freeze_culprit(observation)
             unproven = set(self.open_axes())
         for axis in self.open_axes():
             axis.frozen = "the proof did not come to an end"
         return False
+
+    def _settle_minimums(self) -> None:
+        """Try a copy as narrow as the ties allow; where it fails, more positions must stay."""
+        while True:
+            seen = self._replay(ties.repair(dict.fromkeys(self.open_axes(), 1), self.ctx.ties), {})
+            if seen.error is None and not seen.wrong():
+                return
+            if self._try_minimum(seen):
+                continue
+            narrow = self._narrowest(seen, self._failing(seen))
+            for axis in narrow:
+                self._raise_minimum(axis, seen)
+            if not narrow and seen.error is None:
+                self._freeze_literals(seen.wrong())
+            elif not narrow:
+                self._freeze_culprit(seen)
+
+    def _try_minimum(self, seen: Observation) -> bool:
+        """Where a copy fails: a minimum for one axis, if the forward gets further with twice as many of its positions.
+
+        Of several such axes that the failing module sees it is the one of most positions.
+
+        Returns:
+            Whether there is one.
+        """
+
+        def gets_further(axis: Axis) -> bool:
+            wider = ties.repair({**seen.counts, axis: 2 * axis.minimum}, self.ctx.ties)
+            return self._replay(wider, {}).steps > seen.steps
+
+        if seen.error is None and not seen.wrong():
+            return False
+        helpful = [axis for axis in self._narrowest(seen, self._failing(seen)) if gets_further(axis)]
+        if helpful:
+            self._raise_minimum(max(helpful, key=lambda axis: axis.size), seen)
+        return bool(helpful)
+
+    def _failing(self, seen: Observation) -> str:
+        """The module in which a copy failed, or asked for another width than predicted."""
+        return owner(seen.wrong()[0].node) if seen.error is None else seen.culprit
+
+    def _narrowest(self, seen: Observation, path: str) -> list[Axis]:
+        """The axes at their minimum that the module at `path` sees, or the next around it that sees any."""
+        while True:
+            dims = self._widths_of(path) if path else [dim for shape in self.dims.values() for dim in shape]
+            found = dict.fromkeys(axis for dim in dims for axis in axes.leaves(dim))
+            narrow = [axis for axis in found if seen.counts.get(axis) == axis.minimum < axis.size]
+            if narrow or not path:
+                return narrow
+            path = path.rpartition(".")[0]
+
+    def _raise_minimum(self, axis: Axis, seen: Observation) -> None:
+        why = (
+            _unexplained(seen.wrong()[0]) if seen.error is None else f"a narrower copy fails ({first_line(seen.error)})"
+        )
+        axis.minimum = min(2 * axis.minimum, axis.size)
+        axis.why_minimum = f"{why} [{self._failing(seen) or 'the model'}]"
+        if axis.minimum == axis.size:
+            axis.frozen = axis.why_minimum
 
     def _where_wrong(self, observation: Observation) -> Observation:
         """A run that ended in an error, or one like it which shows an integer that is not as predicted.
@@ -637,8 +699,11 @@ def _parts_of(dim: Dim) -> Iterator[Dim]:
 
 
 def _cut(rng: random.Random, size: int, depth: float, least: int) -> int:
-    """How many positions go: `least`, a few, or any number, so that no two widths are taken for one for long."""
-    return rng.choice((least, rng.randint(1, max(1, int(size * depth))), rng.randint(1, size - 1)))
+    """How many positions go: `least`, a few, or any number, so that no two widths are taken for one for long.
+
+    A single position is left of two only: where forwards fail on that is found out apart from all else.
+    """
+    return rng.choice((least, rng.randint(1, max(1, int(size * depth))), rng.randint(1, max(1, size - 2))))
 
 
 def moved(counts: Counts, among: Iterable[Axis]) -> set[Axis]:

@@ -78,7 +78,7 @@ class Selector:
         wanted = {}
         for group in self.comb.open:
             above = int((self.sorted[group.name] >= threshold).sum())
-            floor = max(1, math.ceil(group.size * (1 - self.limits.max_ratio)))
+            floor = max(group.minimum, math.ceil(group.size * (1 - self.limits.max_ratio)))
             width = self.steps[group.name] * math.ceil(max(above, floor) / self.steps[group.name])
             wanted[group.axis] = min(width, group.size)
         return ties.repair(wanted, self.comb.ties)

@@ -65,13 +65,14 @@ def components(among: Iterable[Axis], ties: Sequence[Tie]) -> list[tuple[list[Ax
 
 
 def repair(counts: Mapping[Axis, int], ties: Sequence[Tie]) -> dict[Axis, int]:
-    """Small counts, none below those given, that satisfy every tie.
+    """Small counts, none below those given, that satisfy every tie and every axis's minimum.
 
     Each broken tie raises its narrower side. A side of several axes (heads x head_dim) is chosen anew from the counts
     given each time that its goal rises, since what fitted the last goal need not be on the way to the next: twelve
     layers of 9 to 12 heads then meet at a common width below the full one. Where that goes round in circles (an axis
     in several ties), counts only rise; all positions kept satisfies every tie, so this ends.
     """
+    counts = {axis: max(count, min(axis.minimum, axis.size)) for axis, count in counts.items()}
     result, rounds = dict(counts), 0
     while broken := [tie for tie in ties if not tie.holds(result)]:
         rounds += 1

@@ -27,6 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from cpd.errors import InputError, TraceError, first_line
 from cpd.inputs import Call, as_call, check_model, evaluating, plain_attention
+from cpd.standins import StandIns, restore
 
 log = logging.getLogger(__name__)
 _EXPORTER_LOGGERS = (
@@ -143,13 +144,14 @@ def retrace_operations(model: nn.Module, graph: OperationGraph) -> OperationGrap
         args, kwargs = torch.utils._pytree.tree_unflatten(given, layout)
         return torch.func.functional_call(runner, tensors, args, kwargs)
 
-    with evaluating(model), warnings.catch_warnings(), plain_attention(), quiet():
+    with evaluating(model), warnings.catch_warnings(), plain_attention(), quiet(), StandIns():
         warnings.simplefilter("ignore")
         try:
             tracer = make_fx(forward, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
             module = tracer(state, [leaves[index] for index in places])
         except Exception:  # the user's forward may raise anything
             return None
+    restore(module)
     return OperationGraph(module, {}, {}, (), graph.call, graph.parts)
 
 
@@ -168,7 +170,7 @@ def trace_parts(model: nn.Module, parts: tuple[str, ...], calls: Call) -> Operat
 def _export(model: nn.Module, call: Call) -> OperationGraph:
     with evaluating(model), warnings.catch_warnings(), plain_attention():
         warnings.simplefilter("ignore")
-        with quiet():  # on failure export writes the whole graph to its log
+        with quiet(), StandIns():  # on failure export writes the whole graph to its log
             program = torch.export.export(model, call.args, call.kwargs, strict=False)
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     tensors = {
@@ -182,6 +184,7 @@ def _export(model: nn.Module, call: Call) -> OperationGraph:
         if spec.kind is InputKind.CONSTANT_TENSOR and spec.target is not None
     }
     inputs = tuple(name for name, spec in kinds.items() if spec.kind is InputKind.USER_INPUT)
+    restore(program.graph_module)
     _inline_regions(program.graph_module)
     _name_once(program.graph_module, model)
     return OperationGraph(program.graph_module, tensors, constants, inputs, call)

@@ -16,10 +16,11 @@ from zoo import conv, dense, frozen, group, random_plan, sizes
 
 import cpd
 from cpd.comb import Comb
-from cpd.errors import TraceError
+from cpd.errors import PlanError, TraceError
 from cpd.oracle import masked_error
 from cpd.plan import Plan
 from cpd.provenance import Place, Traced, integers, places_of, trace_integers
+from cpd.selector import Limits, Selector
 from cpd.surgeon import shrink
 
 
@@ -27,17 +28,6 @@ def new_attributes(plan: Plan) -> dict[str, object]:
     """{path: new value} of the attributes that a plan sets."""
     return {f"{item.module}.{item.name}".lstrip("."): item.new for item in plan.attributes}
 
-
-#: Why some tests fail as yet; each is in the report on `cpd`.
-ALIKE = "the proof narrowed two widths of one size by the same number in every draw, and took them for one"
-WRONG_SCALE = "two formulas explain a constant at the widths drawn; the one of fewer axes was taken, and is wrong"
-SURE_CHECKS = "two checks in a row, no call of torch between: the proof sees no progress and freezes the module"
-CHECKED_TIE = (
-    "where a check fails the proof tries attributes alone; this one (rows of q as many as columns) needs a tie"
-)
-WRONG_WIDTH = "cpd.surgeon sets MultiheadAttention.embed_dim from what it gives (out_proj), not from what it reads"
-RARE_DRAW = "the only narrower width that the ties allow was not drawn in TRIES random draws"
-DEAD_CODE = "cpd.exactness follows what no output reads: the attention weights averaged over the heads"
 
 # ---------------------------------------------------------------- attributes
 
@@ -287,6 +277,39 @@ def test_a_module_shared_between_two_parents() -> None:
     assert shrunk.left.inner is shrunk.right.inner
     assert shrunk.right.inner.width == 2
     assert shrunk.right.inner.fc.weight.shape == (2, 3)
+
+
+def standardised(width: int) -> nn.Module:
+    """A 1x1 convolution whose weights are standardised by a batch norm, which refuses a single value a channel."""
+
+    def forward(net: Sketch, x: Tensor) -> Tensor:
+        x = net.a(x)
+        weight = net.b.weight.flatten(1).unsqueeze(0)
+        weight = F.batch_norm(weight, None, None, training=True, momentum=0.0).view_as(net.b.weight)
+        return net.c(F.conv2d(x, weight, net.b.bias)).mean((2, 3))
+
+    return Sketch(forward, a=conv(3, width), b=conv(width, 6), c=conv(6, 5))
+
+
+def test_a_width_of_which_a_single_position_fails_has_a_minimum() -> None:
+    net = dense(standardised(8))
+    combed = cpd.comb(net, MAP.double())
+    assert [(item.name, item.minimum) for item in combed.open] == [("a", 2), ("b", 1)]
+    plan = combed.plan({"a": [3], "b": [1]})
+    assert (plan.groups["a"], plan.groups["b"]) == ((0, 3), (1,))
+    assert "a keeps 2 of 8 rather than 1: a narrower copy fails (Expected more than 1 value" in plan.adjusted[0]
+    assert masked_error(net, shrink(copy.deepcopy(net), plan), combed, plan) <= 1e-9
+    with pytest.raises(PlanError, match="a keeps 2 of 8 rather than 1"):
+        combed.plan({"a": [3]}, strict=True)
+    scores = {item.name: torch.rand(item.size) for item in combed.open}
+    selector = Selector(combed, scores, Limits(1, 0.99))
+    assert selector.least() == {group(combed, "a").axis: 2, group(combed, "b").axis: 1}
+
+
+def test_a_minimum_of_the_whole_width_freezes_it() -> None:
+    combed = cpd.comb(dense(standardised(2)), MAP.double())
+    assert "a narrower copy fails (Expected more than 1 value" in str(group(combed, "a").frozen)
+    assert group(combed, "b").frozen is None
 
 
 # ---------------------------------------------------------------- torch.nn's attention
