@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,9 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
         shrink(model, plan)
     except CPDError as error:
         raise ArtifactError(f"{folder / PLAN} does not fit the model: {error}") from error
-    model.load_state_dict(weights, strict=False)
+    state = OrderedDict(weights)
+    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # versions that safetensors drops
+    model.load_state_dict(state, strict=False)
     return model.eval()
 
 

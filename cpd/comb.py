@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cpd import axes, ties
+from cpd.auxiliary import auxiliary_graph
 from cpd.axes import Axis, Dim, Fixed, Mask
 from cpd.constants import Scale, attention_scales
 from cpd.cost import Cost, FrozenShare
@@ -238,11 +239,14 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
     check_model(model)
     graph = trace(model, example_inputs)
     ctx = Context(graph)
-    tensors = _propagate(ctx, model)
+    tensors = _propagate(ctx, model, {})
+    auxiliary = auxiliary_graph(model, graph)
+    if auxiliary is not None:
+        _follow(Context(auxiliary, ties=ctx.ties, contracted=ctx.contracted, unknown=ctx.unknown), model, tensors)
     named = named_tensors(model)
     dims = {name: tensors[name] for name in named if name in tensors}
     _freeze_tables(ctx, dims, named)
-    proof = Proof(model, ctx, dims)
+    proof = Proof(model, ctx, dims, in_train_mode=auxiliary is not None)
     proof.formulas.update({(scale.node, "scale"): [scale] for scale in attention_scales(ctx)})
     proof.run()
     inexact = Exactness(ctx).inexact
@@ -253,12 +257,27 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
     return Comb(groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model)
 
 
-def _propagate(ctx: Context, model: nn.Module) -> dict[str, tuple[Dim, ...]]:
-    """Run the algebra over the graph; the dimensions of every parameter and buffer, under all its names."""
+def _follow(ctx: Context, model: nn.Module, tensors: dict[str, tuple[Dim, ...]]) -> None:
+    """Run the algebra over the graph in train mode too; widths that only it knows stay as they are."""
+    known = set(tensors)
+    _propagate(ctx, model, tensors)
+    shared = {axis for name in known for dim in tensors[name] for axis in axes.leaves(dim)}
+    for name in tensors.keys() - known:
+        for axis in {axis for dim in tensors[name] for axis in axes.leaves(dim)} - shared:
+            axes.freeze(axis, "used in train mode alone")
+
+
+def _propagate(ctx: Context, model: nn.Module, tensors: dict[str, tuple[Dim, ...]]) -> dict[str, tuple[Dim, ...]]:
+    """Run the algebra over the graph; the dimensions of every parameter and buffer, under all its names.
+
+    Args:
+        ctx: holds the graph.
+        model: the model.
+        tensors: the dimensions known so far; those of the others are added.
+    """
     first_name: dict[int, str] = {}
     state = named_tensors(model)
     aliases = {name: first_name.setdefault(id(tensor), name) for name, tensor in state.items()}
-    tensors: dict[str, tuple[Dim, ...]] = {}
     for node in ctx.graph.nodes:
         if node.op == "placeholder":
             name = aliases.get(ctx.graph.tensors.get(node.name, ""))

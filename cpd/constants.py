@@ -19,7 +19,7 @@ from torch.fx import Node
 from cpd import axes
 from cpd.axes import Axis, Dim
 from cpd.rules import Context, arguments
-from cpd.tracer import op_name, owners
+from cpd.tracer import OperationGraph, op_name, owners
 
 #: Powers of a width that a forward may multiply or divide by.
 POWERS = (-0.5, 0.5, -1.0, 1.0, -0.25, 0.25)
@@ -61,22 +61,36 @@ class Scale:
 
     def explains(self, before: float, after: float, counts: Mapping[Axis, int]) -> bool:
         """Whether the formula gives the constant that a narrower copy has."""
-        return bool(before) and math.isclose(after, before * self.change(counts), rel_tol=1e-9)
+        return bool(before) and math.isclose(after, before * self.change(counts), rel_tol=1e-6)  # it may be a float32
 
     def factor(self, counts: Mapping[Axis, int]) -> float:
         """What the rows are multiplied by so that the op gives what it gave."""
         return self.change(counts) if self.inverse else 1 / self.change(counts)
 
 
-def scalars(node: Node, twin: Node) -> Iterator[tuple[str, float, float]]:
-    """The numbers among the arguments of two nodes, by argument name."""
+def scalars(
+    node: Node, graph: OperationGraph, twin: Node, other_graph: OperationGraph
+) -> Iterator[tuple[str, float, float]]:
+    """The numbers among the arguments of two nodes, by argument name; tensors of one constant element too."""
+    if graph.constant(node) is not None:  # what reads it is asked
+        return
     before, after = arguments(node), arguments(twin)
     for name, value in before.items():
         other: Any = after.get(name)
         pairs = zip(value, other, strict=False) if isinstance(value, (list, tuple)) else [(value, other)]
-        for old, new in pairs:
+        for pair in pairs:
+            old, new = (
+                side if constant is None else constant.item()
+                for side, constant in zip(
+                    pair, (_constant(graph, pair[0]), _constant(other_graph, pair[1])), strict=True
+                )
+            )
             if isinstance(old, (int, float)) and isinstance(new, (int, float)) and not isinstance(old, bool):
                 yield name, float(old), float(new)
+
+
+def _constant(graph: OperationGraph, value: Any) -> Tensor | None:
+    return graph.constant(value) if isinstance(value, Node) else None
 
 
 def find_scales(ctx: Context, node: Node) -> list[Scale]:
@@ -84,9 +98,10 @@ def find_scales(ctx: Context, node: Node) -> list[Scale]:
     name = op_name(node).removesuffix("_")
     if name == ATTENTION:
         return formulas(ctx, node, rows=_attention_rows(ctx, node))
-    if name not in ("mul", "div") or len(node.all_input_nodes) != 1:
+    scaled = [source for source in node.all_input_nodes if ctx.graph.constant(source) is None]
+    if name not in ("mul", "div") or len(scaled) != 1 or (name == "div" and node.args[0] is not scaled[0]):
         return []
-    return formulas(ctx, node, name == "div", feeding_rows(ctx, node.all_input_nodes[0], node) or ())
+    return formulas(ctx, node, name == "div", feeding_rows(ctx, scaled[0], node) or ())
 
 
 def formulas(

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from cpd import axes, ties
+from cpd.auxiliary import fails_in_train_mode
 from cpd.axes import Axis, Concat, Dim, Fixed
 from cpd.constants import POWERS, Scale, find_scales, formulas, scalars, widths_in_sight
 from cpd.errors import CPDError, first_line
@@ -34,7 +35,7 @@ from cpd.replay import Observation, culprit, replay
 from cpd.rules import Context, Literal, arguments
 from cpd.surgeon import set_attributes, skeleton
 from cpd.ties import Tie
-from cpd.tracer import owner, owners, pair, retrace, retrace_operations, shape_of
+from cpd.tracer import OperationGraph, owner, owners, pair, retrace, retrace_operations, shape_of
 
 Counts: TypeAlias = Mapping[Axis, int]
 Observe: TypeAlias = Callable[[Counts, Mapping["Place", Dim]], Observation]
@@ -69,6 +70,7 @@ class Proof:
         model: the unpruned model; never changed.
         ctx: the result of the algebra; groups are frozen and ties added in place.
         dims: the dimensions of every parameter and buffer.
+        in_train_mode: whether to try narrower copies in train mode too, in which more layers run.
         attributes: integers that must follow a width.
         formulas: for each constant that depends on a width, the formulas that explain it in every copy seen.
         seen: the widths of each copy that was exported, and the numbers of the unpruned model beside its own.
@@ -77,6 +79,7 @@ class Proof:
     model: nn.Module
     ctx: Context
     dims: dict[str, tuple[Dim, ...]]
+    in_train_mode: bool = False
     attributes: dict[Place, Dim] = field(default_factory=dict)
     formulas: dict[tuple[Node, str], list[Scale]] = field(default_factory=dict)
     seen: list[tuple[Counts, dict[tuple[Node, str], tuple[float, float]]]] = field(default_factory=list)
@@ -105,6 +108,7 @@ class Proof:
         while True:
             self._settle(self._replay, DRAWS)
             self._settle_minimums()
+            self._settle_train_mode()
             if self._settle(self._export, 1):
                 return
 
@@ -194,7 +198,7 @@ class Proof:
         if graph is not None:
             twins, odd = pair(self.ctx.graph, graph)
             if odd is None:
-                self._compare(twins, counts, observation)
+                self._compare(twins, graph, observation)
                 return observation
         try:
             graph = retrace(model, self.ctx.graph)
@@ -208,10 +212,11 @@ class Proof:
             observation.culprit = owner(odd)
             observation.error = CPDError(f"at {odd.name} the forward calls another operation at another width")
             return observation
-        self._compare(twins, counts, observation)
+        self._compare(twins, graph, observation)
         return observation
 
-    def _compare(self, twins: Mapping[Node, Node], counts: Counts, observation: Observation) -> None:
+    def _compare(self, twins: Mapping[Node, Node], graph: OperationGraph, observation: Observation) -> None:
+        counts = observation.counts
         for item in self.ctx.literals:
             value = arguments(twins[item.node])[item.argument]
             observation.asked[item] = int(value[item.index] if isinstance(value, (list, tuple)) else value)
@@ -226,18 +231,18 @@ class Proof:
                 self._freeze_node(node, why)
                 observation.error = CPDError(f"{node.name} {why}")
                 return
-        self._compare_constants(twins, counts, observation)
+        self._compare_constants(twins, graph, observation)
 
-    def _compare_constants(self, twins: Mapping[Node, Node], counts: Counts, observation: Observation) -> None:
+    def _compare_constants(self, twins: Mapping[Node, Node], graph: OperationGraph, observation: Observation) -> None:
         """A number that changed with a width is compensated if one formula explains it in every copy, else frozen."""
         named = {(item.node, item.argument) for item in self.ctx.literals}
         numbers = {
             (node, name): (before, after)
             for node, twin in twins.items()
-            for name, before, after in scalars(node, twin)
+            for name, before, after in scalars(node, self.ctx.graph, twin, graph)
             if (node, name) not in named
         }
-        self.seen.append((counts, numbers))
+        self.seen.append((observation.counts, numbers))
         for key, (before, after) in numbers.items():
             if before == after and key not in self.formulas:
                 continue
@@ -312,6 +317,15 @@ class Proof:
                 self._freeze_literals(seen.wrong())
             elif not narrow:
                 self._freeze_culprit(seen)
+
+    def _settle_train_mode(self) -> None:
+        """Freeze what the module works on in which a narrower copy fails in train mode."""
+        while self.in_train_mode and self.open_axes():
+            failure = fails_in_train_mode(self.narrow(self.draw(done=0), {}, meta=True), self.ctx.graph.call)
+            if failure is None:
+                return
+            path, error = failure
+            self._freeze_module(path, f"a narrower copy fails in train mode ({first_line(error)})")
 
     def _try_minimum(self, seen: Observation) -> bool:
         """Where a copy fails: a minimum for one axis, if the forward gets further with twice as many of its positions.

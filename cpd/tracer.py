@@ -26,7 +26,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cpd.errors import InputError, TraceError, first_line
-from cpd.inputs import Call, as_call, check_model, evaluating, plain_attention
+from cpd.inputs import Call, as_call, check_model, evaluating, in_mode, plain_attention
 from cpd.standins import StandIns, restore
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,23 @@ class OperationGraph:
         """The nodes that compute something."""
         return [node for node in self.nodes if node.op == "call_function"]
 
+    def constant(self, node: Node) -> Tensor | None:
+        """The value of a node that holds one element and follows from constants alone; None for any other."""
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            found = self.constants.get(node.name)
+        elif node.op == "get_attr":
+            found = getattr(self.module, str(node.target))
+        elif isinstance(value, Tensor) and value.numel() == 1 and callable(node.target) and node.all_input_nodes:
+            known = {source: self.constant(source) for source in node.all_input_nodes}
+            if any(item is None for item in known.values()):
+                return None
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda source: known[source])
+            found = node.target(*args, **kwargs)
+        else:
+            return None
+        return found.clone() if isinstance(found, Tensor) and found.numel() == 1 else None
+
     def digraph(self) -> nx.DiGraph:
         """The graph as `networkx.DiGraph`: a node a name, with `op`, `module`, `shape` and `line`."""
         graph = nx.DiGraph()
@@ -111,6 +128,15 @@ def trace(model: nn.Module, example_inputs: Any) -> OperationGraph:
         log.warning("%s What can be traced of it is combed: %s.", reason, ", ".join(parts))
         graph = trace_parts(model, tuple(parts), Call(tuple(parts.values()), {}))
     return dataclasses.replace(graph, seconds=time.perf_counter() - start)
+
+
+def trace_in_train_mode(model: nn.Module, call: Call) -> OperationGraph | None:
+    """Export `model` in train mode (its modes are left as found); None where that fails."""
+    try:
+        return _export(model, call, training=True)
+    except Exception as error:  # the user's forward may raise anything
+        log.warning("The model cannot be traced in train mode, so layers that run only then stay as they are: %s.", first_line(error))
+        return None
 
 
 def retrace(model: nn.Module, graph: OperationGraph) -> OperationGraph:
@@ -167,8 +193,8 @@ def trace_parts(model: nn.Module, parts: tuple[str, ...], calls: Call) -> Operat
     return dataclasses.replace(graph, tensors=tensors, parts=parts)
 
 
-def _export(model: nn.Module, call: Call) -> OperationGraph:
-    with evaluating(model), warnings.catch_warnings(), plain_attention():
+def _export(model: nn.Module, call: Call, *, training: bool = False) -> OperationGraph:
+    with in_mode(model, training), warnings.catch_warnings(), plain_attention():
         warnings.simplefilter("ignore")
         with quiet(), StandIns():  # on failure export writes the whole graph to its log
             program = torch.export.export(model, call.args, call.kwargs, strict=False)
@@ -333,7 +359,7 @@ def _explain(model: nn.Module, call: Call, error: Exception) -> InputError | Tra
     """Tell a model that does not run on its inputs from one that cannot be exported."""
     shapes = [tuple(leaf.shape) for leaf in torch.utils._pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             call.on(model)
     except Exception as own:
         return InputError(

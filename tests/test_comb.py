@@ -636,3 +636,49 @@ def test_a_width_that_a_frozen_one_is_computed_from_is_frozen_too():
     frozen = {group.name: group.frozen for group in comb.groups}
     assert "names the width" in frozen["a"]
     assert "names the width" in frozen["q"]
+
+
+class Auxiliary(nn.Module):
+    """A second classifier that runs in train mode alone, beside one that never runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.head = conv(3, 8), conv(8, 6), nn.Linear(6, 5)
+        self.aux = nn.Sequential(conv(8, 4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(256, 5))
+        self.never = nn.Linear(7, 7)
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.a(x)
+        y = self.head(self.b(x).mean((2, 3)))
+        return (y, self.aux(x)) if self.training else y
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_layers_that_run_in_train_mode_alone_follow_what_they_read(training: bool) -> None:
+    net = Auxiliary().train(training)
+    statistics = net.aux[1].running_mean.clone()
+    combed = cpd.comb(net, torch.randn(1, 3, 8, 8))
+    assert net.training == training
+    assert torch.equal(net.aux[1].running_mean, statistics)
+    assert sizes(combed) == {"a": 8, "b": 6}
+    assert frozen(combed)["aux.0"] == "used in train mode alone"
+    assert "aux.0.weight" in [member.tensor for member in group(combed, "a").members]
+    shrunk = shrink(net, combed.plan({"a": [1, 2, 6], "b": [0]})).train()
+    main, auxiliary = shrunk(torch.randn(2, 3, 8, 8))
+    assert (main.shape, auxiliary.shape) == ((2, 5), (2, 5))
+    assert shrunk.never.weight.shape == (7, 7)
+
+
+class Opaque(Auxiliary):
+    """Branches on a value in train mode, which no export can follow."""
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if self.training and self.a(x).sum() > 1e9:
+            return self.never(x)
+        return super().forward(x)
+
+
+def test_a_forward_that_cannot_be_traced_in_train_mode_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    combed = cpd.comb(Opaque(), torch.randn(1, 3, 8, 8))
+    assert "layers that run only then stay as they are" in caplog.text
+    assert sizes(combed) == {"a": 8, "b": 6}

@@ -95,6 +95,22 @@ def test_folder_is_whole_and_loads_to_the_bit(result):
     assert json.loads((folder / "report.json").read_text())["criterion"] == "hessian"
 
 
+class Versioned(Tiny):
+    """Asks its state dict for a version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
+        assert local_metadata.get("version") == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+
+def test_modules_that_ask_for_the_version_of_their_state(result):
+    _, found, folder = result
+    with torch.no_grad():
+        assert torch.equal(cpd.load(folder, model=Versioned())(INPUT), found.model(INPUT))
+
+
 def test_loads_by_name_in_a_fresh_process(tmp_path):
     import timm
 

@@ -361,6 +361,19 @@ def test_the_scale_of_attention_follows_the_width_of_a_head() -> None:
     assert not combed.plan({"a": range(12), "attn.in_proj_weight#2": [0, 1, 2]}).rescales
 
 
+def test_a_constant_made_a_tensor_follows_the_width() -> None:
+    """RAFT divides by `torch.sqrt(torch.tensor(channels))`; the layer before makes up for it."""
+
+    def forward(net: Sketch, x: Tensor) -> Tensor:
+        x = net.a(x)
+        return net.b((x / torch.tensor(x.shape[1], dtype=torch.double).sqrt()).relu())
+
+    combed = sketch(forward, a=conv(3, 8), b=conv(8, 5))
+    assert group(combed, "a").exact
+    plan = combed.plan({"a": [0, 5]})
+    assert [(item.tensor, item.factor) for item in plan.rescales] == [("a.weight", 0.5), ("a.bias", 0.5)]
+
+
 @pytest.mark.parametrize("keep", [{"attn.out_proj": [0, 1, 2]}, {"a": [0, 1, 2, 3], "attn.in_proj_weight#2": [1]}])
 def test_attention_may_read_and_give_different_widths(keep: dict) -> None:
     model = dense(attention(batch_first=True))

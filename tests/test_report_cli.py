@@ -472,8 +472,12 @@ class Fakes:
         self.calls.append({"model": model, "example_inputs": example_inputs})
         members = tuple(f"layer{i}.weight dim 0" for i in range(5))
         groups = (
-            SimpleNamespace(name="open[1]", size=64, frozen=None, exact=True, members=members, ties=("heads",)),
-            SimpleNamespace(name="fc", size=10, frozen="an output", exact=False, members=members[:1], ties=()),
+            SimpleNamespace(
+                name="open[1]", size=64, minimum=2, frozen=None, exact=True, members=members, ties=("heads",)
+            ),
+            SimpleNamespace(
+                name="fc", size=10, minimum=1, frozen="an output", exact=False, members=members[:1], ties=()
+            ),
         )
         return SimpleNamespace(groups=groups, open_share={"parameters": 0.987, "macs": 0.5}, frozen_share=())
 
