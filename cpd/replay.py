@@ -29,7 +29,7 @@ from cpd import axes
 from cpd.axes import Axis
 from cpd.inputs import device_of, evaluating, plain_attention
 from cpd.provenance import Place, places_of
-from cpd.rules import Context, Literal
+from cpd.rules import Context, Literal, arguments
 from cpd.tracer import op_name, owner, quiet
 
 
@@ -164,9 +164,9 @@ class _Recorder(TorchFunctionMode):
         kwargs = kwargs or {}
         self.observation.steps += 1
         if func is Tensor.__getitem__:
-            return func(args[0], self._sliced(args[1]))
+            return func(args[0], self._sliced(*args))
         if func is Tensor.__setitem__:
-            return func(args[0], self._sliced(args[1]), args[2])
+            return func(args[0], self._sliced(*args[:2]), args[2])
         name, read = READERS.get(getattr(func, "__name__", ""), ("", None))
         queue = self.expected.get((self.path[-1], name)) if read is not None else None
         if read is None and isinstance(func, FunctionType) and func.__globals__ is vars(F):
@@ -188,12 +188,16 @@ class _Recorder(TorchFunctionMode):
         self.observation.places[item] = places_of(asked)
         return self.observation.agrees(item)
 
-    def _sliced(self, index: Any) -> Any:
-        """The index of `x[index]`, read or written to, each bound of its slices as predicted."""
+    def _sliced(self, tensor: Tensor, index: Any) -> Any:
+        """The index of `tensor[index]`, read or written to, each bound of its slices as predicted."""
         items = list(index) if isinstance(index, tuple) else [index]
+        sizes = _sizes_sliced(tensor, items)
         for position, item in enumerate(items):
             queue = self.expected.get((self.path[-1], "slice"))
             if isinstance(item, slice) and not _is_whole(item.start, item.stop) and queue:
+                reaches_end = isinstance(item.stop, int) and item.stop >= sizes[position]
+                if _is_whole(item.start) and reaches_end and not self._names(queue[0], item.stop, sizes[position]):
+                    continue  # all of it, which the trace leaves out
                 bounds = {"start": item.start, "end": item.stop}
                 for literal in self.literals[queue.popleft()]:
                     asked = bounds.get(literal.argument)
@@ -201,6 +205,11 @@ class _Recorder(TorchFunctionMode):
                         bounds[literal.argument] = predicted(literal, self.counts)
                 items[position] = slice(bounds["start"], bounds["end"], item.step)
         return tuple(items) if isinstance(index, tuple) else items[0]
+
+    def _names(self, node: Node, end: int, size: int) -> bool:
+        """Whether a slice of the trace ends at this number, where its prediction is less than `size`."""
+        ends = [predicted(item, self.counts) for item in self.literals[node] if item.argument == "end"]
+        return arguments(node)["end"] == end and any(found < size for found in ends)
 
     def _predict(self, node: Node, given: Sequence[Any]) -> Any:
         """Empty tensors of the predicted shapes, on the device of the tensor given, or of the model."""
@@ -249,6 +258,21 @@ def _without_kernel(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 def _same(left: Tensor, right: Tensor, end: int | None) -> bool:
     """Whether two tensors have the same shape up to a dimension."""
     return left.dim() == right.dim() and left.shape[:end] == right.shape[:end]
+
+
+def _sizes_sliced(tensor: Tensor, items: Sequence[Any]) -> list[int]:
+    """For each item of an index, the size of the dimension that it is applied to (1 for one that it adds)."""
+    taken = [
+        0 if item is None or item is Ellipsis
+        else item.dim() if isinstance(item, Tensor) and item.dtype is torch.bool
+        else 1
+        for item in items
+    ]  # fmt: skip
+    found, dim = [], 0
+    for item, count in zip(items, taken, strict=True):
+        found.append(tensor.shape[dim] if count else 1)
+        dim += tensor.dim() - sum(taken) if item is Ellipsis else count
+    return found
 
 
 def _is_whole(start: Any = None, end: Any = None, *_: Any) -> bool:

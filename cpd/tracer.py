@@ -135,7 +135,10 @@ def trace_in_train_mode(model: nn.Module, call: Call) -> OperationGraph | None:
     try:
         return _export(model, call, training=True)
     except Exception as error:  # the user's forward may raise anything
-        log.warning("The model cannot be traced in train mode, so layers that run only then stay as they are: %s.", first_line(error))
+        log.warning(
+            "The model cannot be traced in train mode, so layers that run only then stay as they are: %s.",
+            first_line(error),
+        )
         return None
 
 
