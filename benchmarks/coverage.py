@@ -261,7 +261,7 @@ def depths(share: float) -> Table:
 
     import timm
     import torch
-    from oracles import random_plan
+    from models import random_plan
 
     import cpd
 
@@ -281,7 +281,7 @@ def depths(share: float) -> Table:
             start = time.perf_counter()
             comb = cpd.comb(model.eval(), inputs)
             middle = time.perf_counter()
-            cpd.shrink(copy.deepcopy(model), random_plan(comb, share, 0))
+            cpd.shrink(copy.deepcopy(model), random_plan(comb, share, at_least=1))
             end, nodes = time.perf_counter(), len(comb.operations.operations)
             table.add_row(
                 label, str(depth), str(nodes), f"{comb.operations.seconds:.1f}", f"{middle - start:.1f}",

@@ -1,12 +1,18 @@
-"""Models of the benchmarks that no package ships, written out: the residual network of He et al. for CIFAR-10."""
+"""What benchmarks and tests share: weights at which errors show, random plans, and the CIFAR-10 network of He et al."""
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from cpd.comb import Comb
+from cpd.plan import Plan
+from cpd.surgeon import named_tensors
 
 STEPS = "num_batches_tracked"
 
@@ -81,3 +87,38 @@ def resnet56(weights: Path | None = None) -> CifarResNet:
         if missing or foreign:
             raise ValueError(f"{weights.name} is no CIFAR ResNet-56: it lacks {missing}, and holds {foreign}.")
     return model.eval()
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights at which a wrong shrink shows: nothing near zero, nothing alike, signals of order one.
+
+    Norm weights in [0.5, 1.5], biases and running means 0.3 N, variances in [0.5, 1.5], matrices N(0, 1/fan_in).
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=generator, dtype=torch.double)
+
+    with torch.no_grad():
+        for path, tensor in named_tensors(model).items():
+            name = path.rpartition(".")[2]
+            if not tensor.is_floating_point():
+                continue
+            if name in ("bias", "running_mean", "in_proj_bias"):
+                tensor.copy_(normal(tensor) * 0.3)
+            elif name == "running_var" or (tensor.dim() == 1 and isinstance(tensor, nn.Parameter)):
+                tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.double) + 0.5)
+            elif isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
+                tensor.copy_(normal(tensor) / max(1, tensor[0].numel()) ** 0.5)
+    return model
+
+
+def random_plan(combed: Comb, share: float = 0.3, *, exact: bool = False, seed: int = 0, at_least: int = 0) -> Plan:
+    """Remove a random `share`, and at least so many, of every open group (of the exact ones alone, if `exact`)."""
+    rng = random.Random(seed)
+    keep = {}
+    for group in combed.open:
+        kept = sorted(rng.sample(range(group.size), group.size - max(at_least, int(share * group.size))))
+        if group.exact or not exact:
+            keep[group.name] = kept
+    return combed.plan(keep)

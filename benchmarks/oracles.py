@@ -19,7 +19,6 @@ import argparse
 import collections
 import copy
 import json
-import random
 import resource
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import resnet56
+from models import random_plan, randomize, resnet56
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -64,31 +63,6 @@ def build(name: str) -> tuple[nn.Module, Any]:
     source = sources.resolve(name)
     model = randomize(source.build().eval())
     return model, sources.default_inputs(model, source)
-
-
-def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights at which a wrong slice shows: matrices of deviation 1/sqrt(fan_in), random norms and statistics."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-            if not tensor.is_floating_point():
-                continue
-            noise, leaf = torch.randn(tensor.shape, generator=g), name.rpartition(".")[2]
-            if isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
-                tensor.copy_(noise / max(1, tensor[0].numel()) ** 0.5)
-            elif leaf == "running_mean" or (isinstance(tensor, nn.Parameter) and "bias" in leaf):
-                tensor.copy_(0.3 * noise)
-            elif leaf == "running_var" or isinstance(tensor, nn.Parameter):
-                tensor.copy_(torch.rand(tensor.shape, generator=g) + 0.5)
-    return model
-
-
-def random_plan(comb: Comb, share: float, seed: int) -> Plan:
-    """Remove a random `share` of every open group, at least one position."""
-    rng = random.Random(seed)
-    return comb.plan(
-        {g.name: sorted(rng.sample(range(g.size), g.size - max(1, int(share * g.size)))) for g in comb.open}
-    )
 
 
 def double(value: Any) -> Any:
@@ -169,7 +143,7 @@ def check_again(comb: Comb, plan: Plan, again: Comb, share: float) -> str:
         if kept > 1:
             same = found[_layer(group), kept, True] + found[_layer(group), kept, False] * bool(group.ties)
             assert same, f"{group.name}: {kept} kept, no such open group of this layer the second time"
-    smaller = cpd.shrink(copy.deepcopy(again.model), random_plan(again, share, seed=1))
+    smaller = cpd.shrink(copy.deepcopy(again.model), random_plan(again, share, seed=1, at_least=1))
     outputs_of(again.operations.runner(smaller), again.operations.call)
     return "ok"
 
@@ -264,7 +238,7 @@ def examine(
         "unknown": list(comb.unknown),
         "reasons": _reasons(comb),
     }
-    plan = random_plan(comb, share, seed)
+    plan = random_plan(comb, share, seed=seed, at_least=1)
     start = time.perf_counter()
     small = cpd.shrink(copy.deepcopy(model), plan)
     row["shrink_s"] = time.perf_counter() - start

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 
 import timm
 import torch
@@ -23,31 +23,18 @@ from cpd.plan import Plan
 from cpd.surgeon import named_tensors
 from cpd.tracer import op_name
 
+
+def _load(path: Path) -> ModuleType:
+    """A module by its path, under a name that nothing else has."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
-
-def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights at which a wrong shrink shows: nothing near zero, nothing alike, signals of order one.
-
-    Norm weights in [0.5, 1.5], biases and running means 0.3 N, variances in [0.5, 1.5], matrices N(0, 1/fan_in).
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=torch.double)
-
-    with torch.no_grad():
-        for path, tensor in named_tensors(model).items():
-            name = path.rpartition(".")[2]
-            if not tensor.is_floating_point():
-                continue
-            if name in ("bias", "running_mean", "in_proj_bias"):
-                tensor.copy_(normal(tensor) * 0.3)
-            elif name == "running_var" or (tensor.dim() == 1 and isinstance(tensor, nn.Parameter)):
-                tensor.copy_(torch.rand(tensor.shape, generator=generator, dtype=torch.double) + 0.5)
-            elif isinstance(tensor, nn.Parameter) and tensor.dim() > 1:
-                tensor.copy_(normal(tensor) / max(1, tensor[0].numel()) ** 0.5)
-    return model
+models = _load(BENCHMARKS / "models.py")
+randomize, random_plan, resnet56 = models.randomize, models.random_plan, models.resnet56
 
 
 def dense(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -58,17 +45,6 @@ def dense(model: nn.Module, seed: int = 0) -> nn.Module:
 def comb(model: nn.Module, *inputs: Tensor) -> Comb:
     """`cpd.comb` on positional inputs."""
     return comb_model(model, inputs)
-
-
-def random_plan(combed: Comb, share: float = 0.3, *, exact: bool = False, seed: int = 0, at_least: int = 0) -> Plan:
-    """Remove a random `share`, and at least so many, of every open group (of the exact ones alone, if `exact`)."""
-    rng = random.Random(seed)
-    keep = {}
-    for group in combed.open:
-        kept = sorted(rng.sample(range(group.size), group.size - max(at_least, int(share * group.size))))
-        if group.exact or not exact:
-            keep[group.name] = kept
-    return combed.plan(keep)
 
 
 def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
@@ -149,14 +125,6 @@ def _plain(attributes: dict) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------- the models of the issue
-
-
-def resnet56() -> nn.Module:
-    """The CIFAR ResNet-56 of the benchmark, with its padded shortcuts."""
-    spec = importlib.util.spec_from_file_location("benchmark_models", BENCHMARKS / "models.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.resnet56()
 
 
 def _timm(name: str, **options) -> Callable[[], nn.Module]:
