@@ -153,14 +153,13 @@ def _layer(group: Group) -> str:
 
 
 def check_train(small: nn.Module, call: Call, comb: Comb) -> str:
-    """One step of SGD in train mode at batch 3; of the parts alone, at batch 1, where the whole cannot be exported."""
+    """One step of SGD in train mode at batch 3; of the parts alone, where the whole cannot be exported."""
     model = comb.operations.runner(copy.deepcopy(small)).train()
     if comb.operations.parts:
         call = Call(
             pytree.tree_map(lambda leaf: leaf.float() if _is_float(leaf) else leaf, comb.operations.call.args), {}
         )
-    times = 1 if comb.operations.parts else 3
-    args = pytree.tree_map(lambda leaf: torch.cat([leaf] * times) if isinstance(leaf, Tensor) else leaf, call.args)
+    args = pytree.tree_map(lambda leaf: torch.cat([leaf] * 3) if isinstance(leaf, Tensor) else leaf, call.args)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     leaves = [leaf for leaf in pytree.tree_leaves(model(*args, **call.kwargs)) if _is_float(leaf) and leaf.grad_fn]
     assert leaves, "no output carries a gradient"
