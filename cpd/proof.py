@@ -337,7 +337,7 @@ class Proof:
         """
 
         def gets_further(axis: Axis) -> bool:
-            wider = ties.repair({**seen.counts, axis: 2 * axis.minimum}, self.ctx.ties)
+            wider = ties.repair({**seen.counts, axis: min(2 * axis.minimum, axis.size)}, self.ctx.ties)
             return self._replay(wider, {}).steps > seen.steps
 
         if seen.error is None and not seen.wrong():
