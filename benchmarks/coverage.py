@@ -132,8 +132,8 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         end = _limited(command, options.limit)
         rows = json.loads(file.read_text()) if file.exists() else []
     row = rows[-1] if rows else {"model": name}
-    if end is not None:
-        row.setdefault("error", end)
+    if end is not None or not rows:
+        row.setdefault("error", end or "it wrote no row")
     return row
 
 
