@@ -25,7 +25,7 @@ from cpd.rules import arguments
 from cpd.rules.base import tensor_inputs
 from cpd.rules.reduce import reduced_dims
 from cpd.surgeon import named_tensors
-from cpd.tracer import op_name, pair
+from cpd.tracer import OperationGraph, op_name, pair
 
 #: Ops that take the kept positions of what they reduce.
 SUMMARIES = {*REDUCTIONS, *SUMS}
@@ -207,19 +207,19 @@ def masked_error(model: nn.Module, shrunk: nn.Module, comb: Comb, plan: Plan) ->
     return max((float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs), default=0.0)
 
 
-def shape_mismatch(comb: Comb, plan: Plan, again: Comb) -> str | None:
+def shape_mismatch(comb: Comb, plan: Plan, again: OperationGraph) -> str | None:
     """The first node whose shape in the shrunk model is not what the comb of the unpruned one predicts.
 
     Args:
         comb: the comb of the unpruned model.
         plan: what is kept.
-        again: the comb of the shrunk model.
+        again: the operations of the shrunk model.
 
     Returns:
         None where all agree, else a sentence that names the node.
     """
     widths = {group.axis: len(plan.groups[group.name]) for group in comb.groups}
-    pairs, odd = pair(comb.operations, again.operations)
+    pairs, odd = pair(comb.operations, again)
     if odd is not None:
         return f"{odd.name} has no counterpart in the shrunk model"
     for before, after in pairs.items():

@@ -95,7 +95,7 @@ def assert_shapes_as_predicted(combed: Comb, plan: Plan, again: Comb) -> None:
     """Compare every node's op and shape in the shrunk model with what the comb predicts at the plan's widths."""
     old, new = combed.operations.operations, again.operations.operations
     assert [op_name(node) for node in old] == [op_name(node) for node in new]
-    assert shape_mismatch(combed, plan, again) is None
+    assert shape_mismatch(combed, plan, again.operations) is None
 
 
 def snapshot(model: nn.Module) -> tuple:
