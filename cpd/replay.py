@@ -102,6 +102,7 @@ READERS: dict[str, tuple[str, Callable[[tuple[Any, ...], dict[str, Any]], Sequen
     "expand": ("expand", _sizes(1, "size")),
     "unflatten": ("unflatten", _one(2, "sizes")),
     "split": ("split", _one(1, "split_size_or_sections")),
+    "tensor_split": ("tensor_split", _one(1, "indices")),
     "split_with_sizes": ("split", _one(1, "split_sizes")),
     "pad": ("pad", _one(1, "pad")),
     "narrow": ("narrow", _bounds),

@@ -516,3 +516,31 @@ def test_an_unknown_op_freezes_what_it_touches_and_is_listed() -> None:
     assert combed.unknown == ("cpd_test_rules.twist.default",)
     assert "no rule for cpd_test_rules.twist.default [twist in the model, test_rules.py:" in frozen(combed)["a"]
     assert sizes(combed) == {"b": 6}
+
+
+def test_tensor_split_at_places_in_digits_leaves_the_last_piece_open() -> None:
+    def forward(self: Sketch, x: Tensor) -> Tensor:
+        a, _, c = self.a(x).tensor_split((3, 5), dim=1)
+        return self.out(torch.cat([c, a.relu()], 1))
+
+    combed = sketch(forward, a=conv(3, 8), out=conv(6, 5))
+    assert sizes(combed) == {"a#3": 3}
+    assert "the forward names the width 3" in frozen(combed)["a"]
+
+
+def test_tensor_split_into_a_number_of_pieces_is_frozen() -> None:
+    def forward(self: Sketch, x: Tensor) -> Tensor:
+        a, _, c = self.a(x).tensor_split(3, dim=1)
+        return self.out(torch.cat([c, a.relu()], 1))
+
+    combed = sketch(forward, a=conv(3, 8), out=conv(5, 5))
+    assert "need not be equal" in frozen(combed)["a"]
+
+
+def test_a_slice_set_to_zero() -> None:
+    def forward(self: Sketch, x: Tensor) -> Tensor:
+        y = self.a(x).clone()
+        y[:, 2:4].zero_()
+        return self.out(y)
+
+    assert sizes(sketch(forward, a=conv(3, 8), out=conv(8, 5))) == {"a#3": 4}

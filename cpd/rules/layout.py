@@ -238,6 +238,19 @@ def split(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return pieces
 
 
+@rule("tensor_split")
+def tensor_split(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Pieces between places that the forward names, or a number of them that differ by one: those are fixed."""
+    axis = args["dim"]
+    pieces = _pieces(ctx, node, args["self"], axis, [int(value.shape[axis]) for value in node.meta["val"]])
+    if "indices" not in args:
+        ctx.freeze(ctx.shape(args["self"])[axis], node, "cut into a number of pieces that need not be equal")
+        return pieces
+    for index in range(len(args["indices"])):
+        ctx.literal(node, "indices", index, axes.concat([piece[axis] for piece in pieces[: index + 1]]))
+    return pieces
+
+
 @rule("unbind")
 def unbind(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """One tensor for each position of a dimension: that dimension cannot shrink."""

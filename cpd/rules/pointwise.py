@@ -18,6 +18,7 @@ from cpd.tracer import op_name, shape_of
     "floor_divide",
     "copy",
     "fill",
+    "zero",
     "masked_fill",
     "hardswish",
     "log_sigmoid",
