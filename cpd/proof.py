@@ -291,12 +291,14 @@ class Proof:
                 if first.intersection(found.wrong()):  # what other widths brought up has its own turn
                     found = self._try_unfollowed(observe, found)
                     self._freeze_literals([item for item in found.wrong() if item in first])
-            elif len(self.open_axes()) == open_before and not (
-                self._try_attributes_checked(counts)
-                or self._try_ties_checked(counts)
-                or self._try_minimum(self._replay(counts, {}))
-            ):
-                self._freeze_culprit(observation)
+            elif len(self.open_axes()) == open_before:
+                failing = self._replay(counts, {})
+                if not (
+                    self._try_attributes_checked(failing)
+                    or self._try_ties_checked(failing)
+                    or self._try_minimum(failing)
+                ):
+                    self._freeze_culprit(observation)
             unproven = set(self.open_axes())
         for axis in self.open_axes():
             axis.frozen = "the proof did not come to an end"
@@ -473,14 +475,14 @@ class Proof:
         yield from (f"{path}.{name}" if path else name for name in inner[:MAX_INNER])
         yield from outer
 
-    def _try_attributes_checked(self, counts: Counts) -> bool:
+    def _try_attributes_checked(self, observation: Observation) -> bool:
         """Where a forward checks a width and refuses: try the integers that the module, or one around it, keeps.
 
         Returns:
             Whether one of them let the forward get further.
         """
         for _ in range(RETRIES):
-            observation = self._replay(counts, {})
+            counts = observation.counts
             path, open_end = observation.culprit, observation.error is not None
             while open_end:
                 for place, dim in self._checked_candidates(observation.culprit, path, counts):
@@ -488,7 +490,7 @@ class Proof:
                         self.attributes[place] = dim
                         return True
                 open_end, path = bool(path), path.rpartition(".")[0]
-            counts = self.draw()
+            observation = self._replay(self.draw(), {})
         return False
 
     def _checked_candidates(self, culprit: str, path: str, counts: Counts) -> Iterator[tuple[Place, Dim]]:
@@ -513,13 +515,12 @@ class Proof:
             if heads and heads[0].size == module.num_heads:
                 self.attributes[Place(path, "num_heads")] = heads[0]
 
-    def _try_ties_checked(self, counts: Counts) -> bool:
+    def _try_ties_checked(self, observation: Observation) -> bool:
         """Where a forward checks a width and refuses: try ties between the widths that the checking module sees.
 
         Returns:
             Whether one of them let the forward get further, at several widths.
         """
-        observation = self._replay(counts, {})
         if observation.error is None:
             return False
         in_sight = [dim for dim in self._widths_of(observation.culprit) if axes.is_open(dim)]

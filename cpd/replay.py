@@ -30,6 +30,7 @@ from cpd.axes import Axis
 from cpd.inputs import device_of, evaluating, plain_attention
 from cpd.provenance import Place, places_of
 from cpd.rules import Context, Literal, arguments
+from cpd.standins import NAMES as RECURRENT
 from cpd.tracer import op_name, owner, quiet
 
 
@@ -93,7 +94,7 @@ def _bounds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[int]:
 
 #: Functions whose result is taken from the prediction: their kernels for tensors without values are slow.
 _PREDICTED = (
-    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d", "lstm", "gru", "rnn_tanh", "rnn_relu",
+    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d", *RECURRENT,
 )  # fmt: skip
 #: Python name of a function that is given widths -> (name shared with the ATen op, how to read the widths).
 READERS: dict[str, tuple[str, Callable[[tuple[Any, ...], dict[str, Any]], Sequence[int]]]] = {

@@ -442,10 +442,7 @@ def test_cross_attention_with_other_widths_of_keys_and_values(weights: bool, bat
 @pytest.mark.parametrize(("batch_first", "norm_first"), [(True, False), (False, True)])
 @pytest.mark.parametrize(
     "heads",
-    [
-        (2),
-        (4),
-    ],
+    [2, 4],
 )
 def test_an_encoder_layer(heads: int, batch_first: bool, norm_first: bool) -> None:
     layer = nn.TransformerEncoderLayer(8, heads, 10, batch_first=batch_first, norm_first=norm_first)
