@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, cycle
 from typing import TypeAlias
 
 from torch import Tensor, nn
@@ -52,6 +52,9 @@ TELLING = 20
 TRIES, DEPTHS = 64, (0.125, 0.25, 0.5)
 #: Axes of up to this many positions are whole or narrower by turns: random widths would be alike too often.
 SMALL = 4
+#: In which two of the four copies after the first a small axis is whole: each of six neighbours is whole once while
+#: another one is narrower.
+TURNS = list(combinations(range(1, 5), 2))
 #: Modules inside the calling one whose attributes are tried.
 MAX_INNER = 16
 #: Ties tried where a forward checks a width and refuses.
@@ -106,7 +109,7 @@ class Proof:
         self._adopt_named_attributes()
         self._adopt_attention()
         while True:
-            self._settle(self._replay, DRAWS)
+            self._settle(self._replay, DRAWS + bool(self.small_axes()))
             self._settle_minimums()
             self._settle_train_mode()
             if self._settle(self._export, 1):
@@ -119,23 +122,22 @@ class Proof:
         found = [axis for dims in self.dims.values() for dim in dims for axis in axes.leaves(dim)]
         return [axis for axis in dict.fromkeys(found) if axis.frozen is None and axis.size > 1]
 
+    def small_axes(self) -> list[Axis]:
+        """The open axes of up to `SMALL` positions."""
+        return [axis for axis in self.open_axes() if axis.size <= SMALL]
+
     def draw(self, unproven: Collection[Axis] = (), done: int | None = None) -> dict[Axis, int]:
         """Random widths that the ties allow; of several such for axes tied to each other, those that narrow most.
 
         Of a series of copies the first has every axis narrower, but for the ties. In those after it small axes are
-        whole by turns, the turn of each being its number among those of its size in binary: two neighbours that are
-        as wide as each other by chance are told apart by one of the next `DRAWS` - 1.
+        whole by `TURNS`, so that a width that must not be less than another, or must equal it, is found out.
 
         Args:
             unproven: the axes in question.
             done: number of the copy in a series.
         """
-        unproven, counts, number = set(unproven), dict[Axis, int](), Counter[int]()
-        whole: set[Axis] = set()
-        for axis in self.open_axes():
-            if done and axis.size <= SMALL and not number[axis.size] >> (done - 1) % (DRAWS - 1) & 1:
-                whole.add(axis)
-            number[axis.size] += 1
+        unproven, counts = set(unproven), dict[Axis, int]()
+        whole = {axis for axis, turns in zip(self.small_axes(), cycle(TURNS), strict=False) if done in turns}
         blocks = ties.components(self.open_axes(), self.ctx.ties)
         for trial in range(TRIES):
             depth, alike = self.rng.choice(DEPTHS), dict[int, int]()

@@ -1191,6 +1191,20 @@ def check(steps: list[tuple], head: str = "mean", share: float = 0.3, number: in
     return combed, plan
 
 
+#: Models that were wrong once, as `check` takes them, and how.
+MENDED = {
+    "heads whole while the channels that they divide are narrower": (
+        [("Conv", (3, 3), (0,)), ("CrossCovariance", (3,), (1,)), ("Narrowed", (1,), (2,)), ("Gram", (), (3,))],
+        "mean", 0.2, 0,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MENDED.values(), ids=MENDED)
+def test_models_that_were_wrong_once(case: tuple[list[tuple], str, float, int]) -> None:
+    check(*case)
+
+
 #: Kinds whose own parameters have no dimension that can shrink: one channel, or windows of two.
 FROZEN = {"NeighbourGate", "SpaceGate"}
 
