@@ -9,12 +9,16 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor, nn
 from torch.fx import Node
 
 from cpd import axes
 from cpd.axes import Axis, Dim, Fixed
+from cpd.polynomials import ProductSums
 from cpd.rules import Context, arguments
 from cpd.rules.contraction import KERNEL, spell
 from cpd.tracer import op_name
@@ -61,6 +65,14 @@ class Figures:
     activations: int
 
 
+class Slope(NamedTuple):
+    """What one position more of an axis adds to each figure of `Figures`."""
+
+    parameters: float
+    macs: float
+    activations: float
+
+
 @dataclass(frozen=True)
 class FrozenShare:
     """What one reason keeps from being pruned.
@@ -87,39 +99,37 @@ class Cost:
     def __init__(self, ctx: Context, dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> None:
         self._terms = [*_parameter_terms(dims, tensors), *_operation_terms(ctx)]
         self._unread = _unread_parameters(dims, tensors)
-        self._unused = sum(self._unread.values())
-        self._dims = list(dict.fromkeys(axes.resolve(dim) for term in self._terms for dim in term.dims))
-        place = {dim: index for index, dim in enumerate(self._dims)}
-        self._factors = [[place[axes.resolve(dim)] for dim in term.dims] for term in self._terms]
+        weights = [(term.parameters, term.macs, term.activations) for term in self._terms]
+        self._sums = ProductSums([term.dims for term in self._terms], weights)
 
     def __call__(self, counts: Mapping[Axis, int]) -> Figures:
         """The cost when each axis keeps `counts[axis]` positions (all, if it is not named)."""
-        widths = [axes.count(dim, counts) for dim in self._dims]
-        parameters, macs, activations = self._unused, 0, 0
-        for term, factors in zip(self._terms, self._factors, strict=True):
-            size = math.prod(widths[index] for index in factors)
-            parameters += term.parameters * size
-            macs += term.macs * size
-            activations += term.activations * size
-        return Figures(parameters, macs, activations)
+        (figures,) = self.many(self._sums.widths(counts)[None])
+        return Figures(*map(int, figures))
 
-    def memory_of(self, axis: Axis) -> float:
-        """Elements of all tensors that carry one position of `axis`, per position: CPD's B x H x W, summed."""
-        total = 0
-        for term in self._terms:
-            if term.activations:
-                total += term.activations * self._carried(term, axis)
-        return total / axis.size
+    @property
+    def axes(self) -> list[Axis]:
+        """The open axes that the cost depends on, in the order of the columns of `many`."""
+        return self._sums.axes
 
-    def _carried(self, term: Term, axis: Axis) -> int:
-        """Elements of a term's tensor that at least one position of `axis` owns."""
-        size = math.prod(dim.size for dim in term.dims)
-        rest = math.prod(axes.count(dim, {axis: 0}) for dim in term.dims)
-        return size - rest
+    def many(self, widths: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The cost of many candidates at once.
 
-    def macs_of(self, axis: Axis) -> float:
-        """MACs saved per removed position of `axis`, at full widths."""
-        return sum(term.macs * self._carried(term, axis) for term in self._terms if term.macs) / axis.size
+        Args:
+            widths: [candidates, axes], in the order of `axes`.
+
+        Returns:
+            [candidates, 3]: parameters, MACs and activations of each.
+        """
+        return self._sums(widths) + np.array([sum(self._unread.values()), 0, 0])
+
+    def slopes(self, counts: Mapping[Axis, int]) -> dict[Axis, Slope]:
+        """What one position more of each open axis adds at these widths, to first order: what one less saves.
+
+        The slope of the activations is CPD's B x H x W, summed over all tensors that carry the position.
+        """
+        found = self._sums.slopes(self._sums.widths(counts))
+        return {axis: Slope(*map(float, row)) for axis, row in zip(self._sums.axes, found, strict=True)}
 
     def open_share(self) -> dict[str, float]:
         """The share of parameters, and of MACs, in terms that have at least one open axis."""

@@ -14,7 +14,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -27,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from cpd import axes
 from cpd.axes import Axis
+from cpd.calls import opened
 from cpd.inputs import device_of, evaluating, plain_attention
 from cpd.provenance import Place, places_of
 from cpd.rules import Context, Literal, arguments
@@ -173,7 +173,7 @@ class _Recorder(TorchFunctionMode):
         queue = self.expected.get((self.path[-1], name)) if read is not None else None
         if read is None and isinstance(func, FunctionType) and func.__globals__ is vars(F):
             with self:
-                return _opened(func)(*args, **kwargs)
+                return opened(func)(*args, **kwargs)
         if read is None or not queue:
             return _run(func, args, kwargs)
         node = queue.popleft()
@@ -280,20 +280,6 @@ def _sizes_sliced(tensor: Tensor, items: Sequence[Any]) -> list[int]:
 def _is_whole(start: Any = None, end: Any = None, *_: Any) -> bool:
     """Whether a slice names no bound."""
     return start in (None, 0) and (end is None or (isinstance(end, int) and end >= sys.maxsize))
-
-
-@cache
-def _opened(function: FunctionType) -> Callable[..., Any]:
-    """A function of torch.nn.functional that does not hand itself over to the recorder, so that its calls are seen."""
-    never = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _never)
-    names = {**function.__globals__, **never}
-    opened = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
-    opened.__kwdefaults__ = function.__kwdefaults__
-    return opened
-
-
-def _never(*_: Any) -> bool:
-    return False
 
 
 def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int], *, meta: bool = False) -> Observation:
