@@ -206,7 +206,8 @@ def _run_peer(name: str, folder: str, limit: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as out:
         file = Path(out) / "row.json"
         command = [sys.executable, str(HERE / "peer.py"), name, str(file)]
-        end = _limited(command, limit, PYTHONPATH=folder)
+        paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+        end = _limited(command, limit, PYTHONPATH=os.pathsep.join(paths))
         row: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return row if end is None else {**row, "outcome": end}
 

@@ -7,9 +7,9 @@ weight meets its input in one of a few functions of torch. `LayerCalls` sees eac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -47,14 +47,14 @@ class LayerCall:
         kind: "linear", "matmul", "conv" or "transposed".
         function: that of torch.
         given: the function's arguments by name.
-        output: what it returned.
+        output: what it returned, a tensor; None before the call.
     """
 
     weight: str
     kind: str
     function: Callable[..., Tensor]
-    given: Mapping[str, Any]
-    output: Tensor
+    given: dict[str, Any]
+    output: Any = None
 
     @property
     def input(self) -> Tensor:
@@ -113,8 +113,9 @@ class LayerCall:
         return self.features(index) @ matrix(self.kind, self.given["weight"], self.groups).transpose(1, 2)
 
     def again(self) -> Tensor:
-        """The output with the weights as they are now."""
-        return _apply(self.function, self.given)
+        """What the function returns now."""
+        settings = {name: value for name, value in self.given.items() if name not in ("input", "weight")}
+        return self.function(self.given["input"], self.given["weight"], **settings)
 
     def _patches(self, x: Tensor, index: Tensor | None) -> Tensor:
         """What the kernel sees at some positions of the output, [samples, channels, positions, kernel]."""
@@ -131,15 +132,13 @@ class LayerCall:
             place = place[:, None, :, None] * x.shape[2 + d] + along[d][None, :, None, :]
             place = place.reshape(place.shape[0] * place.shape[1], -1)
         place = place if index is None else place[index]
-        return x.flatten(2)[:, :, place.reshape(-1)].unflatten(2, tuple(place.shape))
+        return x.flatten(2)[:, :, place.reshape(-1)].reshape(*x.shape[:2], *place.shape)
 
 
 def matrix(kind: str, weight: Tensor, groups: int = 1) -> Tensor:
     """A layer's weight as matrices, [groups, outputs, features] (`LayerCall.features`)."""
-    if kind in ("matmul", "transposed"):
-        inputs = weight.unflatten(0, (groups, -1))
-        return inputs.flatten(2).transpose(1, 2)
-    return weight.unflatten(0, (groups, -1)).flatten(2)
+    grouped = weight.reshape(groups, weight.shape[0] // groups, -1)
+    return grouped.transpose(1, 2) if kind in ("matmul", "transposed") else grouped
 
 
 def from_matrix(kind: str, value: Tensor, like: Tensor) -> Tensor:
@@ -152,15 +151,15 @@ class LayerCalls(TorchFunctionMode):
 
     Args:
         model: whose parameters are looked for.
-        before: given the weight's name and the input, returns the input to use instead.
-        after: given the call, returns the output to use instead, or None for its own.
+        before: given the call that is to be made, returns the input to use instead.
+        after: given the call with its output, returns the output to use instead, or None for its own.
         norm: given the arguments of a `batch_norm` that uses running statistics, returns its output, or None.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        before: Callable[[str, str, Tensor], Tensor] | None = None,
+        before: Callable[[LayerCall], Tensor] | None = None,
         after: Callable[[LayerCall], Tensor | None] | None = None,
         norm: Callable[[dict[str, Any]], Tensor | None] | None = None,
     ) -> None:
@@ -193,16 +192,12 @@ class LayerCalls(TorchFunctionMode):
         weight = given.setdefault("weight", given.pop("other", None))
         if weight.dim() < 2 or (kind == "matmul" and weight.dim() > 2):
             return func(*given.values())  # type: ignore[no-any-return]
+        layer = LayerCall(name, kind, func, given)
         if self.before is not None:
-            given["input"] = self.before(name, kind, given["input"])
-        output = _apply(func, given)
-        replaced = self.after(LayerCall(name, kind, func, given, output)) if self.after is not None else None
+            given["input"] = self.before(layer)
+        output = layer.again()
+        replaced = self.after(replace(layer, output=output)) if self.after is not None else None
         return output if replaced is None else replaced
-
-
-def _apply(function: Callable[..., Tensor], given: Mapping[str, Any]) -> Tensor:
-    settings = {name: value for name, value in given.items() if name not in ("input", "weight")}
-    return function(given["input"], given["weight"], **settings)
 
 
 _NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")

@@ -24,11 +24,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from cpd.calls import LayerCall, LayerCalls, from_matrix, matrix, seen
 from cpd.errors import InputError
-from cpd.inputs import Call, batches, check_limit, check_model, device_of, evaluating
+from cpd.inputs import Call, batches, check_limit, check_model, device_of, evaluating, joined
 from cpd.plan import Plan
 from cpd.surgeon import named_tensors
 
@@ -89,8 +88,8 @@ def compensate(
     device = device_of(check_model(model))
     before = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
     with evaluating(model), evaluating(check_model(original)):
-        probe = _Probe(original, _part(calls[0], 1).to(device))
-        call = _part(_joined(calls), probe.samples).to(device)
+        probe = _Probe(original, calls[0].part(1).to(device))
+        call = joined(calls).part(probe.samples).to(device)
         try:
             return _Lockstep(model, original, plan, probe, seed).run(call)
         except BaseException:
@@ -216,7 +215,7 @@ class _Lockstep:
         return output
 
     def _shift(self, given: dict[str, Any]) -> None:
-        """Where a BatchNorm takes the output of a layer without bias, its running mean is lowered by what is lacking."""
+        """Lower the running mean of a BatchNorm by what the output that it takes is lacking."""
         if self.shift is not None and given["input"] is self.shift[0]:
             given["running_mean"].sub_(self.shift[1].to(given["running_mean"].dtype))
         self.shift = None
@@ -308,7 +307,7 @@ def _flat(value: Tensor) -> Tensor:
 
 def _grouped(value: Tensor, groups: int) -> Tensor:
     """The inverse of `_flat`."""
-    return value.unflatten(1, (groups, -1)).transpose(0, 1)
+    return value.reshape(len(value), groups, -1).transpose(0, 1)
 
 
 def _put(targets: queue.Queue[Any], item: Any, stop: threading.Event) -> None:
@@ -323,33 +322,3 @@ def _put(targets: queue.Queue[Any], item: Any, stop: threading.Event) -> None:
 
 class _StoppedError(Exception):
     """The narrower model's pass has ended."""
-
-
-def _joined(calls: list[Call]) -> Call:
-    """One call of all the samples of several; calls of other shapes than the first are left out."""
-    leaves, structure = zip(*(tree_flatten((call.args, call.kwargs)) for call in calls), strict=True)
-    alike = [
-        items for items, form in zip(leaves, structure, strict=True)
-        if form == structure[0] and all(_stacks(a, b) for a, b in zip(items, leaves[0], strict=True))
-    ]  # fmt: skip
-    joined = [
-        torch.cat(items) if isinstance(items[0], Tensor) and items[0].dim() else items[0]
-        for items in zip(*alike, strict=True)
-    ]
-    args, kwargs = tree_unflatten(joined, structure[0])
-    return Call(args, kwargs)
-
-
-def _stacks(left: Any, right: Any) -> bool:
-    """Whether two inputs can be joined along their first dimension."""
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        return left.shape[1:] == right.shape[1:]
-    return type(left) is type(right)
-
-
-def _part(call: Call, samples: int) -> Call:
-    """The first samples of a call."""
-    leaves, structure = tree_flatten((call.args, call.kwargs))
-    found = [leaf[:samples] if isinstance(leaf, Tensor) and leaf.dim() else leaf for leaf in leaves]
-    args, kwargs = tree_unflatten(found, structure)
-    return Call(args, kwargs)

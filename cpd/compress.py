@@ -6,12 +6,11 @@ comb -> score -> select (searching for the measured target) -> shrink -> check -
 from __future__ import annotations
 
 import logging
-import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -24,28 +23,26 @@ from torch import Tensor, nn
 
 from cpd import sources
 from cpd.artifacts import check_output_dir, save_result
-from cpd.batchnorm import recalibrate_batchnorm
 from cpd.comb import Comb, comb
-from cpd.criteria import DATA_FREE, Criterion
+from cpd.criteria import DATA_FREE, TARGET_FREE, Criterion
 from cpd.distiller import DistillConfig, distill
-from cpd.errors import ExportError, NothingToPruneError, TargetError
-from cpd.inputs import Call, batches, check_model, device_of, evaluating, move
+from cpd.errors import ExportError, InputError, NothingToPruneError, TargetError
+from cpd.inputs import Call, batches, check_model, evaluating
 from cpd.latency import LatencyComparison, LatencyProbe
-from cpd.losses import task_loss
+from cpd.latency_model import fit_latency
 from cpd.onnx import export_onnx
 from cpd.oracle import masked_error
 from cpd.plan import Plan
+from cpd.recovery import recover
 from cpd.report import Figures, GroupRow, Report
 from cpd.request import Target, check_data, check_limits, check_target, copy_of, example_call
-from cpd.scorer import Normalization, score
+from cpd.scorer import score
 from cpd.search import reach
-from cpd.selector import SCOPES, Limits, Scope, Selector
+from cpd.selector import Limits, Normalization, Scope, Selector, Weighing
 from cpd.surgeon import shrink
 
 log = logging.getLogger("cpd")
 
-#: Batches that BatchNorm statistics are re-estimated on at most.
-RECALIBRATION_BATCHES = 64
 #: Two plans leave as much if the MACs of one are at least this share of the other's.
 AS_MUCH = 0.9
 #: Seconds that the final model is timed.
@@ -101,9 +98,14 @@ def compress(
     teacher: nn.Module | None = None,
     criterion: str | Criterion | None = None,
     normalization: Normalization | None = None,
+    exponent: float = 1.0,
+    scope: Scope | None = None,
+    compensation: bool = True,
     score_batches: int = 16,
     round_to: int = 8,
     max_ratio: float = 0.9,
+    min_width: int = 1,
+    ratios: Mapping[str, float] | None = None,
     tolerance: float = 0.05,
     threads: int = 1,
     seed: int = 0,
@@ -130,11 +132,18 @@ def compress(
         lr: peak learning rate; None takes the optimizer's default.
         training: all other settings of the training; its epochs, lr, seed and progress are those given here.
         teacher: what the student learns from; the unpruned model if None.
-        criterion: a name in `cpd.criteria.CRITERIA` or a callable; "hessian" with data, "magnitude" without, if None.
-        normalization: what scores are divided by: "memory", "macs" or "none"; "memory" with data, "none" without.
-        score_batches: batches that scores are taken over at most.
+        criterion: a name in `cpd.criteria.CRITERIA` or a callable; "obs" with data, "magnitude" without, if None.
+        normalization: what scores are divided by what is saved of: "memory", "macs", "parameters", "latency" (fitted
+            on narrower copies) or "none"; "macs" with data, "none" without, if None.
+        exponent: score / saved^exponent.
+        scope: among what scores are compared: "global", "isomorphic" or "group"; None: "global", and for a measured
+            speed-up "group" too, of which the better is kept.
+        compensation: whether what was removed is made up for in closed form by the layers that read it.
+        score_batches: batches that scores, compensation and recalibration are taken over at most.
         round_to: widths are kept to multiples of this.
         max_ratio: the largest share of a group that may go.
+        min_width: the fewest positions that a group may keep.
+        ratios: {pattern of group names, as of a shell: share that goes}, for groups that you decide on: 0 keeps all.
         tolerance: how far from the target speed-up the search may end, as a fraction.
         threads: ONNX Runtime's intra-op threads when timing.
         seed: of scores and training; the same seed gives the same scores and, for the targets that are not measured,
@@ -157,7 +166,7 @@ def compress(
     given = {key: value for key, value in locals().items() if value is not None and key not in _NOT_REPORTED}
     check_model(model)
     target = check_target(target_speedup, target_macs, target_params, target_memory)
-    limits = check_limits(round_to, max_ratio, tolerance, threads, score_batches)
+    limits = check_limits(round_to, max_ratio, min_width, ratios or {}, tolerance, threads, score_batches)
     settings = training or DistillConfig()
     settings = DistillConfig(
         **{**vars(settings), "epochs": epochs, "lr": lr or settings.lr, "seed": seed, "progress": progress}
@@ -168,9 +177,10 @@ def compress(
     if data is not None:
         check_data(student, data, loss)
     run = _Run(model, student, call, target, limits, settings, _Stages(progress))
-    run.comb_and_score(data, loss, criterion, normalization, score_batches, seed)
-    run.select(threads, tolerance, data, loss, score_batches)
-    run.shrink_and_recover(data, loss, evaluate, teacher)
+    run.comb_and_score(data, loss, criterion, score_batches, seed)
+    run.weigh(normalization, exponent, scope, threads)
+    run.select(tolerance, data, score_batches, compensation)
+    run.shrink_and_recover(data, loss, evaluate, teacher, score_batches, compensation)
     result = run.finish(threads, given, source)
     if folder is not None:
         result.save(folder)
@@ -195,9 +205,11 @@ class _Run:
     checks: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     search: list[dict[str, Any]] = field(default_factory=list)
-    criterion: tuple[str, str, str] = ("", "", "")
+    criterion: tuple[str, str] = ("", "")
     metrics: tuple[float | None, float | None] = (None, None)
     comb: Comb = field(init=False)
+    scores: dict[str, Tensor] = field(init=False)
+    weighing: Weighing = field(init=False)
     selectors: list[Selector] = field(init=False)
     plan: Plan = field(init=False)
     probe: LatencyProbe | None = None
@@ -212,7 +224,6 @@ class _Run:
         data: Iterable[Any] | None,
         loss: Callable[[Any, Any], Tensor] | None,
         criterion: str | Criterion | None,
-        normalization: Normalization | None,
         limit: int,
         seed: int,
     ) -> None:
@@ -222,39 +233,44 @@ class _Run:
         if not self.comb.open:
             reasons = "\n".join(f"  {group.name} ({group.size}): {group.frozen}" for group in self.comb.groups)
             raise NothingToPruneError(f"No group of {type(self.model).__name__} can be pruned:\n{reasons}")
-        chosen, why = _choose_criterion(criterion, data, self.student, loss)
-        saved: Normalization = normalization or ("none" if chosen in DATA_FREE else "memory")
+        chosen, why = _choose_criterion(criterion, data, loss)
         name = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
-        self.criterion = (name, why, saved)
-        log.info("Scores: %s, normalised by %s: %s", name, saved, why)
+        self.criterion = (name, why)
+        log.info("Scores: %s: %s", name, why)
         if data is None:
             self.note(
                 "No data given: channels are chosen by the size of their weights and nothing is trained back, so most "
                 "of the accuracy is lost. Pass data=loader to keep it."
             )
         with self.stages("score"):
-            scores = score(
-                self.student, self.comb, data, loss, criterion=chosen, normalization=saved, limit=limit, seed=seed
-            )
-        scopes: tuple[Scope, ...] = SCOPES if data is not None else ("global",)
-        self.selectors = [Selector(self.comb, scores, self.limits, scope) for scope in scopes]
+            self.scores = score(self.student, self.comb, data, loss, criterion=chosen, limit=limit, seed=seed)
 
-    def select(
-        self,
-        threads: int,
-        tolerance: float,
-        data: Iterable[Any] | None,
-        loss: Callable[[Any, Any], Tensor] | None,
-        limit: int,
-    ) -> None:
-        """Choose the widths: by measured speed-up or by cost, for each scope.
-
-        Of two that meet the target, the one that leaves more MACs is kept; where both leave as much, the one whose
-        loss is lower after recalibration. (Far from the original the loss is no better than chance and tells nothing.)
-        """
-        if self.target.is_speedup:
+    def weigh(self, normalization: Normalization | None, exponent: float, scope: Scope | None, threads: int) -> None:
+        """Settle what a removed position is weighed against, and among what scores are compared."""
+        data_free = self.criterion[0] in DATA_FREE
+        normalization = normalization or ("none" if data_free else "macs")
+        latency = None
+        if self.target.is_speedup or normalization == "latency":
             with self.stages("export"):
                 self.probe = LatencyProbe(self.model, self.call, threads=threads)
+        if normalization == "latency":
+            assert self.probe is not None
+            with self.stages("fit latency"):
+                latency = fit_latency(self.student, self.comb, self.probe)
+        self.weighing = Weighing(normalization, exponent, latency)
+        scopes: tuple[Scope, ...] = ("global", "group") if self.target.is_speedup and not data_free else ("global",)
+        with self.stages("order"):
+            self.selectors = [
+                Selector(self.comb, self.scores, self.limits, each, self.weighing)
+                for each in (scopes if scope is None else (scope,))
+            ]
+
+    def select(self, tolerance: float, data: Iterable[Any] | None, limit: int, compensation: bool) -> None:
+        """Choose the widths: by measured speed-up or by cost, for each scope.
+
+        Of two that meet the target, the one that leaves more MACs is kept; where both leave as much, the one that
+        comes nearer to the unpruned model without training.
+        """
         plans: list[tuple[Scope, Plan]] = []
         failure: TargetError | None = None
         with self.stages("select"):
@@ -266,24 +282,33 @@ class _Run:
             if not plans:
                 assert failure is not None
                 raise failure
-            scope, self.plan = self._choose(plans, data, loss, limit)
-        told = ", ".join(f"{scope} {self._macs_left(plan):.1%}" for scope, plan in plans)
-        self.note(f"Scores compared by scope {scope!r} (share of the MACs left at the target: {told}).")
+            scope, self.plan = self._choose(plans, data, limit, compensation)
+        if len(plans) > 1:
+            told = ", ".join(f"{scope} {self._macs_left(plan):.1%}" for scope, plan in plans)
+            self.note(f"Scores compared by scope {scope!r} (share of the MACs left at the target: {told}).")
+        kept = {group.axis: len(self.plan.groups[group.name]) for group in self.comb.groups}
+        floored = next(item for item in self.selectors if item.scope == scope).at_floor(kept)
+        if floored:
+            self.note(
+                f"{len(floored)} of {len(self.comb.open)} groups stand at the fewest positions that they may keep "
+                f"(max_ratio={self.limits.max_ratio:g}, min_width={self.limits.min_width}): {', '.join(floored[:8])}"
+                f"{', …' if len(floored) > 8 else '.'}"
+            )
 
     def _choose(
-        self,
-        plans: list[tuple[Scope, Plan]],
-        data: Iterable[Any] | None,
-        loss: Callable[[Any, Any], Tensor] | None,
-        limit: int,
+        self, plans: list[tuple[Scope, Plan]], data: Iterable[Any] | None, limit: int, compensation: bool
     ) -> tuple[Scope, Plan]:
-        """Of several plans that meet the target, the one that leaves most; of those that leave as much, by loss."""
+        """Of several plans that meet the target, the one that leaves most; of those that leave as much, the nearest."""
         most = max(self._macs_left(plan) for _, plan in plans)
         rest = [item for item in plans if self._macs_left(item[1]) >= AS_MUCH * most]
         if len(rest) == 1 or data is None:
             return rest[0]
-        losses = [_loss_of(self.student, plan, data, loss, limit) for _, plan in rest]
-        return rest[losses.index(min(losses))]
+        errors = [
+            min(recover(shrink(copy_of(self.student), plan), self.model, plan, data, limit=limit,
+                        compensation=compensation).errors.values())
+            for _, plan in rest
+        ]  # fmt: skip
+        return rest[errors.index(min(errors))]
 
     def _macs_left(self, plan: Plan) -> float:
         """Share of the original's MACs that a plan leaves."""
@@ -314,8 +339,10 @@ class _Run:
         loss: Callable[[Any, Any], Tensor] | None,
         evaluate: Callable[[nn.Module], float] | None,
         teacher: nn.Module | None,
+        limit: int,
+        compensation: bool,
     ) -> None:
-        """Shrink the student, check it, and train it back."""
+        """Shrink the student, check it, make up for what went, and train it back."""
         before = _evaluate(evaluate, self.student)
         with self.stages("shrink"):
             shrink(self.student, self.plan)
@@ -325,11 +352,12 @@ class _Run:
         if after is not None:
             self.note(f"Metric of the unpruned model {before:.4g}, right after pruning {after:.4g}.")
         if data is not None:
-            with self.stages("recalibrate"):
-                layers = recalibrate_batchnorm(self.student, data, limit=RECALIBRATION_BATCHES)
-            if layers and evaluate is not None:
-                after = _evaluate(evaluate, self.student)
-                self.note(f"After recalibrating {layers} BatchNorm layers: {after:.4g}.")
+            with self.stages("recover"):
+                found = recover(self.student, self.model, self.plan, data, limit=limit, compensation=compensation)
+            after = _evaluate(evaluate, self.student)
+            self.note(f"{found} Metric {after:.4g}." if after is not None else str(found))
+            if found.failure is not None:
+                self.note(f"Compensation was not possible: {found.failure}")
             if after is not None:
                 self.history.append({"epoch": 0, "metric": after})
         if data is not None and self.training.epochs:
@@ -365,14 +393,14 @@ class _Run:
             Figures(cost.parameters, cost.macs, cost.activations, time_ms, metric)
             for cost, time_ms, metric in zip(costs, times, self.metrics, strict=True)
         ]
-        criterion, why, normalization = self.criterion
+        criterion, why = self.criterion
         return Report(
             call=given,
             model_class=f"{type(self.model).__module__}.{type(self.model).__qualname__}",
             source=name,
             criterion=criterion,
             criterion_reason=why,
-            normalization=normalization,
+            normalization=self.weighing.normalization,
             original=figures[0],
             result=figures[1],
             latency=None if latency is None else latency.to_dict(),
@@ -404,34 +432,16 @@ class _Stages:
 
 
 def _choose_criterion(
-    criterion: str | Criterion | None,
-    data: Iterable[Any] | None,
-    model: nn.Module,
-    loss: Callable[[Any, Any], Tensor] | None,
+    criterion: str | Criterion | None, data: Iterable[Any] | None, loss: Callable[[Any, Any], Tensor] | None
 ) -> tuple[str | Criterion, str]:
     """The criterion, and why this one."""
-    if criterion is not None:
-        return criterion, "as asked for."
-    if data is None:
+    if criterion is None and data is None:
         return "magnitude", "no data was given, and magnitude needs none."
-    if loss is None and next(batches(data, 1)).target is None:
-        return "magnitude", "the data has no targets, so there is no loss whose curvature could be taken."
-    return "hessian", "data was given, so the curvature of the loss can be measured (CPD's criterion)."
-
-
-def _loss_of(
-    model: nn.Module, plan: Plan, data: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None, limit: int
-) -> float:
-    """The mean loss of `model` once shrunk by `plan` and recalibrated; without targets, infinity."""
-    student = shrink(copy_of(model), plan)
-    recalibrate_batchnorm(student, data, limit=limit)
-    device = device_of(student)
-    values = []
-    with torch.no_grad(), evaluating(student):
-        for batch in batches(data, limit):
-            value = task_loss(batch.call.to(device).on(student), move(batch.target, device), loss)
-            values.append(math.inf if value is None else float(value))
-    return sum(values) / len(values)
+    if criterion is None:
+        return "obs", "data was given, and of all criteria this one keeps most (docs/criteria.md)."
+    if criterion not in TARGET_FREE and data is not None and loss is None and next(batches(data, 1)).target is None:
+        raise InputError(f"criterion={criterion!r} needs targets or a loss, and the data has none: pass loss=….")
+    return criterion, "as asked for."
 
 
 def _frozen_reasons(comb: Comb) -> str:

@@ -121,7 +121,8 @@ class Cost:
         Returns:
             [candidates, 3]: parameters, MACs and activations of each.
         """
-        return self._sums(widths) + np.array([sum(self._unread.values()), 0, 0])
+        figures: npt.NDArray[np.int64] = self._sums(widths) + np.array([sum(self._unread.values()), 0, 0])
+        return figures
 
     def slopes(self, counts: Mapping[Axis, int]) -> dict[Axis, Slope]:
         """What one position more of each open axis adds at these widths, to first order: what one less saves.

@@ -74,7 +74,7 @@ class AugmentedLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of `[B, C, S, S]` images and `[B]` labels."""
         order = torch.randperm(len(self.images), generator=self._generator)
-        for chosen in order.split(self.batch_size):  # type: ignore[no-untyped-call]
+        for chosen in order.split(self.batch_size):
             yield self._cut(chosen), self.labels[chosen]
 
     def _cut(self, chosen: Tensor) -> Tensor:
@@ -199,7 +199,7 @@ def train_teacher(
             for images, labels in loader:
                 loss = F.cross_entropy(model(images), labels)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 optimizer.step()
                 schedule.step()
                 bar.advance(task)

@@ -8,7 +8,7 @@ consumes (the inner width of an attention's q and k) is gated on the slices that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +19,25 @@ from cpd.comb import Comb, Group, Member
 from cpd.surgeon import named_tensors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
-    """Where a group lies in a tensor: for each index along `dim`, the position of the group (-1: none)."""
+    """Where a group lies in a tensor.
+
+    Attributes:
+        group: its name.
+        tensor: name of the parameter.
+        dim: which of its dimensions.
+        labels: for each index along `dim` the position of the group (-1: none).
+        size: of the group.
+        consumer: whether an op sums over `dim`, rather than giving it.
+    """
 
     group: str
     tensor: str
     dim: int
     labels: Tensor
     size: int
+    consumer: bool
 
 
 class Gates:
@@ -42,7 +52,9 @@ class Gates:
     def __init__(self, comb: Comb, *, everywhere: bool = False) -> None:
         self.groups = {group.name: group.size for group in comb.open}
         self.sites = [
-            Site(group.name, member.tensor, member.dim, self._labels(comb, group, member), group.size)
+            Site(
+                group.name, member.tensor, member.dim, self._labels(comb, group, member), group.size, member.contracted
+            )
             for group in comb.open
             for member in _members(comb, group, everywhere)
         ]
@@ -51,24 +63,32 @@ class Gates:
     def _labels(comb: Comb, group: Group, member: Member) -> Tensor:
         return torch.from_numpy(axes.labels(comb.dims[member.tensor][member.dim], group.axis))
 
-    def reduce(self, tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the parameters that have a gate."""
+        return list(dict.fromkeys(site.tensor for site in self.sites))
+
+    def reduce(self, value_of: Callable[[str], Tensor | None]) -> list[Tensor]:
         """Sum per-weight values over the slice of each gate.
 
         Args:
-            tensors: {parameter name: tensor of the parameter's shape}; parameters not named count as zero.
+            value_of: gives for a parameter's name a tensor of its shape, or None, which counts as zero; called once
+                for each, so that no two need exist at a time.
 
         Returns:
             For each site a Tensor[size of its group].
         """
-        return [self._reduce(site, tensors.get(site.tensor)) for site in self.sites]
+        found: dict[Site, Tensor] = {}
+        for name, sites in self._by_tensor().items():
+            value = value_of(name)
+            found.update((site, torch.zeros(site.size) if value is None else slices(site, value)) for site in sites)
+        return [found[site] for site in self.sites]
 
-    @staticmethod
-    def _reduce(site: Site, value: Tensor | None) -> Tensor:
-        if value is None:
-            return torch.zeros(site.size)
-        along = value.sum([dim for dim in range(value.dim()) if dim != site.dim]) if value.dim() > 1 else value
-        labels = site.labels.to(value.device)
-        return value.new_zeros(site.size).index_add_(0, labels[labels >= 0], along[labels >= 0])
+    def _by_tensor(self) -> dict[str, list[Site]]:
+        found: dict[str, list[Site]] = {}
+        for site in self.sites:
+            found.setdefault(site.tensor, []).append(site)
+        return found
 
     def multiply(self, tensors: Mapping[str, Tensor], gates: Sequence[Tensor]) -> dict[str, Tensor]:
         """`tensors` with every slice multiplied by its gates; those without a gate are left out."""
@@ -89,6 +109,13 @@ class Gates:
         for site, value in zip(self.sites, values, strict=True):
             result[site.group] = result[site.group].to(value.device) + value
         return result
+
+
+def slices(site: Site, value: Tensor) -> Tensor:
+    """The sum of a tensor of the parameter's shape over the slice of each position, [size of the group]."""
+    along = value.sum([dim for dim in range(value.dim()) if dim != site.dim]) if value.dim() > 1 else value
+    labels = site.labels.to(value.device)
+    return value.new_zeros(site.size).index_add_(0, labels[labels >= 0], along[labels >= 0])
 
 
 def _members(comb: Comb, group: Group, everywhere: bool) -> list[Member]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from cpd.errors import InputError, TrainingError
 
@@ -28,6 +29,41 @@ class Call(NamedTuple):
     def on(self, model: nn.Module) -> Any:
         """Run `model` on this call."""
         return model(*self.args, **self.kwargs)
+
+    @property
+    def samples(self) -> int:
+        """The batch size: the first extent of the first tensor; 1 if there is none."""
+        return next((leaf.shape[0] for leaf in tree_leaves(tuple(self)) if isinstance(leaf, Tensor) and leaf.dim()), 1)
+
+    def part(self, samples: int) -> Call:
+        """The first samples alone, of every tensor as long as the batch."""
+        whole = self.samples
+
+        def cut(leaf: Tensor) -> Tensor:
+            return leaf[:samples] if leaf.dim() and len(leaf) == whole else leaf
+
+        return Call(*tree_map_only(Tensor, cut, tuple(self)))
+
+
+def joined(calls: Sequence[Call]) -> Call:
+    """One call on the samples of several; those of other shapes than the first are left out."""
+    leaves, forms = zip(*(tree_flatten(tuple(call)) for call in calls), strict=True)
+    alike = [
+        items for items, form in zip(leaves, forms, strict=True)
+        if form == forms[0] and all(_stacks(one, other) for one, other in zip(items, leaves[0], strict=True))
+    ]  # fmt: skip
+    stacked = [
+        torch.cat(items) if isinstance(items[0], Tensor) and items[0].dim() else items[0]
+        for items in zip(*alike, strict=True)
+    ]
+    return Call(*tree_unflatten(stacked, forms[0]))
+
+
+def _stacks(left: Any, right: Any) -> bool:
+    """Whether two inputs can be joined along their first dimension."""
+    if isinstance(left, Tensor) and isinstance(right, Tensor):
+        return left.shape[1:] == right.shape[1:]
+    return type(left) is type(right)
 
 
 class Batch(NamedTuple):

@@ -65,10 +65,12 @@ class ProductSums:
     def _dim_values(self, widths: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         """[candidates, axes] -> [candidates, dims]."""
         values = _gathered(widths, self._monomials).prod(-1) * self._coefficients
-        return np.add.reduceat(values, self._starts, axis=1)  # type: ignore[no-any-return]
+        found: npt.NDArray[np.generic] = np.add.reduceat(values, self._starts, axis=1)
+        return found
 
     def _product_values(self, dims: npt.NDArray[np.generic]) -> Numbers:
-        return _gathered(dims, self._products).prod(-1)  # type: ignore[no-any-return]
+        found: Numbers = _gathered(dims, self._products).prod(-1)
+        return found
 
 
 def _polynomial(dim: Dim, index: Mapping[Axis, int]) -> Polynomial:
@@ -101,13 +103,16 @@ def _multiplied(left: Polynomial, right: Polynomial) -> Iterator[tuple[tuple[int
 def _padded(rows: Sequence[Sequence[int]], blank: int) -> Numbers:
     """Rows of indices made equally long by an index of a value that is 1."""
     length = max((len(row) for row in rows), default=0)
-    return np.array([[*row, *[blank] * (length - len(row))] for row in rows], dtype=np.int64).reshape(-1, length)
+    found = np.full((len(rows), length), blank, dtype=np.int64)
+    for number, row in enumerate(rows):
+        found[number, : len(row)] = row
+    return found
 
 
 def _gathered(values: npt.NDArray[np.generic], index: Numbers) -> npt.NDArray[np.generic]:
     """[candidates, n] at [rows, length] -> [candidates, rows, length]; the index n stands for 1."""
     padded = np.concatenate([values, np.ones((len(values), 1), dtype=values.dtype)], axis=1)
-    return padded[:, index]  # type: ignore[no-any-return]
+    return padded[:, index]
 
 
 def _others(values: npt.NDArray[np.generic]) -> Iterator[tuple[int, Floats]]:

@@ -51,7 +51,7 @@ TELLING = 20
 #: Random widths drawn to find some that the ties allow, and how deep a draw may cut.
 TRIES, DEPTHS = 64, (0.125, 0.25, 0.5)
 #: Axes of up to this many positions are whole or narrower by turns: random widths would be alike too often.
-SMALL = 4
+SMALL = 8
 #: In which two of the four copies after the first a small axis is whole: each of six neighbours is whole once while
 #: another one is narrower.
 TURNS = list(combinations(range(1, 5), 2))

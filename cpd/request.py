@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,19 +66,28 @@ def check_target(*values: float | None) -> Target:
     return target
 
 
-def check_limits(round_to: int, max_ratio: float, tolerance: float, threads: int, score_batches: int) -> Limits:
+def check_limits(
+    round_to: int,
+    max_ratio: float,
+    min_width: int,
+    ratios: Mapping[str, float],
+    tolerance: float,
+    threads: int,
+    score_batches: int,
+) -> Limits:
     """The limits of a selection, and the other numbers beside them.
 
     Raises:
         InputError: if one is out of range.
     """
-    for name, value in (("round_to", round_to), ("threads", threads), ("score_batches", score_batches)):
+    numbers = {"round_to": round_to, "min_width": min_width, "threads": threads, "score_batches": score_batches}
+    for name, value in numbers.items():
         if not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be an integer of at least 1; got {value!r}.")
     for name, share in (("max_ratio", max_ratio), ("tolerance", tolerance)):
         if not 0 < share < 1:
             raise InputError(f"{name} must lie between 0 and 1; got {share!r}.")
-    return Limits(round_to, max_ratio)
+    return Limits(round_to, max_ratio, min_width, dict(ratios))
 
 
 def example_call(model: nn.Module, example_inputs: Any, data: Iterable[Any] | None) -> Call:
@@ -86,8 +95,7 @@ def example_call(model: nn.Module, example_inputs: Any, data: Iterable[Any] | No
     if isinstance(data, Iterator):
         raise InputError("data can be iterated only once (it is an iterator); pass a list or a DataLoader.")
     if example_inputs is None and data is not None:
-        first = next(batches(data, 1)).call
-        example_inputs = Call(*torch.utils._pytree.tree_map_only(Tensor, lambda t: t[:1], (first.args, first.kwargs)))
+        example_inputs = next(batches(data, 1)).call.part(1)
     if example_inputs is None:
         example_inputs = sources.default_inputs(model)
     if example_inputs is None:

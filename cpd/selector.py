@@ -1,29 +1,40 @@
 """Select: the positions that stay, given scores and a target cost.
 
-One threshold over all groups: what scores below it goes. The widths are then rounded up to what hardware likes,
-kept above a floor, and raised where a count tie demands it; the threshold is searched until the cost is met.
-Scores are compared over all groups (scope "global"), or by their rank within the group ("group"), which takes the same
-share of each.
+Greedy: what goes next is the step, of any group, whose score is least for what it saves, and what a step saves is
+computed anew as the widths change. One order of steps serves every target: a target is a point along it. Widths move
+in steps that hardware likes, stop at a floor, and are raised where a count tie demands it.
 """
 
 from __future__ import annotations
 
+import fnmatch
+import heapq
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from cpd import axes, ties
 from cpd.axes import Axis, Dim, Product
 from cpd.comb import Comb, Group
-from cpd.cost import Figures
+from cpd.cost import Figures, Slope
+from cpd.errors import InputError
 from cpd.plan import Plan
 
 Measure = Callable[[Figures], float]
+Normalization = Literal["memory", "macs", "parameters", "latency", "none"]
+Scope = Literal["global", "isomorphic", "group"]
+#: Every scope: scores compared over all groups, by rank among groups alike in structure, by rank within each group.
+SCOPES: tuple[Scope, ...] = ("global", "isomorphic", "group")
+#: Every normalization: what a removed position saves, by which its score is divided.
+NORMALIZATIONS: tuple[Normalization, ...] = ("memory", "macs", "parameters", "latency", "none")
+#: Share of a figure that may be saved before what positions save is computed anew.
+REFRESH = 0.01
 
 
 @dataclass(frozen=True)
@@ -34,21 +45,56 @@ class Limits:
         round_to: widths are kept to a multiple of this many positions (of the whole width, where a group is one
             factor of it: heads of 64 positions go one by one).
         max_ratio: the largest share of a group that may go.
+        min_width: the fewest positions that a group may keep.
+        ratios: {pattern of group names, as of a shell: share that goes}: groups that take no part in the selection;
+            the first pattern that matches counts.
     """
 
     round_to: int = 8
     max_ratio: float = 0.9
+    min_width: int = 1
+    ratios: Mapping[str, float] = field(default_factory=dict)
+
+    def ratio_of(self, group: Group) -> float | None:
+        """The share of a group that goes in any case; None where selection decides."""
+        matches = (share for pattern, share in self.ratios.items() if fnmatch.fnmatchcase(group.name, pattern))
+        return next(matches, None)
 
 
-Scope = Literal["global", "group"]
-#: Every scope.
-SCOPES: tuple[Scope, ...] = ("global", "group")
+@dataclass(frozen=True)
+class Weighing:
+    """How scores are weighed against what is saved.
 
+    Attributes:
+        normalization: the figure that scores are divided by what is saved of.
+        exponent: score / saved^exponent. 1 is the best trade where scores are changes of a loss; CPD's lambda.
+        latency: for "latency": seconds for one unit of each figure (`cpd.latency.fit`).
+    """
 
-def ranks(scores: Tensor, shift: float) -> Tensor:
-    """Scores replaced by their rank within the group, from above 0 (the lowest) to 1, and `shift` positions more."""
-    order = torch.argsort(torch.argsort(scores, stable=True), stable=True)
-    return (order + 1 + shift).double() / len(scores)
+    normalization: Normalization = "macs"
+    exponent: float = 1.0
+    latency: Slope | None = None
+
+    def __post_init__(self) -> None:
+        if self.normalization not in NORMALIZATIONS:
+            raise InputError(f"Unknown normalization {self.normalization!r}; known are {', '.join(NORMALIZATIONS)}.")
+        if self.normalization == "latency" and self.latency is None:
+            raise InputError("normalization='latency' needs a fitted latency: latency=cpd.latency.fit(…).")
+
+    def figure(self, slope: Slope | Figures) -> float:
+        """What counts of a cost, or of a slope of it."""
+        if self.normalization == "latency":
+            assert self.latency is not None
+            return sum(
+                unit * value
+                for unit, value in zip(self.latency, (slope.parameters, slope.macs, slope.activations), strict=True)
+            )
+        name = {"memory": "activations", "none": "macs"}.get(self.normalization, self.normalization)
+        return float(getattr(slope, name))
+
+    def __call__(self, score: float, saved: float) -> float:
+        """What a position's removal costs for what it saves."""
+        return score if self.normalization == "none" else score / max(saved, 1e-30) ** self.exponent
 
 
 class Selector:
@@ -58,53 +104,146 @@ class Selector:
         comb: the comb.
         scores: {group name: Tensor[size]}; the lowest go first.
         limits: what may be done to a group.
-        scope: whether scores are compared over all groups, or within each.
+        scope: among what scores are compared.
+        weighing: how they are weighed against what is saved; ranks (of any scope but "global") are not.
+
+    Raises:
+        InputError: an unknown scope, or a pattern of `limits.ratios` that no open group has.
     """
 
     def __init__(
-        self, comb: Comb, scores: Mapping[str, Tensor], limits: Limits | None = None, scope: Scope = "global"
+        self,
+        comb: Comb,
+        scores: Mapping[str, Tensor],
+        limits: Limits | None = None,
+        scope: Scope = "global",
+        weighing: Weighing | None = None,
     ) -> None:
+        if scope not in SCOPES:
+            raise InputError(f"Unknown scope {scope!r}; known are {', '.join(SCOPES)}.")
         self.comb, self.limits, self.scope = comb, limits or Limits(), scope
+        self.weighing = weighing or Weighing()
+        _check_patterns(comb, self.limits)
         self.steps = {g.name: step(comb, g, self.limits.round_to) for g in comb.open}
-        if scope == "group":  # shifted by up to a step, so that groups of one size do not all step at once
-            turns = {group.name: index / len(comb.open) for index, group in enumerate(comb.open)}
-            scores = {name: ranks(scores[name], turn * self.steps[name]) for name, turn in turns.items()}
         self.order = {g.name: torch.argsort(scores[g.name], descending=True, stable=True).numpy() for g in comb.open}
-        self.sorted = {g.name: np.sort(scores[g.name].numpy())[::-1] for g in comb.open}
-        self.thresholds = np.unique(np.concatenate([self.sorted[g.name] for g in comb.open]))
+        if scope != "global":
+            self.weighing, scores = Weighing("none"), _ranked(comb, scores, self.steps, scope)
+        self._ascending = {g.name: np.sort(scores[g.name].numpy()) for g in comb.open}
+        self._path = self._walk()
 
-    def counts(self, threshold: float) -> dict[Axis, int]:
-        """The width of each group when what scores below `threshold` goes."""
-        wanted = {}
-        for group in self.comb.open:
-            above = int((self.sorted[group.name] >= threshold).sum())
-            floor = max(group.minimum, math.ceil(group.size * (1 - self.limits.max_ratio)))
-            width = self.steps[group.name] * math.ceil(max(above, floor) / self.steps[group.name])
-            wanted[group.axis] = min(width, group.size)
+    def floor(self, group: Group) -> int:
+        """The fewest positions that a group keeps: its minimum, and what the limits say, up to a whole step."""
+        share = self.limits.ratio_of(group)
+        ratio = self.limits.max_ratio if share is None else share
+        least = max(group.minimum, min(self.limits.min_width, group.size), round(group.size * (1 - ratio) + 1e-9, 6))
+        return min(self.steps[group.name] * math.ceil(least / self.steps[group.name]), group.size)
+
+    def _walk(self) -> npt.NDArray[np.int64]:
+        """[steps + 1, open groups]: the widths before ties, after each step."""
+        groups = self.comb.open
+        fixed = [self.floor(group) if self.limits.ratio_of(group) is not None else group.size for group in groups]
+        widths, floors = np.array(fixed, dtype=np.int64), [self.floor(group) for group in groups]
+        path = [widths.copy()]
+        while True:
+            slopes = self.comb.cost.slopes(self._repaired(widths))
+            saved = [self.weighing.figure(slopes[group.axis]) if group.axis in slopes else 0.0 for group in groups]
+            budget = REFRESH * self.weighing.figure(self.comb.cost(self._repaired(widths)))
+            heap = [(self._price(i, int(widths[i]), saved[i]), i) for i in range(len(groups)) if widths[i] > floors[i]]
+            if not heap:
+                return np.stack(path)
+            heapq.heapify(heap)
+            while heap and budget > 0:
+                _, index = heapq.heappop(heap)
+                before = int(widths[index])
+                widths[index] = self._next(index, before, floors[index])
+                budget -= max((before - widths[index]) * saved[index], 1e-9 * abs(budget))
+                path.append(widths.copy())
+                if widths[index] > floors[index]:
+                    heapq.heappush(heap, (self._price(index, int(widths[index]), saved[index]), index))
+
+    def _next(self, index: int, width: int, floor: int) -> int:
+        """The next narrower width of a group."""
+        size = self.steps[self.comb.open[index].name]
+        return max(floor, size * ((width - 1) // size))
+
+    def _price(self, index: int, width: int, saved: float) -> float:
+        """The mean score, for what it saves, of the positions that go in a group's next step."""
+        group = self.comb.open[index]
+        narrower = self._next(index, width, self.floor(group))
+        return self.weighing(
+            float(self._ascending[group.name][group.size - width : group.size - narrower].mean()), saved
+        )
+
+    def _repaired(self, widths: npt.NDArray[np.int64]) -> dict[Axis, int]:
+        wanted = {group.axis: int(width) for group, width in zip(self.comb.open, widths, strict=True)}
         return ties.repair(wanted, self.comb.ties)
 
+    def counts(self, steps: int) -> dict[Axis, int]:
+        """The width of each group after so many steps."""
+        return self._repaired(self._path[min(steps, len(self._path) - 1)])
+
     def meet(self, measure: Measure, target: float) -> dict[Axis, int]:
-        """The widest widths whose `measure` (of the cost, falling with the threshold) is at most `target`."""
-        low, high = 0, len(self.thresholds)
+        """The widest widths along the way whose `measure` of the cost is at most `target`; the narrowest, if none."""
+        low, high = 0, len(self._path) - 1
         while low < high:
             middle = (low + high) // 2
-            if measure(self.comb.cost(self.counts(self._at(middle)))) > target:
+            if measure(self.comb.cost(self.counts(middle))) > target:
                 low = middle + 1
             else:
                 high = middle
-        return self.counts(self._at(low))
+        return self.counts(low)
 
     def least(self) -> dict[Axis, int]:
         """The narrowest widths that the limits and ties allow."""
-        return self.counts(math.inf)
+        return self.counts(len(self._path))
 
-    def _at(self, index: int) -> float:
-        return float(self.thresholds[index]) if index < len(self.thresholds) else math.inf
+    def at_floor(self, counts: Mapping[Axis, int]) -> tuple[str, ...]:
+        """The groups that would lose more if they were not at their floor."""
+        return tuple(
+            group.name
+            for group in self.comb.open
+            if self.limits.ratio_of(group) is None and counts[group.axis] <= self.floor(group) < group.size
+        )
 
     def plan(self, counts: Mapping[Axis, int]) -> Plan:
         """The plan that keeps the best positions of each group at these widths."""
         keep = {group.name: np.sort(self.order[group.name][: counts[group.axis]]) for group in self.comb.open}
         return self.comb.plan(keep)
+
+
+def _check_patterns(comb: Comb, limits: Limits) -> None:
+    names = [group.name for group in comb.open]
+    for pattern, share in limits.ratios.items():
+        if not fnmatch.filter(names, pattern):
+            raise InputError(f"No open group is named like {pattern!r}; comb.open lists them.")
+        if not 0 <= share < 1:
+            raise InputError(f"The share of {pattern!r} must be at least 0 and below 1; got {share!r}.")
+
+
+def _ranked(comb: Comb, scores: Mapping[str, Tensor], steps: Mapping[str, int], scope: Scope) -> dict[str, Tensor]:
+    """Scores replaced by their rank, from above 0 to 1, among their group or all groups alike in structure.
+
+    Groups are shifted by up to a step, so that those of one size do not all step at once.
+    """
+    turns = {group.name: index / len(comb.open) for index, group in enumerate(comb.open)}
+    classes: dict[object, list[str]] = {}
+    for group in comb.open:
+        classes.setdefault(group.name if scope == "group" else _structure(comb, group), []).append(group.name)
+    result = {}
+    for names in classes.values():
+        values = torch.cat([scores[name] for name in names])
+        order = torch.argsort(torch.argsort(values, stable=True), stable=True)
+        for name, ranks in zip(names, order.split([len(scores[name]) for name in names]), strict=True):
+            result[name] = (ranks + 1 + turns[name] * steps[name]).double() / len(values)
+    return result
+
+
+def _structure(comb: Comb, group: Group) -> object:
+    """Equal for groups of one size whose members have the same shapes and roles (Fang et al., arXiv 2407.04616)."""
+    shapes = sorted(
+        (tuple(dim.size for dim in comb.dims[member.tensor]), member.dim, member.contracted) for member in group.members
+    )
+    return group.size, tuple(shapes)
 
 
 def step(comb: Comb, group: Group, round_to: int) -> int:

@@ -1197,6 +1197,11 @@ MENDED = {
         [("Conv", (3, 3), (0,)), ("CrossCovariance", (3,), (1,)), ("Narrowed", (1,), (2,)), ("Gram", (), (3,))],
         "mean", 0.2, 0,
     ),
+    "five heads of a width that four copies left as wide as the heads, by chance": (
+        [("Conv", (6, 3), (0,)), ("StandardisedConv", (5,), (1,)), ("GroupNorm", (5,), (2,)),
+         ("CrossCovariance", (5,), (3,)), ("CrossCovariance", (1,), (4,))],
+        "mean", 0.2, 0,
+    ),
 }  # fmt: skip
 
 

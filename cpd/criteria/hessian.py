@@ -9,6 +9,7 @@ H is the Hessian of the loss in the gates. It is never formed: for v ~ N(0, I) t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,8 +19,19 @@ from cpd.criteria.setting import Setting
 from cpd.gates import Gates, parameters_of
 from cpd.inputs import Batch
 
-#: Relative size of the finite difference: small against the gates (1), large against float32's rounding.
-EPSILON = 1e-2
+#: Rounding errors of a gradient that went through many layers, in units of the dtype's.
+NOISE = 100.0
+#: The gates may move by this much at most.
+LARGEST = 0.1
+
+
+def epsilon(dtype: torch.dtype) -> float:
+    """The step of the difference: the square root of the gradient's relative rounding error.
+
+    Truncation grows with the step, rounding falls with it; they are alike at the square root (Nocedal and Wright,
+    Numerical Optimization, section 8.1). Gates are 1 and so is the deviation of v, so the step is relative.
+    """
+    return min(LARGEST, math.sqrt(NOISE * torch.finfo(dtype).eps))
 
 
 def frobenius(setting: Setting) -> dict[str, Tensor]:
@@ -34,7 +46,7 @@ def trace(setting: Setting) -> dict[str, Tensor]:
 
 def _expectation(setting: Setting, reading: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
     """The mean of `reading(v, H v)` over batches and random vectors, summed over each group's gates."""
-    gates = Gates(setting.comb)
+    gates, step = Gates(setting.comb), epsilon(setting.dtype)
     generator = torch.Generator().manual_seed(setting.seed)
     total = [torch.zeros(site.size, device=setting.device) for site in gates.sites]
     count = 0
@@ -42,9 +54,9 @@ def _expectation(setting: Setting, reading: Callable[[Tensor, Tensor], Tensor]) 
         base = setting.gate_gradients(gates, batch)
         for _ in range(setting.probes):
             v = [torch.randn(site.size, generator=generator).to(setting.device) for site in gates.sites]
-            moved = _gradients_at(setting, gates, batch, [1 + EPSILON * value for value in v])
+            moved = _gradients_at(setting, gates, batch, [1 + step * value for value in v])
             for index, sums in enumerate(total):
-                sums += reading(v[index], (moved[index] - base[index]) / EPSILON)
+                sums += reading(v[index], (moved[index] - base[index]) / step)
             count += 1
     return gates.sum([sums / count for sums in total])
 

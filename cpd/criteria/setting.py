@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from cpd.comb import Comb
 from cpd.errors import TrainingError
 from cpd.gates import Gates, parameters_of
-from cpd.inputs import Batch, batches, device_of, evaluating, move
+from cpd.inputs import Batch, batches, device_of, in_mode, move
 from cpd.losses import task_loss
+
+#: float16 gradients of small losses vanish unless the loss is enlarged (Micikevicius et al., arXiv 1710.03740).
+LOSS_SCALE = 1024.0
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,12 @@ class Setting:
         model: the unpruned model; a criterion leaves it as it was.
         comb: its comb.
         data: batches, or None.
-        loss: `loss(output, target) -> scalar`; None infers one.
+        loss: `loss(output, target) -> scalar`, the mean over the batch; None infers one.
         limit: at most this many batches are read.
         probes: random vectors a batch, for criteria that draw some.
         seed: for those.
+        training: whether the model runs in train mode (batch statistics, dropout) rather than in eval mode.
+        precision: the dtype of `torch.autocast`; None computes in the weights' own.
     """
 
     model: nn.Module
@@ -38,58 +43,94 @@ class Setting:
     limit: int = 16
     probes: int = 1
     seed: int = 0
+    training: bool = False
+    precision: torch.dtype | None = None
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return device_of(self.model)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that gradients are rounded to."""
+        found = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        return self.precision or found
+
     def batches(self) -> Iterator[Batch]:
-        """The batches to score on, on the model's device, the model in eval mode meanwhile.
+        """The batches to score on, on the model's device, the model in its mode meanwhile.
+
+        Running statistics are as before at the end, in train mode too.
 
         Raises:
             TrainingError: if there is no data.
         """
         if self.data is None:
             raise TrainingError("This criterion needs data: pass data=loader, or choose criterion='magnitude'.")
-        with evaluating(self.model):
+        with in_mode(self.model, self.training), _buffers_kept(self.model, self.training):
             for batch in batches(self.data, self.limit):
                 yield Batch(batch.call.to(self.device), move(batch.target, self.device))
 
-    def gradients(self, batch: Batch) -> dict[str, Tensor]:
-        """dL/dw of every parameter on one batch.
+    def output(self, batch: Batch) -> Any:
+        """The model's output; dropout draws the same numbers whenever the same batch is run."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
+                return batch.call.on(self.model)
+
+    def loss_of(self, batch: Batch) -> Tensor:
+        """The loss on one batch, a scalar.
 
         Raises:
-            TrainingError: if the loss is not finite.
+            TrainingError: if there is none, or it is not finite.
         """
+        value = task_loss(self.output(batch), batch.target, self.loss)
+        if value is None:
+            raise TrainingError("The batches have no target, so there is no loss to score with: pass loss=….")
+        if not bool(torch.isfinite(value)):
+            raise TrainingError(f"The loss is {float(value)} on the unpruned model: check the data and the loss.")
+        return value
+
+    def gradients(self, batch: Batch, names: list[str]) -> dict[str, Tensor]:
+        """dL/dw of some parameters on one batch; those that the loss does not depend on are left out."""
         named = dict(self.model.named_parameters())
-        with all_require_grad(self.model), torch.enable_grad():
-            value = task_loss(batch.call.on(self.model), batch.target, self.loss)
-            if value is None:
-                raise TrainingError("The batches have no target, so there is no loss to score with: pass loss=….")
-            if not bool(torch.isfinite(value)):
-                raise TrainingError(f"The loss is {float(value)} on the unpruned model: check the data and the loss.")
-            found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
-        return {
-            name: torch.zeros_like(named[name]) if gradient is None else gradient
-            for name, gradient in zip(named, found, strict=True)
-        }
+        with require_grad(self.model, names), torch.enable_grad():
+            scale = LOSS_SCALE if self.dtype is torch.float16 else 1.0
+            found = torch.autograd.grad(self.loss_of(batch) * scale, [named[name] for name in names], allow_unused=True)
+        return {name: value.div_(scale) for name, value in zip(names, found, strict=True) if value is not None}
 
     def gate_gradients(self, gates: Gates, batch: Batch) -> list[Tensor]:
         """dL/dm of every gate on one batch: sum of w * dL/dw over the gate's slices."""
-        gradients = self.gradients(batch)
-        weights = parameters_of(self.model)
-        return gates.reduce({name: weights[name] * gradient for name, gradient in gradients.items()})
+        weights, gradients = parameters_of(self.model), self.gradients(batch, gates.tensors)
+
+        def product(name: str) -> Tensor | None:
+            gradient = gradients.pop(name, None)  # each is read once; two products need not exist at a time
+            return None if gradient is None else gradient.mul_(weights[name])
+
+        return gates.reduce(product)
 
 
 @contextmanager
-def all_require_grad(model: nn.Module) -> Iterator[None]:
-    """Every floating parameter requires a gradient for the length of a block, also frozen ones."""
+def require_grad(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """These parameters alone require a gradient for the length of a block."""
+    wanted = set(names)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for parameter, _ in flags:
-        parameter.requires_grad_(parameter.is_floating_point())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted and parameter.is_floating_point())
     try:
         yield
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _buffers_kept(model: nn.Module, training: bool) -> Iterator[None]:
+    """Buffers that a pass in train mode changes are as before at the end."""
+    before: Mapping[str, Tensor] = {n: b.clone() for n, b in model.named_buffers()} if training else {}
+    try:
+        yield
+    finally:
+        for name, buffer in model.named_buffers():
+            if name in before:
+                buffer.data.copy_(before[name])

@@ -1,0 +1,30 @@
+"""Group Fisher (Liu et al. 2021, arXiv 2108.00708): the gradients of coupled gates, squared sample by sample."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cpd.criteria.setting import LOSS_SCALE, Setting
+from cpd.criteria.sites import CallSites, sample_gradients
+
+
+def fisher(setting: Setting) -> dict[str, Tensor]:
+    """The mean over samples n of (the sum over coupled gates of dL_n/dm)^2, eq. 6.
+
+    The gates of a group move as one, so their gradients are summed before they are squared.
+    """
+    sites = CallSites.of(setting)
+    total = {group.name: torch.zeros(group.size, device=setting.device) for group in setting.comb.open}
+    count = 0
+    for batch in setting.batches():
+        samples = batch.call.samples
+        scale = samples * (LOSS_SCALE if setting.dtype is torch.float16 else 1.0)  # the loss is a mean over samples
+
+        def loss(batch: object = batch, scale: float = scale) -> Tensor:
+            return setting.loss_of(batch) * scale  # type: ignore[arg-type]
+
+        for name, found in sample_gradients(setting, sites, batch, loss).items():
+            total[name] += (found * (samples / scale)).square().sum(0)
+        count += samples
+    return {name: sums / count for name, sums in total.items()}

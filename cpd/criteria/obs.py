@@ -1,0 +1,188 @@
+"""Optimal Brain Surgeon over channels: what removal would cost after the others have been refitted.
+
+The output of a layer is W x. If positions go and the remaining weights are refitted to the old output by least
+squares, the output changes by an error of covariance W_j (inverse(S)_jj)^-1 W_j^T, S the covariance of x over
+calibration data and j the position's columns (Hassibi and Stork 1993, "Second order derivatives for network
+pruning", eq. 5; Frantar and Alistarh 2022, arXiv 2208.11580). Errors at different layers are made comparable by G,
+the covariance of the gradient of the model's output at the layer's output, as in K-FAC (Martens and Grosse 2015,
+arXiv 1503.05671):
+
+    score_j = trace(G W_j (inverse(S)_jj)^-1 W_j^T)
+
+which is the expected squared change of the model's logits. The gradient is that of the logits in a random direction,
+so no target is needed, and it does not vanish on data that the model was trained on. Positions are removed one after
+the other, the weights and inverse(S) updated each time, so that of two positions that replace each other only one is
+cheap. What no layer reads (q and k) cannot be refitted: there the change is that of removal alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cpd.calls import LayerCall, matrix
+from cpd.criteria.setting import Setting
+from cpd.criteria.sites import CallSites, sample_gradients
+from cpd.gates import Site
+from cpd.inputs import logits
+
+#: Added to the covariance, relative to the mean variance of a feature.
+DAMPING = 1e-3
+#: With more features than this, kernel positions share one covariance of the channels.
+MOST_FEATURES = 2304
+#: Layers with more inputs than this are not refitted: their covariance takes too long to invert.
+MOST_INPUTS = 8192
+#: Rows of a layer's input per batch.
+ROWS = 4096
+#: Layers with more features than this go in float32 from the inverse on.
+EXACT = 256
+#: A group is emptied in about this many steps.
+STEPS = 64
+
+
+def obs(setting: Setting) -> dict[str, Tensor]:
+    """The expected squared change of the logits when a position goes after all that cost less, the rest refitted."""
+    sites = CallSites.of(setting)
+    moments: dict[str, _Moments] = {}
+    alone = {group.name: torch.zeros(group.size, device=setting.device) for group in setting.comb.open}
+    generator = torch.Generator().manual_seed(setting.seed)
+    count = 0
+
+    def after(layer: LayerCall) -> None:
+        if layer.weight in sites.read:
+            moments.setdefault(layer.weight, _Moments(layer)).add(layer, generator)
+
+    for batch in setting.batches():
+
+        def direction(batch: object = batch) -> Tensor:
+            output = logits(setting.output(batch))  # type: ignore[arg-type]
+            return (output * torch.randn(output.shape, generator=generator).to(output)).sum()
+
+        for name, found in sample_gradients(setting, sites, batch, direction, after).items():
+            alone[name] += found.square().sum(0)
+        count += batch.call.samples
+    result = {}
+    for group in setting.comb.open:
+        readable = [site for along in sites.read.values() for site in along if site.group == group.name]
+        readers = [_Reader(moments[site.tensor], site, count) for site in readable if moments[site.tensor].usable]
+        result[group.name] = _in_order(group.size, readers) if readers else (alone[group.name] / count).cpu()
+    return result
+
+
+class _Moments:
+    """Covariance of a layer's input and of the gradient at its output, over batches."""
+
+    def __init__(self, layer: LayerCall) -> None:
+        self.weight: Tensor = layer.given["weight"].detach()
+        self.kind, self.groups = layer.kind, layer.groups
+        weights = matrix(layer.kind, self.weight, layer.groups)
+        kernel = self.weight[0, 0].numel()
+        inputs = weights.shape[-1] // (kernel if layer.kind == "conv" else 1)
+        self.usable = inputs <= MOST_INPUTS and not (layer.kind == "transposed" and layer.groups > 1)
+        #: Kernel positions are treated as further outputs rather than as further inputs.
+        self.folded = layer.kind == "transposed" or (layer.kind == "conv" and weights.shape[-1] > MOST_FEATURES)
+        self.repeats = 1 if self.folded else weights.shape[-1] // inputs
+        if self.folded and layer.kind == "conv":
+            weights = weights.unflatten(-1, (inputs, kernel)).movedim(-1, 2).flatten(1, 2)
+        self.matrix = weights.double()
+        self.kernel = kernel if self.folded else 1
+        features, outputs = weights.shape[-1], weights.shape[1] // self.kernel
+        like = {"device": self.weight.device, "dtype": torch.float32}
+        self.second = torch.zeros(layer.groups, features, features, **like)
+        self.first = torch.zeros(layer.groups, features, **like)
+        self.gradient = torch.zeros(layer.groups, outputs, outputs, **like)
+        self.rows = 0
+
+    def add(self, layer: LayerCall, generator: torch.Generator) -> None:
+        """Add one call, and its gradient once that is known."""
+        if not self.usable:
+            return
+        per_sample = layer.kind not in ("linear", "matmul")
+        wanted = max(1, ROWS // layer.input.shape[0]) if per_sample else ROWS
+        chosen = torch.randperm(layer.positions, generator=generator)[:wanted].sort().values
+        index = chosen.to(layer.input.device) if wanted < layer.positions else None
+        with torch.no_grad():
+            x = layer.features(index).float()
+            if self.folded and layer.kind == "conv":
+                x = x.unflatten(-1, (self.second.shape[-1], self.kernel)).transpose(2, 3).flatten(1, 2)
+            self.second += x.transpose(1, 2) @ x
+            self.first += x.sum(1)
+            self.rows += x.shape[1]
+        share = 1.0 if index is None or layer.kind == "transposed" else layer.positions / len(index)
+
+        def at_output(gradient: Tensor) -> None:
+            if layer.kind == "transposed":
+                rows = gradient.flatten(2).transpose(1, 2).flatten(0, 1).unsqueeze(0).float()
+            else:
+                rows = layer.outputs(index, gradient).float()
+            self.gradient.add_(rows.transpose(1, 2) @ rows, alpha=share)
+
+        layer.output.register_hook(at_output)
+
+    def covariance(self) -> Tensor:
+        """Of the input, damped, [groups, features, features]."""
+        mean = self.first.double() / self.rows
+        found = self.second.double() / self.rows - mean[:, :, None] * mean[:, None, :]
+        size = found.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)[:, None, None]
+        return found + DAMPING * size * torch.eye(found.shape[1], dtype=found.dtype, device=found.device)
+
+
+class _Reader:
+    """One layer that reads a group, while the group's positions go one by one.
+
+    Attributes:
+        inverse: of the covariance of the input, [groups, features, features].
+        outputs: square root of G, times the weights: [groups, outputs, features].
+        columns: the features of each position, [size, features of one].
+    """
+
+    def __init__(self, moments: _Moments, site: Site, samples: int) -> None:
+        labels = site.labels.repeat_interleave(moments.repeats)
+        self.columns = torch.argsort(labels, stable=True)[int((labels < 0).sum()) :].view(site.size, -1)
+        covariance = moments.covariance()
+        dtype = torch.double if len(covariance[0]) <= EXACT else torch.float
+        self.inverse = torch.linalg.inv(covariance).to("cpu", dtype)
+        gradient = moments.gradient.double() / samples
+        size = gradient.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None, None]
+        jitter = 1e-8 * size * torch.eye(gradient.shape[1], dtype=gradient.dtype, device=gradient.device)
+        root = torch.linalg.cholesky(gradient + jitter).transpose(1, 2)
+        folded = moments.matrix.unflatten(1, (-1, moments.kernel)).flatten(2)
+        self.outputs = (root @ folded).unflatten(2, (moments.kernel, -1)).flatten(1, 2).to("cpu", dtype)
+
+    def errors(self, positions: Tensor) -> Tensor:
+        """trace(G W_j (inverse(S)_jj)^-1 W_j^T) of each position alone."""
+        columns = self.columns[positions]
+        blocks = self.inverse[:, columns[:, :, None], columns[:, None, :]]
+        weights = self.outputs[:, :, columns].permute(0, 2, 3, 1)
+        found: Tensor = (torch.linalg.inv(blocks) * (weights @ weights.transpose(2, 3))).sum((0, 2, 3)).double()
+        return found
+
+    def remove(self, positions: Tensor) -> None:
+        """Refit what is left to the old output, and leave out the features of these positions."""
+        gone = self.columns[positions].flatten()
+        stays = torch.ones(self.inverse.shape[1], dtype=torch.bool)
+        stays[gone] = False
+        kept = stays.nonzero()[:, 0]
+        step = torch.linalg.solve(self.inverse[:, gone][:, :, gone], self.inverse[:, gone][:, :, kept])
+        self.outputs = self.outputs[:, :, kept] - self.outputs[:, :, gone] @ step
+        self.inverse = self.inverse[:, kept][:, :, kept] - self.inverse[:, kept][:, :, gone] @ step
+        self.columns = (stays.cumsum(0) - 1)[self.columns]
+
+
+def _in_order(size: int, readers: list[_Reader]) -> Tensor:
+    """The error of each position at the time when it is the next to go; never less than that of one gone before."""
+    left, scores, highest = torch.arange(size), torch.zeros(size, dtype=torch.double), 0.0
+    at_once = math.ceil(size / STEPS)
+    while len(left) > 1:
+        errors = sum((reader.errors(left) for reader in readers), torch.zeros(len(left), dtype=torch.double))
+        order = torch.argsort(errors, stable=True)[: min(at_once, len(left) - 1)]
+        for place in order.tolist():
+            highest = max(highest * (1 + 1e-9), float(errors[place]))
+            scores[left[place]] = highest
+        for reader in readers:
+            reader.remove(left[order])
+        left = left[torch.isin(torch.arange(len(left)), order, invert=True)]
+    scores[left] = highest * (1 + 1e-6) + 1e-30
+    return scores

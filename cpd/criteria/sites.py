@@ -1,0 +1,182 @@
+"""Gates on activations: where a group is read, or given, by a call of a layer.
+
+A gate on a position multiplies what a layer reads; on activations it has a gradient for every sample. A group that no
+layer reads (the inner width of an attention's q and k) is gated where layers give it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpd.calls import LayerCall, LayerCalls, seen
+from cpd.criteria.setting import Setting, require_grad
+from cpd.gates import Gates, Site, parameters_of, slices
+from cpd.inputs import Batch, Call, batches, evaluating
+
+
+@dataclass
+class CallSites:
+    """The sites of all open groups at layer calls.
+
+    Attributes:
+        read: weight -> sites along the input of the layer.
+        given: weight -> sites along its output, of groups that no layer reads.
+        bare: sites along parameters that are used in another way than by a layer's call.
+        samples_along: (weight, number of the call) -> the dimensions of its input and output that the samples of
+            a batch lie along, samples outermost.
+    """
+
+    read: dict[str, list[Site]] = field(default_factory=dict)
+    given: dict[str, list[Site]] = field(default_factory=dict)
+    bare: list[Site] = field(default_factory=list)
+    samples_along: dict[tuple[str, int], tuple[int, int]] = field(default_factory=dict)
+
+    @staticmethod
+    def of(setting: Setting) -> CallSites:
+        """Sort the sites by what a forward pass does with their parameters; one and two samples are run."""
+        call = next(batches(setting.data or (), 1)).call.to(setting.device)
+        one, two = (_shapes(setting, call.part(samples)) for samples in (1, 2))
+        kinds = {weight: kind for (weight, _), (kind, *_) in one.items()}
+        found, placed = CallSites(), set()
+        gates = Gates(setting.comb)
+        for site in gates.sites:
+            kind = kinds.get(site.tensor)
+            if kind is not None and site.dim < 2:
+                reads = site.dim == (0 if kind in ("matmul", "transposed") else 1)
+                if reads == site.consumer:
+                    (found.read if reads else found.given).setdefault(site.tensor, []).append(site)
+                    placed.add(site)
+        held = {site.group for site in placed}
+        found.bare = [s for s in gates.sites if s not in placed and (s.consumer or s.group not in held)]
+        for key in one.keys() & two.keys():
+            found.samples_along[key] = (_grown(one[key][1], two[key][1]), _grown(one[key][2], two[key][2]))
+        return found
+
+    def labels(self, site: Site, layer: LayerCall) -> Tensor:
+        """For each channel of the layer's input (or output) the position of the group; -1 where there is none."""
+        inner = (site.consumer and layer.kind == "conv") or (not site.consumer and layer.kind == "transposed")
+        return site.labels.repeat(layer.groups if inner else 1).to(layer.input.device)
+
+
+def _shapes(setting: Setting, call: Call) -> dict[tuple[str, int], tuple[str, torch.Size, torch.Size]]:
+    """(weight, number of the call) -> its kind and the shapes of its input and output."""
+    times: Counter[str] = Counter()
+    found: dict[tuple[str, int], tuple[str, torch.Size, torch.Size]] = {}
+
+    def after(layer: LayerCall) -> None:
+        found[layer.weight, times[layer.weight]] = (layer.kind, layer.input.shape, layer.output.shape)
+        times[layer.weight] += 1
+
+    with torch.no_grad(), evaluating(setting.model), seen(LayerCalls(setting.model, after=after)):
+        call.on(setting.model)
+    return found
+
+
+def _grown(one: Iterable[int], two: Iterable[int]) -> int:
+    """The dimension that grows with the number of samples; the first, if none does."""
+    return next((dim for dim, (a, b) in enumerate(zip(one, two, strict=False)) if b == 2 * a), 0)
+
+
+def sample_gradients(
+    setting: Setting,
+    sites: CallSites,
+    batch: Batch,
+    value: Callable[[], Tensor],
+    after: Callable[[LayerCall], None] | None = None,
+) -> dict[str, Tensor]:
+    """The derivative of `value()` in every gate, for each sample of a batch, from one backward pass.
+
+    The gates of a group at all layers that read it move as one. No weight has a gradient computed but those that
+    are used bare, whose gates have one for the whole batch: each sample is given an equal share of it.
+
+    Args:
+        setting: the model and its mode.
+        sites: where its groups lie.
+        batch: the batch.
+        value: runs the model on it and gives a scalar, a sum over the samples.
+        after: told of each layer's call; where a group is read, its output requires a gradient.
+
+    Returns:
+        {group name: Tensor[samples, size]}.
+    """
+    samples, times = batch.call.samples, Counter[str]()
+    sums = {g.name: torch.zeros(samples, g.size, device=setting.device) for g in setting.comb.open}
+
+    def watched(layer: LayerCall, x: Tensor, found: list[Site], along: int) -> Tensor:
+        if not found:
+            return x
+
+        def collect(activation: Tensor, gradient: Tensor) -> None:
+            each = _per_sample(activation, gradient, along, layer.channel, samples)
+            for site in found:
+                labels = sites.labels(site, layer)
+                sums[site.group].index_add_(1, labels[labels >= 0], each[:, labels >= 0])
+
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return _Watch.apply(x, collect, layer.output is None)  # type: ignore[no-any-return]
+
+    def dims(layer: LayerCall) -> tuple[int, int]:
+        return sites.samples_along.get((layer.weight, times[layer.weight]), (0, 0))
+
+    def read(layer: LayerCall) -> Tensor:
+        return watched(layer, layer.input, sites.read.get(layer.weight, []), dims(layer)[0])
+
+    def gave(layer: LayerCall) -> Tensor:
+        output = watched(layer, layer.output, sites.given.get(layer.weight, []), dims(layer)[1])
+        times[layer.weight] += 1
+        if after is not None:
+            after(replace(layer, output=output))
+        return output
+
+    bare = list(dict.fromkeys(site.tensor for site in sites.bare))
+    named, weights = dict(setting.model.named_parameters()), parameters_of(setting.model)
+    with require_grad(setting.model, bare), torch.enable_grad():
+        with seen(LayerCalls(setting.model, before=read, after=gave)):
+            total = value()
+        leaves: list[Tensor] = [named[name] for name in bare]
+        gradients = _backward(total, leaves)
+    for site in sites.bare:
+        gradient = gradients[bare.index(site.tensor)]
+        if gradient is not None:
+            sums[site.group] += slices(site, weights[site.tensor] * gradient) / samples
+    return sums
+
+
+def _backward(total: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
+    """Run the backward pass; the gradients of these leaves alone are kept."""
+    if leaves:
+        return list(torch.autograd.grad(total, leaves, allow_unused=True))
+    total.backward()
+    return []
+
+
+class _Watch(torch.autograd.Function):
+    """The identity, which shows its input beside the gradient that comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, collect: Callable[[Tensor, Tensor], None], view: bool) -> Tensor:
+        """Keep the input; a view of it is returned, or a copy where it may be written to afterwards."""
+        ctx.save_for_backward(x)
+        ctx.collect = collect
+        return x.view_as(x) if view else x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+        """Show both, pass the gradient on."""
+        (x,), (gradient,) = ctx.saved_tensors, gradients
+        ctx.collect(x, gradient)
+        return gradient, None, None
+
+
+def _per_sample(x: Tensor, gradient: Tensor, along: int, channel: int, samples: int) -> Tensor:
+    """The sum of x * gradient over all but the samples and the channels, [samples, channels]."""
+    product = (x * gradient).movedim((along, channel), (0, -1))
+    if product.shape[0] % samples:
+        product = product.sum(0, keepdim=True).expand(samples, *product.shape[1:]) / samples
+    return product.reshape(samples, -1, product.shape[-1]).sum(1).float()
