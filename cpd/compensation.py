@@ -19,7 +19,7 @@ import queue
 import threading
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -34,7 +34,9 @@ from cpd.surgeon import named_tensors
 #: Bytes that the largest input or output of a layer may take, by which the samples are limited.
 MEMORY = 2**30
 #: Multiply-accumulates that the second moments of one layer's input may take; at least `LEAST` rows a feature.
-WORK, LEAST, MOST_ROWS = 3e10, 4, 2**16
+WORK, LEAST, MOST_ROWS = 8e9, 4, 2**15
+#: Layers with more features than this keep their weights: the solution would take too long.
+MOST_FEATURES = 8192
 #: Dampings tried, relative to the mean square of a feature; the rows held out decide, also against changing nothing.
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 #: Share of the rows held out.
@@ -196,7 +198,8 @@ class _Lockstep:
                 f"The narrower model does not do at {layer.weight} what the unpruned one does: their forward passes "
                 "depend on the data in another way. Compensation needs models that run alike."
             )
-        if layer.kind == "transposed" and layer.groups > 1:
+        features = matrix(layer.kind, layer.given["weight"], layer.groups).shape[-1]
+        if features > MOST_FEATURES or (layer.kind == "transposed" and layer.groups > 1):
             return None
         bias = layer.given.get("bias")
         takes_mean = bias is not None or layer.weight in self.probe.normed
@@ -248,56 +251,69 @@ def _solve(x: Tensor, lacking: Tensor, full: Tensor, takes_mean: bool) -> tuple[
         bias [groups * outputs]; the mean square of what is lacking before and after, relative to the variance of the
         unpruned output, on those rows.
     """
-    rows = x.shape[1]
-    fit = rows - math.ceil(rows * HELD_OUT)
-    scale = float((full - full.mean(0)).square().mean()) + 1e-30
-    train = _Moments(x[:, :fit], lacking[:, :fit], takes_mean)
-    held_x, held_lacking = train.centred(x[:, fit:], lacking[:, fit:])
-
-    def error_of(change: Tensor) -> float:
-        return float((held_lacking - held_x @ change.transpose(1, 2)).square().mean()) / scale
-
-    none = x.new_zeros(x.shape[0], lacking.shape[2], x.shape[2])
-    before = error_of(none)
-    errors = {damping: error_of(train.solve(damping)) for damping in DAMPINGS if before > NEGLIGIBLE}
-    best = min(errors, key=lambda damping: errors[damping], default=None)
-    everything = _Moments(x, lacking, takes_mean)
-    change, after = none, before
-    if best is not None and errors[best] < before:
-        change, after = everything.solve(best), errors[best]
-    shift = everything.mean_lacking.transpose(1, 2) - change @ everything.mean_x.transpose(1, 2)
-    return change, shift.flatten(), before, after
+    fit = x.shape[1] - math.ceil(x.shape[1] * HELD_OUT)
+    scale = float((full - full.mean(0)).square().sum()) / x.shape[1] + 1e-30
+    train, held = (_Sums.of(x[:, part], lacking[:, part]) for part in (slice(None, fit), slice(fit, None)))
+    none = x.new_zeros(x.shape[0], lacking.shape[2], x.shape[2], dtype=torch.double)
+    before = held.error(none, train.shift(none, takes_mean)) / scale
+    best, after = none, before
+    if before > NEGLIGIBLE and fit:
+        chosen = None
+        for damping in DAMPINGS:
+            change = train.solve(damping, takes_mean)
+            error = held.error(change, train.shift(change, takes_mean)) / scale
+            if error < after:
+                chosen, after = damping, error
+        best = none if chosen is None else (train + held).solve(chosen, takes_mean)
+    return best.float(), (train + held).shift(best, takes_mean).flatten().float(), before, after
 
 
-class _Moments:
-    """Second moments of a layer's inputs, and with what its output lacks, about the means where those are taken up."""
+@dataclass(frozen=True)
+class _Sums:
+    """Sums over rows of a layer's inputs x, of what its output lacks, and of their products, in float64."""
 
-    def __init__(self, x: Tensor, lacking: Tensor, takes_mean: bool) -> None:
-        self.mean_x, self.mean_lacking = (value.mean(1, keepdim=True) * float(takes_mean) for value in (x, lacking))
-        x, lacking = self.centred(x, lacking)
-        self.rows = x.shape[1]
-        self.few = self.rows < x.shape[2]
-        self.x, self.lacking = (x, lacking) if self.few else (x[:, :0], lacking[:, :0])
-        gram = x @ x.transpose(1, 2) if self.few else x.transpose(1, 2) @ x
-        self.gram = gram.double() / self.rows
-        self.cross = (lacking.transpose(1, 2) @ x).double() / self.rows
-        self.scale = self.gram.diagonal(dim1=1, dim2=2).sum(1) / x.shape[2]
+    rows: int
+    x: Tensor
+    lacking: Tensor
+    xx: Tensor
+    lacking_x: Tensor
+    squares: float
 
-    def centred(self, x: Tensor, lacking: Tensor) -> tuple[Tensor, Tensor]:
-        """Both less the means."""
-        return x - self.mean_x, lacking - self.mean_lacking
-
-    def solve(self, damping: float) -> Tensor:
-        """[groups, outputs, features]; by the rows' products where rows are fewer than features."""
-        damped = self.gram + (damping * self.scale + 1e-12)[:, None, None] * torch.eye(
-            self.gram.shape[1], dtype=self.gram.dtype, device=self.gram.device
+    @staticmethod
+    def of(x: Tensor, lacking: Tensor) -> _Sums:
+        return _Sums(
+            x.shape[1],
+            x.sum(1).double(),
+            lacking.sum(1).double(),
+            (x.transpose(1, 2) @ x).double(),
+            (lacking.transpose(1, 2) @ x).double(),
+            float(lacking.square().sum()),
         )
-        factor = torch.linalg.cholesky(damped)
-        if self.few:
-            solved = torch.cholesky_solve(self.lacking.double(), factor).transpose(1, 2) @ self.x.double() / self.rows
-        else:
-            solved = torch.cholesky_solve(self.cross.transpose(1, 2), factor).transpose(1, 2)
-        return solved.float()
+
+    def __add__(self, other: _Sums) -> _Sums:
+        return _Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
+
+    def solve(self, damping: float, takes_mean: bool) -> Tensor:
+        """The change that makes most of what is lacking small, [groups, outputs, features]."""
+        mean = self.x / self.rows * float(takes_mean)
+        xx = self.xx / self.rows - mean[:, :, None] * mean[:, None, :]
+        cross = self.lacking_x / self.rows - (self.lacking / self.rows)[:, :, None] * mean[:, None, :]
+        size = xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None, None]
+        damped = xx + damping * size * torch.eye(xx.shape[1], dtype=xx.dtype, device=xx.device)
+        found: Tensor = torch.linalg.solve(damped, cross.transpose(1, 2))
+        return found.transpose(1, 2)
+
+    def shift(self, change: Tensor, takes_mean: bool) -> Tensor:
+        """The change of the bias that goes with it, [groups, outputs]."""
+        left = (self.lacking - (change @ self.x[:, :, None]).squeeze(-1)) / max(self.rows, 1)
+        return left * float(takes_mean)
+
+    def error(self, change: Tensor, shift: Tensor) -> float:
+        """The mean over rows of the squared length of what is lacking after both."""
+        linear = (change * self.lacking_x).sum() + (shift * self.lacking).sum()
+        mixed = (shift * (change @ self.x[:, :, None]).squeeze(-1)).sum()
+        square = ((change @ self.xx) * change).sum() + 2 * mixed + self.rows * shift.square().sum()
+        return max(0.0, float(self.squares - 2 * linear + square)) / max(self.rows, 1)
 
 
 def _flat(value: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 import cpd
 from cpd import compress as compress_function
+from cpd.criteria import CRITERIA
 from cpd.selector import Limits, Selector
 
 
@@ -77,8 +78,8 @@ def test_result_is_the_same_class_and_narrower(result):
 
 def test_report_says_what_was_done(result):
     _, found, _ = result
-    assert found.report.criterion == "hessian"
-    assert found.report.normalization == "memory"
+    assert found.report.criterion == "obs"
+    assert found.report.normalization == "macs"
     assert found.report.checks["masked equals shrunk"] < 1e-4
     assert [entry["epoch"] for entry in found.report.history] == [0, 1]
     assert found.report.call["target_macs"] == 0.5
@@ -92,7 +93,7 @@ def test_folder_is_whole_and_loads_to_the_bit(result):
     rebuilt = cpd.load(folder, model=Tiny())
     with torch.no_grad():
         assert torch.equal(rebuilt(INPUT), found.model(INPUT))
-    assert json.loads((folder / "report.json").read_text())["criterion"] == "hessian"
+    assert json.loads((folder / "report.json").read_text())["criterion"] == "obs"
 
 
 class Versioned(Tiny):
@@ -242,10 +243,10 @@ def test_scores_leave_the_model_as_it_was():
     model = Tiny().requires_grad_(False)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     comb = cpd.comb(model, INPUT)
-    for criterion in ("hessian", "hessian-trace", "taylor", "magnitude"):
+    for criterion in CRITERIA:
         scores = cpd.score(model, comb, loader(), criterion=criterion)
         assert {group.name: group.size for group in comb.open} == {name: len(s) for name, s in scores.items()}
-        assert all((score >= 0).all() and score.max() > 0 for score in scores.values())
+        assert all((score >= 0).all() and score.max() > 0 for score in scores.values()), criterion
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -256,7 +257,7 @@ def test_a_dead_channel_scores_lowest():
     with torch.no_grad():
         model.conv2.weight[:, 5] = 0
     comb = cpd.comb(model, INPUT)
-    for criterion in ("hessian", "taylor"):
+    for criterion in ("obs", "hessian", "fisher", "taylor", "snip"):
         assert int(cpd.score(model, comb, loader(), criterion=criterion)["conv1"].argmin()) == 5
 
 

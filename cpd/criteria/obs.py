@@ -144,10 +144,7 @@ class _Reader:
         covariance = moments.covariance()
         dtype = torch.double if len(covariance[0]) <= EXACT else torch.float
         self.inverse = torch.linalg.inv(covariance).to("cpu", dtype)
-        gradient = moments.gradient.double() / samples
-        size = gradient.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None, None]
-        jitter = 1e-8 * size * torch.eye(gradient.shape[1], dtype=gradient.dtype, device=gradient.device)
-        root = torch.linalg.cholesky(gradient + jitter).transpose(1, 2)
+        root = _root(moments.gradient.double() / samples)
         folded = moments.matrix.unflatten(1, (-1, moments.kernel)).flatten(2)
         self.outputs = (root @ folded).unflatten(2, (moments.kernel, -1)).flatten(1, 2).to("cpu", dtype)
 
@@ -169,6 +166,18 @@ class _Reader:
         self.outputs = self.outputs[:, :, kept] - self.outputs[:, :, gone] @ step
         self.inverse = self.inverse[:, kept][:, :, kept] - self.inverse[:, kept][:, :, gone] @ step
         self.columns = (stays.cumsum(0) - 1)[self.columns]
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """R with R^T R = the covariance, which float32 sums may have left a little short of positive."""
+    trace = covariance.diagonal(dim1=1, dim2=2).sum(1).clamp_min(1e-30)[:, None, None]
+    identity = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
+    for power in range(-7, 1):
+        factor, failed = torch.linalg.cholesky_ex(covariance + 10.0**power * trace * identity)
+        if not failed.any():
+            break
+    root: Tensor = factor.transpose(1, 2)
+    return root
 
 
 def _in_order(size: int, readers: list[_Reader]) -> Tensor:
