@@ -14,6 +14,7 @@ one layer ahead of it, on the same batch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import queue
 import threading
@@ -163,8 +164,11 @@ class _Lockstep:
                 with torch.no_grad(), seen(LayerCalls(self.original, after=after)):
                     call.on(self.original)
                 _put(targets, None, stop)
-            except BaseException as error:  # handed over to the other thread
-                _put(targets, error, stop)
+            except _StoppedError:
+                return
+            except Exception as error:  # handed over to the other thread
+                with contextlib.suppress(_StoppedError):
+                    _put(targets, error, stop)
 
         thread = threading.Thread(target=ahead, daemon=True)
         thread.start()

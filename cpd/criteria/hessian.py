@@ -19,19 +19,21 @@ from cpd.criteria.setting import Setting
 from cpd.gates import Gates, parameters_of
 from cpd.inputs import Batch
 
-#: Rounding errors of a gradient that went through many layers, in units of the dtype's.
-NOISE = 100.0
-#: The gates may move by this much at most.
-LARGEST = 0.1
+#: How far the gates, which are 1, move at least. Networks of ReLUs have a gradient that jumps: over a short step the
+#: difference is a few jumps divided by next to nothing (its square grows as 1 / step). A step that crosses many
+#: averages them, and closing a gate is a step of 1.
+STEP = 0.03
+#: Rounding errors of a gradient that went through many layers, in units of the dtype's, and the longest step.
+NOISE, LONGEST = 100.0, 0.1
 
 
 def epsilon(dtype: torch.dtype) -> float:
-    """The step of the difference: the square root of the gradient's relative rounding error.
+    """The step of the difference, relative to the gates and to the deviation of v, which are 1.
 
-    Truncation grows with the step, rounding falls with it; they are alike at the square root (Nocedal and Wright,
-    Numerical Optimization, section 8.1). Gates are 1 and so is the deviation of v, so the step is relative.
+    In low precision the square root of the gradient's relative rounding error, where that and truncation are alike
+    (Nocedal and Wright, Numerical Optimization, section 8.1).
     """
-    return min(LARGEST, math.sqrt(NOISE * torch.finfo(dtype).eps))
+    return min(LONGEST, max(STEP, math.sqrt(NOISE * torch.finfo(dtype).eps)))
 
 
 def frobenius(setting: Setting) -> dict[str, Tensor]:
@@ -47,13 +49,14 @@ def trace(setting: Setting) -> dict[str, Tensor]:
 def _expectation(setting: Setting, reading: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
     """The mean of `reading(v, H v)` over batches and random vectors, summed over each group's gates."""
     gates, step = Gates(setting.comb), epsilon(setting.dtype)
+    wide = torch.promote_types(torch.float32, setting.dtype)
     generator = torch.Generator().manual_seed(setting.seed)
     total = [torch.zeros(site.size, device=setting.device) for site in gates.sites]
     count = 0
     for batch in setting.batches():
         base = setting.gate_gradients(gates, batch)
         for _ in range(setting.probes):
-            v = [torch.randn(site.size, generator=generator).to(setting.device) for site in gates.sites]
+            v = [torch.randn(site.size, generator=generator).to(setting.device, wide) for site in gates.sites]
             moved = _gradients_at(setting, gates, batch, [1 + step * value for value in v])
             for index, sums in enumerate(total):
                 sums += reading(v[index], (moved[index] - base[index]) / step)

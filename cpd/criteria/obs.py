@@ -101,8 +101,10 @@ class _Moments:
             return
         per_sample = layer.kind not in ("linear", "matmul")
         wanted = max(1, ROWS // layer.input.shape[0]) if per_sample else ROWS
-        chosen = torch.randperm(layer.positions, generator=generator)[:wanted].sort().values
-        index = chosen.to(layer.input.device) if wanted < layer.positions else None
+        index = None
+        if wanted < layer.positions:
+            chosen = torch.randperm(layer.positions, generator=generator)[:wanted].sort().values
+            index = chosen.to(layer.input.device)
         with torch.no_grad():
             x = layer.features(index).float()
             if self.folded and layer.kind == "conv":

@@ -1,0 +1,282 @@
+"""Scores against their definitions: brute force, exact derivatives, sample by sample."""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from zoo import comb, dense, randomize
+
+import cpd
+from cpd.calls import LayerCalls, from_matrix, matrix, seen
+from cpd.criteria import CRITERIA, DATA_FREE, Setting
+from cpd.criteria.hessian import epsilon
+from cpd.criteria.magnitude import magnitude
+from cpd.gates import Gates
+
+
+class Net(nn.Module):
+    """Two convolutions and a linear layer, smooth, so that second derivatives exist."""
+
+    def __init__(self, act: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(6)
+        self.head, self.act = nn.Linear(8, 5), act or nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.conv2(self.act(self.norm(self.conv1(x))))).mean((2, 3)))
+
+
+X = torch.randn(12, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.double)
+Y = torch.randint(5, (12,), generator=torch.Generator().manual_seed(4))
+BATCHES = [(X[:4], Y[:4]), (X[4:8], Y[4:8]), (X[8:], Y[8:])]
+
+
+@pytest.fixture(scope="module")
+def net() -> nn.Module:
+    return dense(Net())
+
+
+@pytest.fixture(scope="module")
+def combed(net: nn.Module) -> cpd.Comb:
+    return comb(net, X[:1])
+
+
+def gated(net: nn.Module, gates: Tensor, x: Tensor) -> Tensor:
+    """The output with a gate on each channel that conv2 reads."""
+    hidden = net.act(net.norm(net.conv1(x))) * gates[:, None, None]
+    return net.head(net.act(net.conv2(hidden)).mean((2, 3)))
+
+
+def gate_gradient(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    gates = torch.ones(6, dtype=torch.double, requires_grad=True)
+    return torch.autograd.grad(F.cross_entropy(gated(net, gates, x), y), gates)[0]
+
+
+def test_taylor_snip_and_fisher_are_gradients_of_gates(net, combed):
+    batches = torch.stack([gate_gradient(net, x, y) for x, y in BATCHES])
+    samples = torch.stack([gate_gradient(net, X[i : i + 1], Y[i : i + 1]) for i in range(12)])
+    expected = {
+        "taylor": batches.square().mean(0),
+        "snip": batches.mean(0).abs(),
+        "fisher": samples.square().mean(0),
+    }
+    for name, value in expected.items():
+        found = cpd.score(net, combed, BATCHES, criterion=name)["conv1"]
+        assert torch.allclose(found, value, rtol=1e-5), name
+
+
+def test_hessian_is_the_second_derivative_in_the_gates(net, combed):
+    gates = torch.ones(6, dtype=torch.double)
+    exact = torch.stack(
+        [
+            torch.autograd.functional.hessian(lambda g, x=x, y=y: F.cross_entropy(gated(net, g, x), y), gates)
+            for x, y in BATCHES
+        ]
+    ).mean(0)
+    found = cpd.score(net, combed, BATCHES, criterion="hessian-trace", probes=400)["conv1"]
+    assert torch.allclose(found, exact.diagonal().abs(), rtol=0.35, atol=0.1 * float(exact.abs().max()))
+
+
+def test_precision_hardly_changes_a_product_with_the_hessian(net, combed):
+    exact = cpd.score(net, combed, BATCHES, criterion="hessian")
+    single = cpd.score(copy.deepcopy(net).float(), combed, [(x.float(), y) for x, y in BATCHES], criterion="hessian")
+    for name, score in exact.items():
+        assert float((single[name] - score).abs().max() / score.max()) < 0.01
+    assert epsilon(torch.float64) == epsilon(torch.float32) < epsilon(torch.float16) <= 0.1
+
+
+def test_obs_is_what_least_squares_leaves(net, combed):
+    """One reader, all positions: the score of the first to go is the error that a refit leaves, weighted by G."""
+    found = cpd.score(net, combed, [(X, None)], criterion="obs")["conv1"]
+    captured: dict[str, Tensor] = {}
+
+    def after(layer):
+        if layer.weight == "conv2.weight":
+            captured["x"], captured["y"] = layer.features()[0].detach(), layer.outputs()[0].detach()
+            layer.output.register_hook(lambda g: captured.update(g=layer.outputs(None, g)[0]))
+
+    with seen(LayerCalls(net, after=after)):
+        output = net(X)
+    generator = torch.Generator().manual_seed(0)
+    (output * torch.randn(output.shape, generator=generator).to(output)).sum().backward()
+    net.zero_grad()
+    x = captured["x"] - captured["x"].mean(0)
+    y = captured["y"] - captured["y"].mean(0)
+    weight = captured["g"].T @ captured["g"] / 12
+    damping = 1e-3 * x.square().mean() * len(x)
+    errors = []
+    for channel in range(6):
+        kept = torch.arange(54).view(6, 9)[torch.arange(6) != channel].flatten()
+        part = x[:, kept]
+        solved = torch.linalg.solve(part.T @ part + damping * torch.eye(45), part.T @ y)
+        left = y - part @ solved
+        errors.append(float((left @ weight * left).sum() / len(x)))
+    cheapest = int(torch.tensor(errors).argmin())
+    assert int(found.argmin()) == cheapest
+    assert float(found[cheapest]) == pytest.approx(errors[cheapest], rel=0.15)
+
+
+def test_of_two_channels_that_are_alike_one_is_free():
+    net = dense(Net(nn.ReLU()))
+    with torch.no_grad():
+        for tensor in (net.conv1.weight, net.conv1.bias, *net.norm.state_dict().values()):
+            if tensor.dim():
+                tensor[4] = tensor[1]
+    scores = cpd.score(net, comb(net, X[:1]), [(X, None)], criterion="obs")["conv1"]
+    low, high = sorted((float(scores[1]), float(scores[4])))
+    assert low < 0.05 * high
+    assert int(scores.argmin()) in (1, 4)
+
+
+def test_a_constant_channel_never_fires_and_apoz_knows(combed):
+    net = dense(Net(nn.ReLU()))
+    with torch.no_grad():
+        net.norm.weight[2], net.norm.bias[2] = 0.0, -1.0
+    scores = cpd.score(net, comb(net, X[:1]), BATCHES, criterion="apoz")["conv1"]
+    assert float(scores[2]) == 0
+    assert int(scores.argmin()) == 2
+    active = F.relu(net.norm(net.conv1(X))) > 0
+    assert torch.allclose(scores, active.double().mean((0, 2, 3)), atol=1e-6)
+
+
+def test_criteria_of_the_weights(net, combed):
+    weight = torch.cat([net.conv1.weight.flatten(1), net.conv2.weight.transpose(0, 1).flatten(1)], 1)
+    rest = torch.stack([net.conv1.bias, net.norm.weight, net.norm.bias], 1)
+    everything = torch.cat([weight, rest], 1).detach()
+    for p in (1, 2):
+        expected = everything.abs().pow(p).sum(1)
+        found = cpd.score(net, combed, criterion=partial(magnitude, p=p))["conv1"]
+        assert torch.allclose(found, (expected / expected.mean()), rtol=1e-5)
+    squares = everything.square().sum(1)
+    lamp = cpd.score(net, combed, criterion="lamp")["conv1"]
+    assert torch.allclose(lamp, torch.stack([s / squares[squares >= s].sum() for s in squares]), rtol=1e-5)
+    gamma = net.norm.weight.detach().abs()
+    assert torch.allclose(cpd.score(net, combed, criterion="bn_scale")["conv1"], gamma / gamma.mean(), rtol=1e-5)
+    filters = net.conv1.weight.detach().flatten(1)
+    distances = torch.cdist(filters, filters).sum(1)
+    assert torch.allclose(cpd.score(net, combed, criterion="fpgm")["conv1"], distances / distances.mean(), rtol=1e-5)
+
+
+class Mapped(nn.Module):
+    """Takes keywords and gives a mapping, as Hugging Face models do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=5)
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.net(pixels)}
+
+
+@pytest.fixture(scope="module")
+def attention() -> tuple[nn.Module, cpd.Comb, list[dict[str, Tensor]]]:
+    model = randomize(Mapped().eval(), 0)
+    x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(6) % 5
+    return model, cpd.comb(model, ((), {"pixels": x[:1]})), [{"pixels": x, "labels": y}]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_every_criterion_scores_heads_and_head_dims(attention, criterion):
+    model, combed, data = attention
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    scores = cpd.score(model, combed, data, criterion=criterion)
+    assert scores.keys() == {group.name for group in combed.open}
+    sizes = {group.size for group in combed.open}
+    assert {4, 16} & sizes or len(sizes) > 2
+    assert all((score >= 0).all() and score.max() > 0 for score in scores.values())
+    again = cpd.score(model, combed, data, criterion=criterion)
+    assert all(torch.equal(scores[name], again[name]) for name in scores)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("criterion", sorted(CRITERIA.keys() - DATA_FREE))
+def test_train_mode_and_mixed_precision(criterion):
+    net = randomize(Net(), 0).train()
+    data = [(x.float(), y) for x, y in BATCHES]
+    combed = comb(net, X[:1].float())
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    plain = cpd.score(net, combed, data, criterion=criterion)["conv1"]
+    mixed = cpd.score(net, combed, data, criterion=criterion, precision="bf16")["conv1"]
+    train = cpd.score(net, combed, data, criterion=criterion, training=True)["conv1"]
+    assert float(torch.corrcoef(torch.stack([plain, mixed]))[0, 1]) > 0.5
+    assert not torch.equal(plain, train)
+    assert net.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+def test_the_order_of_batches_changes_no_score(net, combed):
+    for criterion in ("taylor", "fisher", "snip", "apoz"):
+        one = cpd.score(net, combed, BATCHES, criterion=criterion)["conv1"]
+        two = cpd.score(net, combed, BATCHES[::-1], criterion=criterion)["conv1"]
+        assert torch.allclose(one, two, rtol=1e-9), criterion
+
+
+def test_a_criterion_of_ones_own(net, combed):
+    def smallest_output(setting: Setting) -> dict[str, Tensor]:
+        return {group.name: torch.arange(group.size) + 1.0 for group in setting.comb.open}
+
+    assert cpd.score(net, combed, criterion=smallest_output)["conv1"].tolist() == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(cpd.InputError, match=r"no score for conv1"):
+        cpd.score(net, combed, criterion=lambda setting: {})
+    with pytest.raises(cpd.InputError, match="precision"):
+        cpd.score(net, combed, BATCHES, precision="int8")
+
+
+def test_gates_multiply_what_is_read(net, combed):
+    gates = Gates(combed)
+    assert {(site.tensor, site.dim) for site in gates.sites} == {("conv2.weight", 1), ("head.weight", 1)}
+    scaled = gates.multiply(dict(net.named_parameters()), [torch.full((site.size,), 2.0) for site in gates.sites])
+    assert torch.equal(scaled["conv2.weight"], 2 * net.conv2.weight)
+
+
+class Layers(nn.Module):
+    """Every way in which a weight meets its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, 2, 1, dilation=2, groups=2)
+        self.same, self.back = nn.Conv1d(6, 8, 5, padding="same"), nn.ConvTranspose1d(8, 6, 3, 2, groups=2)
+        self.linear, self.bare = nn.Linear(6, 5), nn.Parameter(torch.randn(5, 7))
+        self.attention = nn.MultiheadAttention(7, 1, batch_first=True)
+        self.deep = nn.Conv3d(1, 2, (1, 3, 2), padding=(0, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.back(self.same(self.conv(x).flatten(2)))
+        x = F.linear(x.transpose(1, 2), weight=self.linear.weight, bias=self.linear.bias) @ self.bare
+        return self.deep(self.attention(x, x, x)[0][:, None, None])
+
+
+@pytest.mark.parametrize("share", [1.0, 0.4])
+def test_layer_calls_are_matrix_products(share):
+    model, seen_calls = Layers().double().eval(), []
+    weights = dict(model.named_parameters())
+
+    def after(layer):
+        count = max(1, math.ceil(share * layer.positions))
+        index = None if share == 1 else torch.randperm(layer.positions)[:count]
+        weight = weights[layer.weight]
+        products = layer.features(index) @ matrix(layer.kind, weight, layer.groups).transpose(1, 2)
+        if layer.kind != "transposed" and layer.given.get("bias") is not None:
+            products = products + layer.given["bias"].view(layer.groups, 1, -1)
+        assert torch.allclose(products, layer.responses(index)), layer.weight
+        assert torch.equal(from_matrix(layer.kind, matrix(layer.kind, weight, layer.groups), weight), weight)
+        seen_calls.append(layer.weight)
+
+    x = torch.randn(3, 4, 9, 11, dtype=torch.double)
+    with torch.no_grad(), seen(LayerCalls(model, after=after)):
+        found = model(x)
+    with torch.no_grad():
+        assert torch.allclose(found, model(x))
+    assert seen_calls == [
+        "conv.weight", "same.weight", "back.weight", "linear.weight", "bare", "attention.in_proj_weight",
+        "attention.out_proj.weight", "deep.weight",
+    ]  # fmt: skip
