@@ -17,6 +17,7 @@ Step by step, one tiny model through the pipeline:
 
 from cpd.artifacts import load
 from cpd.comb import Comb, Group, comb
+from cpd.compensation import compensate
 from cpd.compress import Result, compress
 from cpd.distiller import DistillConfig, distill
 from cpd.errors import (
@@ -36,6 +37,7 @@ from cpd.onnx import export_onnx
 from cpd.plan import Plan
 from cpd.report import Report
 from cpd.scorer import score
+from cpd.sensitivity import Sensitivity, sensitivity
 from cpd.surgeon import shrink
 
 __version__ = "0.1.0"
@@ -54,16 +56,19 @@ __all__ = [
     "PlanError",
     "Report",
     "Result",
+    "Sensitivity",
     "ShrinkError",
     "TargetError",
     "TraceError",
     "TrainingError",
     "comb",
     "compare_latency",
+    "compensate",
     "compress",
     "distill",
     "export_onnx",
     "load",
     "score",
+    "sensitivity",
     "shrink",
 ]

@@ -1,4 +1,4 @@
-"""The command line: `cpd compress MODEL`, `cpd comb MODEL`, `cpd demo`.
+"""The command line: `cpd compress MODEL`, `cpd comb MODEL`, `cpd sensitivity MODEL`, `cpd demo`.
 
 Tables and `--json` go to stdout, everything else (log, bars, errors) to stderr. torch and timm are imported inside
 the commands, so that `cpd --help` answers at once.
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from cpd.cost import FrozenShare
     from cpd.report import Report
+    from cpd.sensitivity import Sensitivity
     from cpd.sources import ModelSource
 
 DEFAULT_SPEEDUP = 2.0
@@ -200,6 +201,56 @@ def comb(
 
 
 @app.command()
+def sensitivity(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Folder of images, as `cpd compress` takes it.")],
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw a map: .svg, .png.")] = None,
+    criterion: Annotated[str, typer.Option(help="Which positions go: a name in cpd.criteria.CRITERIA.")] = "magnitude",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 64,
+    limit: Annotated[int, typer.Option(min=1, help="Batches of training images used.")] = 4,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that load images.", show_default="one a core, at most 4")
+    ] = min(4, os.cpu_count() or 1),
+    accuracy: Annotated[bool, typer.Option(help="Also the accuracy on val/ at every point.")] = False,
+    seed: Seed = 0,
+    pretrained: Annotated[bool, typer.Option(help="The library's own weights (downloads them).")] = True,
+    input_size: InputSize = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Prune each group alone, 10 to 90 % of it, and show what that does to the loss."""
+    with _running(quiet, verbose, debug):
+        from cpd.sensitivity import check_plot
+
+        if plot is not None:
+            check_plot(plot)
+        folders = image_folders(data)
+        _, built, example_inputs = _build(model, input_size, pretrained)
+
+        import cpd
+
+        loader, evaluate = load_images(
+            built, folders, example_inputs, batch_size=batch_size, workers=workers, seed=seed
+        )
+        if accuracy and evaluate is None:
+            raise InputError(f"--accuracy needs validation images: {data}/val.")
+        combed = cpd.comb(built, example_inputs)
+        scores = cpd.score(built, combed, loader, criterion=criterion, limit=limit, seed=seed)
+        found = cpd.sensitivity(
+            built, combed, loader, scores=scores, limit=limit, evaluate=evaluate if accuracy else None,
+            progress=False if quiet else None,
+        )  # fmt: skip
+        if plot is not None:
+            logging.getLogger("cpd.cli").info("picture written to %s", found.plot(plot))
+        if json_output:
+            _print_json({"model": model, **found.to_dict()})
+            return
+        Console().print(sensitivity_table(found))
+
+
+@app.command()
 def demo(
     output_dir: OutputDir = None,
     seed: Seed = 0,
@@ -286,6 +337,21 @@ def _print_report(report: Report, output_dir: Path | None, json_output: bool) ->
         console.print(Text(f"Note: {note}"), soft_wrap=True)
     if output_dir is not None:
         console.print(Text(f"Written to {output_dir}; the whole report: {output_dir / 'report.html'}"), soft_wrap=True)
+
+
+def sensitivity_table(found: Sensitivity) -> Table:
+    """A row a group, a column a ratio: the loss, or the metric where there is one."""
+    name = "metric" if found.metric is not None else "loss" if found.loss is not None else "error"
+    before = getattr(found, name, None)
+    now = "" if before is None else f" (now {before:.4g})"
+    table = Table(title=f"{name} when a group alone loses this share{now}")
+    table.add_column("group")
+    table.add_column("size", justify="right")
+    for ratio in sorted({point.ratio for point in found.points}):
+        table.add_column(f"{ratio:.0%}", justify="right")
+    for group, points in found.by_group.items():
+        table.add_row(group, str(points[0].size), *(f"{getattr(point, name):.3g}" for point in points))
+    return table
 
 
 def figures_table(report: Report) -> Table:

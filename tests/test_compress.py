@@ -278,8 +278,9 @@ def test_selection_meets_the_cost_in_multiples():
 def test_public_names():
     assert set(cpd.__all__) == {
         "ArtifactError", "CPDError", "Comb", "DistillConfig", "ExportError", "Group", "InputError", "LatencyComparison",
-        "NothingToPruneError", "Plan", "PlanError", "Report", "Result", "ShrinkError", "TargetError", "TraceError",
-        "TrainingError", "comb", "compare_latency", "compress", "distill", "export_onnx", "load", "score", "shrink",
+        "NothingToPruneError", "Plan", "PlanError", "Report", "Result", "Sensitivity", "ShrinkError", "TargetError",
+        "TraceError", "TrainingError", "comb", "compare_latency", "compensate", "compress", "distill", "export_onnx",
+        "load", "score", "sensitivity", "shrink",
     }  # fmt: skip
     assert all(hasattr(cpd, name) for name in cpd.__all__)
     assert all(issubclass(getattr(cpd, name), cpd.CPDError) for name in cpd.__all__ if name.endswith("Error"))

@@ -27,6 +27,7 @@ from cpd.cli import app, image_folders, parse_size
 from cpd.errors import ArtifactError, InputError, NothingToPruneError
 from cpd.inputs import as_call
 from cpd.report import Figures, GroupRow, Report, call_text, human
+from cpd.sensitivity import RATIOS
 from cpd.sources import ModelSource, default_inputs, identify, image_inputs, resolve
 
 HOSTILE = '<script src="https://evil.example/x.js">alert(1)</script>'
@@ -555,6 +556,22 @@ def test_compress_reads_image_folders(fakes: Fakes, run: Any, tmp_path: Path) ->
     model = Always().train()
     assert call["evaluate"](model) == 0.5
     assert model.training
+
+
+@LEAKY
+def test_sensitivity_of_a_folder(run: Any, tmp_path: Path) -> None:
+    _write_images(tmp_path / "train", classes=2)
+    options = f"--no-pretrained --input-size 32 --batch-size 2 --workers 0 --data {tmp_path / 'train'}"
+    result = run(
+        "sensitivity", "timm:test_resnet,num_classes=2", *options.split(), "--plot", tmp_path / "m.png", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert {point["ratio"] for point in found["points"]} == set(RATIOS)
+    assert all(point["loss"] > 0 for point in found["points"])
+    assert (tmp_path / "m.png").stat().st_size > 1000
+    result = run("sensitivity", "timm:test_resnet,num_classes=2", *options.split(), "--accuracy")
+    assert "validation images" in result.output
 
 
 @LEAKY
