@@ -286,11 +286,12 @@ def test_sensitivity_prunes_each_group_alone(tmp_path):
         assert [point.kept for point in points] == [round(size * 0.75), round(size * 0.5)]
         assert all((point.error > 0 and point.macs < 1) == (point.kept < size) for point in points)
         assert points[0].macs > points[1].macs
-    plan = combed.plan({"up": found_positions(model, combed, "up", 4)})
+    (name,) = {item.name for item in combed.open for member in item.members if str(member) == "up.weight dim 1"}
+    plan = combed.plan({name: found_positions(model, combed, name, 4)})
     narrow = cpd.shrink(copy.deepcopy(model), plan)
-    (point,) = (point for point in found.by_group["up"] if point.ratio == 0.5)
+    (point,) = (point for point in found.by_group[name] if point.ratio == 0.5)
     assert point.error == pytest.approx(logits_error(narrow, model, data))
-    assert point.metric == pytest.approx(float(narrow.head.weight.sum()))
+    assert point.metric == pytest.approx(float(narrow.head.weight.detach().sum()))
     assert found.to_dict()["points"][0]["group"] == combed.open[0].name
     assert found.plot(tmp_path / "map.svg").read_text().count("<svg") == 1
     with pytest.raises(cpd.InputError, match="ending"):
