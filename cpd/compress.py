@@ -38,7 +38,7 @@ from cpd.report import Figures, GroupRow, Report
 from cpd.request import Target, check_data, check_limits, check_target, copy_of, example_call
 from cpd.scorer import score
 from cpd.search import reach
-from cpd.selector import Limits, Normalization, Scope, Selector, Weighing
+from cpd.selector import Limits, Normalization, Scope, Selector, Weighing, check_ratios
 from cpd.surgeon import shrink
 
 log = logging.getLogger("cpd")
@@ -233,6 +233,7 @@ class _Run:
         if not self.comb.open:
             reasons = "\n".join(f"  {group.name} ({group.size}): {group.frozen}" for group in self.comb.groups)
             raise NothingToPruneError(f"No group of {type(self.model).__name__} can be pruned:\n{reasons}")
+        check_ratios(self.comb, self.limits)
         chosen, why = _choose_criterion(criterion, data, loss)
         name = chosen if isinstance(chosen, str) else getattr(chosen, "__name__", type(chosen).__name__)
         self.criterion = (name, why)

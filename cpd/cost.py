@@ -100,7 +100,7 @@ class Cost:
         self._terms = [*_parameter_terms(dims, tensors), *_operation_terms(ctx)]
         self._unread = _unread_parameters(dims, tensors)
         weights = [(term.parameters, term.macs, term.activations) for term in self._terms]
-        self._sums = ProductSums([term.dims for term in self._terms], weights)
+        self._sums = ProductSums([term.dims for term in self._terms], weights, figures=3)
 
     def __call__(self, counts: Mapping[Axis, int]) -> Figures:
         """The cost when each axis keeps `counts[axis]` positions (all, if it is not named)."""

@@ -26,10 +26,11 @@ class ProductSums:
     Args:
         products: the dimensions of each product.
         weights: [products, figures]; what each product adds to each figure.
+        figures: their number.
     """
 
-    def __init__(self, products: Sequence[Sequence[Dim]], weights: npt.ArrayLike) -> None:
-        self._weights: Numbers = np.asarray(weights, dtype=np.int64)
+    def __init__(self, products: Sequence[Sequence[Dim]], weights: Sequence[Sequence[int]], figures: int) -> None:
+        self._weights: Numbers = np.array(weights, dtype=np.int64).reshape(len(products), figures)
         dims = list(dict.fromkeys(axes.resolve(dim) for product in products for dim in product))
         self.axes = list(dict.fromkeys(axis for dim in dims for axis in axes.leaves(dim) if axis.frozen is None))
         index = {axis: number for number, axis in enumerate(self.axes)}

@@ -123,7 +123,7 @@ class Selector:
             raise InputError(f"Unknown scope {scope!r}; known are {', '.join(SCOPES)}.")
         self.comb, self.limits, self.scope = comb, limits or Limits(), scope
         self.weighing = weighing or Weighing()
-        _check_patterns(comb, self.limits)
+        check_ratios(comb, self.limits)
         self.steps = {g.name: step(comb, g, self.limits.round_to) for g in comb.open}
         self.order = {g.name: torch.argsort(scores[g.name], descending=True, stable=True).numpy() for g in comb.open}
         if scope != "global":
@@ -211,11 +211,12 @@ class Selector:
         return self.comb.plan(keep)
 
 
-def _check_patterns(comb: Comb, limits: Limits) -> None:
+def check_ratios(comb: Comb, limits: Limits) -> None:
+    """Raise `InputError` unless every pattern of `limits.ratios` names an open group, and every share is one."""
     names = [group.name for group in comb.open]
     for pattern, share in limits.ratios.items():
         if not fnmatch.filter(names, pattern):
-            raise InputError(f"No open group is named like {pattern!r}; comb.open lists them.")
+            raise InputError(f"No open group is named like {pattern!r}; there are {', '.join(names[:8])}, …")
         if not 0 <= share < 1:
             raise InputError(f"The share of {pattern!r} must be at least 0 and below 1; got {share!r}.")
 
