@@ -439,7 +439,7 @@ def _choose_criterion(
     if criterion is None and data is None:
         return "magnitude", "no data was given, and magnitude needs none."
     if criterion is None:
-        return "obs", "data was given, and of all criteria this one keeps most (docs/criteria.md)."
+        return "obs", "data was given, so what removal costs once the rest is refitted can be estimated."
     if criterion not in TARGET_FREE and data is not None and loss is None and next(batches(data, 1)).target is None:
         raise InputError(f"criterion={criterion!r} needs targets or a loss, and the data has none: pass loss=….")
     return criterion, "as asked for."
