@@ -167,7 +167,7 @@ def cover(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]
     with (
         Progress(*columns, console=console, disable=not console.is_terminal) as bar,
         ThreadPoolExecutor(options.jobs) as pool,
-        _peer(options.peer) as peer,
+        installed_peer(options.peer) as peer,
     ):
         task = bar.add_task("", total=len(todo))
 
@@ -191,7 +191,7 @@ def cover(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]
 
 
 @contextmanager
-def _peer(wanted: bool) -> Iterator[str | None]:
+def installed_peer(wanted: bool) -> Iterator[str | None]:
     """A temporary folder with the peer installed in it."""
     if not wanted:
         yield None

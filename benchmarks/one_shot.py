@@ -13,18 +13,15 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from coverage import PEER
+from coverage import PEER, installed_peer
 from resnet56_cifar10 import BORDER, check_files, load_data, load_model
 from rich.console import Console
 from rich.progress import Progress
@@ -94,9 +91,12 @@ class Bench:
             self.model, self.comb, self.batches, criterion=criterion, limit=self.scoring, seed=options.seed
         )
         seconds = time.perf_counter() - start
+        selectors = {
+            key: Selector(self.comb, scores, Limits(round_to=1), key[0], Weighing(key[1]))
+            for key in dict.fromkeys(item[:2] for item in wanted)
+        }
         for scope, normalization, fewer in wanted:
-            limits, weighing = Limits(round_to=1), Weighing(normalization)
-            selector = Selector(self.comb, scores, limits, scope, weighing)
+            selector = selectors[scope, normalization]
             counts = selector.meet(lambda figures: figures.macs * fewer, self.full)  # noqa: B023
             plan = selector.plan(counts)
             narrow = shrink(copy.deepcopy(self.model), plan)
@@ -274,22 +274,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-@contextmanager
-def installed_peer(wanted: bool) -> Iterator[None]:
-    """The peer importable, installed in a temporary folder."""
-    if not wanted:
-        yield
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, PEER]
-        subprocess.run(pip, check=True)
-        sys.path.insert(0, folder)
-        try:
-            yield
-        finally:
-            sys.path.remove(folder)
-
-
 def main() -> int:
     """Run what is asked for, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -320,7 +304,8 @@ def main() -> int:
     rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     known = {(r["model"], r["criterion"], r["scope"], r["normalization"], r["fewer"]) for r in rows}
     console = Console(width=200)
-    with installed_peer(options.peer):
+    with installed_peer(options.peer) as folder:
+        sys.path[:0] = [folder] if folder else []
         for name in options.models:
             model = (
                 load_model(options.data_dir) if name == "resnet56"

@@ -61,8 +61,7 @@ def one(name: str, criterion: str, batch_size: int, batches: int, repeats: int) 
         cpd.score(model, comb, data, criterion=criterion, limit=batches)
 
     before = peak_mib()
-    chosen: list[Callable[[], None]] = [plain] if criterion == PLAIN else [scored]
-    chosen[0]()
+    (plain if criterion == PLAIN else scored)()
     memory = peak_mib() - before
     times: dict[Callable[[], None], list[float]] = {plain: [], scored: []}
     for _ in range(repeats):

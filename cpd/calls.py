@@ -95,6 +95,14 @@ class LayerCall:
         split = patches.reshape(samples, self.groups, inner, places, kernel).permute(1, 0, 3, 2, 4)
         return split.reshape(self.groups, samples * places, inner * kernel)
 
+    def sample(self, rows: int, generator: torch.Generator) -> Tensor | None:
+        """An index for `features` of about so many rows, drawn at random; None where there are no more than that."""
+        wanted = rows if self.kind in ("linear", "matmul") else max(1, rows // self.input.shape[0])
+        if wanted >= self.positions:
+            return None
+        chosen = torch.randperm(self.positions, generator=generator)[:wanted].sort().values
+        return chosen.to(self.input.device)
+
     def outputs(self, index: Tensor | None = None, value: Tensor | None = None) -> Tensor:
         """The rows of the output, or of a tensor like it, that belong to `features`: [groups, rows, outputs]."""
         y = self.output if value is None else value
@@ -153,7 +161,7 @@ class LayerCalls(TorchFunctionMode):
         model: whose parameters are looked for.
         before: given the call that is to be made, returns the input to use instead.
         after: given the call with its output, returns the output to use instead, or None for its own.
-        norm: given the arguments of a `batch_norm` that uses running statistics, returns its output, or None.
+        norm: told of the arguments of each `batch_norm` that uses running statistics.
     """
 
     def __init__(
@@ -161,7 +169,7 @@ class LayerCalls(TorchFunctionMode):
         model: nn.Module,
         before: Callable[[LayerCall], Tensor] | None = None,
         after: Callable[[LayerCall], Tensor | None] | None = None,
-        norm: Callable[[dict[str, Any]], Tensor | None] | None = None,
+        norm: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         super().__init__()
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -178,9 +186,8 @@ class LayerCalls(TorchFunctionMode):
                 return self._layer(func, name, given)
         elif func is F.batch_norm and self.norm is not None:
             given = {**dict(zip(_NORM, args, strict=False)), **kwargs}
-            found = self.norm(given) if given.get("running_mean") is not None and not given.get("training") else None
-            if found is not None:
-                return found
+            if given.get("running_mean") is not None and not given.get("training"):
+                self.norm(given)
         elif isinstance(func, FunctionType) and func.__globals__ is vars(F) and func is not F.batch_norm:
             with self:
                 return opened(func)(*args, **kwargs)
@@ -229,9 +236,8 @@ def _at(flat: Tensor, index: Tensor | None) -> Tensor:
 
 
 def _each(setting: Any, rank: int) -> tuple[int, ...]:
-    return (
-        tuple(setting) * (rank if len(setting) == 1 else 1) if isinstance(setting, (tuple, list)) else (setting,) * rank
-    )
+    given = tuple(setting) if isinstance(setting, (tuple, list)) else (setting,)
+    return given * rank if len(given) == 1 else given
 
 
 def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:

@@ -61,6 +61,10 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings only."
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 OutputDir = Annotated[Path | None, typer.Option("--output-dir", help="Where the artifacts are written.")]
+WORKERS = min(4, os.cpu_count() or 1)
+Workers = Annotated[
+    int, typer.Option("--workers", min=0, help="Processes that load images.", show_default="one a core, at most 4")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 
 
@@ -109,9 +113,7 @@ def compress(
         int | None, typer.Option(min=0, help="Training epochs; 0 prunes without a gradient step.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 64,
-    workers: Annotated[
-        int, typer.Option(min=0, help="Processes that load images.", show_default="one a core, at most 4")
-    ] = min(4, os.cpu_count() or 1),
+    workers: Workers = WORKERS,
     threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads that latency is measured on.")] = 1,
     seed: Seed = 0,
     pretrained: Annotated[bool, typer.Option(help="Start from the library's own weights (downloads them).")] = True,
@@ -208,9 +210,7 @@ def sensitivity(
     criterion: Annotated[str, typer.Option(help="Which positions go: a name in cpd.criteria.CRITERIA.")] = "magnitude",
     batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 64,
     limit: Annotated[int, typer.Option(min=1, help="Batches of training images used.")] = 4,
-    workers: Annotated[
-        int, typer.Option(min=0, help="Processes that load images.", show_default="one a core, at most 4")
-    ] = min(4, os.cpu_count() or 1),
+    workers: Workers = WORKERS,
     accuracy: Annotated[bool, typer.Option(help="Also the accuracy on val/ at every point.")] = False,
     seed: Seed = 0,
     pretrained: Annotated[bool, typer.Option(help="The library's own weights (downloads them).")] = True,
@@ -341,7 +341,7 @@ def _print_report(report: Report, output_dir: Path | None, json_output: bool) ->
 
 def sensitivity_table(found: Sensitivity) -> Table:
     """A row a group, a column a ratio: the loss, or the metric where there is one."""
-    name = "metric" if found.metric is not None else "loss" if found.loss is not None else "error"
+    name = found.shown
     before = getattr(found, name, None)
     now = "" if before is None else f" (now {before:.4g})"
     table = Table(title=f"{name} when a group alone loses this share{now}")

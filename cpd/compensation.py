@@ -30,7 +30,7 @@ from cpd.calls import LayerCall, LayerCalls, from_matrix, matrix, seen
 from cpd.errors import InputError
 from cpd.inputs import Call, batches, check_limit, check_model, device_of, evaluating, joined
 from cpd.plan import Plan
-from cpd.surgeon import named_tensors
+from cpd.surgeon import restore, state_of
 
 #: Bytes that the largest input or output of a layer may take, by which the samples are limited.
 MEMORY = 2**30
@@ -89,15 +89,14 @@ def compensate(
     check_limit(limit)
     calls = [batch.call for batch in batches(data, limit)]
     device = device_of(check_model(model))
-    before = {name: tensor.clone() for name, tensor in named_tensors(model).items()}
+    before = state_of(model)
     with evaluating(model), evaluating(check_model(original)):
         probe = _Probe(original, calls[0].part(1).to(device))
         call = joined(calls).part(probe.samples).to(device)
         try:
             return _Lockstep(model, original, plan, probe, seed).run(call)
         except BaseException:
-            for name, tensor in named_tensors(model).items():
-                tensor.copy_(before[name])
+            restore(model, before)
             raise
 
 
@@ -232,13 +231,7 @@ def _sampled(layer: LayerCall, seed: int) -> Tensor | None:
     """The rows, or positions of every sample, that a layer is fitted on; None for all."""
     features = matrix(layer.kind, layer.given["weight"], layer.groups).shape[-1]
     wanted = max(LEAST * features, min(MOST_ROWS, int(WORK / features**2)))
-    if layer.kind not in ("linear", "matmul"):
-        wanted = max(1, wanted // layer.input.shape[0])
-    if wanted >= layer.positions:
-        return None
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(layer.positions, generator=generator)[:wanted].sort().values
-    return chosen.to(layer.input.device)
+    return layer.sample(wanted, torch.Generator().manual_seed(seed))
 
 
 def _solve(x: Tensor, lacking: Tensor, full: Tensor, takes_mean: bool) -> tuple[Tensor, Tensor, float, float]:

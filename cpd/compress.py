@@ -17,7 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ from cpd.comb import Comb, comb
 from cpd.criteria import DATA_FREE, TARGET_FREE, Criterion
 from cpd.distiller import DistillConfig, distill
 from cpd.errors import ExportError, InputError, NothingToPruneError, TargetError
-from cpd.inputs import Call, batches, check_model, evaluating
+from cpd.inputs import Call, batches, check_model, evaluated
 from cpd.latency import LatencyComparison, LatencyProbe
 from cpd.latency_model import fit_latency
 from cpd.onnx import export_onnx
@@ -344,18 +343,18 @@ class _Run:
         compensation: bool,
     ) -> None:
         """Shrink the student, check it, make up for what went, and train it back."""
-        before = _evaluate(evaluate, self.student)
+        before = evaluated(evaluate, self.student)
         with self.stages("shrink"):
             shrink(self.student, self.plan)
         with self.stages("check"):
             self.checks["masked equals shrunk"] = masked_error(self.model, self.student, self.comb, self.plan)
-        after = _evaluate(evaluate, self.student)
+        after = evaluated(evaluate, self.student)
         if after is not None:
             self.note(f"Metric of the unpruned model {before:.4g}, right after pruning {after:.4g}.")
         if data is not None:
             with self.stages("recover"):
                 found = recover(self.student, self.model, self.plan, data, limit=limit, compensation=compensation)
-            after = _evaluate(evaluate, self.student)
+            after = evaluated(evaluate, self.student)
             self.note(f"{found} Metric {after:.4g}." if after is not None else str(found))
             if found.failure is not None:
                 self.note(f"Compensation was not possible: {found.failure}")
@@ -448,13 +447,6 @@ def _choose_criterion(
 def _frozen_reasons(comb: Comb) -> str:
     frozen = [f"{group.name}: {group.frozen}" for group in comb.groups if group.frozen][:8]
     return f"Frozen groups stand in the way: {'; '.join(frozen)}." if frozen else "No group is frozen."
-
-
-def _evaluate(evaluate: Callable[[nn.Module], float] | None, model: nn.Module) -> float | None:
-    if evaluate is None:
-        return None
-    with torch.no_grad(), evaluating(model):
-        return float(evaluate(model))
 
 
 def _row(group: Any, kept: int) -> GroupRow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, islice
 from typing import Any, NamedTuple
@@ -103,6 +103,14 @@ def device_of(model: nn.Module) -> torch.device:
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """`model` in eval mode for the length of a block, each submodule's own mode restored after it."""
     return in_mode(model, False)
+
+
+def evaluated(evaluate: Callable[[nn.Module], float] | None, model: nn.Module) -> float | None:
+    """What a user's `evaluate` gives, in eval mode and without gradients; None without one."""
+    if evaluate is None:
+        return None
+    with torch.no_grad(), evaluating(model):
+        return float(evaluate(model))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ compensation amplifies errors. So all four are tried, and the outputs decide.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from cpd.compensation import compensate
 from cpd.errors import InputError
 from cpd.inputs import batches, device_of, evaluating, logits
 from cpd.plan import Plan
-from cpd.surgeon import named_tensors
+from cpd.surgeon import restore, state_of
 
 
 @dataclass(frozen=True)
@@ -65,28 +65,24 @@ def recover(
     """
     failure = None
     errors = {"nothing": logits_error(model, original, data, limit)}
-    states = {"nothing": _state(model)}
+    states = {"nothing": state_of(model)}
 
-    def attempt(name: str, *steps: Callable[[], object]) -> None:
-        for step in steps:
-            step()
-        errors[name], states[name] = logits_error(model, original, data, limit), _state(model)
+    def note(name: str) -> None:
+        errors[name], states[name] = logits_error(model, original, data, limit), state_of(model)
 
-    def recalibrate() -> int:
-        return recalibrate_batchnorm(model, data, limit=limit)
-
-    if recalibrate():
-        attempt("recalibration")
-    _restore(model, states["nothing"])
+    if recalibrate_batchnorm(model, data, limit=limit):
+        note("recalibration")
+    restore(model, states["nothing"])
     if compensation:
         try:
-            attempt("compensation", lambda: compensate(model, original, plan, data, limit=limit))
-            if "recalibration" in errors:
-                attempt("compensation and recalibration", recalibrate)
+            compensate(model, original, plan, data, limit=limit)
+            note("compensation")
+            if "recalibration" in errors and recalibrate_batchnorm(model, data, limit=limit):
+                note("compensation and recalibration")
         except InputError as error:
             failure = str(error)
     chosen = min(errors, key=lambda name: errors[name])
-    _restore(model, states[chosen])
+    restore(model, states[chosen])
     return Recovery(chosen, errors, failure)
 
 
@@ -105,13 +101,3 @@ def logits_error(model: nn.Module, original: nn.Module, data: Iterable[Any], lim
             count += len(expected)
     spread = total - float((torch.as_tensor(mean) / count).square().sum()) * count
     return difference / max(spread, 1e-30)
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, state: dict[str, Tensor]) -> None:
-    for name, tensor in named_tensors(model).items():
-        tensor.copy_(state[name])

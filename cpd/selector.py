@@ -141,14 +141,18 @@ class Selector:
     def _walk(self) -> npt.NDArray[np.int64]:
         """[steps + 1, open groups]: the widths before ties, after each step."""
         groups = self.comb.open
-        fixed = [self.floor(group) if self.limits.ratio_of(group) is not None else group.size for group in groups]
-        widths, floors = np.array(fixed, dtype=np.int64), [self.floor(group) for group in groups]
+        floors = [self.floor(group) for group in groups]
+        decided = [self.limits.ratio_of(group) is not None for group in groups]
+        starts = [floor if done else g.size for g, floor, done in zip(groups, floors, decided, strict=True)]
+        widths = np.array(starts, dtype=np.int64)
         path = [widths.copy()]
         while True:
-            slopes = self.comb.cost.slopes(self._repaired(widths))
+            counts = self._repaired(widths)
+            slopes = self.comb.cost.slopes(counts)
             saved = [self.weighing.figure(slopes[group.axis]) if group.axis in slopes else 0.0 for group in groups]
-            budget = REFRESH * self.weighing.figure(self.comb.cost(self._repaired(widths)))
-            heap = [(self._price(i, int(widths[i]), saved[i]), i) for i in range(len(groups)) if widths[i] > floors[i]]
+            budget = REFRESH * self.weighing.figure(self.comb.cost(counts))
+            going = [i for i in range(len(groups)) if widths[i] > floors[i]]
+            heap = [(self._price(i, int(widths[i]), floors[i], saved[i]), i) for i in going]
             if not heap:
                 return np.stack(path)
             heapq.heapify(heap)
@@ -159,20 +163,20 @@ class Selector:
                 budget -= max((before - widths[index]) * saved[index], 1e-9 * abs(budget))
                 path.append(widths.copy())
                 if widths[index] > floors[index]:
-                    heapq.heappush(heap, (self._price(index, int(widths[index]), saved[index]), index))
+                    price = self._price(index, int(widths[index]), floors[index], saved[index])
+                    heapq.heappush(heap, (price, index))
 
     def _next(self, index: int, width: int, floor: int) -> int:
         """The next narrower width of a group."""
         size = self.steps[self.comb.open[index].name]
         return max(floor, size * ((width - 1) // size))
 
-    def _price(self, index: int, width: int, saved: float) -> float:
+    def _price(self, index: int, width: int, floor: int, saved: float) -> float:
         """The mean score, for what it saves, of the positions that go in a group's next step."""
         group = self.comb.open[index]
-        narrower = self._next(index, width, self.floor(group))
-        return self.weighing(
-            float(self._ascending[group.name][group.size - width : group.size - narrower].mean()), saved
-        )
+        narrower = self._next(index, width, floor)
+        going = self._ascending[group.name][group.size - width : group.size - narrower]
+        return self.weighing(float(going.mean()), saved)
 
     def _repaired(self, widths: npt.NDArray[np.int64]) -> dict[Axis, int]:
         wanted = {group.axis: int(width) for group, width in zip(self.comb.open, widths, strict=True)}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cpd.comb import Comb
 from cpd.errors import InputError
-from cpd.inputs import batches, check_model, device_of, evaluating, move
+from cpd.inputs import batches, check_model, device_of, evaluated, evaluating, move
 from cpd.losses import task_loss
 from cpd.recovery import logits_error
 from cpd.scorer import score
@@ -82,6 +82,11 @@ class Sensitivity:
             found.setdefault(point.group, []).append(point)
         return found
 
+    @property
+    def shown(self) -> str:
+        """Which figure of the points is shown: "metric" where there is one, else "loss", else "error"."""
+        return "metric" if self.metric is not None else "loss" if self.loss is not None else "error"
+
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw a map, groups by ratios, to a file of any format that matplotlib knows: metric, else loss, else error.
 
@@ -91,8 +96,7 @@ class Sensitivity:
         from matplotlib.figure import Figure
 
         target = check_plot(path)
-        name = "metric" if self.metric is not None else "loss" if self.loss is not None else "error"
-        groups = self.by_group
+        name, groups = self.shown, self.by_group
         ratios = sorted({point.ratio for point in self.points})
         found = {(point.group, point.ratio): getattr(point, name) for point in self.points}
         values = [[found.get((group, ratio), float("nan")) for ratio in ratios] for group in groups]
@@ -161,17 +165,13 @@ def sensitivity(
     check_model(model)
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise InputError(f"ratios must lie between 0 and 1; got {list(ratios)}.")
-    kept_data = list(batches(data, limit))
-    found_batches = [(batch.call, batch.target) for batch in kept_data]
+    kept = [(batch.call, batch.target) for batch in batches(data, limit)]
     scores = score(model, comb, criterion="magnitude") if scores is None else scores
     selector, full = Selector(comb, scores, Limits(round_to=1)), comb.cost({}).macs
     console, points = Console(stderr=True), []
 
     def figures(narrow: nn.Module) -> tuple[float | None, float | None]:
-        if evaluate is None:
-            return _loss(narrow, found_batches, loss), None
-        with torch.no_grad(), evaluating(narrow):
-            return _loss(narrow, found_batches, loss), float(evaluate(narrow))
+        return _loss(narrow, kept, loss), evaluated(evaluate, narrow)
 
     before = figures(model)
     with Progress(console=console, disable=not (console.is_terminal if progress is None else progress)) as bar:
@@ -181,9 +181,9 @@ def sensitivity(
                 plan = comb.plan({group.name: sorted(selector.order[group.name][:count].tolist())})
                 narrow = shrink(copy.deepcopy(model), plan)
                 counts = {item.axis: len(plan.groups[item.name]) for item in comb.groups}
-                error = logits_error(narrow, model, found_batches)
-                macs, kept = comb.cost(counts).macs / max(full, 1), len(plan.groups[group.name])
-                points.append(Point(group.name, ratio, kept, group.size, macs, error, *figures(narrow)))
+                error = logits_error(narrow, model, kept)
+                macs, left = comb.cost(counts).macs / max(full, 1), len(plan.groups[group.name])
+                points.append(Point(group.name, ratio, left, group.size, macs, error, *figures(narrow)))
     return Sensitivity(tuple(points), *before)
 
 

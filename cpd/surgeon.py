@@ -68,6 +68,18 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every parameter and buffer."""
+    return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+
+
+@torch.no_grad()
+def restore(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Write back what `state_of` kept."""
+    for name, tensor in named_tensors(model).items():
+        tensor.copy_(state[name])
+
+
 def _check(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> None:
     for name, shape in plan.shapes.items():
         found = tuple(tensors[name].shape) if name in tensors else None

@@ -99,12 +99,7 @@ class _Moments:
         """Add one call, and its gradient once that is known."""
         if not self.usable:
             return
-        per_sample = layer.kind not in ("linear", "matmul")
-        wanted = max(1, ROWS // layer.input.shape[0]) if per_sample else ROWS
-        index = None
-        if wanted < layer.positions:
-            chosen = torch.randperm(layer.positions, generator=generator)[:wanted].sort().values
-            index = chosen.to(layer.input.device)
+        index = layer.sample(ROWS, generator)
         with torch.no_grad():
             x = layer.features(index).float()
             if self.folded and layer.kind == "conv":
