@@ -1239,6 +1239,6 @@ def test_random_models_shrink_to_what_masking_gives(kind: str) -> None:
         tally.update(narrower=any(str(index) in own for index in places))
 
     (models_shrink if SEED is None else seed(int(SEED))(models_shrink))()
-    assert tally["losing"] >= 0.5 * tally["models"]
+    assert tally["losing"] >= 0.25 * tally["models"]  # pieces of one channel have nothing to lose
     few = tally["models"] < 4  # layers of one or two positions may all be frozen
     assert tally["narrower"] or not tally["weights"] or kind in FROZEN or few
