@@ -38,6 +38,7 @@ for _name, _schema in _SCHEMAS.items():
     torch.library.define(f"cpd::{_name}", _schema[_schema.index("(") :])
     torch.library.register_fake(f"cpd::{_name}")(_shapes_only)
 _ORIGINAL = {getattr(torch.ops.cpd, name).default: getattr(torch.ops.aten, name).input for name in NAMES}
+_STAND_INS = {op: stand_in for stand_in, op in _ORIGINAL.items()}
 
 
 class StandIns(TorchFunctionMode):
@@ -50,6 +51,11 @@ class StandIns(TorchFunctionMode):
         if name in NAMES and len(args) == 9 and isinstance(args[3], bool):
             return getattr(torch.ops.cpd, name)(*args)
         return func(*args, **(kwargs or {}))
+
+
+def stand_in(target: Any) -> Any:
+    """The stand-in of an op, or the op itself."""
+    return _STAND_INS.get(target, target)
 
 
 def restore(module: GraphModule) -> None:
