@@ -78,6 +78,7 @@ class Proof:
         attributes: integers that must follow a width.
         formulas: for each constant that depends on a width, the formulas that explain it in every copy seen.
         seen: the widths of each copy that was exported, and the numbers of the unpruned model beside its own.
+        runs_on_meta: whether a copy has run on the meta device, so that a failure there is one of its widths.
     """
 
     model: nn.Module
@@ -87,6 +88,7 @@ class Proof:
     attributes: dict[Place, Dim] = field(default_factory=dict)
     formulas: dict[tuple[Node, str], list[Scale]] = field(default_factory=dict)
     seen: list[tuple[Counts, dict[tuple[Node, str], tuple[float, float]]]] = field(default_factory=list)
+    runs_on_meta: bool = False
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
     @property
@@ -187,9 +189,10 @@ class Proof:
         return model
 
     def _replay(self, counts: Counts, extra: Mapping[Place, Dim]) -> Observation:
-        """Run a narrower copy on the meta device; where that fails, with fake tensors, which keep their device."""
+        """Run a narrower copy on the meta device; while none has run there, with fake tensors, which keep theirs."""
         observation = replay(self.ctx, self.narrow(counts, extra, meta=True), counts, meta=True)
-        if observation.error is not None:
+        self.runs_on_meta = self.runs_on_meta or observation.error is None
+        if not self.runs_on_meta:
             observation = replay(self.ctx, self.narrow(counts, extra), counts)
         return observation
 

@@ -73,6 +73,35 @@ def test_taylor_snip_and_fisher_are_gradients_of_gates(net, combed):
         assert torch.allclose(found, value, rtol=1e-5), name
 
 
+class Attention(nn.Module):
+    """One head with widths of its own for queries and keys, which no layer reads, and for values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(3, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        q, k = self.q(tokens), self.k(tokens)
+        weights = torch.softmax(q.relu_() @ k.transpose(1, 2) * 0.4, -1)
+        return self.head((weights @ self.v(tokens)).mean(1))
+
+
+def test_fisher_gates_what_layers_give_where_none_reads_a_group():
+    model = dense(Attention())
+    combed = comb(model, X[:1])
+    scores = cpd.score(model, combed, BATCHES, criterion="fisher")
+    (name,) = [group.name for group in combed.open if group.size == 6]
+    gates = torch.ones(6, dtype=torch.double, requires_grad=True)
+    handles = [layer.register_forward_hook(lambda _, args, output: output * gates) for layer in (model.q, model.k)]
+    losses = F.cross_entropy(model(X), Y, reduction="none")
+    expected = torch.stack([torch.autograd.grad(loss, gates, retain_graph=True)[0] for loss in losses])
+    for handle in handles:
+        handle.remove()
+    assert torch.allclose(scores[name], expected.square().mean(0).to(scores[name]), rtol=1e-4)
+
+
 def test_hessian_is_the_second_derivative_in_the_gates(net, combed):
     gates = torch.ones(6, dtype=torch.double)
     exact = torch.stack(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cpd.calls import LayerCall, LayerCalls, seen
 from cpd.criteria.setting import Setting, require_grad
+from cpd.errors import InputError
 from cpd.gates import Gates, Site, parameters_of, slices
 from cpd.inputs import Batch, Call, batches, evaluating
 
@@ -108,31 +109,39 @@ def sample_gradients(
     samples, times = batch.call.samples, Counter[str]()
     sums = {g.name: torch.zeros(samples, g.size, device=setting.device) for g in setting.comb.open}
 
-    def watched(layer: LayerCall, x: Tensor, found: list[Site], along: int) -> Tensor:
-        if not found:
-            return x
+    def collector(found: list[Site], layer: LayerCall, along: int) -> Callable[[Tensor, Tensor], None]:
+        labels = [sites.labels(site, layer) for site in found]
+        channel = layer.channel  # the call itself is not held: with its input it would hold the graph in a cycle
 
-        def collect(activation: Tensor, gradient: Tensor) -> None:
-            each = _per_sample(activation, gradient, along, layer.channel, samples)
-            for site in found:
-                labels = sites.labels(site, layer)
-                sums[site.group].index_add_(1, labels[labels >= 0], each[:, labels >= 0])
+        def collect(value: Tensor, gradient: Tensor) -> None:
+            each = _per_sample(value, gradient, along, channel, samples)
+            for site, position in zip(found, labels, strict=True):
+                sums[site.group].index_add_(1, position[position >= 0], each[:, position >= 0])
 
-        x = x if x.requires_grad else x.detach().requires_grad_()
-        return _Watch.apply(x, collect, layer.output is None)  # type: ignore[no-any-return]
+        return collect
 
     def dims(layer: LayerCall) -> tuple[int, int]:
         return sites.samples_along.get((layer.weight, times[layer.weight]), (0, 0))
 
     def read(layer: LayerCall) -> Tensor:
-        return watched(layer, layer.input, sites.read.get(layer.weight, []), dims(layer)[0])
+        x, found = layer.input, sites.read.get(layer.weight, [])
+        if not found:
+            return x
+        x = x if x.requires_grad else x.detach().requires_grad_()
+        return _Watch.apply(x, collector(found, layer, dims(layer)[0]))  # type: ignore[no-any-return]
 
     def gave(layer: LayerCall) -> Tensor:
-        output = watched(layer, layer.output, sites.given.get(layer.weight, []), dims(layer)[1])
+        output, found = layer.output, sites.given.get(layer.weight, [])
+        if found:
+            if not output.requires_grad:
+                output = output.detach().requires_grad_().clone()  # what follows may write to it
+            # computed once more rather than kept: it may be the largest tensor of its block, and be written to
+            again, collect = _again(replace(layer, output=None)), collector(found, layer, dims(layer)[1])
+            output.register_hook(lambda gradient: collect(again(), gradient))
         times[layer.weight] += 1
         if after is not None:
             after(replace(layer, output=output))
-        return output
+        return output  # type: ignore[no-any-return]
 
     bare = list(dict.fromkeys(site.tensor for site in sites.bare))
     named, weights = dict(setting.model.named_parameters()), parameters_of(setting.model)
@@ -160,18 +169,34 @@ class _Watch(torch.autograd.Function):
     """The identity, which shows its input beside the gradient that comes back."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, collect: Callable[[Tensor, Tensor], None], view: bool) -> Tensor:
-        """Keep the input; a view of it is returned, or a copy where it may be written to afterwards."""
+    def forward(ctx: Any, x: Tensor, collect: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """Keep the input; a view of it is returned."""
         ctx.save_for_backward(x)
         ctx.collect = collect
-        return x.view_as(x) if view else x.clone()
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         """Show both, pass the gradient on."""
         (x,), (gradient,) = ctx.saved_tensors, gradients
         ctx.collect(x, gradient)
-        return gradient, None, None
+        return gradient, None
+
+
+def _again(layer: LayerCall) -> Callable[[], Tensor]:
+    """A function that computes the output of a layer once more."""
+    version = layer.input._version
+
+    def compute() -> Tensor:
+        if layer.input._version != version:
+            raise InputError(
+                f"The forward changes the input of {layer.weight} in place after it was read, so that no gradient can "
+                "be found (training fails on it too). Make a copy of it first."
+            )
+        with torch.no_grad():
+            return layer.again()
+
+    return compute
 
 
 def _per_sample(x: Tensor, gradient: Tensor, along: int, channel: int, samples: int) -> Tensor:
