@@ -78,7 +78,6 @@ class Proof:
         attributes: integers that must follow a width.
         formulas: for each constant that depends on a width, the formulas that explain it in every copy seen.
         seen: the widths of each copy that was exported, and the numbers of the unpruned model beside its own.
-        runs_on_meta: whether a copy has run on the meta device, so that a failure there is one of its widths.
     """
 
     model: nn.Module
@@ -88,7 +87,6 @@ class Proof:
     attributes: dict[Place, Dim] = field(default_factory=dict)
     formulas: dict[tuple[Node, str], list[Scale]] = field(default_factory=dict)
     seen: list[tuple[Counts, dict[tuple[Node, str], tuple[float, float]]]] = field(default_factory=list)
-    runs_on_meta: bool = False
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
     @property
@@ -106,6 +104,11 @@ class Proof:
         traced = skeleton(self.model, {}, meta=True)
         trace_integers(traced)
         return replay(self.ctx, traced, {}, meta=True).places
+
+    @cached_property
+    def runs_on_meta(self) -> bool:
+        """Whether the unpruned model runs on the meta device, so that a failure there is one of other widths."""
+        return replay(self.ctx, skeleton(self.model, {}, meta=True), {}, meta=True).error is None
 
     def run(self) -> None:
         """Repair or freeze until narrower copies behave as predicted, each open axis among those narrowed."""
@@ -189,10 +192,9 @@ class Proof:
         return model
 
     def _replay(self, counts: Counts, extra: Mapping[Place, Dim]) -> Observation:
-        """Run a narrower copy on the meta device; while none has run there, with fake tensors, which keep theirs."""
+        """Run a narrower copy on the meta device; where nothing runs there, with fake tensors, which keep theirs."""
         observation = replay(self.ctx, self.narrow(counts, extra, meta=True), counts, meta=True)
-        self.runs_on_meta = self.runs_on_meta or observation.error is None
-        if not self.runs_on_meta:
+        if observation.error is not None and not self.runs_on_meta:
             observation = replay(self.ctx, self.narrow(counts, extra), counts)
         return observation
 
@@ -315,7 +317,7 @@ class Proof:
 
     def _settle_minimums(self) -> None:
         """Try a copy as narrow as the ties allow; where it fails, more positions must stay."""
-        while True:
+        while self.open_axes():
             seen = self._replay(ties.repair(dict.fromkeys(self.open_axes(), 1), self.ctx.ties), {})
             if seen.error is None and not seen.wrong():
                 return
