@@ -68,7 +68,8 @@ def test_other_calls_other_numbers_and_another_order_are_seen(extra, alike):
     ctx = Context(trace(model, torch.randn(2, 3, 4, 4, dtype=torch.double)))
     dims = _propagate(ctx, model, {})  # the algebra alone, before any proof
     (axis,) = axes.leaves(dims["a.weight"][0])
-    assert axis.size == 12 and axis.frozen is None
+    assert axis.size == 12
+    assert axis.frozen is None
     proof = Proof(model, ctx, dims)
     for kept in (12, 7):
         narrow = proof.narrow({axis: kept}, {}, meta=True)
