@@ -23,7 +23,7 @@ from cpd.inputs import evaluating, plain_attention
 from cpd.replay import predicted
 from cpd.rules import Context, arguments
 from cpd.standins import StandIns, stand_in
-from cpd.tracer import quiet
+from cpd.tracer import growing, quiet
 
 #: One call: the op, its arguments with a shape for each tensor, and the shapes of its results.
 Dispatch: TypeAlias = tuple[Any, Any, Any]
@@ -141,7 +141,7 @@ def _counted(dims: Iterable[Dim], counts: Mapping[Axis, int]) -> list[int]:
 
 def behaves_as_predicted(model: nn.Module, ctx: Context, counts: Mapping[Axis, int]) -> bool:
     """Whether a copy on the meta device narrowed to `counts` calls exactly what is predicted; False also if unsure."""
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), growing():
         warnings.simplefilter("ignore")
         try:
             return calls_of_model(model, ctx) == calls_as_predicted(model, ctx, counts)

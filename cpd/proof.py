@@ -36,7 +36,7 @@ from cpd.replay import Observation, culprit, replay
 from cpd.rules import Context, Literal, arguments
 from cpd.surgeon import set_attributes, skeleton
 from cpd.ties import Tie
-from cpd.tracer import OperationGraph, owner, owners, pair, retrace, retrace_operations, shape_of
+from cpd.tracer import OperationGraph, growing, owner, owners, pair, retrace, retrace_operations, shape_of
 
 Counts: TypeAlias = Mapping[Axis, int]
 Observe: TypeAlias = Callable[[Counts, Mapping["Place", Dim]], Observation]
@@ -187,7 +187,8 @@ class Proof:
             for name, dims in self.dims.items()
             if (shape := tuple(axes.count(dim, counts) for dim in dims)) != tuple(dim.size for dim in dims)
         }
-        model = skeleton(self.model, shapes, meta=meta)
+        with growing():
+            model = skeleton(self.model, shapes, meta=meta)
         set_attributes(model, edits(self.model, {**self.attributes, **extra}, counts))
         return model
 

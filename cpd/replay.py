@@ -31,7 +31,7 @@ from cpd.inputs import device_of, evaluating, plain_attention
 from cpd.provenance import Place, places_of
 from cpd.rules import Context, Literal, arguments
 from cpd.standins import NAMES as RECURRENT
-from cpd.tracer import op_name, owner, quiet
+from cpd.tracer import growing, op_name, owner, quiet
 
 
 @dataclass
@@ -302,7 +302,7 @@ def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int], *, meta: 
     with evaluating(model), warnings.catch_warnings(), torch.no_grad(), plain_attention():
         warnings.simplefilter("ignore")
         try:
-            with quiet(), fake, recorder:
+            with quiet(), growing(), fake, recorder:
                 call.on(ctx.graph.runner(model))
         except Exception as error:  # the user's forward may raise anything
             observation.error, observation.culprit = error, culprit(model, error)

@@ -60,6 +60,8 @@ def stand_in(target: Any) -> Any:
 
 def restore(module: GraphModule) -> None:
     """Put the original ops in the place of their stand-ins in a traced graph."""
-    for node in module.graph.nodes:
-        node.target = _ORIGINAL.get(node.target, node.target)
-    module.recompile()
+    found = [node for node in module.graph.nodes if node.target in _ORIGINAL]
+    for node in found:
+        node.target = _ORIGINAL[node.target]
+    if found:
+        module.recompile()

@@ -7,6 +7,7 @@ between parameters still refer to them), dtype, device, layout and `requires_gra
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -151,6 +152,8 @@ def skeleton(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, meta: b
             value = tensor.detach()
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
+    for module in model.modules():  # a module has a dozen empty dictionaries of hooks, most of the time of a copy
+        memo.update((id(d), OrderedDict()) for d in vars(module).values() if type(d) is OrderedDict and not d)
     narrow = copy.deepcopy(model, memo)
     refresh(narrow, shapes)
     return narrow

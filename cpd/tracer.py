@@ -7,6 +7,7 @@ tensor operations, gives each node its shape, each parameter its name, and each 
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import logging
 import time
@@ -199,7 +200,7 @@ def trace_parts(model: nn.Module, parts: tuple[str, ...], calls: Call) -> Operat
 def _export(model: nn.Module, call: Call, *, training: bool = False) -> OperationGraph:
     with in_mode(model, training), warnings.catch_warnings(), plain_attention():
         warnings.simplefilter("ignore")
-        with quiet(), StandIns():  # on failure export writes the whole graph to its log
+        with quiet(), growing(), StandIns():  # on failure export writes the whole graph to its log
             program = torch.export.export(model, call.args, call.kwargs, strict=False)
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     tensors = {
@@ -245,6 +246,18 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def growing() -> Iterator[None]:
+    """No search for garbage in a block: while a large graph grows there is little, and looking takes a tenth."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 # ---------------------------------------------------------------- parts of a model that cannot be exported whole
@@ -332,6 +345,7 @@ def _inline_regions(module: GraphModule) -> None:
 
     Checks that export adds at their edges go with them.
     """
+    before = len(module.graph.nodes)
     for node in list(module.graph.nodes):
         if node.op != "call_function" or not str(node.target).startswith("wrap_with_"):
             continue
@@ -352,7 +366,8 @@ def _inline_regions(module: GraphModule) -> None:
     for node in list(module.graph.nodes):
         if op_name(node).startswith("_assert_") and not node.users:
             module.graph.erase_node(node)
-    module.recompile()
+    if len(module.graph.nodes) != before:
+        module.recompile()
 
 
 _REMEDY = " Nor any part of it alone: comb a submodule that can be traced, e.g. cpd.comb(model.backbone, …)."
