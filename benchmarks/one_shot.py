@@ -176,9 +176,9 @@ def peer_narrowed(tp: Any, importance: Any, name: str, bench: Bench, fewer: floa
             if name == "taylor":
                 F.cross_entropy(model(images), labels).backward()
                 continue
-            for one in F.cross_entropy(model(images), labels, reduction="none"):
+            for image, label in zip(images.split(1), labels.split(1), strict=True):
                 model.zero_grad()
-                one.backward(retain_graph=True)
+                F.cross_entropy(model(image), label).backward()
                 importance.accumulate_grad(model)
     for _ in range(STEPS):
         pruner.step()
