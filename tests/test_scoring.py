@@ -102,6 +102,35 @@ def test_fisher_gates_what_layers_give_where_none_reads_a_group():
     assert torch.allclose(scores[name], expected.square().mean(0).to(scores[name]), rtol=1e-4)
 
 
+class Late(nn.Module):
+    """A parameter used bare after a layer that is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.table = nn.Conv2d(3, 6, 3), nn.Parameter(torch.ones(8, 5))
+        self.second, self.head = nn.Conv2d(6, 8, 3), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x).relu()).relu()
+        return self.head(torch.einsum("bchw,cd->bdhw", x, self.table).mean((2, 3)))
+
+
+def test_fisher_sees_the_gates_before_a_parameter_that_is_used_bare():
+    model = dense(Late())
+    model.table.grad = kept = torch.ones_like(model.table)
+    scores = cpd.score(model, comb(model, X[:1]), BATCHES, criterion="fisher")
+    assert all((score > 0).any() for score in scores.values())
+    assert model.table.grad is kept
+
+    def loss(gates: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        x = model.second(model.first(x).relu() * gates[:, None, None]).relu()
+        return F.cross_entropy(model.head(torch.einsum("bchw,cd->bdhw", x, model.table).mean((2, 3))), y)
+
+    gates = torch.ones(6, dtype=torch.double, requires_grad=True)
+    each = [torch.autograd.grad(loss(gates, X[i : i + 1], Y[i : i + 1]), gates)[0] for i in range(12)]
+    assert torch.allclose(scores["first"], torch.stack(each).square().mean(0).to(scores["first"]), rtol=1e-4)
+
+
 def test_hessian_is_the_second_derivative_in_the_gates(net, combed):
     gates = torch.ones(6, dtype=torch.double)
     exact = torch.stack(

@@ -158,11 +158,19 @@ def sample_gradients(
 
 
 def _backward(total: Tensor, leaves: list[Tensor]) -> list[Tensor | None]:
-    """Run the backward pass; the gradients of these leaves alone are kept."""
-    if leaves:
-        return list(torch.autograd.grad(total, leaves, allow_unused=True))
-    total.backward()
-    return []
+    """Run the whole backward pass; the gradients of these leaves, whose own stay as they are.
+
+    (`torch.autograd.grad` runs no more of it than leads to them, so that no gate before the first would be seen.)
+    """
+    before = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        total.backward()
+        return [leaf.grad for leaf in leaves]
+    finally:
+        for leaf, gradient in zip(leaves, before, strict=True):
+            leaf.grad = gradient
 
 
 class _Watch(torch.autograd.Function):
