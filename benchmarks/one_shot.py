@@ -254,7 +254,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, plots = plt.subplots(1, len(models), figsize=(7 * len(models), 5), squeeze=False)
+    colours = dict(zip(CRITERIA, plt.get_cmap("tab20").colors, strict=False))  # the peer's like-named one is dashed
+    figure, plots = plt.subplots(1, len(models), figsize=(8.5 * len(models), 5), squeeze=False)
     for model, area in zip(models, plots[0], strict=True):
         mine = [row for row in rows if row["model"] == model]
         for criterion in dict.fromkeys(row["criterion"] for row in mine):
@@ -265,10 +266,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                     if row["fewer"] not in best or value > best[row["fewer"]]["value"]:
                         best[row["fewer"]] = {**row, "value": value}
             points = sorted((row["macs_left"], row["value"]) for row in best.values())
-            style = "--" if criterion.startswith("torch-pruning") else "-"
-            area.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=criterion)
+            style, colour = "--" if criterion.startswith("torch-pruning") else "-", colours[criterion.split()[-1]]
+            area.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=criterion, color=colour)
         area.set(title=model, xlabel="share of MACs left", ylabel="% right, no gradient step")
-        area.legend(fontsize=7)
+        area.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
