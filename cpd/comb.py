@@ -80,7 +80,7 @@ class Group:
     axis: Axis = field(repr=False, compare=False)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comb:
     """The coupling groups of a model, and all that is needed to plan over them.
 
@@ -91,12 +91,16 @@ class Comb:
     """
 
     groups: tuple[Group, ...]
-    operations: OperationGraph = field(repr=False)
-    context: Context = field(repr=False)
-    dims: Mapping[str, tuple[Dim, ...]] = field(repr=False)
-    attributes: Mapping[Place, Dim] = field(repr=False)
-    scales: tuple[Scale, ...] = field(repr=False)
-    model: nn.Module = field(repr=False)
+    operations: OperationGraph
+    context: Context
+    dims: Mapping[str, tuple[Dim, ...]]
+    attributes: Mapping[Place, Dim]
+    scales: tuple[Scale, ...]
+    model: nn.Module
+
+    def __repr__(self) -> str:
+        """How many groups there are; `groups` lists them."""
+        return f"Comb({type(self.model).__name__}: {len(self.groups)} groups, {len(self.open)} of them open)"
 
     @property
     def open(self) -> tuple[Group, ...]:

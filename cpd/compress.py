@@ -48,7 +48,7 @@ AS_MUCH = 0.9
 FINAL_SECONDS = 15.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What `compress` gives.
 
@@ -61,7 +61,11 @@ class Result:
     model: nn.Module
     report: Report
     plan: Plan
-    _onnx: bytes | None = field(default=None, repr=False)
+    _onnx: bytes | None = field(default=None)
+
+    def __repr__(self) -> str:
+        """The figures before and after."""
+        return repr(self.report).replace(type(self.report).__name__, type(self).__name__, 1)
 
     @property
     def speedup(self) -> float | None:

@@ -52,7 +52,7 @@ class Rescale:
     factor: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What is kept of a model.
 
@@ -77,6 +77,10 @@ class Plan:
         object.__setattr__(self, "kept", MappingProxyType(frozen))
         object.__setattr__(self, "groups", MappingProxyType(dict(self.groups)))
         object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
+
+    def __repr__(self) -> str:
+        """How much it changes; the positions themselves are in `groups` and `kept`."""
+        return f"Plan({len(self.kept)} tensors narrower, {len(self.groups)} groups, {len(self.attributes)} attributes)"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types. Each list of kept indices is stored once, however many tensors share it."""

@@ -94,7 +94,7 @@ class FigureRow(NamedTuple):
     change: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """Every stage of one compression in numbers.
 
@@ -133,6 +133,11 @@ class Report:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        """The figures before and after."""
+        figures = (f"{row.label} {row.before} -> {row.after}" for row in self.figure_rows)
+        return f"{type(self).__name__}({self.model_class}: {', '.join(figures)})"
 
     @property
     def speedup(self) -> float | None:

@@ -76,6 +76,16 @@ def test_result_is_the_same_class_and_narrower(result):
     assert found.speedup == found.report.latency["speedup"] > 0
 
 
+def test_what_is_printed_is_a_line(result):
+    _, found, _ = result
+    for shown in (found, found.report, found.plan, cpd.comb(Tiny().eval(), INPUT)):
+        assert repr(shown).startswith(f"{type(shown).__name__}(")
+        assert len(repr(shown)) < 400
+        assert "\n" not in repr(shown)
+    assert "Tiny: " in repr(found)
+    assert " -> " in repr(found)
+
+
 def test_report_says_what_was_done(result):
     _, found, _ = result
     assert found.report.criterion == "obs"
