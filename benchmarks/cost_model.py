@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -31,11 +32,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import cpd
 from cpd.inputs import Call, as_call, plain_attention
 
-CANDIDATES = 2000
+CANDIDATES, REPEATS = 1000, 5
 
 
 def counted(model: nn.Module, call: Call) -> int:
     """Multiply-accumulates by torch's counter, which knows matrix products, convolutions and attention."""
+    model.requires_grad_(False)  # torch's counter fails where a module is given a parameter
     with torch.no_grad(), plain_attention(), FlopCounterMode(display=False) as counter:
         call.on(model.eval())
     return counter.get_total_flops() // 2
@@ -53,16 +55,18 @@ def row(name: str, share: float) -> dict[str, Any]:
     whole, shrunk = comb.cost({}), comb.cost(kept)
     rng = np.random.default_rng(0)
     widths = np.stack([rng.integers(1, axis.size + 1, CANDIDATES) for axis in comb.cost.axes], 1)
-    comb.cost.many(widths[:1])
-    start = time.perf_counter()
-    comb.cost.many(widths)
+    seconds = []
+    for _ in range(REPEATS):
+        start = time.perf_counter()
+        comb.cost.many(widths)
+        seconds.append(time.perf_counter() - start)
     return {
         "model": name,
         "macs": whole.macs, "counted": counted(model, call),
         "shrunk_macs": shrunk.macs, "shrunk_counted": counted(narrow, call),
         "parameters": whole.parameters, "own": sum(p.numel() for p in model.parameters()),
         "shrunk_parameters": shrunk.parameters, "shrunk_own": sum(p.numel() for p in narrow.parameters()),
-        "candidates_s": CANDIDATES / (time.perf_counter() - start),
+        "candidates_s": CANDIDATES / statistics.median(seconds),
     }  # fmt: skip
 
 
