@@ -185,7 +185,8 @@ def peer_narrowed(tp: Any, importance: Any, name: str, bench: Bench, fewer: floa
         for module in model.modules():
             if hasattr(module, "num_heads") and module.qkv in pruner.num_heads:
                 module.num_heads = pruner.num_heads[module.qkv]
-                module.head_dim = module.qkv.out_features // (3 * module.num_heads)
+                module.attn_dim = module.qkv.out_features // 3  # timm's own names, as its example sets them
+                module.head_dim = module.attn_dim // module.num_heads
         if macs_of(model, x) <= goal:
             break
     model.zero_grad()
