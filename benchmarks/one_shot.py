@@ -316,7 +316,9 @@ def main() -> int:
             bench = Bench(name, model, train, test, options)
             dense = bench.right(model)
             sources: list[Iterator[dict[str, Any]]] = [bench.rows(each, known, options) for each in options.criteria]
-            sources += [bench.peer_rows(each, known, options) for each in PEERS] if options.peer else []
+            normed = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+            peers = [each for each in PEERS if normed or each != "bn_scale"] if options.peer else []
+            sources += [bench.peer_rows(each, known, options) for each in peers]
             for source in sources:
                 for row in source:
                     rows.append({**row, "dense": dense})
