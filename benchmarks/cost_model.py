@@ -21,32 +21,23 @@ from typing import Any
 import numpy as np
 import torch
 from coverage import LIMITS, chosen
-from models import random_plan
+from models import counted_macs, random_plan
 from oracles import build
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import cpd
-from cpd.inputs import Call, as_call, plain_attention
+from cpd.inputs import as_call
 
 CANDIDATES, REPEATS = 1000, 5
-
-
-def counted(model: nn.Module, call: Call) -> int:
-    """Multiply-accumulates by torch's counter, which knows matrix products, convolutions and attention."""
-    model.requires_grad_(False)  # torch's counter fails where a module is given a parameter
-    with torch.no_grad(), plain_attention(), FlopCounterMode(display=False) as counter:
-        call.on(model.eval())
-    return counter.get_total_flops() // 2
 
 
 def row(name: str, share: float) -> dict[str, Any]:
     """One model: what is predicted and what is counted, whole and narrower."""
     torch.manual_seed(0)
     model, inputs = build(name)
+    model.requires_grad_(False)  # torch's counter fails where a module is given a parameter
     call = as_call(inputs)
     comb = cpd.comb(model, inputs)
     plan = random_plan(comb, share, at_least=1)
@@ -62,8 +53,8 @@ def row(name: str, share: float) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
     return {
         "model": name,
-        "macs": whole.macs, "counted": counted(model, call),
-        "shrunk_macs": shrunk.macs, "shrunk_counted": counted(narrow, call),
+        "macs": whole.macs, "counted": counted_macs(model, call),
+        "shrunk_macs": shrunk.macs, "shrunk_counted": counted_macs(narrow, call),
         "parameters": whole.parameters, "own": sum(p.numel() for p in model.parameters()),
         "shrunk_parameters": shrunk.parameters, "shrunk_own": sum(p.numel() for p in narrow.parameters()),
         "candidates_s": CANDIDATES / statistics.median(seconds),

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cpd.comb import Comb
+from cpd.inputs import Call, plain_attention
 from cpd.plan import Plan
 from cpd.surgeon import named_tensors
 
@@ -122,3 +124,10 @@ def random_plan(combed: Comb, share: float = 0.3, *, exact: bool = False, seed: 
         if group.exact or not exact:
             keep[group.name] = kept
     return combed.plan(keep)
+
+
+def counted_macs(model: nn.Module, call: Call) -> int:
+    """Multiply-accumulates by torch's own counter, which knows matrix products, convolutions and attention."""
+    with torch.no_grad(), plain_attention(), FlopCounterMode(display=False) as counter:
+        call.on(model)
+    return counter.get_total_flops() // 2

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from coverage import PEER, installed_peer
+from models import counted_macs
 from resnet56_cifar10 import BORDER, check_files, load_data, load_model
 from rich.console import Console
 from rich.progress import Progress
@@ -34,6 +35,7 @@ from cpd.batchnorm import recalibrate_batchnorm
 from cpd.compensation import compensate
 from cpd.criteria import CRITERIA
 from cpd.demo import accuracy
+from cpd.inputs import as_call
 from cpd.selector import NORMALIZATIONS, SCOPES, Limits, Selector, Weighing
 from cpd.surgeon import shrink
 
@@ -132,7 +134,8 @@ class Bench:
             if (self.name, f"torch-pruning {importance}", "global", "its own", fewer) in known:
                 continue
             narrow = peer_narrowed(tp, kinds[importance](), importance, self, fewer)
-            left = macs_of(narrow, self.test[0][:1]) / macs_of(self.model, self.test[0][:1])
+            call = as_call(self.test[0][:1])
+            left = counted_macs(narrow, call) / counted_macs(self.model, call)
             yield {
                 "model": self.name,
                 "criterion": f"torch-pruning {importance}",
@@ -142,15 +145,6 @@ class Bench:
                 "macs_left": left,
                 **self.treated(narrow, None),
             }
-
-
-def macs_of(model: nn.Module, x: Tensor) -> float:
-    """Multiply-accumulates by torch's own counter, which both are measured with."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x)
-    return counter.get_total_flops() / 2
 
 
 def peer_narrowed(tp: Any, importance: Any, name: str, bench: Bench, fewer: float) -> nn.Module:
@@ -170,7 +164,7 @@ def peer_narrowed(tp: Any, importance: Any, name: str, bench: Bench, fewer: floa
         model, x, importance=importance, global_pruning=True, pruning_ratio=0.95, max_pruning_ratio=0.95,
         iterative_steps=STEPS, ignored_layers=ignored, num_heads=heads, prune_num_heads=False, prune_head_dims=True,
     )  # fmt: skip
-    goal = macs_of(model, x) / fewer
+    goal = counted_macs(model, as_call(x)) / fewer
     if name in ("taylor", "hessian"):
         for images, labels in bench.batches[: bench.scoring]:
             if name == "taylor":
@@ -187,7 +181,7 @@ def peer_narrowed(tp: Any, importance: Any, name: str, bench: Bench, fewer: floa
                 module.num_heads = pruner.num_heads[module.qkv]
                 module.attn_dim = module.qkv.out_features // 3  # timm's own names, as its example sets them
                 module.head_dim = module.attn_dim // module.num_heads
-        if macs_of(model, x) <= goal:
+        if counted_macs(model, as_call(x)) <= goal:
             break
     model.zero_grad()
     return model

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -18,11 +18,12 @@ from torch.fx import Node
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpd import axes
-from cpd.axes import Axis, Dim
+from cpd.axes import Axis
 from cpd.inputs import evaluating, plain_attention
 from cpd.replay import predicted
 from cpd.rules import Context, arguments
 from cpd.standins import StandIns, stand_in
+from cpd.surgeon import named_tensors
 from cpd.tracer import growing, quiet
 
 #: One call: the op, its arguments with a shape for each tensor, and the shapes of its results.
@@ -87,8 +88,7 @@ def calls_as_predicted(model: nn.Module, ctx: Context, counts: Mapping[Axis, int
         ctx: the result of the algebra.
         counts: the width of each axis.
     """
-    graph, state = ctx.graph, dict[str, Tensor](model.named_parameters(remove_duplicate=False))
-    state.update(model.named_buffers(remove_duplicate=False))
+    graph, state = ctx.graph, named_tensors(model)
     leaves = iter(torch.utils._pytree.tree_leaves(graph.call.to("meta")))
     widths = {(item.node, item.argument, item.index): predicted(item, counts) for item in ctx.literals}
     narrowed: dict[Node, set[str]] = defaultdict(set)
@@ -128,15 +128,12 @@ def calls_as_predicted(model: nn.Module, ctx: Context, counts: Mapping[Axis, int
             elif node.op == "call_function":
                 args, kwargs = given(node)
                 values[node] = stand_in(node.target)(*args, **kwargs)
-                dims = ctx.values.get(node)
-                made = values[node].shape if isinstance(values[node], Tensor) else None
-                if made is not None and isinstance(dims, tuple) and made != torch.Size(_counted(dims, counts)):
-                    return None
+                value, dims = values[node], ctx.values.get(node)
+                if isinstance(value, Tensor) and isinstance(dims, tuple):
+                    predicted_shape = tuple(axes.count(dim, counts) for dim in dims)
+                    if tuple(value.shape) != predicted_shape:
+                        return None
     return found.calls
-
-
-def _counted(dims: Iterable[Dim], counts: Mapping[Axis, int]) -> list[int]:
-    return [axes.count(dim, counts) for dim in dims]
 
 
 def behaves_as_predicted(model: nn.Module, ctx: Context, counts: Mapping[Axis, int]) -> bool:
