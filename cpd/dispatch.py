@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpd import axes
 from cpd.axes import Axis
-from cpd.inputs import evaluating, plain_attention
+from cpd.inputs import as_exported, evaluating
 from cpd.replay import predicted
 from cpd.rules import Context, arguments
 from cpd.standins import StandIns, stand_in
@@ -75,7 +75,7 @@ def calls_of_model(model: nn.Module, ctx: Context) -> list[Dispatch]:
     """What the forward of a copy on the meta device calls on the inputs of the trace."""
     call = ctx.graph.call.to("meta")
     found = Dispatches()
-    with evaluating(model), plain_attention(), quiet(), found, StandIns():
+    with evaluating(model), as_exported(), quiet(), found, StandIns():
         call.on(ctx.graph.runner(model))
     return found.calls
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._export.utils import _compiling_state_context
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from cpd.errors import InputError, TrainingError
@@ -134,6 +135,13 @@ def plain_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def as_exported() -> Iterator[None]:
+    """A forward as `torch.export` runs it, in a block: one that asks `torch.compiler.is_exporting()` is told yes."""
+    with plain_attention(), _compiling_state_context():
+        yield
 
 
 def as_call(example_inputs: Any) -> Call:

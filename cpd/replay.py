@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from cpd import axes
 from cpd.axes import Axis
 from cpd.calls import opened
-from cpd.inputs import device_of, evaluating, plain_attention
+from cpd.inputs import as_exported, device_of, evaluating
 from cpd.provenance import Place, places_of
 from cpd.rules import Context, Literal, arguments
 from cpd.standins import NAMES as RECURRENT
@@ -299,7 +299,7 @@ def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int], *, meta: 
     fake = nullcontext() if meta else FakeTensorMode(allow_non_fake_inputs=True)
     call = ctx.graph.call.to("meta") if meta else ctx.graph.call
     recorder = _Recorder(ctx, observation, path, device_of(model))
-    with evaluating(model), warnings.catch_warnings(), torch.no_grad(), plain_attention():
+    with evaluating(model), warnings.catch_warnings(), torch.no_grad(), as_exported():
         warnings.simplefilter("ignore")
         try:
             with quiet(), growing(), fake, recorder:

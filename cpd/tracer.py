@@ -27,7 +27,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from cpd.errors import InputError, TraceError, first_line
-from cpd.inputs import Call, as_call, check_model, evaluating, in_mode, plain_attention
+from cpd.inputs import Call, as_call, as_exported, check_model, evaluating, in_mode, plain_attention
 from cpd.standins import StandIns, restore
 
 log = logging.getLogger(__name__)
@@ -174,7 +174,7 @@ def retrace_operations(model: nn.Module, graph: OperationGraph) -> OperationGrap
         args, kwargs = torch.utils._pytree.tree_unflatten(given, layout)
         return torch.func.functional_call(runner, tensors, args, kwargs)
 
-    with evaluating(model), warnings.catch_warnings(), plain_attention(), quiet(), StandIns():
+    with evaluating(model), warnings.catch_warnings(), as_exported(), quiet(), StandIns():
         warnings.simplefilter("ignore")
         try:
             tracer = make_fx(forward, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)

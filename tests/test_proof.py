@@ -175,6 +175,20 @@ def test_an_attribute_of_an_inner_module_read_through_its_method() -> None:
     assert plan.kept["bias.table"][0].tolist() == [*range(16, 32), *range(56, 64)]
 
 
+def test_a_forward_that_skips_a_step_unless_exported() -> None:
+    """timm resamples position embeddings of the right size in an export alone, by a call of its own to reshape."""
+
+    def forward(net: Sketch, x: Tensor) -> Tensor:
+        table = net.table.reshape(1, 5, -1).reshape(net.table.shape) if torch.compiler.is_exporting() else net.table
+        x = (net.a(x) + table).reshape(len(x), 5, net.heads, net.width).transpose(1, 2)
+        return net.out(x.transpose(1, 2).reshape(len(x), 5, -1))
+
+    layers = {"a": nn.Linear(12, 8), "out": nn.Linear(8, 5)}
+    model = Sketch(forward, **layers, table=nn.Parameter(torch.randn(5, 8)), heads=2, width=4)
+    combed = checked(model, TOKENS)
+    assert sorted(sizes(combed).values()) == [2, 4]
+
+
 @pytest.mark.parametrize("how", ["assert", "torch", "raise"])
 def test_a_forward_that_checks_its_width_against_an_attribute(how: str) -> None:
     def forward(self: Sketch, x: Tensor) -> Tensor:
