@@ -377,6 +377,18 @@ def mask(dim: Dim, keep: Mapping[Axis, Mask]) -> Mask:
     return np.ones(dim.size, dtype=np.bool_)
 
 
+def substitute(dim: Dim, others: Mapping[Axis, Axis]) -> Dim:
+    """`dim` with axes of other sizes in the place of some of its own."""
+    dim = resolve(dim)
+    if isinstance(dim, Axis):
+        return others.get(dim, dim)
+    if isinstance(dim, Product):
+        return product(substitute(factor, others) for factor in dim.factors)
+    if isinstance(dim, Concat):
+        return concat(substitute(segment, others) for segment in dim.segments)
+    return dim
+
+
 def labels(dim: Dim, axis: Axis) -> Indices:
     """For each position of `dim`, the position of `axis` that it belongs to; -1 where it belongs to none."""
     dim = resolve(dim)

@@ -9,7 +9,7 @@ The model is never changed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -142,6 +142,20 @@ class Comb:
     def frozen_share(self) -> tuple[FrozenShare, ...]:
         """The rest of `open_share` by reason, most costly first."""
         return self.cost.frozen_share()
+
+    def narrowed(self, model: nn.Module, plan: Plan) -> Comb:
+        """The groups of `model`, this comb's model with `plan` applied to it, for scoring: no trace, no proof.
+
+        Its groups and `dims` are those of the narrower model; its operations, and with them its cost and what it
+        plans, remain those of the unpruned one.
+        """
+        sizes = {group.axis: len(plan.groups[group.name]) for group in self.groups}
+        others = {axis: Axis(size) for axis, size in sizes.items() if size < axis.size}
+        groups = tuple(
+            replace(group, size=sizes[group.axis], axis=others.get(group.axis, group.axis)) for group in self.groups
+        )
+        dims = {name: tuple(axes.substitute(dim, others) for dim in found) for name, found in self.dims.items()}
+        return replace(self, groups=groups, dims=dims, model=model)
 
     def plan(self, keep: Mapping[str, Any], *, strict: bool = False) -> Plan:
         """Make a plan that keeps the given positions.

@@ -65,7 +65,7 @@ class AugmentedLoader:
         self.batch_size = batch_size
         self.flip = flip
         self._windows = images.unfold(2, crop, 1).unfold(3, crop, 1)  # [N, C, rows, columns, S, S], a view
-        self._generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(seed)
 
     def __len__(self) -> int:
         """Batches in one pass."""
@@ -73,19 +73,19 @@ class AugmentedLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pairs of `[B, C, S, S]` images and `[B]` labels."""
-        order = torch.randperm(len(self.images), generator=self._generator)
+        order = torch.randperm(len(self.images), generator=self.generator)
         for chosen in order.split(self.batch_size):
             yield self._cut(chosen), self.labels[chosen]
 
     def _cut(self, chosen: Tensor) -> Tensor:
         """One random crop, perhaps mirrored, of each chosen image."""
         count, (rows, columns) = len(chosen), self._windows.shape[2:4]
-        top = torch.randint(rows, (count,), generator=self._generator)
-        left = torch.randint(columns, (count,), generator=self._generator)
+        top = torch.randint(rows, (count,), generator=self.generator)
+        left = torch.randint(columns, (count,), generator=self.generator)
         cut = self._windows[chosen, :, top, left].contiguous()
         if not self.flip:
             return cut
-        mirrored = torch.rand(count, 1, 1, 1, generator=self._generator) < 0.5
+        mirrored = torch.rand(count, 1, 1, 1, generator=self.generator) < 0.5
         return torch.where(mirrored, cut.flip(3), cut)
 
 

@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, islice
+from itertools import islice
 from numbers import Real
 from statistics import fmean
 from types import GeneratorType
@@ -28,10 +28,13 @@ from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from cpd import processes
 from cpd.errors import CPDError, InputError, TrainingError
 from cpd.inputs import Batch, batches, check_model, logits, move
 from cpd.losses import KD_LOSSES, LossFunction, task_loss
-from cpd.training import Trainee, accelerating, placed, random_states_kept
+from cpd.pruner import Pruner
+from cpd.surgeon import named_tensors, restore, state_of
+from cpd.training import Trainee, accelerating, placed, random_states_kept, seeded
 
 log = logging.getLogger("cpd")
 
@@ -177,6 +180,7 @@ def distill(
     loss: LossFunction | None = None,
     evaluate: Evaluate | None = None,
     config: DistillConfig | None = None,
+    pruner: Pruner | None = None,
 ) -> list[EpochRecord]:
     """Train `student` in place against `teacher`: `task_loss + kd_weight * kd_loss`.
 
@@ -195,6 +199,7 @@ def distill(
         evaluate: called after each epoch, without gradients, on the student in evaluation mode on the
             training device (under DDP in every process); its number becomes `EpochRecord.metric`.
         config: the settings; `DistillConfig()` if None.
+        pruner: of the student, which it shrinks on its schedule meanwhile; its optimizer is set.
 
     Returns:
         One record an epoch; empty for `epochs=0`, where nothing is read or changed.
@@ -213,7 +218,7 @@ def distill(
         set_seed(config.seed, device_specific=True)
         device, reference = accelerator.device, teacher if config.needs_teacher else None
         with placed(student, device), placed(reference, device):
-            return _Run(accelerator, student, reference, data, loss, config).train(evaluate)
+            return _Run(accelerator, student, reference, data, loss, config, pruner).train(evaluate)
 
 
 def _check_models(student: nn.Module, teacher: nn.Module | None, config: DistillConfig) -> None:
@@ -244,17 +249,24 @@ def _check_data(data: Iterable[Any], config: DistillConfig) -> None:
         raise InputError("A fraction of an epoch needs data with a length (__len__); use epochs=1.")
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer by name."""
-    return chain(model.named_parameters(), model.named_buffers())
-
-
 def _length(data: Iterable[Any]) -> int | None:
     """The number of batches; None if the data does not tell."""
     try:
         return len(data)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):
         return None
+
+
+def steps_per_epoch(data: Iterable[Any], accumulate: int = 1) -> int | None:
+    """Optimizer steps in one pass over the data, with `accumulate` batches a step; None if the data has no length."""
+    length, count = _length(data), processes.count()
+    if length is None:
+        return None
+    return math.ceil((math.ceil(length / count) if _is_shared_out(data) else length // count) / accumulate)
+
+
+def _is_shared_out(data: Iterable[Any]) -> bool:
+    return processes.count() > 1 and isinstance(data, DataLoader)
 
 
 class _Run:
@@ -268,36 +280,37 @@ class _Run:
         data: Iterable[Any],
         loss: LossFunction | None,
         config: DistillConfig,
+        pruner: Pruner | None,
     ) -> None:
         from timm.optim import create_optimizer_v2  # some seconds to import, hence not at the top
 
         self.accelerator, self.student, self.teacher = accelerator, student, teacher
-        self.loss, self.config, self.shards = loss, config, 1
+        self.loss, self.config, self.pruner = loss, config, pruner
         plain = config.optimizer == "sgd" and config.momentum == 0  # which Nesterov's form does not allow
         name = "momentum" if plain else config.optimizer
         optimizer = create_optimizer_v2(student, name, config.peak_lr, config.weight_decay, config.momentum)
         self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
         self.trainee, self.optimizer = accelerator.prepare(Trainee(student), optimizer)
-        if accelerator.num_processes > 1 and isinstance(data, DataLoader):
-            data = accelerator.prepare_data_loader(data)
-        else:
-            self.shards = accelerator.num_processes
-        self.data, length = data, _length(data)
-        self.steps = None if length is None else math.ceil(length // self.shards / config.accumulate)
+        if pruner is not None:
+            pruner.optimizer = optimizer
+        self.data, self.steps = data, steps_per_epoch(data, config.accumulate)
+        #: Accelerate shares out a DataLoader, so that no process loads what another one takes.
+        self.shard = accelerator.prepare_data_loader(data) if _is_shared_out(data) else processes.Share(data)
 
     def train(self, evaluate: Evaluate | None) -> list[EpochRecord]:
-        """All epochs; an epoch that fails is undone."""
+        """All epochs; what an epoch that fails has done since the last shrink is undone."""
         records: list[EpochRecord] = []
         wanted = sys.stderr.isatty() if self.config.progress is None else self.config.progress
         hidden = not (wanted and self.accelerator.is_main_process)
         with Progress(console=Console(stderr=True), disable=hidden) as bar:
             for epoch in range(math.ceil(self.config.epochs)):
-                kept = {name: tensor.detach().clone() for name, tensor in _tensors(self.student)}
+                self.kept = state_of(self.student)
                 try:
-                    record = self.epoch(epoch, bar)
-                    _check_weights(self.student, kept, epoch)
+                    with seeded(self.data, self.config.seed + epoch):
+                        record = self.epoch(epoch, bar)
+                    _check_weights(self.student, self.kept, epoch)
                 except CPDError:
-                    _put_back(self.student, kept)
+                    restore(self.student, self.kept)
                     raise
                 finally:
                     self.student.zero_grad(set_to_none=True)
@@ -318,6 +331,8 @@ class _Run:
             factor = lr_factor((epoch + inside) / config.epochs, config.warmup)
             self.step(group, factor, f"step {done + 1} of epoch {epoch + 1}", sums)
             done += 1
+            if self.pruner is not None and self.pruner.step():
+                self.shrunk()
             bar.update(task, advance=1, description=f"epoch {epoch + 1}  loss {sums['loss'][-1]:.4g}")
         speed = done / (time.perf_counter() - start)
         self.steps = done if limit is None else self.steps
@@ -328,11 +343,10 @@ class _Run:
     def groups(self, epoch: int) -> Iterator[list[Batch]]:
         """This process's batches in runs of `accumulate`; the last run may be shorter.
 
-        Where accelerate does not share out a loader, process i of n takes every n-th batch from the i-th on,
-        and an incomplete last round is left out.
+        Where accelerate does not share out a loader, process i of n takes every n-th batch from the i-th on, and an
+        incomplete last round is left out.
         """
-        rounds = zip(*[iter(self.data)] * self.shards, strict=False)
-        mine = batches(items[self.accelerator.process_index % self.shards] for items in rounds)
+        mine = batches(self.shard)
         try:
             while group := list(islice(mine, self.config.accumulate)):
                 yield group
@@ -344,6 +358,13 @@ class _Run:
                 "only. Pass a DataLoader, a list, or an object whose __iter__ starts afresh. The student keeps "
                 "what it learned in the epochs before."
             ) from error
+
+    def shrunk(self) -> None:
+        """The student is narrower now: wrap it anew, and take what it has become for what is put back."""
+        self.kept = state_of(self.student)
+        if self.accelerator.num_processes > 1:  # the buckets of DDP have the old shapes
+            self.accelerator._models.remove(self.trainee)
+            self.trainee = self.accelerator.prepare_model(Trainee(self.student))
 
     def step(self, group: list[Batch], factor: float, where: str, sums: dict[str, list[float]]) -> None:
         """One optimizer step on the mean gradient of the group; each batch's losses are added to `sums`."""
@@ -406,17 +427,9 @@ class _Run:
 @torch.no_grad()
 def _check_weights(student: nn.Module, kept: dict[str, Tensor], epoch: int) -> None:
     """Raise `TrainingError` if a value that was finite in `kept` no longer is."""
-    for name, tensor in _tensors(student):
-        if name in kept and bool((kept[name].isfinite() & ~tensor.isfinite()).any()):
+    for name, tensor in named_tensors(student).items():
+        if bool((kept[name].isfinite() & ~tensor.isfinite()).any()):
             raise TrainingError(
                 f"{name!r} holds values that are not finite after epoch {epoch + 1}; the student is back at "
                 "its weights from the start of the epoch. Take a lower lr, or set max_grad_norm."
             )
-
-
-@torch.no_grad()
-def _put_back(student: nn.Module, kept: dict[str, Tensor]) -> None:
-    """Copy the kept values into the parameters and buffers of that name."""
-    for name, tensor in _tensors(student):
-        if name in kept:
-            tensor.copy_(kept[name])

@@ -41,6 +41,10 @@ class TrainingError(CPDError):
     """Training or scoring failed: an empty loader, a loss that is not finite."""
 
 
+class CheckpointError(CPDError):
+    """A checkpoint cannot be written, read, or used with this model; the message says what is safe."""
+
+
 class ExportError(CPDError):
     """The ONNX export failed, or its outputs differ from PyTorch's."""
 

@@ -5,6 +5,8 @@ A plan needs nothing but itself to be applied to a model of the original archite
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpd.errors import ArtifactError
+from cpd.errors import ArtifactError, PlanError
 
 FORMAT = 1
 
@@ -82,6 +84,63 @@ class Plan:
         """How much it changes; the positions themselves are in `groups` and `kept`."""
         return f"Plan({len(self.kept)} tensors narrower, {len(self.groups)} groups, {len(self.attributes)} attributes)"
 
+    def since(self, earlier: Plan) -> Plan:
+        """What is left to do of this plan on a model that `earlier`, a plan of the same model, was applied to.
+
+        Raises:
+            PlanError: if this plan keeps what the earlier one has removed.
+        """
+        kept, shapes = dict[str, dict[int, Tensor]](), dict[str, tuple[int, ...]]()
+        for name in {**earlier.kept, **self.kept}:
+            before, now = earlier.kept.get(name, {}), self.kept.get(name, {})
+            full = self.shapes.get(name) or earlier.shapes[name]
+            narrower = tuple(len(before.get(dim, range(size))) for dim, size in enumerate(full))
+            for dim in sorted({*before, *now}):
+                left = before.get(dim, torch.arange(full[dim]))
+                index = _within(left, now.get(dim, torch.arange(full[dim])), f"{name} dim {dim}")
+                if len(index) < len(left):
+                    kept.setdefault(name, {})[dim] = index
+            if name in kept:
+                shapes[name] = narrower
+        groups = {
+            name: tuple(_within(torch.tensor(earlier.groups[name]), torch.tensor(positions), name).tolist())
+            for name, positions in self.groups.items()
+        }
+        return Plan(kept, groups, shapes, self._attributes_since(earlier), self._rescales_since(earlier), self.adjusted)
+
+    def _attributes_since(self, earlier: Plan) -> tuple[Attribute, ...]:
+        ours, theirs = ({(item.module, item.name): item for item in plan.attributes} for plan in (self, earlier))
+        steps = [
+            Attribute(
+                *key,
+                theirs[key].new if key in theirs else ours[key].old,
+                ours[key].new if key in ours else theirs[key].old,
+            )
+            for key in {**theirs, **ours}
+        ]
+        return tuple(step for step in steps if step.old != step.new)
+
+    def _rescales_since(self, earlier: Plan) -> tuple[Rescale, ...]:
+        factors: dict[tuple[str, int, tuple[int, ...]], float] = {}
+        for plan, power in ((earlier, -1), (self, 1)):
+            for item in plan.rescales:
+                key = (item.tensor, item.dim, item.positions)
+                factors[key] = factors.get(key, 1.0) * item.factor**power
+        found = []
+        for (tensor, dim, positions), factor in factors.items():
+            left = earlier.kept.get(tensor, {}).get(dim)
+            if left is not None:
+                stays = torch.isin(left, torch.tensor(positions))
+                positions = tuple(stays.nonzero()[:, 0].tolist())
+            if factor != 1 and positions:
+                found.append(Rescale(tensor, dim, positions, factor))
+        return tuple(found)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of every position kept: equal for plans that make the same model."""
+        return hashlib.sha256(json.dumps(self.to_dict() | {"adjusted": []}, sort_keys=True).encode()).hexdigest()
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types. Each list of kept indices is stored once, however many tensors share it."""
         table: dict[tuple[int, ...], int] = {}
@@ -125,3 +184,15 @@ class Plan:
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"This is not a plan that cpd wrote: {type(error).__name__}: {error}.") from error
+
+
+def _within(left: Tensor, kept: Tensor, what: str) -> Tensor:
+    """Where in `left`, ascending, each of `kept` is.
+
+    Raises:
+        PlanError: if one is not.
+    """
+    index = torch.searchsorted(left, kept).clamp_max(len(left) - 1)
+    if not torch.equal(left[index], kept):
+        raise PlanError(f"This plan keeps positions of {what} that the earlier one has removed.")
+    return index

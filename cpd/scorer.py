@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def score(
     seed: int = 0,
     training: bool = False,
     precision: str | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Score every position of every open group; `cpd.selector` weighs scores against what a position saves.
 
@@ -43,6 +45,7 @@ def score(
         probes: random vectors a batch, for `hessian`.
         seed: for those, and for dropout in train mode.
         training: whether the model runs in train mode; its buffers are as before at the end.
+        total: sums a tensor over several processes, each of which has a share of the batches (`cpd.processes.total`).
         precision: "bf16" or "fp16" for mixed precision (`torch.autocast`); None computes in the weights' dtype.
 
     Returns:
@@ -59,7 +62,8 @@ def score(
         raise InputError(f"Unknown precision {precision!r}; known are {', '.join(PRECISIONS)}, or None.")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     dtype = None if precision is None else PRECISIONS[precision]
-    scores = function(Setting(model, comb, data, loss, limit, probes, seed, training, dtype))
+    setting = Setting(model, comb, data, loss, limit, probes, seed, training, dtype)
+    scores = function(setting if total is None else replace(setting, total=total))
     result = {}
     for group in comb.open:
         value = scores.get(group.name)

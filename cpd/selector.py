@@ -106,6 +106,7 @@ class Selector:
         limits: what may be done to a group.
         scope: among what scores are compared.
         weighing: how they are weighed against what is saved; ranks (of any scope but "global") are not.
+        start: {group name: width} to go on from, where some positions have gone; those have a score of -inf.
 
     Raises:
         InputError: an unknown scope, or a pattern of `limits.ratios` that no open group has.
@@ -118,6 +119,7 @@ class Selector:
         limits: Limits | None = None,
         scope: Scope = "global",
         weighing: Weighing | None = None,
+        start: Mapping[str, int] | None = None,
     ) -> None:
         if scope not in SCOPES:
             raise InputError(f"Unknown scope {scope!r}; known are {', '.join(SCOPES)}.")
@@ -129,7 +131,7 @@ class Selector:
         if scope != "global":
             self.weighing, scores = Weighing("none"), _ranked(comb, scores, self.steps, scope)
         self._ascending = {g.name: np.sort(scores[g.name].numpy()) for g in comb.open}
-        self._path = self._walk()
+        self._path = self._walk(start or {})
 
     def floor(self, group: Group) -> int:
         """The fewest positions that a group keeps: its minimum, and what the limits say, up to a whole step."""
@@ -138,12 +140,13 @@ class Selector:
         least = max(group.minimum, min(self.limits.min_width, group.size), round(group.size * (1 - ratio) + 1e-9, 6))
         return min(self.steps[group.name] * math.ceil(least / self.steps[group.name]), group.size)
 
-    def _walk(self) -> npt.NDArray[np.int64]:
+    def _walk(self, start: Mapping[str, int]) -> npt.NDArray[np.int64]:
         """[steps + 1, open groups]: the widths before ties, after each step."""
         groups = self.comb.open
         floors = [self.floor(group) for group in groups]
         decided = [self.limits.ratio_of(group) is not None for group in groups]
-        starts = [floor if done else g.size for g, floor, done in zip(groups, floors, decided, strict=True)]
+        whole = [start.get(group.name, group.size) for group in groups]
+        starts = [min(floor, size) if done else size for size, floor, done in zip(whole, floors, decided, strict=True)]
         widths = np.array(starts, dtype=np.int64)
         path = [widths.copy()]
         while True:

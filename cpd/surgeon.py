@@ -35,7 +35,7 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
     names = dict.fromkeys([*plan.kept, *(item.tensor for item in plan.rescales)])
     changed = {name: _narrow(name, tensors[name], plan) for name in names}
     gradients = {
-        name: _slice(tensor.grad, plan.kept.get(name, {}))
+        name: sliced(tensor.grad, plan.kept.get(name, {}))
         for name in changed
         if (tensor := tensors[name]).is_leaf and tensor.grad is not None
     }
@@ -103,7 +103,8 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> None:
             raise ShrinkError(f"{item.module}.{item.name} is {value}; the plan was made for {item.old}.")
 
 
-def _slice(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+def sliced(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
+    """The kept positions of a tensor along each dimension named."""
     for dim, indices in kept.items():
         tensor = tensor.index_select(dim, indices.to(tensor.device))
     return tensor
@@ -118,7 +119,7 @@ def _narrow(name: str, tensor: Tensor, plan: Plan) -> Tensor:
     for item in scales:
         index = torch.tensor(item.positions, dtype=torch.long, device=value.device)
         value.index_copy_(item.dim, index, value.index_select(item.dim, index) * item.factor)
-    value = _slice(value, plan.kept.get(name, {}))
+    value = sliced(value, plan.kept.get(name, {}))
     channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
     layout = torch.channels_last if channels_last and tensor.is_contiguous(memory_format=torch.channels_last) else None
     return value.contiguous(memory_format=layout or torch.contiguous_format)

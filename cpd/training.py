@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, set_seed
 from torch import nn
 
 from cpd.errors import InputError
@@ -66,6 +66,32 @@ def random_states_kept() -> Iterator[None]:
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
         torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def seeded(data: Any, seed: int) -> Iterator[None]:
+    """Random numbers that depend on `seed` alone for the length of a block, those of a loader too.
+
+    The global generators are seeded (put them back with `random_states_kept`), and for that time those of the loader
+    and its samplers; whatever has a `set_epoch` is told the seed in place of an epoch.
+    """
+    set_seed(seed)
+    holders = [data]
+    for name in ("data", "dataset", "sampler", "batch_sampler"):
+        holders += [inner for holder in holders if (inner := getattr(holder, name, None)) is not None]
+    found = [getattr(holder, "generator", None) for holder in holders]
+    generators = {id(item): item for item in found if isinstance(item, torch.Generator)}.values()
+    states = [(generator, generator.get_state()) for generator in generators]
+    for generator, _ in states:
+        generator.manual_seed(seed)
+    for holder in holders:
+        if callable(set_epoch := getattr(holder, "set_epoch", None)):
+            set_epoch(seed)
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 @contextmanager

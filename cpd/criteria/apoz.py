@@ -36,4 +36,5 @@ def apoz(setting: Setting) -> dict[str, Tensor]:
     for batch in setting.batches():
         with torch.no_grad(), seen(LayerCalls(setting.model, after=after)):
             setting.output(batch)
+    active, count = ({name: setting.total(sums) for name, sums in found.items()} for found in (active, count))
     return {name: torch.where(count[name] > 0, sums / count[name].clamp_min(1), 1.0) for name, sums in active.items()}

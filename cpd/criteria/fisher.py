@@ -27,4 +27,5 @@ def fisher(setting: Setting) -> dict[str, Tensor]:
         for name, found in sample_gradients(setting, sites, batch, loss).items():
             total[name] += (found * (samples / scale)).square().sum(0)
         count += samples
-    return {name: sums / count for name, sums in total.items()}
+    samples = setting.sum_of(count)
+    return {name: setting.total(sums) / samples for name, sums in total.items()}

@@ -63,11 +63,14 @@ def obs(setting: Setting) -> dict[str, Tensor]:
         for name, found in sample_gradients(setting, sites, batch, direction, after).items():
             alone[name] += found.square().sum(0)
         count += batch.call.samples
-    result = {}
+    count, result = setting.sum_of(count), {}
+    for moment in moments.values():
+        moment.pool(setting)
     for group in setting.comb.open:
         readable = [site for along in sites.read.values() for site in along if site.group == group.name]
         readers = [_Reader(moments[site.tensor], site, count) for site in readable if moments[site.tensor].usable]
-        result[group.name] = _in_order(group.size, readers) if readers else (alone[group.name] / count).cpu()
+        bare = (setting.total(alone[group.name]) / count).cpu()
+        result[group.name] = _in_order(group.size, readers) if readers else bare
     return result
 
 
@@ -117,6 +120,11 @@ class _Moments:
             self.gradient.add_(rows.transpose(1, 2) @ rows, alpha=share)
 
         layer.output.register_hook(at_output)
+
+    def pool(self, setting: Setting) -> None:
+        """Sum over processes."""
+        self.second, self.first, self.gradient = map(setting.total, (self.second, self.first, self.gradient))
+        self.rows = setting.sum_of(self.rows)
 
     def covariance(self) -> Tensor:
         """Of the input, damped, [groups, features, features]."""

@@ -34,6 +34,8 @@ class Setting:
         seed: for those.
         training: whether the model runs in train mode (batch statistics, dropout) rather than in eval mode.
         precision: the dtype of `torch.autocast`; None computes in the weights' own.
+        total: sums a tensor over several processes, each of which has a share of every batch; a criterion that sums
+            over batches calls it on its sums.
     """
 
     model: nn.Module
@@ -45,6 +47,7 @@ class Setting:
     seed: int = 0
     training: bool = False
     precision: torch.dtype | None = None
+    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
 
     @property
     def device(self) -> torch.device:
@@ -107,7 +110,16 @@ class Setting:
             gradient = gradients.pop(name, None)  # each is read once; two products need not exist at a time
             return None if gradient is None else gradient.mul_(weights[name])
 
-        return gates.reduce(product)
+        return [self.mean(value) for value in gates.reduce(product)]
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over processes: of a gradient, that of the whole batch."""
+        found = self.total(torch.cat([tensor.flatten(), tensor.new_ones(1)]))
+        return (found[:-1] / found[-1]).view_as(tensor)
+
+    def sum_of(self, count: int) -> int:
+        """The sum of a number over processes."""
+        return int(self.total(torch.tensor(count)))
 
 
 @contextmanager

@@ -1,0 +1,102 @@
+"""Several processes that train one model together (`accelerate launch`): sums, and agreement, over all of them.
+
+Every function does the plain thing where there is only one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cpd.errors import CPDError, TrainingError
+
+T = TypeVar("T")
+
+
+def count() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this is; 0 is the one that measures and writes."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of the processes' tensors."""
+    if count() == 1:
+        return tensor
+    there = tensor.to(_device(), copy=True)
+    dist.all_reduce(there)
+    return there.to(tensor.device)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the first process makes, in all of them; what it raises is raised in all of them."""
+    if count() == 1:
+        return make()
+    made: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            made = [make(), None]
+        except CPDError as error:
+            made = [None, error]
+    dist.broadcast_object_list(made)
+    if made[1] is not None:
+        raise made[1]
+    return made[0]  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def copy_from_first(tensors: Iterable[Tensor]) -> None:
+    """Give every process the first one's values, in place."""
+    for tensor in tensors:
+        if count() > 1:
+            there = tensor.to(_device())
+            dist.broadcast(there, 0)
+            tensor.copy_(there)
+
+
+def check_same(value: str, what: str) -> None:
+    """Raise unless all processes hold the same text.
+
+    Raises:
+        TrainingError: naming those that differ from the first.
+    """
+    if count() == 1:
+        return
+    found: list[Any] = [None] * count()
+    dist.all_gather_object(found, value)
+    others = [index for index, item in enumerate(found) if item != found[0]]
+    if others:
+        raise TrainingError(
+            f"The processes of rank {others} have made another {what} than rank 0. Give all of them the same model, "
+            "weights, seed and example inputs, and data whose order depends on nothing else."
+        )
+
+
+def share(data: Iterable[T]) -> Iterator[T]:
+    """This process's part of the items: every n-th from its own on; a last round that not all can take is left out."""
+    rounds = zip(*[iter(data)] * count(), strict=False)
+    return (items[rank()] for items in rounds)
+
+
+class Share:
+    """`share(data)` as an iterable that starts afresh, of a number of rounds at most."""
+
+    def __init__(self, data: Iterable[Any], limit: int | None = None) -> None:
+        self.data, self.limit = data, limit
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(share(self.data), self.limit)
+
+
+def _device() -> torch.device:
+    """Where the backend in use wants its tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")

@@ -1,0 +1,80 @@
+"""Schedules: when a model shrinks during its training, and how much of what is to go has gone by then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from cpd.errors import InputError
+
+#: Shrinks of a gradual schedule for which no interval is given.
+SHRINKS = 10
+
+#: Kind -> share of what is to go that has gone at a share of the time; s = 1 - (1 - t)^3 is eq. 1 of Zhu and Gupta
+#: 2017, "To prune, or not to prune", arXiv 1710.01878.
+KINDS: dict[str, Callable[[float], float]] = {
+    "one-shot": lambda time: 1.0,
+    "linear": lambda time: time,
+    "cubic": lambda time: 1 - (1 - time) ** 3,
+}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a model shrinks during its training.
+
+    Attributes:
+        kind: "one-shot" (all at once), "linear" or "cubic" (fast at first).
+        warmup: share of the training, in [0, 1), before which nothing goes.
+        end: share of the training, above `warmup` and at most 1, at which the last positions go; the rest is
+            fine-tuning. Not for "one-shot", whose shrink comes at the end of the warm-up.
+        interval: optimizer steps from one shrink to the next; None makes ten shrinks.
+
+    Raises:
+        InputError: if a value is out of range.
+    """
+
+    kind: str = "cubic"
+    warmup: float = field(default=0.0, kw_only=True)
+    end: float = field(default=0.5, kw_only=True)
+    interval: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        """Check every field."""
+        if self.kind not in KINDS:
+            raise InputError(f"Unknown schedule {self.kind!r}; known are {', '.join(KINDS)}.")
+        if not (0 <= self.warmup < 1 and (self.kind == "one-shot" or self.warmup < self.end <= 1)):
+            raise InputError(
+                f"A schedule starts at a share of the training (warmup={self.warmup!r}) below the one that it ends "
+                f"at (end={self.end!r}), both from 0 to 1."
+            )
+        if self.interval is not None and not (isinstance(self.interval, int) and self.interval >= 1):
+            raise InputError(f"interval must be an integer of at least 1, or None; got {self.interval!r}.")
+
+    @staticmethod
+    def of(schedule: Schedule | str) -> Schedule:
+        """The schedule itself, or the one of that kind with defaults."""
+        return Schedule(schedule) if isinstance(schedule, str) else schedule
+
+    def events(self, steps: int) -> list[tuple[int, float]]:
+        """(optimizer step after which the model shrinks, share of what is to go that has then gone), in order.
+
+        Args:
+            steps: optimizer steps of the whole training.
+
+        Raises:
+            InputError: if the training is too short for a shrink.
+        """
+        first = round(self.warmup * steps)
+        if self.kind == "one-shot":
+            return [(first, 1.0)]
+        last = round(self.end * steps)
+        count = min(SHRINKS, last - first) if self.interval is None else (last - first) // self.interval
+        if count < 1:
+            raise InputError(
+                f"{self} has no room for a shrink in a training of {steps} steps: train longer, let it end later, or "
+                "take a shorter interval."
+            )
+        span = (last - first) / count if self.interval is None else self.interval
+        times = range(1, count + 1)
+        return [(first + round(time * span), KINDS[self.kind](time / count)) for time in times]
