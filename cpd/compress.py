@@ -5,6 +5,7 @@ comb -> prune (score, select, shrink, recover: `cpd.pruner`), at once or during 
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
@@ -20,8 +21,9 @@ from typing import Any
 from rich.console import Console
 from torch import Tensor, nn
 
-from cpd import sources
+from cpd import processes, sources
 from cpd.artifacts import check_output_dir, save_result
+from cpd.checkpoint import Checkpoint
 from cpd.comb import comb
 from cpd.criteria import Criterion
 from cpd.distiller import DistillConfig, distill, steps_per_epoch
@@ -108,6 +110,8 @@ def compress(
     threads: int = 1,
     seed: int = 0,
     output_dir: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    checkpoint_minutes: float = 10.0,
     source: str | None = None,
     progress: bool | None = None,
 ) -> Result:
@@ -148,7 +152,10 @@ def compress(
         threads: ONNX Runtime's intra-op threads when timing.
         seed: of scores and training; the same seed gives the same scores and, for the targets that are not measured,
             the same plan.
-        output_dir: where the artifacts are written; None writes none.
+        output_dir: where the artifacts are written, and during the training a checkpoint; None writes none.
+        resume: go on from the checkpoint in `output_dir`, if there is one: to the same plan and, on the same machine,
+            the same weights.
+        checkpoint_minutes: between two checkpoints at most; there is one after every shrink anyhow.
         source: how a fresh model is built by name ("timm:resnet18"); found out for timm and torchvision models.
         progress: whether bars are shown on stderr; None: if it is a terminal.
 
@@ -162,6 +169,7 @@ def compress(
         TargetError: the target is out of reach; the message gives the best figure and what stands in the way.
         TrainingError: an empty loader, or a loss that is not finite.
         ExportError: the ONNX export fails or differs from PyTorch.
+        CheckpointError: the checkpoint cannot be written or read, or is of a run of other settings.
     """
     given = {key: value for key, value in locals().items() if value is not None and key not in _NOT_REPORTED}
     check_model(model)
@@ -172,6 +180,7 @@ def compress(
         **{**vars(settings), "epochs": epochs, "lr": lr or settings.lr, "seed": seed, "progress": progress}
     )
     folder = None if output_dir is None else check_output_dir(output_dir)
+    checkpoint = _checkpoint(folder, resume, checkpoint_minutes, given, settings, model)
     call = example_call(model, example_inputs, data)
     student = copy_of(model)
     if data is not None:
@@ -195,15 +204,21 @@ def compress(
         max_ratio=max_ratio, min_width=min_width, ratios=ratios, tolerance=tolerance, threads=threads, seed=seed,
         comb=combed, stage=stages,
     )  # fmt: skip
-    run = _Run(model, student, call, pruner, settings, stages)
+    run = _Run(model, student, call, pruner, settings, stages, checkpoint)
     run.prune_and_train(data, loss, evaluate, teacher)
     result = run.finish(threads, given, source)
     if folder is not None:
-        result.save(folder)
+        processes.from_first(lambda: result.save(folder))
+    if checkpoint is not None:
+        processes.from_first(checkpoint.remove)
     return result
 
 
-_NOT_REPORTED = {"model", "example_inputs", "loss", "evaluate", "data", "training", "teacher", "progress", "source"}
+#: Arguments that are no settings: the report and the checkpoint leave them out.
+_NOT_REPORTED = {
+    "model", "example_inputs", "loss", "evaluate", "data", "training", "teacher", "progress", "source", "resume",
+    "checkpoint_minutes",
+}  # fmt: skip
 
 
 @dataclass
@@ -216,6 +231,7 @@ class _Run:
     pruner: Pruner
     training: DistillConfig
     stages: _Stages
+    checkpoint: Checkpoint | None
     history: list[dict[str, Any]] = field(default_factory=list)
     metrics: tuple[float | None, float | None] = (None, None)
 
@@ -233,8 +249,14 @@ class _Run:
                 "No data given: channels are chosen by the size of their weights and nothing is trained back, so most "
                 "of the accuracy is lost. Pass data=loader to keep it."
             )
-        before = after = evaluated(evaluate, self.student)
-        if self.pruner.due:
+        state = None if self.checkpoint is None else self.checkpoint.state
+        if state is not None:
+            assert self.checkpoint is not None
+            self.history, before = self.checkpoint.extra["history"], self.checkpoint.extra["before"]
+            after = before
+        else:
+            before = after = evaluated(evaluate, self.student)
+        if state is None and self.pruner.due:
 
             def pruned() -> None:
                 if evaluate is not None:
@@ -245,12 +267,15 @@ class _Run:
             after = evaluated(evaluate, self.student)
             if after is not None:
                 self.history.append({"epoch": 0, "metric": after})
+        if self.checkpoint is not None:
+            self.checkpoint.extra = {"history": list(self.history), "before": before}
         if data is not None and self.training.epochs:
             with self.stages("distill", bar=False):
                 guide = copy_of(self.model) if teacher is None else teacher
                 records = distill(
-                    self.student, guide, data, loss=loss, evaluate=evaluate, config=self.training, pruner=self.pruner
-                )
+                    self.student, guide, data, loss=loss, evaluate=evaluate, config=self.training, pruner=self.pruner,
+                    checkpoint=self.checkpoint,
+                )  # fmt: skip
             self.history += [record.to_dict() for record in records]
             after = records[-1].metric if records else after
         self.student.eval()
@@ -319,6 +344,39 @@ class _Stages:
         finally:
             self.shown = shown
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _checkpoint(
+    folder: Path | None,
+    resume: bool,
+    minutes: float,
+    given: Mapping[str, Any],
+    training: DistillConfig,
+    model: nn.Module,
+) -> Checkpoint | None:
+    """The checkpoint of a run, read if it is to be resumed.
+
+    Raises:
+        InputError: nowhere to resume from, or a checkpoint that would be overwritten.
+    """
+    if folder is None:
+        if resume:
+            raise InputError("resume=True needs the output_dir of the run that is to go on.")
+        return None
+    if not minutes > 0:
+        raise InputError(f"checkpoint_minutes must be above 0; got {minutes!r}.")
+    shapes = sorted((name, *tensor.shape) for name, tensor in model.state_dict().items())
+    key = {**given, **vars(training), "model": hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]}
+    key = {name: value for name, value in key.items() if name not in ("output_dir", "progress")}
+    checkpoint = Checkpoint(folder, key, minutes)
+    if resume and checkpoint.read() is None:
+        log.info("There is no checkpoint in %s yet: the run starts at its beginning.", folder)
+    if not resume and checkpoint.path.exists():
+        raise InputError(
+            f"{checkpoint.path} is of a run that did not end. Pass resume=True (--resume) to go on with it, or delete "
+            "it to start again."
+        )
+    return checkpoint
 
 
 def _row(group: Any, kept: int) -> GroupRow:

@@ -11,35 +11,50 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from numbers import Real
 from statistics import fmean
 from types import GeneratorType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast, set_seed
+from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cpd import processes
-from cpd.errors import CPDError, InputError, TrainingError
-from cpd.inputs import Batch, batches, check_model, logits, move
-from cpd.losses import KD_LOSSES, LossFunction, task_loss
+from cpd.checkpoint import Checkpoint
+from cpd.errors import CheckpointError, CPDError, InputError, TrainingError
+from cpd.inputs import Batch, Call, batches, check_model, evaluating, logits, move
+from cpd.kd import KD_LOSSES, Distillation
+from cpd.losses import LossFunction, task_loss
 from cpd.pruner import Pruner
 from cpd.surgeon import named_tensors, restore, state_of
-from cpd.training import Trainee, accelerating, placed, random_states_kept, seeded
+from cpd.training import (
+    Trainee,
+    accelerating,
+    placed,
+    random_states,
+    random_states_kept,
+    seeded,
+    set_random_states,
+)
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
 
 log = logging.getLogger("cpd")
 
 Evaluate = Callable[[nn.Module], float]
 DEFAULT_LR = {"sgd": 0.01, "adamw": 5e-4}
+#: Schedulers of timm that need nothing but the length of the training.
+SCHEDULERS = ("cosine", "poly", "tanh", "step", "constant")
 
 
 def _within(value: object, low: float, below: float = math.inf, *, exclusive: bool = False) -> bool:
@@ -71,10 +86,21 @@ class DistillConfig:
         momentum: of the optimizers that have one, in [0, 1).
         weight_decay: >= 0; biases and norm weights (all 1-d parameters) are left out, as timm does.
         warmup: the share of the training, in [0, 1), in which the rate rises linearly from zero to its
-            peak; from there it falls to zero as half a cosine. It is set anew at every step.
-        kd: the distillation loss: "kl" (`kl_divergence`), or "none".
-        kd_weight: the weight of the distillation loss beside the task's, >= 0; 0 is the same as kd="none".
-        temperature: by which the logits are divided in the distillation loss, > 0.
+            peak; it is set anew at every step.
+        scheduler: how it falls from there, a scheduler of timm: "cosine" (half a cosine, to zero), "poly" (linearly,
+            to zero), "tanh", "step" (to a tenth after each third), or "constant".
+        kd: the distillation loss: "kl" (Hinton), "cwd" (channel-wise, for maps), "cirkd" (cross-image relations
+            between pixels, within a batch and to a memory), "mse" (on features), or "none".
+        kd_weight: the weight of the distillation loss beside the task's, >= 0; 0 is the same as kd="none". None:
+            what is usual for the loss (`cpd.kd.KD_LOSSES`).
+        temperature: by which logits or similarities are divided in the distillation loss, > 0. None: what is usual.
+        features: modules by name, or {the student's: the teacher's}, of which the loss compares the outputs, the
+            student's through a learned linear map where it is narrower. None: the logits; for "cirkd" what the last
+            layer reads.
+        ema: decay, in (0, 1), of an average of the weights that takes the student's place at the end, and in
+            `evaluate`; it starts anew at every shrink. None: no average.
+        mixup: alpha of mixup (Zhang et al. 2018), >= 0; for class targets.
+        cutmix: alpha of CutMix (Yun et al. 2019), >= 0; with both, each batch gets one of them.
         mixed_precision: "no", "bf16", or "fp16" (with loss scaling; not on a CPU).
         accumulate: batches whose gradients are averaged for one step, >= 1.
         max_grad_norm: the L2 norm to which the gradient of all parameters is clipped, > 0; None: no clipping.
@@ -91,9 +117,14 @@ class DistillConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     warmup: float = 0.05
+    scheduler: str = "cosine"
     kd: str = "kl"
-    kd_weight: float = 1.0
-    temperature: float = 2.0
+    kd_weight: float | None = None
+    temperature: float | None = None
+    features: Sequence[str] | Mapping[str, str] = ()
+    ema: float | None = None
+    mixup: float = 0.0
+    cutmix: float = 0.0
     mixed_precision: str = "no"
     accumulate: int = 1
     max_grad_norm: float | None = 5.0
@@ -102,7 +133,7 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         """Check every field."""
-        kinds, clip = (*KD_LOSSES, "none"), self.max_grad_norm
+        kinds, clip, heat = (*KD_LOSSES, "none"), self.max_grad_norm, self.temperature
         checks = (
             ("epochs", _within(self.epochs, 0), "a finite number >= 0 (0 trains nothing)"),
             ("optimizer", _knows_optimizer(self.optimizer), "a name of timm.optim.list_optimizers()"),
@@ -112,8 +143,13 @@ class DistillConfig:
             ("weight_decay", _within(self.weight_decay, 0), "a number >= 0"),
             ("warmup", _within(self.warmup, 0, 1), "a share of the training in [0, 1)"),
             ("kd", self.kd in kinds, f"one of {', '.join(kinds)}"),
-            ("kd_weight", _within(self.kd_weight, 0), "a number >= 0"),
-            ("temperature", _within(self.temperature, 0, exclusive=True), "a number > 0"),
+            ("scheduler", self.scheduler in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}"),
+            ("kd_weight", self.kd_weight is None or _within(self.kd_weight, 0), "a number >= 0, or None"),
+            ("temperature", heat is None or _within(heat, 0, exclusive=True), "a number > 0, or None"),
+            ("features", not isinstance(self.features, str), "a list of names of modules, or a mapping"),
+            ("ema", self.ema is None or _within(self.ema, 0, 1, exclusive=True), "in (0, 1), or None"),
+            ("mixup", _within(self.mixup, 0), "a number >= 0"),
+            ("cutmix", _within(self.cutmix, 0), "a number >= 0"),
             ("mixed_precision", self.mixed_precision in ("no", "fp16", "bf16"), "one of no, fp16, bf16"),
             ("accumulate", isinstance(self.accumulate, int) and self.accumulate >= 1, "an integer >= 1"),
             ("max_grad_norm", clip is None or _within(clip, 0, exclusive=True), "a number > 0, or None"),
@@ -132,7 +168,23 @@ class DistillConfig:
     @property
     def needs_teacher(self) -> bool:
         """Whether the distillation loss counts."""
-        return self.kd != "none" and self.kd_weight > 0
+        return self.kd != "none" and self.weight_of_kd > 0
+
+    @property
+    def weight_of_kd(self) -> float:
+        """The weight of the distillation loss."""
+        return self.kd_weight if self.kd_weight is not None else KD_LOSSES.get(self.kd, (1.0, 1.0))[1]
+
+    @property
+    def kd_temperature(self) -> float:
+        """The temperature of the distillation loss."""
+        return self.temperature if self.temperature is not None else KD_LOSSES.get(self.kd, (1.0, 1.0))[0]
+
+    @property
+    def feature_pairs(self) -> dict[str, str]:
+        """{the student's module: the teacher's} whose outputs the distillation loss compares."""
+        given = self.features
+        return dict(given) if isinstance(given, Mapping) else {name: name for name in given}
 
 
 @dataclass(frozen=True)
@@ -162,16 +214,6 @@ class EpochRecord:
         return asdict(self)
 
 
-def lr_factor(progress: float, warmup: float) -> float:
-    """The share of the peak learning rate at `progress` in [0, 1] of the training.
-
-    Linear up to `warmup`, then `(1 + cos(pi * t)) / 2`, eq. 5 of SGDR (arXiv 1608.03983) without restarts.
-    """
-    if progress < warmup:
-        return progress / warmup
-    return (1 + math.cos(math.pi * min(1.0, (progress - warmup) / (1 - warmup)))) / 2
-
-
 def distill(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -181,6 +223,7 @@ def distill(
     evaluate: Evaluate | None = None,
     config: DistillConfig | None = None,
     pruner: Pruner | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[EpochRecord]:
     """Train `student` in place against `teacher`: `task_loss + kd_weight * kd_loss`.
 
@@ -200,6 +243,10 @@ def distill(
             training device (under DDP in every process); its number becomes `EpochRecord.metric`.
         config: the settings; `DistillConfig()` if None.
         pruner: of the student, which it shrinks on its schedule meanwhile; its optimizer is set.
+        checkpoint: written at the start, at every shrink, every few minutes and at the end. If it has been read
+            (`Checkpoint.read`), the training goes on from there: `student` and `pruner` are then as they were before
+            its first shrink, and the data must come in the same order (it does, if that depends on the global random
+            generators, on the loader's or on `set_epoch`, all of which are seeded at each epoch).
 
     Returns:
         One record an epoch; empty for `epochs=0`, where nothing is read or changed.
@@ -218,7 +265,7 @@ def distill(
         set_seed(config.seed, device_specific=True)
         device, reference = accelerator.device, teacher if config.needs_teacher else None
         with placed(student, device), placed(reference, device):
-            return _Run(accelerator, student, reference, data, loss, config, pruner).train(evaluate)
+            return _Run(accelerator, student, reference, data, loss, config, pruner, checkpoint).train(evaluate)
 
 
 def _check_models(student: nn.Module, teacher: nn.Module | None, config: DistillConfig) -> None:
@@ -281,66 +328,110 @@ class _Run:
         loss: LossFunction | None,
         config: DistillConfig,
         pruner: Pruner | None,
+        checkpoint: Checkpoint | None,
     ) -> None:
         from timm.optim import create_optimizer_v2  # some seconds to import, hence not at the top
 
         self.accelerator, self.student, self.teacher = accelerator, student, teacher
-        self.loss, self.config, self.pruner = loss, config, pruner
+        self.loss, self.config, self.pruner, self.checkpoint = loss, config, pruner, checkpoint
+        state = None if checkpoint is None else checkpoint.state
+        if state is not None:
+            if pruner is not None:
+                pruner.load_state_dict(state["pruner"])
+            _load(student, state["student"])
         plain = config.optimizer == "sgd" and config.momentum == 0  # which Nesterov's form does not allow
         name = "momentum" if plain else config.optimizer
-        optimizer = create_optimizer_v2(student, name, config.peak_lr, config.weight_decay, config.momentum)
-        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
-        self.trainee, self.optimizer = accelerator.prepare(Trainee(student), optimizer)
+        self.inner = create_optimizer_v2(student, name, config.peak_lr, config.weight_decay, config.momentum)
+        self.schedule = _lr_schedule(self.inner, config)
+        self.kd: Distillation | None = None
+        if state is not None:
+            if teacher is not None and state["kd"] is not None:
+                self.kd = Distillation(config, student, teacher).to(accelerator.device)
+                self.kd.load(state["kd"])
+                self.add_projections()
+            self.inner.load_state_dict(state["optimizer"])
+        self.trainee, self.optimizer = accelerator.prepare(Trainee(student), self.inner)
         if pruner is not None:
-            pruner.optimizer = optimizer
+            pruner.optimizer = self.inner
         self.data, self.steps = data, steps_per_epoch(data, config.accumulate)
         #: Accelerate shares out a DataLoader, so that no process loads what another one takes.
         self.shard = accelerator.prepare_data_loader(data) if _is_shared_out(data) else processes.Share(data)
+        self.ema = self.averaged()
+        self.mix: Callable[[Any, Any], Any] | None = None
+        #: Where the training stands: epochs behind, steps of this one, its losses, records of those behind.
+        self.epoch, self.done = 0, 0
+        self.sums: dict[str, list[float]] = {}
+        self.records: list[EpochRecord] = []
+
+    def averaged(self) -> ModelEmaV3 | None:
+        """An average of the student's weights, which starts from what they are now."""
+        if self.config.ema is None:
+            return None
+        from timm.utils import ModelEmaV3
+
+        return ModelEmaV3(self.student, decay=self.config.ema)
+
+    # ------------------------------------------------------------------------------ the loop
 
     def train(self, evaluate: Evaluate | None) -> list[EpochRecord]:
         """All epochs; what an epoch that fails has done since the last shrink is undone."""
-        records: list[EpochRecord] = []
         wanted = sys.stderr.isatty() if self.config.progress is None else self.config.progress
         hidden = not (wanted and self.accelerator.is_main_process)
+        state = self.resumed()
         with Progress(console=Console(stderr=True), disable=hidden) as bar:
-            for epoch in range(math.ceil(self.config.epochs)):
+            while self.epoch < math.ceil(self.config.epochs):
                 self.kept = state_of(self.student)
                 try:
-                    with seeded(self.data, self.config.seed + epoch):
-                        record = self.epoch(epoch, bar)
-                    _check_weights(self.student, self.kept, epoch)
+                    with seeded(self.data, self.config.seed + self.epoch):
+                        record = self.one_epoch(bar, state)
+                    _check_weights(self.student, self.kept, self.epoch)
                 except CPDError:
                     restore(self.student, self.kept)
                     raise
                 finally:
                     self.student.zero_grad(set_to_none=True)
-                records.append(self.evaluated(record, evaluate))
-                log.info("distill: %s", records[-1])
-        return records
+                self.records.append(self.evaluated(record, evaluate))
+                log.info("distill: %s", self.records[-1])
+                self.epoch, self.done, self.sums, state = self.epoch + 1, 0, {}, None
+        if self.ema is not None:
+            restore(self.student, state_of(self.ema.module))
+        self.save()
+        return self.records
 
-    def epoch(self, epoch: int, bar: Progress) -> EpochRecord:
+    def one_epoch(self, bar: Progress, state: Mapping[str, Any] | None) -> EpochRecord:
         """One pass over the data, or the fraction of it that is left."""
-        config, done, sums = self.config, 0, defaultdict[str, list[float]](list)
-        share = min(1.0, config.epochs - epoch)
+        config, sums = self.config, defaultdict[str, list[float]](list, self.sums)
+        self.sums = sums
+        share = min(1.0, config.epochs - self.epoch)
         limit = max(1, round(share * self.steps)) if self.steps is not None and share < 1 else None
-        task = bar.add_task(f"epoch {epoch + 1}", total=limit or self.steps)
+        task = bar.add_task(f"epoch {self.epoch + 1}", total=limit or self.steps, completed=self.done)
         self.student.to(self.accelerator.device).train()
-        start = time.perf_counter()
-        for group in islice(self.groups(epoch), limit):
-            inside = 0.5 if self.steps is None else min(1.0, (done + 0.5) / self.steps)
-            factor = lr_factor((epoch + inside) / config.epochs, config.warmup)
-            self.step(group, factor, f"step {done + 1} of epoch {epoch + 1}", sums)
-            done += 1
-            if self.pruner is not None and self.pruner.step():
+        groups = islice(self.groups(), limit)
+        if state is not None:  # what has been read is read again, as workers count what they have read
+            for _ in islice(groups, self.done):
+                pass
+            set_random_states(state["random"])
+        elif self.epoch == 0:
+            self.save()
+        start, first = time.perf_counter(), self.done
+        for group in groups:
+            inside = 0.5 if self.steps is None else min(1.0, (self.done + 0.5) / self.steps)
+            self.set_lr(self.epoch + inside)
+            self.step(group, f"step {self.done + 1} of epoch {self.epoch + 1}")
+            self.done += 1
+            shrunk = self.pruner is not None and self.pruner.step()
+            if shrunk:
                 self.shrunk()
-            bar.update(task, advance=1, description=f"epoch {epoch + 1}  loss {sums['loss'][-1]:.4g}")
-        speed = done / (time.perf_counter() - start)
-        self.steps = done if limit is None else self.steps
+            if self.checkpoint is not None and (shrunk or self.due()):
+                self.save()
+            bar.update(task, advance=1, description=f"epoch {self.epoch + 1}  loss {sums['loss'][-1]:.4g}")
+        speed = (self.done - first) / (time.perf_counter() - start)
+        self.steps = self.done if limit is None else self.steps
         means = {name: fmean(values) for name, values in sums.items()}
-        lr = float(self.optimizer.param_groups[0]["lr"])
-        return EpochRecord(epoch + 1, means["loss"], means.get("task"), means.get("kd"), lr, speed)
+        lr = float(self.inner.param_groups[0]["lr"])
+        return EpochRecord(self.epoch + 1, means["loss"], means.get("task"), means.get("kd"), lr, speed)
 
-    def groups(self, epoch: int) -> Iterator[list[Batch]]:
+    def groups(self) -> Iterator[list[Batch]]:
         """This process's batches in runs of `accumulate`; the last run may be shorter.
 
         Where accelerate does not share out a loader, process i of n takes every n-th batch from the i-th on, and an
@@ -351,10 +442,10 @@ class _Run:
             while group := list(islice(mine, self.config.accumulate)):
                 yield group
         except TrainingError as error:
-            if epoch == 0:
+            if self.epoch == 0:
                 raise
             raise TrainingError(
-                f"The data gave batches in epoch 1 but none in epoch {epoch + 1}: it can be iterated once "
+                f"The data gave batches in epoch 1 but none in epoch {self.epoch + 1}: it can be iterated once "
                 "only. Pass a DataLoader, a list, or an object whose __iter__ starts afresh. The student keeps "
                 "what it learned in the epochs before."
             ) from error
@@ -362,14 +453,22 @@ class _Run:
     def shrunk(self) -> None:
         """The student is narrower now: wrap it anew, and take what it has become for what is put back."""
         self.kept = state_of(self.student)
+        self.ema = self.averaged()
         if self.accelerator.num_processes > 1:  # the buckets of DDP have the old shapes
             self.accelerator._models.remove(self.trainee)
             self.trainee = self.accelerator.prepare_model(Trainee(self.student))
 
-    def step(self, group: list[Batch], factor: float, where: str, sums: dict[str, list[float]]) -> None:
+    # ------------------------------------------------------------------------------ one step
+
+    def set_lr(self, epochs: float) -> None:
+        """Set the learning rate of every parameter, so many epochs into the training."""
+        self.schedule.step(epochs)
+        for options in self.inner.param_groups[1:]:
+            if options.get("projection"):
+                options["lr"] = self.inner.param_groups[0]["lr"]
+
+    def step(self, group: list[Batch], where: str) -> None:
         """One optimizer step on the mean gradient of the group; each batch's losses are added to `sums`."""
-        for options, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            options["lr"] = peak * factor
         self.optimizer.zero_grad()
         for batch in group:
             with nullcontext() if batch is group[-1] else self.accelerator.no_sync(self.trainee):
@@ -378,34 +477,61 @@ class _Run:
                 if not math.isfinite(values["loss"]):
                     raise TrainingError(
                         f"The loss is not finite at {where} ({values}); the student is back at its weights "
-                        f"from the start of the epoch. Check the batch for NaN, or take a lower lr than "
-                        f"{self.config.peak_lr:g} (or another mixed_precision, if any is set)."
+                        f"from the start of the epoch or the last shrink. Check the batch for NaN, or take a lower lr "
+                        f"than {self.config.peak_lr:g} (or another mixed_precision, if any is set)."
                     )
                 self.accelerator.backward(parts["loss"] / len(group))
             for name, value in values.items():
-                sums[name].append(value)
+                self.sums[name].append(value)
+        self.share_projections()
         if self.config.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.trainee.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.student)
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The parts of the loss on one batch, `loss` being their weighted sum."""
         config, device, parts = self.config, self.accelerator.device, dict[str, Tensor]()
-        call = batch.call.to(device)
-        output = call.on(self.trainee)
-        task = task_loss(output, move(batch.target, device), self.loss)
+        call, target = batch.call.to(device), move(batch.target, device)
+        if config.mixup or config.cutmix:
+            call, target = self.mixed(call, target)
+        if self.teacher is not None and self.kd is None:
+            self.kd = Distillation(config, self.student, self.teacher, call.part(1)).to(device)
+        reference = None
+        with nullcontext() if self.kd is None else self.kd.watching():
+            if self.teacher is not None:
+                with torch.no_grad(), self.accelerator.autocast():
+                    reference = call.on(self.teacher)
+            output = call.on(self.trainee)
+        task = task_loss(output, target, self.loss)
         if task is not None:
             parts["task"] = parts["loss"] = task
-        if self.teacher is not None:
-            with torch.no_grad(), self.accelerator.autocast():
-                reference = call.on(self.teacher)
-            parts["kd"] = KD_LOSSES[config.kd](logits(output), logits(reference), config.temperature)
-            parts["loss"] = config.kd_weight * parts["kd"] + (0 if task is None else task)
+        if self.kd is not None:
+            parts["kd"] = self.kd(output, reference, target)
+            self.add_projections()
+            parts["loss"] = config.weight_of_kd * parts["kd"] + (0 if task is None else task)
         if "loss" not in parts:
             raise InputError("A batch has no target and kd is 'none': pass loss=, targets, or kd='kl'.")
         if not parts["loss"].requires_grad:
             raise InputError("The loss has no gradient: compute it from the output, without detaching it.")
         return parts
+
+    def mixed(self, call: Call, target: Any) -> tuple[Call, Any]:
+        """Images mixed in pairs, and their targets as class probabilities."""
+        config = self.config
+        if len(call.args) != 1 or not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
+            raise InputError("mixup and cutmix need batches of (images, class indices [N]).")
+        if self.mix is None:
+            from timm.data import Mixup
+
+            with torch.no_grad(), evaluating(self.student):
+                classes = logits(call.part(1).on(self.student)).shape[1]
+            self.mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)
+        if len(target) % 2:  # images are mixed in pairs
+            call, target = call.part(len(target) - 1), target[:-1]
+        images, target = self.mix(call.args[0].clone(), target)
+        return Call((images,), call.kwargs), target
 
     def reduced(self, parts: dict[str, Tensor]) -> dict[str, float]:
         """The parts as numbers, averaged over the processes: what is not finite is seen by all of them."""
@@ -415,13 +541,98 @@ class _Run:
     def evaluated(self, record: EpochRecord, evaluate: Evaluate | None) -> EpochRecord:
         """The record with the user's metric; under DDP all processes first take over the buffers of one."""
         if self.accelerator.num_processes > 1:
-            for buffer in self.student.buffers():
-                buffer.copy_(broadcast(buffer))
+            processes.copy_from_first(self.student.buffers())
         if evaluate is None:
             return record
-        self.student.eval()
-        with random_states_kept(), torch.no_grad():
-            return replace(record, metric=float(evaluate(self.student)))
+        model = self.student if self.ema is None else self.ema.module
+        with random_states_kept(), torch.no_grad(), evaluating(model):
+            return replace(record, metric=float(evaluate(model)))
+
+    # ------------------------------------------------------------------------------ distillation's own parameters
+
+    def add_projections(self) -> None:
+        """Let the optimizer train the projections that there are now."""
+        assert self.kd is not None
+        now = list(self.kd.projections.values())
+        for options in self.inner.param_groups:
+            if options.get("projection"):
+                for gone in set(options["params"]) - set(now):
+                    self.inner.state.pop(gone, None)
+                options["params"] = now
+                return
+        if now:
+            first = self.inner.param_groups[0]
+            self.inner.add_param_group({"params": now, "projection": True, "lr": first["lr"], "weight_decay": 0.0})
+
+    def share_projections(self) -> None:
+        """Average the gradients of the projections, which are no part of what DDP wraps."""
+        if self.kd is not None and self.accelerator.num_processes > 1:
+            for value in self.kd.projections.values():
+                if value.grad is not None:
+                    value.grad = processes.total(value.grad) / self.accelerator.num_processes
+
+    # ------------------------------------------------------------------------------ state
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint; the first process's clock counts."""
+        assert self.checkpoint is not None
+        return processes.from_first(lambda: self.checkpoint.due)  # type: ignore[union-attr]
+
+    def save(self) -> None:
+        """Write a checkpoint: all that `resumed` takes up."""
+        if self.checkpoint is None:
+            return
+        state = {
+            "epoch": self.epoch,
+            "done": self.done,
+            "sums": dict(self.sums),
+            "records": [record.to_dict() for record in self.records],
+            "student": state_of(self.student),
+            "optimizer": self.inner.state_dict(),
+            "ema": None if self.ema is None else state_of(self.ema.module),
+            "kd": None if self.kd is None else self.kd.state(),
+            "pruner": None if self.pruner is None else self.pruner.state_dict(),
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            "random": random_states(),
+        }
+        processes.from_first(lambda: self.checkpoint.write(state))  # type: ignore[union-attr]
+
+    def resumed(self) -> dict[str, Any] | None:
+        """Take up the state of the checkpoint, of which models and optimizer have theirs already."""
+        state = None if self.checkpoint is None else self.checkpoint.state
+        if state is None:
+            return None
+        self.epoch, self.done, self.sums = state["epoch"], state["done"], state["sums"]
+        self.records = [EpochRecord(**record) for record in state["records"]]
+        if self.ema is not None and state["ema"] is not None:
+            _load(self.ema.module, state["ema"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        log.info("Resumed in epoch %d after %d steps.", self.epoch + 1, self.done)
+        return state
+
+
+def _lr_schedule(optimizer: torch.optim.Optimizer, config: DistillConfig) -> Any:
+    """A scheduler of timm whose time is in epochs, parts of them too."""
+    from timm.scheduler import create_scheduler_v2  # some seconds to import, hence not at the top
+
+    warmup = config.warmup * config.epochs
+    length: Any = config.epochs - warmup
+    schedule, _ = create_scheduler_v2(
+        optimizer, config.scheduler, num_epochs=length, decay_epochs=length / 3, min_lr=0.0, warmup_lr=0.0,
+        decay_rate=1.0 if config.scheduler == "poly" else 0.1, warmup_epochs=warmup, warmup_prefix=True,
+    )  # fmt: skip
+    return schedule
+
+
+@torch.no_grad()
+def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's tensors into a model, all of which must fit."""
+    tensors = named_tensors(model)
+    wrong = [name for name, found in tensors.items() if name not in state or state[name].shape != found.shape]
+    if wrong or len(state) != len(tensors):
+        raise CheckpointError(f"The checkpoint is of another model: {(wrong or sorted(set(state) - set(tensors)))[0]}.")
+    restore(model, state)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,6 @@ from cpd.errors import InputError
 from cpd.inputs import logits
 
 LossFunction = Callable[[Any, Any], Tensor]  # loss(output, target) -> scalar, on the output as the model gives it
-DistillationLoss = Callable[[Tensor, Tensor, float], Tensor]  # (student's logits, teacher's, temperature) -> scalar
 IGNORED_CLASS = -100  # as in `torch.nn.functional.cross_entropy`
 
 
@@ -47,7 +47,92 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     return pointwise.sum(dim=1).mean() * temperature**2
 
 
-KD_LOSSES: dict[str, DistillationLoss] = {"kl": kl_divergence}
+def channel_wise(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> Tensor:
+    """Channel-wise distillation, eq. 4 of Shu et al. 2021 (arXiv 2011.13256), for dense prediction.
+
+    Of each channel a softmax over all positions; `T^2 / C` times the sum over channels of the KL divergence of the
+    student's from the teacher's.
+
+    Args:
+        student: `[N, C, ...]`, logits or features, with two positions at least.
+        teacher: of the same shape.
+        temperature: T > 0.
+
+    Returns:
+        A scalar, float32 at least: the mean over the batch.
+
+    Raises:
+        InputError: if the shapes differ, or there are no positions.
+    """
+    shape = list(student.shape)
+    if student.shape != teacher.shape or len(shape) < 3 or math.prod(shape[2:]) < 2:
+        raise InputError(
+            "Channel-wise distillation needs maps [N, C, positions ...] of one shape; the student's are "
+            f"{shape}, the teacher's {list(teacher.shape)}. For class logits without positions take kd='kl'."
+        )
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    found, wanted = (F.log_softmax(maps.to(dtype).flatten(2) / temperature, dim=2) for maps in (student, teacher))
+    pointwise = F.kl_div(found, wanted, reduction="none", log_target=True)
+    return pointwise.sum(dim=2).mean() * temperature**2
+
+
+def relations(anchors: Tensor, contrasts: Tensor, temperature: float) -> Tensor:
+    """Log-softmax over the contrasts of the similarities of embeddings of unit length, over the temperature.
+
+    Args:
+        anchors: `[..., A, C]`.
+        contrasts: `[..., K, C]`.
+        temperature: above 0.
+
+    Returns:
+        `[..., A, K]`.
+    """
+    return F.log_softmax(anchors @ contrasts.transpose(-1, -2) / temperature, dim=-1)
+
+
+def cross_image(student: Tensor, teacher: Tensor, temperature: float = 0.1) -> Tensor:
+    """Mini-batch pixel-to-pixel relations, eq. 3 and 4 of CIRKD (Yang et al. 2022, arXiv 2204.06986).
+
+    For every pair of images of a batch the similarities of all positions of one to all of the other; the KL
+    divergence of the student's distribution over the second image from the teacher's, averaged over positions and
+    pairs.
+
+    Args:
+        student: `[N, P, C]`, embeddings of unit length.
+        teacher: `[N, P, C']`, likewise.
+        temperature: by which similarities are divided, > 0.
+    """
+    losses = [
+        F.kl_div(
+            relations(student[image], student, temperature), relations(teacher[image], teacher, temperature),
+            reduction="none", log_target=True,
+        ).sum(-1).mean()
+        for image in range(len(student))
+    ]  # fmt: skip
+    return torch.stack(losses).mean()
+
+
+def to_memory(student: Tensor, teacher: Tensor, memory: Tensor, temperature: float = 0.1) -> Tensor:
+    """Relations of pixels to a memory of the teacher's embeddings, eq. 7 and 11 of CIRKD: tau^2 times the divergence.
+
+    Args:
+        student: `[A, C]`, anchors of unit length, in the teacher's space.
+        teacher: `[A, C]`, the teacher's at the same positions.
+        memory: `[K, C]`.
+        temperature: tau.
+    """
+    found, wanted = (relations(anchors, memory, temperature) for anchors in (student, teacher))
+    return F.kl_div(found, wanted, reduction="batchmean", log_target=True) * temperature**2
+
+
+def feature_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """The mean squared difference of features of one shape, relative to the teacher's mean square.
+
+    Romero et al. 2015 (FitNets, arXiv 1412.6550), eq. 3; relative, so that layers of any scale count alike.
+    """
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    return (student - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12)
 
 
 def task_loss(output: Any, target: Any, loss: LossFunction | None = None) -> Tensor | None:

@@ -29,7 +29,7 @@ from cpd.comb import Comb
 from cpd.comb import comb as comb_model
 from cpd.criteria import CRITERIA, DATA_FREE, TARGET_FREE, Criterion
 from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError, TargetError
-from cpd.gates import Gates, parameters_of
+from cpd.gates import Gates
 from cpd.inputs import batches, check_model, device_of
 from cpd.latency import LatencyProbe
 from cpd.latency_model import fit_latency
@@ -281,7 +281,7 @@ class Pruner:
     def _accumulate(self) -> None:
         """Add (dL/dm_u)^2 of this step's gradients, as `cpd.criteria.first_order.taylor` does batch by batch."""
         assert self._gates is not None
-        weights = parameters_of(self.model)
+        weights = named_tensors(self.model)
         found = self._gates.reduce(lambda name: None if (g := weights[name].grad) is None else g * weights[name])
         self._sums = [sums.to(value.device) + value.square() for sums, value in zip(self._sums, found, strict=True)]
         self._count += 1

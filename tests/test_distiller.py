@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cpd.batchnorm import recalibrate_batchnorm
-from cpd.distiller import DistillConfig, EpochRecord, distill, lr_factor
+from cpd.distiller import DistillConfig, EpochRecord, _lr_schedule, distill
 from cpd.errors import InputError, TrainingError
 from cpd.losses import kl_divergence, task_loss
 
@@ -188,9 +188,13 @@ def test_config_defaults() -> None:
     assert not DistillConfig(kd_weight=0).needs_teacher
 
 
-def test_lr_factor_rises_then_falls() -> None:
-    assert [lr_factor(at, 0.2) for at in (0, 0.1, 0.2, 0.6, 1)] == pytest.approx([0, 0.5, 1, 0.5, 0])
-    assert lr_factor(0, 0) == 1
+def test_the_learning_rate_rises_then_falls() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule, found = _lr_schedule(optimizer, DistillConfig(epochs=2.5, warmup=0.2)), []
+    for at in (0, 0.25, 0.5, 1.5, 2.499999):
+        schedule.step(at)
+        found.append(optimizer.param_groups[0]["lr"])
+    assert found == pytest.approx([0, 1, 2, 1, 0], abs=1e-4)
 
 
 # distill
@@ -224,7 +228,7 @@ def test_first_loss_is_the_formula_and_one_step_is_plain_sgd() -> None:
         epochs=1, lr=0.1, momentum=0.0, weight_decay=0.0, warmup=0.0, kd_weight=3.0, max_grad_norm=None
     )
     output = reference(x)
-    kd = kl_divergence(output, teacher(x).detach(), config.temperature)
+    kd = kl_divergence(output, teacher(x).detach(), config.kd_temperature)
     expected = nn.functional.cross_entropy(output, y) + 3.0 * kd
     expected.backward()
     (record,) = distill(student, teacher, data, config=config)

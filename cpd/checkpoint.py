@@ -1,0 +1,155 @@
+"""Checkpoints: all that a training needs to go on, in one file that is whole at any moment.
+
+The file is a safetensors file: tensors, and everything else as JSON in its header. Nothing in it is executed when it
+is read. It is written beside itself, flushed to the disk, and put in place by one rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from cpd.errors import CheckpointError
+
+FORMAT = 1
+NAME = "checkpoint.safetensors"
+#: Keys of JSON objects that stand for what JSON has no word for.
+_TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
+
+
+class Checkpoint:
+    """The checkpoint of one run, in a folder.
+
+    Args:
+        folder: where it lies; must exist.
+        key: the settings of the run; a checkpoint of other settings is not read.
+        minutes: between two writings at least, apart from those that are demanded.
+
+    Attributes:
+        state: what `read` found.
+        extra: written along with every state.
+    """
+
+    def __init__(self, folder: Path, key: Mapping[str, Any], minutes: float = 10.0) -> None:
+        self.path, self.minutes = folder / NAME, minutes
+        self.key: dict[str, Any] = json.loads(json.dumps(dict(key), default=str))
+        self.state: dict[str, Any] | None = None
+        self.extra: dict[str, Any] = {}
+        self._written = time.monotonic()
+
+    @property
+    def due(self) -> bool:
+        """Whether the last writing is long enough ago."""
+        return time.monotonic() - self._written >= 60 * self.minutes
+
+    def write(self, state: Mapping[str, Any]) -> None:
+        """Put a state in the place of the former one.
+
+        Args:
+            state: nested dicts, lists and tuples of plain JSON values and tensors.
+
+        Raises:
+            CheckpointError: if it cannot be written; the former one is then as it was.
+        """
+        tensors: dict[str, Tensor] = {}
+        packed = _packed({**state, "extra": self.extra}, "", tensors)
+        header = {"cpd": json.dumps({"format": FORMAT, "key": self.key, "state": packed})}
+        beside = self.path.with_name(f".{NAME}.{os.getpid()}")
+        try:
+            safetensors.torch.save_file(tensors, beside, header)
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            beside.replace(self.path)
+            _flush_folder(self.path.parent)
+        except (OSError, safetensors.SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+            former = f"The former checkpoint {self.path} is whole" if self.path.is_file() else "There was none before"
+            raise CheckpointError(
+                f"The checkpoint cannot be written to {self.path.parent}: {error}. {former}. Make room, or make the "
+                "folder writable, and start again with resume=True (--resume)."
+            ) from error
+        self._written = time.monotonic()
+
+    def read(self) -> dict[str, Any] | None:
+        """The state that was written last, also kept in `state`; None if there is no checkpoint.
+
+        Raises:
+            CheckpointError: if the file is no checkpoint, or one of other settings.
+        """
+        if not self.path.is_file():
+            return None
+        try:
+            with safetensors.safe_open(self.path, framework="pt") as file:
+                found = json.loads(file.metadata()["cpd"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if found["format"] != FORMAT:
+                raise CheckpointError(f"{self.path} is of format {found['format']}; this version reads {FORMAT}.")
+            state: dict[str, Any] = _unpacked(found["state"], tensors)
+        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path} is no checkpoint that cpd wrote ({type(error).__name__}: {error}). It is left as it is."
+            ) from error
+        keys = {**self.key, **found["key"]}
+        other = [key for key in keys if self.key.get(key) != found["key"].get(key)]
+        if other:
+            told = "; ".join(f"{key}: {found['key'].get(key)!r} then, {self.key.get(key)!r} now" for key in other)
+            raise CheckpointError(
+                f"{self.path} is of a run with other settings ({told}). Give those, or another folder."
+            )
+        self.state, self.extra = state, state.pop("extra")
+        return state
+
+    def remove(self) -> None:
+        """Delete the file, once there is a result in its place."""
+        self.path.unlink(missing_ok=True)
+
+
+def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON, its tensors put aside."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().to("cpu").contiguous().clone()
+        return {_TENSOR: name}
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) and not key.startswith("__") for key in value):
+            return {key: _packed(item, f"{name}/{key}", tensors) for key, item in value.items()}
+        return {_ITEMS: [[key, _packed(item, f"{name}/{key}", tensors)] for key, item in value.items()]}
+    if isinstance(value, (list, tuple)):
+        items = [_packed(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]
+        return {_TUPLE: items} if isinstance(value, tuple) else items
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise CheckpointError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold.")
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpacked(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if _TENSOR in value:
+        return tensors[value[_TENSOR]]
+    if _TUPLE in value:
+        return tuple(_unpacked(item, tensors) for item in value[_TUPLE])
+    if _ITEMS in value:
+        return {key: _unpacked(item, tensors) for key, item in value[_ITEMS]}
+    return {key: _unpacked(item, tensors) for key, item in value.items()}
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make a rename last; not all systems can open a folder."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
