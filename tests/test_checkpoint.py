@@ -1,0 +1,245 @@
+"""Checkpoints: whole at any moment, read by nobody else's settings, and a run that goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from test_pruner import X, loader, net
+
+import cpd
+from cpd.checkpoint import Checkpoint
+from cpd.distiller import DistillConfig
+from cpd.errors import CheckpointError, InputError, TrainingError
+from cpd.schedule import Schedule
+from cpd.training import random_states, set_random_states
+
+STATE = {
+    "tensors": {"a": torch.arange(6.0).reshape(2, 3), "b": [torch.tensor(3), torch.zeros(0, dtype=torch.int64)]},
+    "plain": [1, 2.5, None, True, "text", (1, (2, 3))],
+    "numbered": {0: {"step": torch.tensor(1.0)}, 7: {"betas": (0.9, 0.999)}},
+}
+
+
+def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    Checkpoint(tmp_path, {"lr": 0.1}).write({**STATE, "random": random_states()})
+    found = Checkpoint(tmp_path, {"lr": 0.1}).read()
+    assert found["plain"] == STATE["plain"]
+    assert found["numbered"][7] == {"betas": (0.9, 0.999)}
+    assert torch.equal(found["tensors"]["a"], STATE["tensors"]["a"])
+    assert found["tensors"]["b"][1].dtype == torch.int64
+    drawn = (random.random(), float(np.random.rand()), float(torch.rand(())))
+    set_random_states(found["random"])
+    assert drawn == (random.random(), float(np.random.rand()), float(torch.rand(())))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+def test_nothing_in_it_is_executed(tmp_path: Path) -> None:
+    """It is a plain safetensors file whose header is JSON."""
+    checkpoint = Checkpoint(tmp_path, {})
+    checkpoint.write(STATE)
+    assert set(safetensors.torch.load_file(checkpoint.path)) == {
+        "/tensors/a", "/tensors/b/0", "/tensors/b/1", "/numbered/0/step"
+    }  # fmt: skip
+    with safetensors.safe_open(checkpoint.path, "pt") as file:
+        assert json.loads(file.metadata()["cpd"])["format"] == 1
+    with pytest.raises(CheckpointError, match="cannot hold"):
+        checkpoint.write({"model": object()})
+    assert checkpoint.read() is not None
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
+    Checkpoint(tmp_path, {"lr": 0.1, "seed": 0}).write(STATE)
+    with pytest.raises(CheckpointError, match=r"lr: 0\.1 then, 0\.2 now"):
+        Checkpoint(tmp_path, {"lr": 0.2, "seed": 0}).read()
+    assert Checkpoint(tmp_path / "nowhere", {}).read() is None
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "foreign"])
+def test_a_damaged_file_is_named_and_left(tmp_path: Path, damage: str) -> None:
+    checkpoint = Checkpoint(tmp_path, {})
+    checkpoint.write(STATE)
+    content = {
+        "cut": checkpoint.path.read_bytes()[:-9],
+        "empty": b"",
+        "foreign": safetensors.torch.save(STATE["tensors"] | {"b": torch.ones(1)}),
+    }[damage]
+    checkpoint.path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="left as it is"):
+        checkpoint.read()
+    assert checkpoint.path.read_bytes() == content
+
+
+def test_what_cannot_be_written_leaves_the_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint(tmp_path, {})
+    checkpoint.write({"step": 1})
+
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"No space left.*former checkpoint .* is whole.*--resume"):
+        checkpoint.write({"step": 2})
+    monkeypatch.undo()
+    assert checkpoint.read()["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+# ---------------------------------------------------------------- runs that end early
+
+
+class Interrupted(Exception):
+    pass
+
+
+OPTIONS = {
+    "target_macs": 0.5,
+    "example_inputs": X[:1],
+    "epochs": 3,
+    "lr": 1e-2,
+    "round_to": 1,
+    "schedule": Schedule("linear", end=0.8, interval=3),
+    "checkpoint_minutes": 1e-6,
+}
+
+
+def run(folder: Path | None, *, stop: int | None = None, resume: bool = False, **options) -> cpd.Result:
+    """A run that is interrupted at a call of its loss."""
+    calls = 0
+
+    def loss(output, target):
+        nonlocal calls
+        calls += 1
+        if calls == stop:
+            raise Interrupted
+        return torch.nn.functional.cross_entropy(output, target)
+
+    return cpd.compress(net(), data=Shuffled(), loss=loss, output_dir=folder, resume=resume, **{**OPTIONS, **options})
+
+
+class Shuffled:
+    """Batches in an order that the global generator decides."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __iter__(self):
+        items = loader()
+        for index in torch.randperm(6).tolist():
+            x, y = items[index]
+            yield x + 0.1 * torch.randn(x.shape), y
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> cpd.Result:
+    return run(None)
+
+
+@pytest.mark.parametrize("stop", [4, 9, 14, 18])
+@pytest.mark.parametrize("training", [{}, {"optimizer": "adamw", "ema": 0.9, "mixup": 0.2}])
+def test_a_run_that_goes_on_ends_as_one_undisturbed(
+    tmp_path: Path, stop: int, training: dict, undisturbed: cpd.Result
+) -> None:
+    options = {"training": DistillConfig(**training)} if training else {}
+    expected = run(None, **options) if training else undisturbed
+    with pytest.raises(Interrupted):
+        run(tmp_path, stop=stop, **options)
+    found = run(tmp_path, resume=True, **options)
+    assert found.plan.digest == expected.plan.digest
+    ours, theirs = found.model.state_dict(), expected.model.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [row["loss"] for row in found.report.history] == [row["loss"] for row in expected.report.history]
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+def test_a_run_of_one_shot_goes_on_without_scoring_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"schedule": "one-shot", "evaluate": lambda model: 1.0}
+    expected = run(None, **options)
+    with pytest.raises(Interrupted):
+        run(tmp_path, stop=9, **options)
+    monkeypatch.setattr(sys.modules["cpd.pruner"], "score", lambda *_, **__: pytest.fail("scored again"))
+    found = run(tmp_path, resume=True, **options)
+    assert found.plan.digest == expected.plan.digest
+    assert [row["epoch"] for row in found.report.history] == [0, 1, 2, 3]
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), expected.model.parameters(), strict=True))
+
+
+def test_projections_and_memories_go_on_too(tmp_path: Path) -> None:
+    options = {"training": DistillConfig(kd="mse", features=["conv"], momentum=0.5), "schedule": "one-shot"}
+    expected = run(None, **options)
+    with pytest.raises(Interrupted):
+        run(tmp_path, stop=9, **options)
+    found = run(tmp_path, resume=True, **options)
+    assert all(torch.equal(a, b) for a, b in zip(found.model.parameters(), expected.model.parameters(), strict=True))
+
+
+def test_a_run_that_did_not_end_is_not_overwritten(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        run(tmp_path, stop=9)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(InputError, match="resume=True"):
+        run(tmp_path)
+    with pytest.raises(CheckpointError, match="lr: "):
+        run(tmp_path, resume=True, lr=0.5)
+    with pytest.raises(InputError, match="output_dir"):
+        run(None, resume=True)
+    assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_leaves_a_checkpoint_from_before(tmp_path: Path) -> None:
+    calls = 0
+
+    def loss(output, target):
+        nonlocal calls
+        calls += 1
+        return torch.nn.functional.cross_entropy(output, target) * (float("nan") if calls == 9 else 1)
+
+    with pytest.raises(TrainingError, match="not finite"):
+        cpd.compress(net(), data=Shuffled(), loss=loss, output_dir=tmp_path, **OPTIONS)
+    assert run(tmp_path, resume=True).plan.groups
+
+
+SCRIPT = """
+import sys, torch
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from test_checkpoint import run
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+result = run(folder, resume=(folder / "checkpoint.safetensors").exists())
+print(result.plan.digest)
+"""
+
+
+def test_a_run_killed_again_and_again_ends_with_the_same_plan(tmp_path: Path, undisturbed: cpd.Result) -> None:
+    """SIGKILL at moments all over the run; `benchmarks/kill_test.py` does the same twenty times at random."""
+    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(tmp_path), str(Path(__file__).parent)]
+    moments = random.Random(0)
+    for _ in range(3):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        checkpoint = tmp_path / "checkpoint.safetensors"
+        deadline = time.monotonic() + 60
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while time.monotonic() < deadline and process.poll() is None:
+            if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
+                time.sleep(moments.uniform(0, 0.3))
+                break
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
+        process.communicate()
+        if checkpoint.exists():
+            assert safetensors.torch.load_file(checkpoint)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-1] == undisturbed.plan.digest
