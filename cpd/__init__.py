@@ -22,6 +22,7 @@ from cpd.compress import Result, compress
 from cpd.distiller import DistillConfig, distill
 from cpd.errors import (
     ArtifactError,
+    CheckpointError,
     CPDError,
     ExportError,
     InputError,
@@ -35,7 +36,9 @@ from cpd.errors import (
 from cpd.latency import LatencyComparison, compare_latency
 from cpd.onnx import export_onnx
 from cpd.plan import Plan
+from cpd.pruner import Pruner
 from cpd.report import Report
+from cpd.schedule import Schedule
 from cpd.scorer import score
 from cpd.sensitivity import Sensitivity, sensitivity
 from cpd.surgeon import shrink
@@ -45,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ArtifactError",
     "CPDError",
+    "CheckpointError",
     "Comb",
     "DistillConfig",
     "ExportError",
@@ -54,8 +58,10 @@ __all__ = [
     "NothingToPruneError",
     "Plan",
     "PlanError",
+    "Pruner",
     "Report",
     "Result",
+    "Schedule",
     "Sensitivity",
     "ShrinkError",
     "TargetError",

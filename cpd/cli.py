@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from cpd.sources import ModelSource
 
 DEFAULT_SPEEDUP = 2.0
+PRUNE, TRAIN = "Pruning", "Training"
 TRAIN_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
 MEMBERS_SHOWN = 3
@@ -119,6 +120,53 @@ def compress(
     pretrained: Annotated[bool, typer.Option(help="Start from the library's own weights (downloads them).")] = True,
     input_size: InputSize = None,
     round_to: Annotated[int, typer.Option(min=1, help="Widths are kept to multiples of this.")] = 8,
+    criterion: Annotated[
+        str | None, typer.Option(help="Scores: a name in cpd.criteria.CRITERIA (obs with data).", rich_help_panel=PRUNE)
+    ] = None,
+    schedule: Annotated[
+        str, typer.Option(help="one-shot, or while training: linear, cubic.", rich_help_panel=PRUNE)
+    ] = "one-shot",
+    prune_from: Annotated[
+        float, typer.Option(help="Share of the training before which nothing goes.", rich_help_panel=PRUNE)
+    ] = 0.0,
+    prune_until: Annotated[
+        float, typer.Option(help="Share of the training by which all is gone.", rich_help_panel=PRUNE)
+    ] = 0.5,
+    interval: Annotated[
+        int | None, typer.Option(help="Steps from one shrink to the next.", rich_help_panel=PRUNE)
+    ] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="A name of timm.optim.list_optimizers().", rich_help_panel=TRAIN)
+    ] = "sgd",
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=TRAIN)] = None,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay.", rich_help_panel=TRAIN)] = 1e-4,
+    scheduler: Annotated[
+        str, typer.Option(help="Of the rate: cosine, poly, tanh, step, constant.", rich_help_panel=TRAIN)
+    ] = "cosine",
+    kd: Annotated[str, typer.Option(help="Distillation: kl, cwd, cirkd, mse, none.", rich_help_panel=TRAIN)] = "kl",
+    kd_weight: Annotated[
+        float | None, typer.Option(help="Its weight beside the task's loss.", rich_help_panel=TRAIN)
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Its temperature.", rich_help_panel=TRAIN)] = None,
+    ema: Annotated[
+        float | None, typer.Option(help="Decay of an average of the weights.", rich_help_panel=TRAIN)
+    ] = None,
+    mixup: Annotated[float, typer.Option(help="Alpha of mixup.", rich_help_panel=TRAIN)] = 0.0,
+    cutmix: Annotated[float, typer.Option(help="Alpha of CutMix.", rich_help_panel=TRAIN)] = 0.0,
+    auto_augment: Annotated[
+        str | None, typer.Option(help="timm's policy, as rand-m9-mstd0.5.", rich_help_panel=TRAIN)
+    ] = None,
+    random_erasing: Annotated[
+        float, typer.Option(min=0, max=1, help="Chance of an erased patch.", rich_help_panel=TRAIN)
+    ] = 0.0,
+    mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.", rich_help_panel=TRAIN)] = "no",
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.", rich_help_panel=TRAIN)] = 1,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the checkpoint in --output-dir.", rich_help_panel=TRAIN)
+    ] = False,
+    checkpoint_minutes: Annotated[
+        float, typer.Option(help="Between two checkpoints at most.", rich_help_panel=TRAIN)
+    ] = 10.0,
     json_output: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -134,13 +182,16 @@ def compress(
             "target_params": target_params,
             "epochs": epochs,
             "output_dir": output_dir,
+            "criterion": criterion,
+            "lr": lr,
         }
         if target_speedup is None and target_macs is None and target_params is None:
             options["target_speedup"] = DEFAULT_SPEEDUP
         if folders is not None:
             options["data"], options["evaluate"] = load_images(
-                built, folders, example_inputs, batch_size=batch_size, workers=workers, seed=seed
-            )
+                built, folders, example_inputs, batch_size=batch_size, workers=workers, seed=seed,
+                augmentation={"auto_augment": auto_augment, "re_prob": random_erasing},
+            )  # fmt: skip
         given = {key: value for key, value in options.items() if value is not None}
 
         import cpd
@@ -152,9 +203,18 @@ def compress(
             threads=threads,
             round_to=round_to,
             source=str(source),
+            schedule=cpd.Schedule(schedule, warmup=prune_from, end=prune_until, interval=interval),
+            training=cpd.DistillConfig(
+                optimizer=optimizer, lr=lr, weight_decay=weight_decay, scheduler=scheduler, kd=kd, kd_weight=kd_weight,
+                temperature=temperature, ema=ema, mixup=mixup, cutmix=cutmix, mixed_precision=mixed_precision,
+                accumulate=accumulate,
+            ),
+            resume=resume,
+            checkpoint_minutes=checkpoint_minutes,
             **given,
-        )
-        _print_report(result.report, output_dir, json_output)
+        )  # fmt: skip
+        if is_first_process():
+            _print_report(result.report, output_dir, json_output)
 
 
 @app.command()
@@ -270,6 +330,11 @@ def demo(
 # ---------------------------------------------------------------------------------- one run: log and errors
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one, of those that `accelerate launch` has started, that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def _running(quiet: bool, verbose: bool, debug: bool) -> Iterator[None]:
     """Show the log of `cpd` on stderr; turn a `CPDError` into one line and exit status 1 (unless `debug`)."""
@@ -277,6 +342,7 @@ def _running(quiet: bool, verbose: bool, debug: bool) -> Iterator[None]:
     console = Console(stderr=True)
     handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
     level, propagate = logger.level, logger.propagate
+    quiet = quiet or not is_first_process()
     logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
     logger.addHandler(handler)
@@ -451,6 +517,7 @@ def load_images(
     batch_size: int,
     workers: int,
     seed: int,
+    augmentation: Mapping[str, Any] | None = None,
 ) -> tuple[DataLoader[Any], Callable[[nn.Module], float] | None]:
     """A loader of the training images, and the accuracy on the validation images where there are any.
 
@@ -461,6 +528,7 @@ def load_images(
         batch_size: images a step.
         workers: processes that load images.
         seed: of the order of the images.
+        augmentation: further arguments of `timm.data.create_transform` for the training images.
 
     Raises:
         InputError: if the model takes no images, or the folders' classes are not the model's or not each other's.
@@ -474,7 +542,7 @@ def load_images(
             "Call cpd.compress(model, data=your_loader, loss=…) from Python."
         )
 
-    training = _dataset(model, folders[0], example_inputs, training=True)
+    training = _dataset(model, folders[0], example_inputs, is_training=True, **(augmentation or {}))
     _check_classes(model, folders[0], training, example_inputs)
     loader: DataLoader[Any] = DataLoader(
         training,
@@ -486,14 +554,14 @@ def load_images(
     )
     if folders[1] is None:
         return loader, None
-    validation = _dataset(model, folders[1], example_inputs, training=False)
+    validation = _dataset(model, folders[1], example_inputs)
     if validation.reader.class_to_idx != training.reader.class_to_idx:
         raise InputError(f"{folders[0]} and {folders[1]} hold different classes (folder names).")
     images: DataLoader[Any] = DataLoader(validation, batch_size=batch_size, num_workers=workers)
     return loader, lambda candidate: accuracy(candidate, images)
 
 
-def _dataset(model: nn.Module, folder: Path, example_inputs: Tensor, *, training: bool) -> Any:
+def _dataset(model: nn.Module, folder: Path, example_inputs: Tensor, **transform: Any) -> Any:
     """A folder of images through timm's reader and transforms."""
     from timm.data import create_dataset, create_transform, resolve_data_config
 
@@ -508,7 +576,7 @@ def _dataset(model: nn.Module, folder: Path, example_inputs: Tensor, *, training
         dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=mode)
     except RuntimeError as error:
         raise InputError(f"{folder} holds no images that can be read: {error}") from error
-    dataset.transform = create_transform(**config, is_training=training)
+    dataset.transform = create_transform(**config, **transform)
     return dataset
 
 

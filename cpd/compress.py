@@ -173,6 +173,7 @@ def compress(
     """
     given = {key: value for key, value in locals().items() if value is not None and key not in _NOT_REPORTED}
     check_model(model)
+    processes.start()
     check_target(target_speedup, target_macs, target_params, target_memory)
     check_limits(round_to, max_ratio, min_width, ratios or {}, tolerance, threads, score_batches)
     settings = training or DistillConfig()
@@ -286,15 +287,19 @@ class _Run:
         comparison, onnx = None, None
         with self.stages("deploy"):
             try:
-                onnx = export_onnx(self.student, self.call)
-                probe = self.pruner.probe or LatencyProbe(self.model, self.call, threads=threads)
-                comparison = probe.compare(onnx, seconds=FINAL_SECONDS, precision=0.01)
+                onnx, comparison = processes.from_first(lambda: self._deployed(threads))
             except ExportError as error:
                 if self.pruner.target.is_speedup:
                     raise
                 self.pruner.note(f"Not exported to ONNX, so no latency was measured: {error}")
         report = self._report(given, source, comparison)
         return Result(self.student, report, self.pruner.plan, onnx)
+
+    def _deployed(self, threads: int) -> tuple[bytes, LatencyComparison]:
+        """The ONNX model, and its latency beside the original's."""
+        onnx = export_onnx(self.student, self.call)
+        probe = self.pruner.probe or LatencyProbe(self.model, self.call, threads=threads)
+        return onnx, probe.compare(onnx, seconds=FINAL_SECONDS, precision=0.01)
 
     def _report(self, given: dict[str, Any], source: str | None, latency: LatencyComparison | None) -> Report:
         name = source or (str(found) if (found := sources.identify(self.model)) else None)
@@ -331,7 +336,7 @@ class _Stages:
     def __init__(self, progress: bool | None) -> None:
         self.seconds: dict[str, float] = {}
         self.console = Console(stderr=True)
-        self.shown = self.console.is_terminal if progress is None else progress
+        self.shown = processes.rank() == 0 and (self.console.is_terminal if progress is None else progress)
 
     @contextmanager
     def __call__(self, name: str, *, bar: bool = True) -> Iterator[None]:

@@ -54,7 +54,7 @@ log = logging.getLogger("cpd")
 Evaluate = Callable[[nn.Module], float]
 DEFAULT_LR = {"sgd": 0.01, "adamw": 5e-4}
 #: Schedulers of timm that need nothing but the length of the training.
-SCHEDULERS = ("cosine", "poly", "tanh", "step", "constant")
+SCHEDULERS = ("cosine", "poly", "tanh", "step")
 
 
 def _within(value: object, low: float, below: float = math.inf, *, exclusive: bool = False) -> bool:
@@ -88,7 +88,7 @@ class DistillConfig:
         warmup: the share of the training, in [0, 1), in which the rate rises linearly from zero to its
             peak; it is set anew at every step.
         scheduler: how it falls from there, a scheduler of timm: "cosine" (half a cosine, to zero), "poly" (linearly,
-            to zero), "tanh", "step" (to a tenth after each third), or "constant".
+            to zero), "tanh", or "step" (to a tenth after each third).
         kd: the distillation loss: "kl" (Hinton), "cwd" (channel-wise, for maps), "cirkd" (cross-image relations
             between pixels, within a batch and to a memory), "mse" (on features), or "none".
         kd_weight: the weight of the distillation loss beside the task's, >= 0; 0 is the same as kd="none". None:

@@ -5,17 +5,25 @@ Every function does the plain thing where there is only one process.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
 from torch import Tensor
 
 from cpd.errors import CPDError, TrainingError
 
 T = TypeVar("T")
+
+
+def start() -> None:
+    """Join the other processes, where a launcher (`accelerate launch`, `torchrun`) has started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        PartialState()
 
 
 def count() -> int:
@@ -42,14 +50,17 @@ def from_first(make: Callable[[], T]) -> T:
     if count() == 1:
         return make()
     made: list[Any] = [None, None]
+    failure: Exception | None = None
     if rank() == 0:
         try:
             made = [make(), None]
-        except CPDError as error:
-            made = [None, error]
+        except Exception as error:  # whatever it is, the others wait
+            failure = error
+            known = isinstance(error, CPDError)
+            made = [None, error if known else TrainingError(f"Rank 0 failed: {type(error).__name__}: {error}.")]
     dist.broadcast_object_list(made)
-    if made[1] is not None:
-        raise made[1]
+    if failure is not None or made[1] is not None:
+        raise failure or made[1]
     return made[0]  # type: ignore[no-any-return]
 
 

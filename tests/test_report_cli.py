@@ -507,6 +507,9 @@ def test_compress_prints_before_and_after(fakes: Fakes, run: Any, tmp_path: Path
     (call,) = fakes.calls
     assert call.pop("model").fc.out_features == 10
     assert call.pop("example_inputs").shape == (1, 3, 224, 224)
+    assert call.pop("training") == cpd.DistillConfig()
+    assert call.pop("schedule") == cpd.Schedule("one-shot")
+    assert (call.pop("resume"), call.pop("checkpoint_minutes")) == (False, 10.0)
     assert call == {
         "target_speedup": 2.0,
         "output_dir": tmp_path,
@@ -518,7 +521,12 @@ def test_compress_prints_before_and_after(fakes: Fakes, run: Any, tmp_path: Path
 
 
 def test_compress_passes_its_options(fakes: Fakes, run: Any) -> None:
-    options = "--target-macs 0.5 --epochs 0 --threads 2 --seed 7 --round-to 4 --input-size 64,32 --no-pretrained"
+    options = (
+        "--target-macs 0.5 --epochs 0 --threads 2 --seed 7 --round-to 4 --input-size 64,32 --no-pretrained "
+        "--schedule cubic --prune-from 0.1 --prune-until 0.6 --interval 20 --criterion taylor --optimizer adamw "
+        "--lr 1e-3 --weight-decay 0.05 --kd cwd --kd-weight 2 --temperature 3 --ema 0.99 --mixup 0.2 --cutmix 1 "
+        "--mixed-precision bf16 --accumulate 2 --scheduler poly --resume --checkpoint-minutes 2"
+    )
     result = run("compress", "timm:resnet18", *options.split(), "--json")
     assert result.exit_code == 0, result.stderr
     assert Report.from_dict(json.loads(result.stdout)) == fakes.report
@@ -526,6 +534,12 @@ def test_compress_passes_its_options(fakes: Fakes, run: Any) -> None:
     assert "target_speedup" not in call
     assert (call["target_macs"], call["epochs"], call["threads"], call["seed"]) == (0.5, 0, 2, 7)
     assert call["round_to"] == 4
+    assert call["schedule"] == cpd.Schedule("cubic", warmup=0.1, end=0.6, interval=20)
+    assert (call["resume"], call["checkpoint_minutes"], call["criterion"]) == (True, 2.0, "taylor")
+    assert call["training"] == cpd.DistillConfig(
+        optimizer="adamw", lr=1e-3, weight_decay=0.05, kd="cwd", kd_weight=2.0, temperature=3.0, ema=0.99, mixup=0.2,
+        cutmix=1.0, mixed_precision="bf16", accumulate=2, scheduler="poly",
+    )  # fmt: skip
     assert call["example_inputs"].shape == (1, 3, 64, 32)
 
 

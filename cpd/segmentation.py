@@ -1,0 +1,156 @@
+"""Segmentation: folders of images with label maps, the mean intersection over union, and an encoder-decoder.
+
+    train/images/0001.jpg   train/labels/0001.png      a label map holds the class of every pixel, from 0
+    val/images/…            val/labels/…
+
+Distill with `kd="cwd"`; the loss inferred is cross-entropy over pixels, those of class -100 left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from cpd.errors import InputError
+from cpd.inputs import batches, device_of, evaluating, logits
+from cpd.losses import IGNORED_CLASS
+
+IMAGES, LABELS = "images", "labels"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: Training images are scaled by a factor of this range before they are cropped.
+SCALES = (0.5, 2.0)
+
+
+class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
+    """Images and their label maps: `[3, H, W]`, normalised, and `[H, W]` of int64, -100 where not of a class.
+
+    Args:
+        root: holds `images` and `labels` with files of the same stem.
+        classes: how many there are; higher labels (void) are ignored.
+        size: (H, W) in pixels that images are brought to.
+        training: scale, crop and mirror at random.
+        mean: of each channel, for the normalisation.
+        std: likewise.
+
+    Raises:
+        InputError: if a folder is missing or empty, or an image has no label map.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        classes: int,
+        size: tuple[int, int],
+        *,
+        training: bool = False,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        from torchvision.transforms import v2
+
+        if not is_segmentation(root):
+            raise InputError(f"{root} holds no folders {IMAGES}/ and {LABELS}/.")
+        labels = {path.stem: path for path in sorted((root / LABELS).iterdir())}
+        self.images = [path for path in sorted((root / IMAGES).iterdir()) if not path.name.startswith(".")]
+        missing = [path.name for path in self.images if path.stem not in labels]
+        if missing or not self.images:
+            raise InputError(f"{root / IMAGES} holds {len(self.images)} images; without label maps: {missing[:3]}.")
+        self.labels = [labels[path.stem] for path in self.images]
+        self.classes = classes
+        crop = [
+            v2.ScaleJitter(size, SCALES),
+            v2.RandomCrop(size, pad_if_needed=True, fill={_mask(): IGNORED_CLASS, "others": 0}),
+            v2.RandomHorizontalFlip(),
+        ]
+        plain = [v2.Resize(size)]
+        normal = [v2.ToDtype({_image(): torch.float32, "others": None}, scale=True), v2.Normalize(mean, std)]
+        self.transform = v2.Compose([*(crop if training else plain), *normal])
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """One image and its labels."""
+        with Image.open(self.images[index]) as file:
+            pixels = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
+        with Image.open(self.labels[index]) as file:
+            labels = torch.from_numpy(np.array(file)).long()
+        labels = labels.where(labels < self.classes, IGNORED_CLASS)
+        image, target = self.transform(_image()(pixels), _mask()(labels))
+        return image.as_subclass(Tensor), target.as_subclass(Tensor).long()
+
+
+def is_segmentation(root: Path) -> bool:
+    """Whether a folder holds images with label maps."""
+    return (root / IMAGES).is_dir() and (root / LABELS).is_dir()
+
+
+def mean_iou(model: nn.Module, data: Iterable[Any], classes: int) -> float:
+    """The mean over classes of the intersection over union of predicted and true pixels, in per cent.
+
+    Args:
+        model: gives logits `[N, classes, H, W]`, or a mapping that holds them as "out".
+        data: batches of images and label maps; pixels labelled -100 are left out.
+        classes: how many there are; those that neither occur nor are predicted are left out of the mean.
+    """
+    from torchmetrics.classification import MulticlassJaccardIndex
+
+    device = device_of(model)
+    metric = MulticlassJaccardIndex(classes, ignore_index=IGNORED_CLASS).to(device)
+    with torch.no_grad(), evaluating(model):
+        for batch in batches(data):
+            metric.update(logits(batch.call.to(device).on(model)).argmax(1), batch.target.to(device))
+    return 100 * float(metric.compute())
+
+
+class EncoderDecoder(nn.Module):
+    """A backbone of timm and a top-down decoder: each stage's features brought to one width, the deeper added.
+
+    Args:
+        backbone: name of a timm model that gives feature maps.
+        classes: of the logits.
+        width: channels of the decoder.
+        pretrained: whether the backbone's weights are timm's.
+
+    Its forward takes images `[N, 3, H, W]` and gives logits `[N, classes, H, W]`.
+    """
+
+    def __init__(self, backbone: str, classes: int, width: int = 64, *, pretrained: bool = False) -> None:
+        import timm
+
+        super().__init__()
+        self.encoder = timm.create_model(backbone, pretrained=pretrained, features_only=True)
+        channels = self.encoder.feature_info.channels()[1:]
+        self.lateral = nn.ModuleList(nn.Conv2d(count, width, 1) for count in channels)
+        self.smooth = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits at the size of the images."""
+        found: Tensor | None = None
+        for lateral, features in reversed(list(zip(self.lateral, self.encoder(x)[1:], strict=True))):
+            y = lateral(features)
+            found = y if found is None else y + F.interpolate(found, y.shape[-2:], mode="bilinear")
+        assert found is not None
+        return F.interpolate(self.head(self.smooth(found)), x.shape[-2:], mode="bilinear")
+
+
+def _image() -> Any:
+    from torchvision.tv_tensors import Image as ImageTensor
+
+    return ImageTensor
+
+
+def _mask() -> Any:
+    from torchvision.tv_tensors import Mask
+
+    return Mask

@@ -1,0 +1,99 @@
+"""Segmentation: label maps, the metric, the encoder-decoder, and models of maps through the whole path."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from zoo import comb, dense, random_plan
+
+import cpd
+from cpd.errors import InputError
+from cpd.oracle import masked_error
+from cpd.segmentation import EncoderDecoder, SegmentationFolder, mean_iou
+from cpd.surgeon import shrink
+
+
+def write(root: Path, count: int = 4, classes: int = 3) -> Path:
+    generator = np.random.default_rng(0)
+    for kind in ("images", "labels"):
+        (root / kind).mkdir(parents=True)
+    for index in range(count):
+        labels = generator.integers(0, classes + 1, (12, 16), dtype=np.uint8)
+        Image.fromarray(labels).save(root / "labels" / f"{index}.png")
+        Image.fromarray(np.stack([80 * labels] * 3, -1)).save(root / "images" / f"{index}.jpg", quality=100)
+    return root
+
+
+def test_images_and_labels_move_together(tmp_path: Path) -> None:
+    """Brightness tells the class, so that an image mirrored without its labels would show."""
+    root = write(tmp_path)
+    for training in (False, True):
+        torch.manual_seed(0)
+        folder = SegmentationFolder(root, 3, (12, 16), training=training, mean=[0.0] * 3, std=[1.0] * 3)
+        assert len(folder) == 4
+        for image, target in folder:
+            assert image.shape == (3, 12, 16)
+            assert target.shape == (12, 16)
+            assert type(image) is Tensor and image.dtype == torch.float32 and target.dtype == torch.int64  # noqa: PT018
+            assert set(target.unique().tolist()) <= {0, 1, 2, -100}
+            if not training:
+                inside = target >= 0
+                assert float((image.mean(0)[inside] * 255 / 80 - target[inside]).abs().mean()) < 0.2
+
+
+def test_what_is_missing_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no folders"):
+        SegmentationFolder(tmp_path, 3, (8, 8))
+    root = write(tmp_path / "data")
+    (root / "labels" / "2.png").unlink()
+    with pytest.raises(InputError, match=r"without label maps: \['2.jpg'\]"):
+        SegmentationFolder(root, 3, (8, 8))
+
+
+def test_the_metric_equals_the_formula() -> None:
+    target = torch.tensor([[[0, 0, 1], [1, 1, -100]]])
+    predicted = torch.tensor([[[0, 1, 1], [1, 0, 2]]])
+
+    class Fixed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.one_hot(predicted, 3).permute(0, 3, 1, 2).float()
+
+    found = mean_iou(Fixed(), [(torch.zeros(1, 3, 2, 3), target)], 3)
+    assert found == pytest.approx(100 * (1 / 3 + 2 / 4) / 2)  # class 2 occurs only where it is ignored
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv3_small_050"])
+def test_an_encoder_decoder_is_open_and_exact(backbone: str) -> None:
+    model = dense(EncoderDecoder(backbone, 5))
+    x = torch.randn(1, 3, 64, 96, dtype=torch.float64)
+    assert model(x).shape == (1, 5, 64, 96)
+    combed = comb(model, x)
+    assert combed.open_share["parameters"] > 0.9
+    plan = random_plan(combed, 0.3, at_least=1)
+
+    assert masked_error(model, shrink(copy.deepcopy(model), plan), combed, plan) < 1e-9
+
+
+@pytest.mark.parametrize("kd", ["cwd", "cirkd"])
+def test_lraspp_is_compressed_against_its_teacher(tmp_path: Path, kd: str) -> None:
+    model = torchvision.models.segmentation.lraspp_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=3
+    )
+    folder = SegmentationFolder(write(tmp_path), 3, (64, 64), training=True)
+    loader = DataLoader(folder, batch_size=2, shuffle=True)
+    result = cpd.compress(
+        model, target_macs=0.6, data=loader, epochs=1, lr=1e-3, score_batches=1, schedule="one-shot",
+        training=cpd.DistillConfig(kd=kd), evaluate=lambda candidate: mean_iou(candidate, loader, 3),
+    )  # fmt: skip
+    assert result.report.result.macs <= 0.6 * result.report.original.macs
+    assert type(result.model) is type(model)
+    with torch.no_grad():
+        assert result.model(torch.randn(1, 3, 64, 64))["out"].shape == (1, 3, 64, 64)
