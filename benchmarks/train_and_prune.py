@@ -1,0 +1,434 @@
+"""Prune and train back: one line a run, of every student, loss, schedule, teacher and seed that is asked for.
+
+Students: `resnet56` (pretrained, 5,085 exact CIFAR-10 images), `resnet56-full` (all 50,000, as JPEG), `vit` and
+`mobilenetv2` (CIFAR stems, on the exact images), `lraspp` (torchvision's) and `decoder` (a timm backbone), both on
+CamVid. What has no weights yet is trained first, and kept in `--weights`. `--peer` runs Torch-Pruning as its examples
+do: group magnitude, then cross-entropy for as many epochs. Rows that the JSON file holds already are not run again.
+
+    python benchmarks/train_and_prune.py DATA_DIR resnet56 --fewer 2.11 2.55 --seeds 0 1 2 --peer \\
+        --json runs/train_and_prune.json --plot runs/train_and_prune.svg
+    python benchmarks/train_and_prune.py DATA_DIR lraspp --speedups 1.9 --kd none kl cwd cirkd --seeds 0 1 2
+    python benchmarks/train_and_prune.py DATA_DIR resnet56 --schedules one-shot linear cubic --fewer 2.55
+    python benchmarks/train_and_prune.py DATA_DIR vit --teachers same larger
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from coverage import PEER, installed_peer
+from models import CifarResNet, counted_macs
+from one_shot import peer_narrowed, vit
+from resnet56_cifar10 import check_files, load_data, load_model, normalise
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+
+import cpd
+from cpd.demo import AugmentedLoader, accuracy
+from cpd.distiller import distill
+from cpd.inputs import as_call
+from cpd.segmentation import EncoderDecoder, SegmentationFolder, mean_iou
+
+CAMVID_CLASSES, CAMVID_SIZE = 11, (360, 480)
+KINDS = ("none", "kl", "cwd", "cirkd", "mse")
+
+
+@dataclass(frozen=True)
+class Student:
+    """What is pruned, and how it is trained.
+
+    Attributes:
+        make: the model, without weights.
+        data: (folder, seed, batch size) -> (training loader, evaluate, example inputs).
+        metric: what `evaluate` gives.
+        dense: the training that it gets where it has no weights.
+        recovery: the training after, or while, it is pruned.
+        batch: images a step.
+        weights: a file of weights in the data folder.
+        larger: the model of a larger teacher.
+        peer: whether the peer's example fits it.
+    """
+
+    make: Callable[[], nn.Module]
+    data: Callable[[Path, int, int], tuple[Iterable[Any], Callable[[nn.Module], float], Tensor]]
+    metric: str
+    dense: cpd.DistillConfig
+    recovery: cpd.DistillConfig
+    batch: int = 128
+    weights: str | None = None
+    larger: Callable[[], nn.Module] | None = None
+    peer: bool = False
+
+
+# ---------------------------------------------------------------------------------- data
+
+
+def exact_images(folder: Path, seed: int, batch: int) -> tuple[Iterable[Any], Callable[[nn.Module], float], Tensor]:
+    """5,085 training images, cropped and mirrored, and 1,017 test images."""
+    check_files(folder)
+    data = load_data(folder, seed)
+    data.loader.batch_size = batch
+    return data.loader, partial(accuracy, images=data.test_images, labels=data.test_labels), data.test_images[:1]
+
+
+def all_images(folder: Path, seed: int, batch: int) -> tuple[Iterable[Any], Callable[[nn.Module], float], Tensor]:
+    """All images of CIFAR-10, decoded once from `cifar10-jpeg.zip`, held in memory, on the GPU where there is one."""
+    unpacked = _unpacked(folder / "cifar10-jpeg.zip", "cifar10")
+    (train, train_labels), (test, test_labels) = (_decoded(unpacked / part) for part in ("train", "test"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    loader = AugmentedLoader(
+        normalise(train, 4).to(device), train_labels.to(device), crop=32, batch_size=batch, flip=True, seed=seed
+    )
+    images, labels = normalise(test), test_labels
+
+    def evaluate(model: nn.Module) -> float:
+        where = next(model.parameters()).device
+        return accuracy(model, images=images.to(where), labels=labels.to(where))
+
+    return loader, evaluate, images[:1]
+
+
+def _decoded(folder: Path) -> tuple[Any, Tensor]:
+    import numpy as np
+
+    cache = folder.with_suffix(".npz")
+    if not cache.exists():
+        found = ImageFolder(folder)
+        pixels = np.stack([np.asarray(image) for image, _ in found])
+        np.savez(cache, pixels=pixels, labels=np.array(found.targets))
+    with np.load(cache, allow_pickle=False) as archive:
+        return archive["pixels"], torch.from_numpy(archive["labels"]).long()
+
+
+def _unpacked(archive: Path, name: str) -> Path:
+    """The content of a zip file, unpacked once beside the other results."""
+    target = Path("runs") / "data" / name
+    if not target.exists():
+        part = target.with_suffix(".part")
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(part)
+        part.rename(target)
+    return target
+
+
+def camvid(folder: Path, seed: int, batch: int) -> tuple[Iterable[Any], Callable[[nn.Module], float], Tensor]:
+    """367 training and 233 test images of 11 classes; half the size on a CPU, to end in time."""
+    unpacked = _unpacked(folder / "camvid.zip", "camvid")
+    size = CAMVID_SIZE if torch.cuda.is_available() else (CAMVID_SIZE[0] // 2, CAMVID_SIZE[1] // 2)
+    make = partial(SegmentationFolder, classes=CAMVID_CLASSES, size=size)
+    loader = DataLoader(
+        make(unpacked / "train", training=True), batch_size=batch, shuffle=True, drop_last=True,
+        generator=torch.Generator().manual_seed(seed), num_workers=8 if torch.cuda.is_available() else 0,
+    )  # fmt: skip
+    test = list(DataLoader(make(unpacked / "test"), batch_size=8))
+    return loader, partial(mean_iou, data=test, classes=CAMVID_CLASSES), test[0][0][:1]
+
+
+# ---------------------------------------------------------------------------------- students
+
+
+def mobilenetv2() -> nn.Module:
+    """timm's MobileNetV2 of width 1 with strides for images of 32 pixels: the first three of five are dropped."""
+    model = timm.create_model("mobilenetv2_100", num_classes=10)
+    model.conv_stem.stride = (1, 1)
+    for stage in (1, 2):
+        model.blocks[stage][0].conv_dw.stride = (1, 1)
+    return model
+
+
+def lraspp() -> nn.Module:
+    """torchvision's LR-ASPP on MobileNetV3."""
+    make = torchvision.models.segmentation.lraspp_mobilenet_v3_large
+    return make(weights=None, weights_backbone=None, num_classes=CAMVID_CLASSES)
+
+
+def large_vit() -> nn.Module:
+    """Twice as wide and as deep as `one_shot.vit`."""
+    return timm.models.VisionTransformer(
+        img_size=32, patch_size=4, embed_dim=256, depth=12, num_heads=8, mlp_ratio=4, num_classes=10,
+        class_token=False, global_pool="avg",
+    )  # fmt: skip
+
+
+_sgd = cpd.DistillConfig(epochs=15, lr=0.01, kd="kl")
+_adamw = cpd.DistillConfig(optimizer="adamw", lr=1e-3, weight_decay=0.05, kd="none", warmup=0.1)
+STUDENTS = {
+    "resnet56": Student(
+        lambda: CifarResNet(), exact_images, "accuracy", _sgd, _sgd,
+        weights="resnet56-cifar10.safetensors", peer=True,
+    ),
+    "resnet56-full": Student(
+        lambda: CifarResNet(), all_images, "accuracy", replace(_sgd, epochs=60, lr=0.05, kd="none"),
+        replace(_sgd, epochs=100, lr=0.02), weights="resnet56-cifar10.safetensors", peer=True,
+    ),
+    "vit": Student(
+        vit, exact_images, "accuracy", replace(_adamw, epochs=40), replace(_adamw, epochs=20, kd="kl"),
+        larger=large_vit, peer=True,
+    ),
+    "mobilenetv2": Student(
+        mobilenetv2, exact_images, "accuracy", replace(_sgd, epochs=30, lr=0.1, kd="none"), _sgd,
+    ),
+    "lraspp": Student(
+        lraspp, camvid, "mIoU", replace(_adamw, epochs=60), replace(_adamw, epochs=20, kd="cwd"), batch=8,
+        larger=partial(EncoderDecoder, "resnet50", CAMVID_CLASSES),
+    ),
+    "decoder": Student(
+        partial(EncoderDecoder, "mobilenetv3_large_100", CAMVID_CLASSES), camvid, "mIoU",
+        replace(_adamw, epochs=60), replace(_adamw, epochs=20, kd="cwd"), batch=8,
+        larger=partial(EncoderDecoder, "resnet50", CAMVID_CLASSES),
+    ),
+}  # fmt: skip
+
+
+def dense_model(name: str, student: Student, make: Callable[[], nn.Module], options: argparse.Namespace) -> nn.Module:
+    """A trained model: from the file of the data folder, from `--weights`, or trained now and written there."""
+    file = options.weights / f"{name}.safetensors"
+    model = make()
+    if file.exists():
+        model.load_state_dict(load_file(file))
+        return model.eval()
+    if student.weights is not None and (student.data is exact_images or options.dense_epochs == 0):
+        return load_model(options.data_dir)
+    torch.manual_seed(0)
+    model = load_model(options.data_dir) if student.weights is not None else make()
+    loader, evaluate, _ = student.data(options.data_dir, 0, student.batch)
+    config = replace(student.dense, epochs=options.dense_epochs or student.dense.epochs)
+    print(f"training the dense {name} for {config.epochs:g} epochs", file=sys.stderr)
+    records = distill(model, None, loader, evaluate=evaluate, config=config)
+    print(f"dense {name}: {records[-1].metric:.2f}", file=sys.stderr)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, file)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------- rows
+
+
+def ours(
+    student: Student, dense: nn.Module, teacher: nn.Module | None, setting: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Compress once; what came of it."""
+    loader, evaluate, example = student.data(options.data_dir, setting["seed"], options.batch or student.batch)
+    changes = {key: value for key, value in vars(options).items() if key in TRAINING and value is not None}
+    config = replace(student.recovery, kd=setting["kd"], seed=setting["seed"], **changes)
+    target = {"target_speedup": setting["speedup"]} if setting["speedup"] else {"target_macs": 1 / setting["fewer"]}
+    schedule = setting["schedule"]
+    if schedule != "one-shot":
+        schedule = cpd.Schedule(schedule, end=options.prune_until, interval=options.interval)
+    loss = None if options.task_weight == 1 else partial(_weighted, options.task_weight)
+    start = time.perf_counter()
+    result = cpd.compress(
+        dense, data=loader, evaluate=evaluate, example_inputs=example, training=config, epochs=config.epochs,
+        lr=config.lr, loss=loss, teacher=teacher, schedule=schedule, round_to=8 if setting["speedup"] else 1,
+        seed=setting["seed"], score_batches=options.score_batches, **target,
+    )  # fmt: skip
+    report, history = result.report, result.report.history
+    trained = [row for row in history if row["epoch"]]
+    return {
+        "dense": report.original.metric,
+        "metric": report.result.metric,
+        "untrained": next((row["metric"] for row in history if not row["epoch"]), None),
+        "history": [row["metric"] for row in history],
+        "steps_per_second": [row["steps_per_second"] for row in trained],
+        "macs": report.original.macs / report.result.macs,
+        "parameters": report.original.parameters / report.result.parameters,
+        "latency": report.speedup,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def _weighted(weight: float, output: Any, target: Tensor) -> Tensor:
+    return weight * F.cross_entropy(output, target)
+
+
+def theirs(
+    tp: Any, name: str, student: Student, dense: nn.Module, setting: dict[str, Any], options: argparse.Namespace
+) -> dict[str, Any]:
+    """Torch-Pruning's group magnitude, then plain cross-entropy, as its examples train: SGD 0.01, cosine, batch 128."""
+    loader, evaluate, example = student.data(options.data_dir, setting["seed"], 128)
+    bench = argparse.Namespace(name=name.split("-")[0], model=dense, test=(example, torch.tensor([9])), batches=[])
+    start = time.perf_counter()
+    importance = tp.importance.GroupMagnitudeImportance()
+    model = peer_narrowed(tp, importance, "magnitude", bench, setting["fewer"])
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    epochs = options.epochs or student.recovery.epochs
+    config = cpd.DistillConfig(epochs=epochs, lr=0.01, kd="none", warmup=0.0, weight_decay=5e-4, seed=setting["seed"])
+    records = distill(model, None, loader, evaluate=evaluate, config=config)
+    call = as_call(example)
+    return {
+        "dense": evaluate(dense),
+        "metric": records[-1].metric,
+        "untrained": None,
+        "history": [record.metric for record in records],
+        "steps_per_second": [record.steps_per_second for record in records],
+        "macs": counted_macs(dense, call) / counted_macs(model, call),
+        "parameters": sum(p.numel() for p in dense.parameters()) / sum(p.numel() for p in model.parameters()),
+        "latency": cpd.compare_latency(dense, model.eval(), example, seconds=10).speedup,
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def settings(options: argparse.Namespace, peer: bool) -> Iterator[dict[str, Any]]:
+    """Every run that is asked for."""
+    targets = [(fewer, None) for fewer in options.fewer] + [(None, speedup) for speedup in options.speedups]
+    for fewer, speedup in targets:
+        for seed in options.seeds:
+            for kd in options.kd or [None]:
+                for schedule in options.schedules:
+                    for teacher in options.teachers:
+                        yield {"by": "cpd", "fewer": fewer, "speedup": speedup, "kd": kd, "schedule": schedule,
+                               "teacher": teacher, "seed": seed}  # fmt: skip
+            if peer and fewer:
+                yield {"by": PEER, "fewer": fewer, "speedup": None, "kd": "none", "schedule": "one-shot",
+                       "teacher": "same", "seed": seed}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- what is printed
+
+
+GROUPED = ("student", "by", "fewer", "speedup", "kd", "schedule", "teacher", "epochs")
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """One line for all seeds of a run: mean and spread."""
+    heads = ("student", "by", "asked", "kd", "schedule", "teacher", "epochs", "seeds", "dense", "untrained", "trained")
+    found = Table(*heads, "change", "MACs", "parameters", "ONNX", "steps/s first, last", "s")
+    for key in dict.fromkeys(tuple(row[name] for name in GROUPED) for row in rows):
+        alike = [row for row in rows if tuple(row[name] for name in GROUPED) == key]
+        metrics = [row["metric"] for row in alike]
+        spread = f" ± {statistics.stdev(metrics):.2f}" if len(metrics) > 1 else ""
+        untrained = [row["untrained"] for row in alike if row["untrained"] is not None]
+        mean = {name: statistics.fmean(row[name] or 0 for row in alike) for name in ("macs", "parameters", "latency")}
+        student, by, fewer, speedup, kd, schedule, teacher, epochs = key
+        dense = alike[0]["dense"]
+        found.add_row(
+            student, by, f"{fewer:g}x MACs" if fewer else f"{speedup:g}x", kd, schedule, teacher, f"{epochs:g}",
+            str(len(alike)), f"{dense:.2f}", f"{statistics.fmean(untrained):.2f}" if untrained else "-",
+            f"{statistics.fmean(metrics):.2f}{spread}", f"{statistics.fmean(metrics) - dense:+.2f}",
+            f"{mean['macs']:.2f}x", f"{mean['parameters']:.2f}x", f"{mean['latency']:.2f}x",
+            f"{alike[0]['steps_per_second'][0]:.2f}, {alike[0]['steps_per_second'][-1]:.2f}",
+            f"{statistics.fmean(row['seconds'] for row in alike):.0f}",
+        )  # fmt: skip
+    return found
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """The metric over epochs, one line a run (the first seed), one picture a student."""
+    import matplotlib.pyplot as plt
+
+    students = list(dict.fromkeys(row["student"] for row in rows))
+    figure, plots = plt.subplots(1, len(students), figsize=(8 * len(students), 5), squeeze=False)
+    for student, area in zip(students, plots[0], strict=True):
+        mine = [row for row in rows if row["student"] == student]
+        seen = set()
+        for row in mine:
+            key = tuple(row[name] for name in GROUPED)
+            if key in seen:
+                continue
+            seen.add(key)
+            asked = f"{row['fewer']:g}x MACs" if row["fewer"] else f"{row['speedup']:g}x"
+            label = f"{row['by'].split('==')[0]} {asked} {row['kd']} {row['schedule']} {row['teacher']}"
+            first = 0 if row["untrained"] is not None else 1
+            style = "-" if row["by"] == "cpd" else "--"
+            area.plot(range(first, first + len(row["history"])), row["history"], style, marker="o", ms=3, label=label)
+        area.axhline(mine[0]["dense"], color="grey", lw=1)
+        low = min(min(row["history"]) for row in mine)
+        area.set(title=student, xlabel="epoch", ylabel=STUDENTS[student].metric, ylim=(max(low, 0) - 1, None))
+        area.legend(fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+#: Options that are passed on to the training.
+TRAINING = ("epochs", "lr", "optimizer", "kd_weight", "temperature", "mixup", "cutmix", "ema", "weight_decay", "warmup")
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data_dir", type=Path)
+    parser.add_argument("student", choices=list(STUDENTS))
+    parser.add_argument("--fewer", nargs="*", type=float, default=[], help="times fewer MACs")
+    parser.add_argument("--speedups", nargs="*", type=float, default=[], help="measured in ONNX Runtime")
+    parser.add_argument("--kd", nargs="+", choices=KINDS, help="default: the student's usual one")
+    parser.add_argument("--schedules", nargs="+", default=["one-shot"], choices=("one-shot", "linear", "cubic"))
+    parser.add_argument("--teachers", nargs="+", default=["same"], choices=("same", "larger"))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--peer", action="store_true", help=f"run {PEER} too")
+    parser.add_argument("--batch", type=int, help="images a step")
+    parser.add_argument("--score-batches", type=int, default=16)
+    parser.add_argument("--prune-until", type=float, default=0.5, help="share of the training, if gradual")
+    parser.add_argument("--interval", type=int, help="steps between shrinks, if gradual")
+    parser.add_argument("--task-weight", type=float, default=1.0, help="of the cross-entropy beside the distillation")
+    parser.add_argument("--dense-epochs", type=float, help="of the unpruned model, where it has to be trained")
+    parser.add_argument("--weights", type=Path, default=Path("runs/weights"), help="where dense weights are kept")
+    for name in TRAINING:
+        kind = str if name == "optimizer" else float
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="of the training after pruning")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run what is asked for, print the table."""
+    options = parsed()
+    student = STUDENTS[options.student]
+    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    with ExitStack() as stack:
+        folder = stack.enter_context(installed_peer(options.peer))
+        sys.path[:0] = [folder] if folder else []
+        dense = dense_model(options.student, student, student.make, options)
+        teachers: dict[str, nn.Module | None] = {"same": None}
+        if "larger" in options.teachers:
+            if student.larger is None:
+                raise SystemExit(f"{options.student} has no larger teacher here.")
+            teachers["larger"] = dense_model(f"{options.student}-larger", student, student.larger, options)
+        for setting in settings(options, options.peer and student.peer):
+            setting["kd"] = setting["kd"] or student.recovery.kd
+            epochs = options.epochs if options.epochs is not None else student.recovery.epochs
+            head = {"student": options.student, "epochs": epochs, **setting}
+            if any(all(row.get(key) == value for key, value in head.items()) for row in rows):
+                continue
+            if setting["by"] == "cpd":
+                found = ours(student, copy.deepcopy(dense), teachers[setting["teacher"]], setting, options)
+            else:
+                import torch_pruning as tp
+
+                found = theirs(tp, options.student, student, dense, setting, options)
+            rows.append({**head, **found})
+            print({key: value for key, value in rows[-1].items() if key != "history"}, file=sys.stderr, flush=True)
+            if options.json:
+                options.json.parent.mkdir(parents=True, exist_ok=True)
+                options.json.write_text(json.dumps(rows, indent=1))
+    rows = [row for row in rows if row["student"] == options.student]
+    Console(width=220).print(table(rows))
+    if options.plot:
+        plot(rows, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
