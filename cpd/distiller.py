@@ -6,6 +6,7 @@ is put back after a training in `cpd.training`. Devices, mixed precision and DDP
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import sys
@@ -455,7 +456,9 @@ class _Run:
         self.kept = state_of(self.student)
         self.ema = self.averaged()
         if self.accelerator.num_processes > 1:  # the buckets of DDP have the old shapes
-            self.accelerator._models.remove(self.trainee)
+            del self.trainee
+            self.accelerator._models.clear()
+            gc.collect()  # as long as it lives, so do the gradients' accumulators, which know the old shapes
             self.trainee = self.accelerator.prepare_model(Trainee(self.student))
 
     # ------------------------------------------------------------------------------ one step

@@ -23,7 +23,7 @@ T = TypeVar("T")
 def start() -> None:
     """Join the other processes, where a launcher (`accelerate launch`, `torchrun`) has started several."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        PartialState()
+        PartialState(cpu=not torch.accelerator.is_available())
 
 
 def count() -> int:

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -80,8 +81,8 @@ class Pruner:
     """Shrinks a model in place, on a schedule, while it is trained.
 
     Parameters stay the same objects and the optimizer's state is sliced with them, so that training goes on. Under
-    `torch.distributed` every process makes a `Pruner` of the unwrapped model and calls it alike; wrap the model in
-    `DistributedDataParallel` anew after a shrink, for its buckets have the old shapes.
+    `torch.distributed` every process makes a `Pruner` of the unwrapped model and calls it alike; after a shrink drop
+    the `DistributedDataParallel` (`del`, `gc.collect()`) and wrap the model anew, for it knows the old shapes.
 
     Args:
         model: the model that is trained; shrunk in place.
@@ -322,7 +323,12 @@ class Pruner:
         start = {name: len(positions) for name, positions in self.plan.groups.items()}
         selectors = {s: Selector(self.comb, scores, self.limits, s, weighing, start) for s in self._scopes}
         if self._goal is None or share == 1:
-            scope, keep, told = processes.from_first(lambda: self._at_target(selectors))
+            if self.target.is_speedup:  # which only one process measures
+                ranks = repr([[order.tolist() for order in each.order.values()] for each in selectors.values()])
+                processes.check_same(hashlib.sha256(ranks.encode()).hexdigest(), "ranking of the positions")
+                scope, keep, told = processes.from_first(lambda: self._at_target(selectors))
+            else:
+                scope, keep, told = self._at_target(selectors)
             plan = self.comb.plan(keep)
             for text in told:
                 self.note(text)

@@ -1,0 +1,157 @@
+"""Two processes that train one model: the same scores as one, the same plan in both, one that writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_pruner import X, loader, net
+from torch import nn
+
+import cpd
+from cpd import processes
+
+HERE = Path(__file__).parent
+
+SCRIPT = """
+import json, os, sys
+sys.path.insert(0, sys.argv[2])
+import torch
+torch.set_num_threads(1)
+import test_processes
+found = getattr(test_processes, sys.argv[3])(sys.argv[1])
+if os.environ.get("RANK", "0") == "0":
+    print("FOUND" + json.dumps(found))
+"""
+
+
+def launched(job: str, folder: Path, count: int, *, check: bool = True) -> tuple[object, str]:
+    """What a function of this file gives in so many processes, and what they said."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    several = ["--multi_gpu"] if count > 1 else []  # the launcher's word for it; without GPUs gloo joins CPUs
+    command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(count),
+               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
+               str(port), str(folder / "job.py"), str(folder), str(HERE), job]  # fmt: skip
+    (folder / "job.py").write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    said = done.stdout + done.stderr
+    if check:
+        assert done.returncode == 0, said[-3000:]
+    line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND")), None)
+    return None if line is None else json.loads(line.removeprefix("FOUND")), said
+
+
+def batches_of(size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """48 images in batches of a size, in the same order."""
+    images, labels = (torch.cat(parts) for parts in zip(*loader(6), strict=True))
+    return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+def job_scores(folder: str) -> dict[str, object]:
+    """Scores of every criterion, each process on its share of batches of half the size."""
+    processes.start()
+    count = processes.count()
+    model = net()
+    combed = cpd.comb(model, X)
+    data = processes.Share(batches_of(16 // count))
+    return {
+        criterion: {
+            name: value.tolist()
+            for name, value in cpd.score(model, combed, data, criterion=criterion, total=processes.total).items()
+        }
+        for criterion in ("taylor", "snip", "hessian", "fisher", "apoz", "magnitude")
+    }
+
+
+class Plain(nn.Module):
+    """Without batch statistics, so that a batch in two halves is the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 24, 3, padding=1), nn.GroupNorm(4, 24), nn.ReLU(), nn.Conv2d(24, 24, 3, stride=2), nn.ReLU()
+        )
+        self.head = nn.Linear(24, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+def job_compress(folder: str) -> dict[str, object]:
+    """A run that shrinks three times while it is trained."""
+    processes.start()
+    result = cpd.compress(
+        Plain(), target_macs=0.5, data=batches_of(16 // processes.count()), example_inputs=X[:1], epochs=4, lr=0.02,
+        criterion="taylor", round_to=1, compensation=False, schedule=cpd.Schedule("linear", end=0.8, interval=3),
+        output_dir=Path(folder) / f"out{processes.count()}", training=cpd.DistillConfig(kd="mse", features=["body.2"]),
+    )  # fmt: skip
+    processes.check_same(str([p.sum().item() for p in result.model.parameters()]), "student")
+    return {"digest": result.plan.digest, "loss": [row["loss"] for row in result.report.history]}
+
+
+def job_disagree(folder: str) -> None:
+    """Every rank with weights of its own."""
+    processes.start()
+    model = Plain()
+    with torch.no_grad():
+        model.body[0].weight += torch.randn(
+            model.body[0].weight.shape, generator=torch.Generator().manual_seed(processes.rank())
+        )
+    cpd.compress(model, target_macs=0.5, example_inputs=X[:1], round_to=1)
+
+
+def job_fail_on_first(folder: str) -> None:
+    """What rank 0 cannot do stops all."""
+    processes.start()
+    processes.from_first(lambda: 1 / 0)
+
+
+def test_two_processes_score_as_one(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    one, _ = launched("job_scores", tmp_path / "one", 1)
+    two, _ = launched("job_scores", tmp_path / "two", 2)
+    for criterion, groups in one.items():
+        for name, values in groups.items():
+            found, expected = torch.tensor(two[criterion][name]), torch.tensor(values)
+            assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4, (criterion, name)
+
+
+def test_two_processes_make_the_plan_of_one_and_one_of_them_writes(tmp_path: Path) -> None:
+    one, _ = launched("job_compress", tmp_path, 1)
+    two, _ = launched("job_compress", tmp_path, 2)
+    assert one["digest"] == two["digest"]
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    assert {path.name for path in (tmp_path / "out2").iterdir()} == {
+        path.name for path in (tmp_path / "out1").iterdir()
+    }
+    assert cpd.load(tmp_path / "out2", model=Plain()) is not None
+
+
+def test_processes_that_disagree_are_named(tmp_path: Path) -> None:
+    _, said = launched("job_disagree", tmp_path, 2, check=False)
+    assert "rank [1] have made another plan than rank 0" in said
+
+
+def test_a_failure_of_the_first_ends_all(tmp_path: Path) -> None:
+    _, said = launched("job_fail_on_first", tmp_path, 2, check=False)
+    assert "ZeroDivisionError" in said
+    assert "Rank 0 failed" in said
+
+
+def test_one_process_needs_nothing() -> None:
+    assert (processes.count(), processes.rank()) == (1, 0)
+    assert torch.equal(processes.total(torch.ones(2)), torch.ones(2))
+    assert processes.from_first(lambda: 5) == 5
+    assert list(processes.Share([1, 2, 3], 2)) == [1, 2]
+    processes.check_same("a", "plan")
