@@ -86,6 +86,8 @@ class Checkpoint:
         Raises:
             CheckpointError: if the file is no checkpoint, or one of other settings.
         """
+        for part in self.path.parent.glob(f".{NAME}.*"):  # of a process that was killed while it wrote
+            part.unlink(missing_ok=True)
         if not self.path.is_file():
             return None
         try:

@@ -32,6 +32,7 @@ STATE = {
 
 
 def test_a_state_comes_back_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / ".checkpoint.safetensors.123").write_bytes(b"half of one, its process killed")
     Checkpoint(tmp_path, {"lr": 0.1}).write({**STATE, "random": random_states()})
     found = Checkpoint(tmp_path, {"lr": 0.1}).read()
     assert found["plain"] == STATE["plain"]
