@@ -180,6 +180,9 @@ def compress(
     settings = DistillConfig(
         **{**vars(settings), "epochs": epochs, "lr": lr or settings.lr, "seed": seed, "progress": progress}
     )
+    if training is not None:
+        usual = vars(DistillConfig())
+        given["training"] = {name: value for name, value in vars(training).items() if value != usual[name]}
     folder = None if output_dir is None else check_output_dir(output_dir)
     checkpoint = _checkpoint(folder, resume, checkpoint_minutes, given, settings, model)
     call = example_call(model, example_inputs, data)
@@ -279,6 +282,11 @@ class _Run:
                 )  # fmt: skip
             self.history += [record.to_dict() for record in records]
             after = records[-1].metric if records else after
+        if not self.pruner.done:  # the data was shorter than its length
+            self.pruner.note("The data ended before the schedule did: what was left to go went after the training.")
+            while not self.pruner.done:
+                self.pruner.prune()
+            after = evaluated(evaluate, self.student)
         self.student.eval()
         self.metrics = (before, after)
 

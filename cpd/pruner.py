@@ -330,10 +330,10 @@ class Pruner:
             else:
                 scope, keep, told = self._at_target(selectors)
             plan = self.comb.plan(keep)
-            for text in told:
-                self.note(text)
             self._scopes, self._goal = (scope,), self._measure(plan)
             if share == 1:
+                for text in told:
+                    self.note(text)
                 return plan
         (selector,) = (selectors[scope] for scope in self._scopes)
         full = self._measure(self.comb.plan({}))
@@ -421,7 +421,9 @@ class Pruner:
 
     def _shrink(self, plan: Plan, between: Callable[[], None] | None) -> None:
         """Apply what is new of a plan to the model and to the optimizer's state, and make up for it."""
-        first, step = not self.shrinks, plan.since(self.plan)
+        first, step = not self.plan.kept, plan.since(self.plan)
+        if not step.kept:  # widths come in steps, and this one was too small for one
+            return
         entries = [] if self.optimizer is None else narrowed_state(self.optimizer, self.model, step)
         before = copy_of(self.model) if first or self.data is not None else None
         with self._stage("shrink"):

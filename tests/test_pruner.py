@@ -335,6 +335,28 @@ def test_compress_on_a_schedule(criterion: str) -> None:
     assert [row["epoch"] for row in result.report.history] == [1, 2]
 
 
+def test_what_the_data_was_too_short_for_goes_at_the_end() -> None:
+    class Short(list):
+        def __len__(self) -> int:
+            return 20
+
+    result = cpd.compress(
+        net(), target_params=0.5, data=Short(loader()), example_inputs=X[:1], epochs=1, lr=1e-3, round_to=1,
+        schedule=cpd.Schedule("linear", end=1.0, interval=5), criterion="magnitude",
+    )  # fmt: skip
+    assert result.report.result.parameters <= 0.5 * result.report.original.parameters
+    assert any("ended before the schedule" in note for note in result.report.notes)
+
+
+def test_the_report_names_the_training() -> None:
+    result = cpd.compress(
+        net(), target_params=0.5, data=loader(2), example_inputs=X[:1], epochs=1, lr=1e-3,
+        training=cpd.DistillConfig(kd="none", ema=0.5),
+    )  # fmt: skip
+    assert result.report.call["training"] == {"kd": "none", "ema": 0.5}
+    assert all(isinstance(row.get("steps_per_second", 1.0), float) for row in result.report.history)
+
+
 def test_compress_refuses_a_schedule_without_a_training() -> None:
     with pytest.raises(InputError, match="prunes during the training"):
         cpd.compress(net(), target_macs=0.5, example_inputs=X, schedule="cubic")
