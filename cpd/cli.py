@@ -144,6 +144,10 @@ def compress(
         str, typer.Option(help="Of the rate: cosine, poly, tanh, step, constant.", rich_help_panel=TRAIN)
     ] = "cosine",
     kd: Annotated[str, typer.Option(help="Distillation: kl, cwd, cirkd, mse, none.", rich_help_panel=TRAIN)] = "kl",
+    task_weight: Annotated[float, typer.Option(help="Weight of the task's loss.", rich_help_panel=TRAIN)] = 1.0,
+    features: Annotated[
+        list[str] | None, typer.Option(help="Modules whose outputs are compared.", rich_help_panel=TRAIN)
+    ] = None,
     kd_weight: Annotated[
         float | None, typer.Option(help="Its weight beside the task's loss.", rich_help_panel=TRAIN)
     ] = None,
@@ -206,6 +210,7 @@ def compress(
             schedule=cpd.Schedule(schedule, warmup=prune_from, end=prune_until, interval=interval),
             training=cpd.DistillConfig(
                 optimizer=optimizer, lr=lr, weight_decay=weight_decay, scheduler=scheduler, kd=kd, kd_weight=kd_weight,
+                task_weight=task_weight, features=features or (),
                 temperature=temperature, ema=ema, mixup=mixup, cutmix=cutmix, mixed_precision=mixed_precision,
                 accumulate=accumulate,
             ),

@@ -92,6 +92,8 @@ class DistillConfig:
             to zero), "tanh", or "step" (to a tenth after each third).
         kd: the distillation loss: "kl" (Hinton), "cwd" (channel-wise, for maps), "cirkd" (cross-image relations
             between pixels, within a batch and to a memory), "mse" (on features), or "none".
+        task_weight: the weight of the task's loss, >= 0; at 0 the student learns from the teacher alone, which is
+            best where there are few images.
         kd_weight: the weight of the distillation loss beside the task's, >= 0; 0 is the same as kd="none". None:
             what is usual for the loss (`cpd.kd.KD_LOSSES`).
         temperature: by which logits or similarities are divided in the distillation loss, > 0. None: what is usual.
@@ -120,6 +122,7 @@ class DistillConfig:
     warmup: float = 0.05
     scheduler: str = "cosine"
     kd: str = "kl"
+    task_weight: float = 1.0
     kd_weight: float | None = None
     temperature: float | None = None
     features: Sequence[str] | Mapping[str, str] = ()
@@ -145,6 +148,7 @@ class DistillConfig:
             ("warmup", _within(self.warmup, 0, 1), "a share of the training in [0, 1)"),
             ("kd", self.kd in kinds, f"one of {', '.join(kinds)}"),
             ("scheduler", self.scheduler in SCHEDULERS, f"one of {', '.join(SCHEDULERS)}"),
+            ("task_weight", _within(self.task_weight, 0), "a number >= 0"),
             ("kd_weight", self.kd_weight is None or _within(self.kd_weight, 0), "a number >= 0, or None"),
             ("temperature", heat is None or _within(heat, 0, exclusive=True), "a number > 0, or None"),
             ("features", not isinstance(self.features, str), "a list of names of modules, or a mapping"),
@@ -509,11 +513,11 @@ class _Run:
             output = call.on(self.trainee)
         task = task_loss(output, target, self.loss)
         if task is not None:
-            parts["task"] = parts["loss"] = task
+            parts["task"], parts["loss"] = task, config.task_weight * task
         if self.kd is not None:
             parts["kd"] = self.kd(output, reference, target)
             self.add_projections()
-            parts["loss"] = config.weight_of_kd * parts["kd"] + (0 if task is None else task)
+            parts["loss"] = config.weight_of_kd * parts["kd"] + parts.get("loss", 0)
         if "loss" not in parts:
             raise InputError("A batch has no target and kd is 'none': pass loss=, targets, or kd='kl'.")
         if not parts["loss"].requires_grad:

@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 def start() -> None:
     """Join the other processes, where a launcher (`accelerate launch`, `torchrun`) has started several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+    launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() and os.environ["WORLD_SIZE"] != "1"
+    if launched and not dist.is_initialized():
         PartialState(cpu=not torch.accelerator.is_available())
 
 
