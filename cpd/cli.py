@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,10 +22,10 @@ from rich.table import Table
 from rich.text import Text
 
 from cpd.errors import CPDError, InputError
+from cpd.folders import has_maps, image_folders, load_images, load_maps
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from torch.utils.data import DataLoader
+    from torch import nn
 
     from cpd.cost import FrozenShare
     from cpd.report import Report
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
 DEFAULT_SPEEDUP = 2.0
 PRUNE, TRAIN = "Pruning", "Training"
-TRAIN_FOLDERS = ("train", "training")
-VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
 MEMBERS_SHOWN = 3
 PLACES_SHOWN = 2
 
@@ -107,7 +105,10 @@ def compress(
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of images in one folder a class, or of train/ and val/ that hold such folders."),
+        typer.Option(
+            help="Folder of images in one folder a class, or images/ and labels/ (label maps), or of train/ and val/ "
+            "that hold such folders."
+        ),
     ] = None,
     output_dir: OutputDir = None,
     epochs: Annotated[
@@ -143,7 +144,10 @@ def compress(
     scheduler: Annotated[
         str, typer.Option(help="Of the rate: cosine, poly, tanh, step, constant.", rich_help_panel=TRAIN)
     ] = "cosine",
-    kd: Annotated[str, typer.Option(help="Distillation: kl, cwd, cirkd, mse, none.", rich_help_panel=TRAIN)] = "kl",
+    kd: Annotated[
+        str | None,
+        typer.Option(help="Distillation: kl, cwd, cirkd, mse, none (kl; cwd for label maps).", rich_help_panel=TRAIN),
+    ] = None,
     task_weight: Annotated[float, typer.Option(help="Weight of the task's loss.", rich_help_panel=TRAIN)] = 1.0,
     features: Annotated[
         list[str] | None, typer.Option(help="Modules whose outputs are compared.", rich_help_panel=TRAIN)
@@ -179,6 +183,7 @@ def compress(
     """Make a model faster, train it back, measure it, and write what came of it."""
     with _running(quiet, verbose, debug):
         folders = None if data is None else image_folders(data)
+        maps = folders is not None and has_maps(folders[0])
         source, built, example_inputs = _build(model, input_size, pretrained)
         options: dict[str, Any] = {
             "target_speedup": target_speedup,
@@ -192,10 +197,14 @@ def compress(
         if target_speedup is None and target_macs is None and target_params is None:
             options["target_speedup"] = DEFAULT_SPEEDUP
         if folders is not None:
-            options["data"], options["evaluate"] = load_images(
-                built, folders, example_inputs, batch_size=batch_size, workers=workers, seed=seed,
-                augmentation={"auto_augment": auto_augment, "re_prob": random_erasing},
-            )  # fmt: skip
+            loading = {"batch_size": batch_size, "workers": workers, "seed": seed}
+            if maps:
+                options["data"], options["evaluate"] = load_maps(built, folders, example_inputs, **loading)
+            else:
+                augmentation = {"auto_augment": auto_augment, "re_prob": random_erasing}
+                options["data"], options["evaluate"] = load_images(
+                    built, folders, example_inputs, **loading, augmentation=augmentation
+                )
         given = {key: value for key, value in options.items() if value is not None}
 
         import cpd
@@ -209,7 +218,8 @@ def compress(
             source=str(source),
             schedule=cpd.Schedule(schedule, warmup=prune_from, end=prune_until, interval=interval),
             training=cpd.DistillConfig(
-                optimizer=optimizer, lr=lr, weight_decay=weight_decay, scheduler=scheduler, kd=kd, kd_weight=kd_weight,
+                optimizer=optimizer, lr=lr, weight_decay=weight_decay, scheduler=scheduler,
+                kd=kd or ("cwd" if maps else "kl"), kd_weight=kd_weight,
                 task_weight=task_weight, features=features or (),
                 temperature=temperature, ema=ema, mixup=mixup, cutmix=cutmix, mixed_precision=mixed_precision,
                 accumulate=accumulate,
@@ -490,127 +500,3 @@ def _group_dict(group: Any) -> dict[str, Any]:
         "members": [str(member) for member in group.members],
         "ties": [str(tie) for tie in group.ties],
     }
-
-
-# ---------------------------------------------------------------------------------- image folders
-
-
-def image_folders(root: Path) -> tuple[Path, Path | None]:
-    """The folders of training and validation images under `root`.
-
-    Raises:
-        InputError: if `root` is no folder, or holds no folder of images a class.
-    """
-    if not root.is_dir():
-        raise InputError(f"--data {root} is not a folder. Give one that holds train/ and val/, or a folder a class.")
-    train = next((root / name for name in TRAIN_FOLDERS if (root / name).is_dir()), None)
-    validation = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
-    if train is None and validation is not None:
-        raise InputError(f"--data {root} holds {validation.name}/ but no train/ to train on.")
-    if train is None:
-        train = root
-    if not any(item.is_dir() for item in train.iterdir()):
-        raise InputError(f"--data: {train} holds no folders, one a class, of images.")
-    return train, validation
-
-
-def load_images(
-    model: nn.Module,
-    folders: tuple[Path, Path | None],
-    example_inputs: Any,
-    *,
-    batch_size: int,
-    workers: int,
-    seed: int,
-    augmentation: Mapping[str, Any] | None = None,
-) -> tuple[DataLoader[Any], Callable[[nn.Module], float] | None]:
-    """A loader of the training images, and the accuracy on the validation images where there are any.
-
-    Args:
-        model: names its own preprocessing, if it is timm's; ImageNet's otherwise.
-        folders: of training and of validation images.
-        example_inputs: [1, C, H, W], the size that images are brought to.
-        batch_size: images a step.
-        workers: processes that load images.
-        seed: of the order of the images.
-        augmentation: further arguments of `timm.data.create_transform` for the training images.
-
-    Raises:
-        InputError: if the model takes no images, or the folders' classes are not the model's or not each other's.
-    """
-    import torch
-    from torch.utils.data import DataLoader
-
-    if not isinstance(example_inputs, torch.Tensor) or example_inputs.dim() != 4:
-        raise InputError(
-            f"--data reads folders of images for classifiers; {type(model).__name__} takes something else. "
-            "Call cpd.compress(model, data=your_loader, loss=…) from Python."
-        )
-
-    training = _dataset(model, folders[0], example_inputs, is_training=True, **(augmentation or {}))
-    _check_classes(model, folders[0], training, example_inputs)
-    loader: DataLoader[Any] = DataLoader(
-        training,
-        batch_size=batch_size,
-        shuffle=True,
-        num_workers=workers,
-        drop_last=len(training) > batch_size,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    if folders[1] is None:
-        return loader, None
-    validation = _dataset(model, folders[1], example_inputs)
-    if validation.reader.class_to_idx != training.reader.class_to_idx:
-        raise InputError(f"{folders[0]} and {folders[1]} hold different classes (folder names).")
-    images: DataLoader[Any] = DataLoader(validation, batch_size=batch_size, num_workers=workers)
-    return loader, lambda candidate: accuracy(candidate, images)
-
-
-def _dataset(model: nn.Module, folder: Path, example_inputs: Tensor, **transform: Any) -> Any:
-    """A folder of images through timm's reader and transforms."""
-    from timm.data import create_dataset, create_transform, resolve_data_config
-
-    channels = example_inputs.shape[1]
-    if channels not in (1, 3):
-        raise InputError(f"Image files have 1 or 3 channels, the model takes {channels}.")
-    config = resolve_data_config({"input_size": tuple(example_inputs.shape[1:])}, model=model)
-    if channels == 1 and len(config["mean"]) == 3:
-        config |= {key: (sum(config[key]) / 3,) for key in ("mean", "std")}
-    mode = "L" if channels == 1 else "RGB"
-    try:
-        dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=mode)
-    except RuntimeError as error:
-        raise InputError(f"{folder} holds no images that can be read: {error}") from error
-    dataset.transform = create_transform(**config, **transform)
-    return dataset
-
-
-def _check_classes(model: nn.Module, folder: Path, dataset: Any, example_inputs: Tensor) -> None:
-    """Labels are numbered by folder; they mean something to the model only if it has as many outputs."""
-    import torch
-
-    from cpd.inputs import logits
-
-    with torch.no_grad():
-        outputs = logits(model(example_inputs)).shape[1]
-    classes = len(dataset.reader.class_to_idx)
-    if classes != outputs:
-        raise InputError(
-            f"{folder} holds {classes} classes (folders), the model has {outputs} outputs. Give a model trained on "
-            "these classes, as package.module:factory."
-        )
-
-
-def accuracy(model: nn.Module, images: Iterable[Any]) -> float:
-    """Share of the images [0 to 1] whose highest logit is the label's; the model's mode is left as found."""
-    import torch
-
-    from cpd.inputs import batches, device_of, evaluating, logits, move
-
-    device, right, total = device_of(model), 0, 0
-    with torch.no_grad(), evaluating(model):
-        for call, target in batches(images):
-            predicted = logits(call.to(device).on(model)).argmax(1)
-            right += int((predicted == move(target, device)).sum())
-            total += len(target)
-    return right / total

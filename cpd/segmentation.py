@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cpd.errors import InputError
+from cpd.folders import IMAGES, LABELS, has_maps
 from cpd.inputs import batches, device_of, evaluating, logits
 from cpd.losses import IGNORED_CLASS
 
-IMAGES, LABELS = "images", "labels"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Training images are scaled by a factor of this range before they are cropped.
 SCALES = (0.5, 2.0)
@@ -56,7 +56,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         from torchvision.transforms import v2
 
-        if not is_segmentation(root):
+        if not has_maps(root):
             raise InputError(f"{root} holds no folders {IMAGES}/ and {LABELS}/.")
         labels = {path.stem: path for path in sorted((root / LABELS).iterdir())}
         self.images = [path for path in sorted((root / IMAGES).iterdir()) if not path.name.startswith(".")]
@@ -87,11 +87,6 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         labels = labels.where(labels < self.classes, IGNORED_CLASS)
         image, target = self.transform(_image()(pixels), _mask()(labels))
         return image.as_subclass(Tensor), target.as_subclass(Tensor).long()
-
-
-def is_segmentation(root: Path) -> bool:
-    """Whether a folder holds images with label maps."""
-    return (root / IMAGES).is_dir() and (root / LABELS).is_dir()
 
 
 def mean_iou(model: nn.Module, data: Iterable[Any], classes: int) -> float:

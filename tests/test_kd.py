@@ -248,3 +248,15 @@ def test_schedulers_of_timm(scheduler: str) -> None:
     rates = [record.lr for record in distill(make(), make(1), images(), config=config)]
     assert 0.09 < rates[0] <= 0.1 if scheduler in ("constant",) else rates[0] <= 0.1
     assert (rates[1] < rates[0]) == (scheduler != "constant")
+
+
+def test_the_teacher_alone_may_teach() -> None:
+    """Wrong labels change nothing then, but for the task's loss that is told."""
+    data = images(3)
+    wrong = [(x, (y + 1) % CLASSES) for x, y in data]
+    students = []
+    for batches in (data, wrong):
+        students.append(make())
+        records = distill(students[-1], make(1), batches, config=DistillConfig(epochs=1, lr=0.1, task_weight=0.0))
+        assert records[0].loss == pytest.approx(records[0].kd_loss)
+    assert all(torch.equal(a, b) for a, b in zip(students[0].parameters(), students[1].parameters(), strict=True))

@@ -23,8 +23,9 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import cpd
-from cpd.cli import app, image_folders, parse_size
+from cpd.cli import app, parse_size
 from cpd.errors import ArtifactError, InputError, NothingToPruneError
+from cpd.folders import image_folders
 from cpd.inputs import as_call
 from cpd.report import Figures, GroupRow, Report, call_text, human
 from cpd.sensitivity import RATIOS
@@ -525,7 +526,8 @@ def test_compress_passes_its_options(fakes: Fakes, run: Any) -> None:
         "--target-macs 0.5 --epochs 0 --threads 2 --seed 7 --round-to 4 --input-size 64,32 --no-pretrained "
         "--schedule cubic --prune-from 0.1 --prune-until 0.6 --interval 20 --criterion taylor --optimizer adamw "
         "--lr 1e-3 --weight-decay 0.05 --kd cwd --kd-weight 2 --temperature 3 --ema 0.99 --mixup 0.2 --cutmix 1 "
-        "--mixed-precision bf16 --accumulate 2 --scheduler poly --resume --checkpoint-minutes 2"
+        "--mixed-precision bf16 --accumulate 2 --scheduler poly --task-weight 0.5 --features layer2 --features layer3 "
+        "--resume --checkpoint-minutes 2"
     )
     result = run("compress", "timm:resnet18", *options.split(), "--json")
     assert result.exit_code == 0, result.stderr
@@ -538,7 +540,8 @@ def test_compress_passes_its_options(fakes: Fakes, run: Any) -> None:
     assert (call["resume"], call["checkpoint_minutes"], call["criterion"]) == (True, 2.0, "taylor")
     assert call["training"] == cpd.DistillConfig(
         optimizer="adamw", lr=1e-3, weight_decay=0.05, kd="cwd", kd_weight=2.0, temperature=3.0, ema=0.99, mixup=0.2,
-        cutmix=1.0, mixed_precision="bf16", accumulate=2, scheduler="poly",
+        cutmix=1.0, mixed_precision="bf16", accumulate=2, scheduler="poly", task_weight=0.5,
+        features=["layer2", "layer3"],
     )  # fmt: skip
     assert call["example_inputs"].shape == (1, 3, 64, 32)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from typer.testing import CliRunner
 from zoo import comb, dense, random_plan
 
 import cpd
+from cpd.cli import app
 from cpd.errors import InputError
 from cpd.oracle import masked_error
 from cpd.segmentation import EncoderDecoder, SegmentationFolder, mean_iou
@@ -97,3 +100,18 @@ def test_lraspp_is_compressed_against_its_teacher(tmp_path: Path, kd: str) -> No
     assert type(result.model) is type(model)
     with torch.no_grad():
         assert result.model(torch.randn(1, 3, 64, 64))["out"].shape == (1, 3, 64, 64)
+
+
+def test_the_command_line_takes_label_maps(tmp_path: Path) -> None:
+    write(tmp_path / "data" / "train", 8)
+    write(tmp_path / "data" / "val", 2)
+    options = f"--data {tmp_path / 'data'} --no-pretrained --input-size 64 --target-macs 0.6 --epochs 1 --batch-size 4"
+    name = "torchvision:lraspp_mobilenet_v3_large,num_classes=3"
+    done = CliRunner().invoke(app, ["compress", name, *options.split(), "--workers", "0", "--json"])
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["call"]["training"] == {"kd": "cwd"}
+    assert 0 <= report["result"]["metric"] <= 100
+    done = CliRunner().invoke(app, ["compress", "timm:resnet18,num_classes=3", *options.split()])
+    assert done.exit_code == 1
+    assert "no map of classes" in " ".join(done.stderr.split())
