@@ -98,8 +98,8 @@ class DistillConfig:
             what is usual for the loss (`cpd.kd.KD_LOSSES`).
         temperature: by which logits or similarities are divided in the distillation loss, > 0. None: what is usual.
         features: modules by name, or {the student's: the teacher's}, of which the loss compares the outputs, the
-            student's through a learned linear map where it is narrower. None: the logits; for "cirkd" what the last
-            layer reads.
+            student's through a learned linear map where it is narrower. None: the logits; for "cirkd" and "mse" what
+            the last layer reads.
         ema: decay, in (0, 1), of an average of the weights that takes the student's place at the end, and in
             `evaluate`; it starts anew at every shrink. None: no average.
         mixup: alpha of mixup (Zhang et al. 2018), >= 0; for class targets.
@@ -202,7 +202,7 @@ class EpochRecord:
         task_loss: its task part; None if there was no target.
         kd_loss: its distillation part before weighting; None without one.
         lr: the learning rate at the last step.
-        steps_per_second: optimizer steps a second, evaluation not counted.
+        steps_per_second: optimizer steps a second; evaluation, shrinks and checkpoints are not counted.
         metric: what `evaluate` returned; None without it.
     """
 
@@ -418,19 +418,21 @@ class _Run:
             set_random_states(state["random"])
         elif self.epoch == 0:
             self.save()
-        start, first = time.perf_counter(), self.done
+        start, first, aside = time.perf_counter(), self.done, 0.0
         for group in groups:
             inside = 0.5 if self.steps is None else min(1.0, (self.done + 0.5) / self.steps)
             self.set_lr(self.epoch + inside)
             self.step(group, f"step {self.done + 1} of epoch {self.epoch + 1}")
             self.done += 1
+            paused = time.perf_counter()
             shrunk = self.pruner is not None and self.pruner.step()
             if shrunk:
                 self.shrunk()
             if self.checkpoint is not None and (shrunk or self.due()):
                 self.save()
+            aside += time.perf_counter() - paused
             bar.update(task, advance=1, description=f"epoch {self.epoch + 1}  loss {sums['loss'][-1]:.4g}")
-        speed = (self.done - first) / (time.perf_counter() - start)
+        speed = (self.done - first) / (time.perf_counter() - start - aside)
         self.steps = self.done if limit is None else self.steps
         means = {name: fmean(values) for name, values in sums.items()}
         lr = float(self.inner.param_groups[0]["lr"])

@@ -58,7 +58,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.kind, self.temperature = config.kd, config.kd_temperature
         self.pairs = pairs = config.feature_pairs
-        self.inputs = not pairs and self.kind == "cirkd"  # what the last layer reads
+        self.inputs = not pairs and self.kind in ("cirkd", "mse")  # of what the last layer reads
         if self.inputs and call is not None:
             self.pairs = pairs = {last_layer(student, call): last_layer(teacher, call)}
         for model, names, whose in ((student, pairs, "student"), (teacher, pairs.values(), "teacher")):
@@ -105,8 +105,6 @@ class Distillation(nn.Module):
         if self.pairs:
             each = [self._of_features(key, target) for key in self.pairs]
             return torch.stack(each).mean()
-        if self.kind == "mse":
-            return feature_error(logits(student), logits(teacher))
         function = channel_wise if self.kind == "cwd" else kl_divergence
         return function(logits(student), logits(teacher), self.temperature)
 
