@@ -19,7 +19,7 @@ from cpd.artifacts import load
 from cpd.comb import Comb, Group, comb
 from cpd.compensation import compensate
 from cpd.compress import Result, compress
-from cpd.distiller import DistillConfig, distill
+from cpd.distiller import distill
 from cpd.errors import (
     ArtifactError,
     CheckpointError,
@@ -37,6 +37,7 @@ from cpd.latency import LatencyComparison, compare_latency
 from cpd.onnx import export_onnx
 from cpd.plan import Plan
 from cpd.pruner import Pruner
+from cpd.recipe import DistillConfig
 from cpd.report import Report
 from cpd.schedule import Schedule
 from cpd.scorer import score

@@ -26,13 +26,14 @@ from cpd.artifacts import check_output_dir, save_result
 from cpd.checkpoint import Checkpoint
 from cpd.comb import comb
 from cpd.criteria import Criterion
-from cpd.distiller import DistillConfig, distill, steps_per_epoch
+from cpd.distiller import distill, steps_per_epoch
 from cpd.errors import ExportError, InputError
 from cpd.inputs import Call, check_model, evaluated
 from cpd.latency import LatencyComparison, LatencyProbe
 from cpd.onnx import export_onnx
 from cpd.plan import Plan
 from cpd.pruner import Pruner
+from cpd.recipe import DistillConfig
 from cpd.report import Figures, GroupRow, Report
 from cpd.request import check_data, check_limits, check_target, copy_of, example_call
 from cpd.schedule import Schedule

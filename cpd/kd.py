@@ -20,7 +20,7 @@ from cpd.inputs import Call, evaluating, logits
 from cpd.losses import channel_wise, cross_image, feature_error, kl_divergence, to_memory
 
 if TYPE_CHECKING:
-    from cpd.distiller import DistillConfig
+    from cpd.recipe import DistillConfig
 
 #: Every distillation loss -> the temperature that is usual for it, and its usual weight beside the task's loss.
 KD_LOSSES: dict[str, tuple[float, float]] = {

@@ -249,7 +249,7 @@ class Pruner:
             return "obs", "data was given, so what removal costs once the rest is refitted can be estimated."
         if isinstance(criterion, str) and criterion not in CRITERIA:
             raise InputError(f"Unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}.")
-        if criterion in DATA_FREE or criterion == FROM_TRAINING:
+        if criterion in DATA_FREE or criterion == FROM_TRAINING or (self.data is None and callable(criterion)):
             return criterion, "as asked for."
         if self.data is None:
             raise InputError(f"criterion={criterion!r} needs data: pass data=loader, or take {FROM_TRAINING!r}.")

@@ -357,6 +357,15 @@ def test_the_report_names_the_training() -> None:
     assert all(isinstance(row.get("steps_per_second", 1.0), float) for row in result.report.history)
 
 
+def test_a_criterion_of_ones_own_may_need_no_data() -> None:
+    def first_stay(setting) -> dict[str, Tensor]:
+        return {group.name: -torch.arange(float(group.size)) for group in setting.comb.open}
+
+    result = cpd.compress(net(), target_params=0.6, example_inputs=X[:1], criterion=first_stay, round_to=1)
+    assert result.report.criterion == "first_stay"
+    assert all(positions == tuple(range(len(positions))) for positions in result.plan.groups.values())
+
+
 def test_compress_refuses_a_schedule_without_a_training() -> None:
     with pytest.raises(InputError, match="prunes during the training"):
         cpd.compress(net(), target_macs=0.5, example_inputs=X, schedule="cubic")
