@@ -2,10 +2,10 @@
 
 Students: `resnet56` (pretrained, 5,085 exact CIFAR-10 images), `resnet56-full` (all 50,000, as JPEG), `vit` and
 `mobilenetv2` (CIFAR stems, on the exact images), `lraspp` (torchvision's) and `decoder` (a timm backbone), both on
-CamVid. What has no weights yet is trained first, and kept in `--weights`. `--peer` runs Torch-Pruning as its examples
-do: group magnitude, then cross-entropy for as many epochs. Rows that the JSON file holds already are not run again.
+CamVid. What has no weights yet is trained first, and kept in `--weights`. `--by peer` runs Torch-Pruning as its
+examples do: group magnitude, then cross-entropy for as many epochs. Rows that the JSON file holds are not run again.
 
-    python benchmarks/train_and_prune.py DATA_DIR resnet56 --fewer 2.11 2.55 --seeds 0 1 2 --peer \\
+    python benchmarks/train_and_prune.py DATA_DIR resnet56 --fewer 2.11 2.55 --seeds 0 1 2 --by cpd peer \\
         --json runs/train_and_prune.json --plot runs/train_and_prune.svg
     python benchmarks/train_and_prune.py DATA_DIR lraspp --speedups 1.9 --kd none kl cwd cirkd --seeds 0 1 2
     python benchmarks/train_and_prune.py DATA_DIR resnet56 --schedules one-shot linear cubic --fewer 2.55
@@ -293,7 +293,7 @@ def settings(options: argparse.Namespace, peer: bool) -> Iterator[dict[str, Any]
     targets = [(fewer, None) for fewer in options.fewer] + [(None, speedup) for speedup in options.speedups]
     for fewer, speedup in targets:
         for seed in options.seeds:
-            for kd in options.kd or [None]:
+            for kd in (options.kd or [None]) if "cpd" in options.by else []:
                 for schedule in options.schedules:
                     for teacher in options.teachers:
                         yield {"by": "cpd", "fewer": fewer, "speedup": speedup, "kd": kd, "schedule": schedule,
@@ -378,7 +378,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--schedules", nargs="+", default=["one-shot"], choices=("one-shot", "linear", "cubic"))
     parser.add_argument("--teachers", nargs="+", default=["same"], choices=("same", "larger"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--peer", action="store_true", help=f"run {PEER} too")
+    parser.add_argument("--by", nargs="+", default=["cpd"], choices=("cpd", "peer"), help=f"peer: {PEER}")
     parser.add_argument("--batch", type=int, help="images a step")
     parser.add_argument("--score-batches", type=int, default=16)
     parser.add_argument("--prune-until", type=float, default=0.5, help="share of the training, if gradual")
@@ -399,7 +399,7 @@ def main() -> int:
     student = STUDENTS[options.student]
     rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
     with ExitStack() as stack:
-        folder = stack.enter_context(installed_peer(options.peer))
+        folder = stack.enter_context(installed_peer("peer" in options.by))
         sys.path[:0] = [folder] if folder else []
         dense = dense_model(options.student, student, student.make, options)
         teachers: dict[str, nn.Module | None] = {"same": None}
@@ -407,7 +407,7 @@ def main() -> int:
             if student.larger is None:
                 raise SystemExit(f"{options.student} has no larger teacher here.")
             teachers["larger"] = dense_model(f"{options.student}-larger", student, student.larger, options)
-        for setting in settings(options, options.peer and student.peer):
+        for setting in settings(options, "peer" in options.by and student.peer):
             setting["kd"] = setting["kd"] or student.recovery.kd
             epochs = options.epochs if options.epochs is not None else student.recovery.epochs
             head = {"student": options.student, "epochs": epochs, **setting}
