@@ -131,8 +131,9 @@ class Distillation(nn.Module):
                 del self.projections[name]
             return student
         if name not in self.projections or self.projections[name].shape != (wide, narrow):
-            self.projections[name] = nn.Parameter(self._fitted(student.detach(), teacher).to(student.dtype))
-        return F.linear(student, self.projections[name])
+            kind = torch.promote_types(student.dtype, torch.float32)  # which it is trained in, whatever autocast does
+            self.projections[name] = nn.Parameter(self._fitted(student.detach(), teacher).to(kind))
+        return F.linear(student.to(self.projections[name].dtype), self.projections[name])
 
     @staticmethod
     def _fitted(student: Tensor, teacher: Tensor) -> Tensor:

@@ -185,6 +185,16 @@ def test_every_loss_trains_a_model_of_maps_while_it_shrinks(kind: str) -> None:
     assert (records[0].kd_loss is None) == (kind == "none")
 
 
+@pytest.mark.parametrize("kind", ["kl", "cwd", "cirkd", "mse"])
+def test_losses_in_mixed_precision(kind: str) -> None:
+    torch.manual_seed(0)
+    config = DistillConfig(epochs=1, kd=kind, mixed_precision="bf16", features=["mid"] if kind == "mse" else ())
+    student = Dense(5)
+    (record,) = distill(student, Dense(8), dense_images(), config=config)
+    assert math.isfinite(record.kd_loss)
+    assert all(parameter.dtype == torch.float32 for parameter in student.parameters())
+
+
 def test_a_trained_projection_helps() -> None:
     torch.manual_seed(0)
     teacher, student = Dense(8), Dense(5)
