@@ -288,8 +288,8 @@ def test_selection_meets_the_cost_in_multiples():
 def test_public_names():
     assert set(cpd.__all__) == {
         "ArtifactError", "CPDError", "Comb", "DistillConfig", "ExportError", "Group", "InputError", "LatencyComparison",
-        "NothingToPruneError", "Plan", "PlanError", "Pruner", "Report", "Result", "Schedule", "Sensitivity", "ShrinkError",
-            "TargetError", "CheckpointError",
+        "NothingToPruneError", "Plan", "PlanError", "Pruner", "Report", "Result", "Schedule", "Sensitivity",
+        "ShrinkError", "TargetError", "CheckpointError",
         "TraceError", "TrainingError", "comb", "compare_latency", "compensate", "compress", "distill", "export_onnx",
         "load", "score", "sensitivity", "shrink",
     }  # fmt: skip
