@@ -1,7 +1,24 @@
 """Settings of every test process."""
 
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
 import torch
+
+import cpd  # noqa: F401  (whose modules a fixture changes)
 
 #: pytest-xdist runs a process a core; more threads than cores spin at each other's barriers (a float64 depthwise
 #: convolution takes seconds then).
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def quick() -> Iterator[None]:
+    """Latencies are timed for half a second: for tests that look at something else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["cpd.compress"], "FINAL_SECONDS", 0.5)
+        patch.setattr(sys.modules["cpd.search"], "SECONDS", 0.5)
+        yield

@@ -24,6 +24,8 @@ from cpd.errors import CheckpointError, InputError, TrainingError
 from cpd.schedule import Schedule
 from cpd.training import random_states, set_random_states
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 STATE = {
     "tensors": {"a": torch.arange(6.0).reshape(2, 3), "b": [torch.tensor(3), torch.zeros(0, dtype=torch.int64)]},
     "plain": [1, 2.5, None, True, "text", (1, (2, 3))],
@@ -143,7 +145,7 @@ class Shuffled:
 
 
 @pytest.fixture(scope="module")
-def undisturbed() -> cpd.Result:
+def undisturbed(quick: None) -> cpd.Result:
     return run(None)
 
 
@@ -217,6 +219,7 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from test_checkpoint import run
 torch.set_num_threads(1)
+sys.modules["cpd.compress"].FINAL_SECONDS = 0.5
 folder = Path(sys.argv[1])
 result = run(folder, resume=(folder / "checkpoint.safetensors").exists())
 print(result.plan.digest)

@@ -36,12 +36,6 @@ class Fixed(nn.Module):
         return x * 2
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.setattr(sys.modules["cpd.compress"], "FINAL_SECONDS", 0.5)
-    monkeypatch.setattr(sys.modules["cpd.search"], "SECONDS", 0.5)
-
-
 def loader(seed=0, batches=3):
     g = torch.Generator().manual_seed(seed)
     return [(torch.randn(8, 3, 16, 16, generator=g), torch.randint(12, (8,), generator=g)) for _ in range(batches)]
@@ -50,18 +44,18 @@ def loader(seed=0, batches=3):
 INPUT = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
+pytestmark = pytest.mark.usefixtures("quick")
+
+
 @pytest.fixture(scope="module")
-def result(tmp_path_factory):
+def result(quick, tmp_path_factory):
     torch.manual_seed(0)
     model = Tiny()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     folder = tmp_path_factory.mktemp("out") / "new"
-    compress_module = sys.modules["cpd.compress"]
-    old, compress_module.FINAL_SECONDS = compress_module.FINAL_SECONDS, 0.5
     found = cpd.compress(
         model, target_macs=0.5, data=loader(), epochs=1, evaluate=lambda m: float(m.training), output_dir=folder
     )
-    compress_module.FINAL_SECONDS = old
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.training
     return model, found, folder

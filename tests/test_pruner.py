@@ -21,6 +21,8 @@ from cpd.pruner import Pruner
 from cpd.schedule import Schedule
 from cpd.surgeon import named_tensors, shrink
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 

@@ -23,6 +23,8 @@ from cpd.oracle import masked_error
 from cpd.segmentation import EncoderDecoder, SegmentationFolder, mean_iou
 from cpd.surgeon import shrink
 
+pytestmark = pytest.mark.usefixtures("quick")
+
 
 def write(root: Path, count: int = 4, classes: int = 3) -> Path:
     generator = np.random.default_rng(0)
