@@ -142,7 +142,7 @@ def compress(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=TRAIN)] = None,
     weight_decay: Annotated[float, typer.Option(help="Weight decay.", rich_help_panel=TRAIN)] = 1e-4,
     scheduler: Annotated[
-        str, typer.Option(help="Of the rate: cosine, poly, tanh, step, constant.", rich_help_panel=TRAIN)
+        str, typer.Option(help="Of the rate: cosine, poly, tanh, step.", rich_help_panel=TRAIN)
     ] = "cosine",
     kd: Annotated[
         str | None,

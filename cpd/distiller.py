@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
@@ -103,7 +102,6 @@ def distill(
         return []
     _check_data(data, config)
     with accelerating(config.mixed_precision) as accelerator, random_states_kept():
-        set_seed(config.seed, device_specific=True)
         device, reference = accelerator.device, teacher if config.needs_teacher else None
         with placed(student, device), placed(reference, device):
             return _Run(accelerator, student, reference, data, loss, config, pruner, checkpoint).train(evaluate)

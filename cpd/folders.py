@@ -80,14 +80,7 @@ def load_images(
 
     training = _dataset(model, folders[0], example_inputs, is_training=True, **(augmentation or {}))
     _check_classes(model, folders[0], training, example_inputs)
-    loader: DataLoader[Any] = DataLoader(
-        training,
-        batch_size=batch_size,
-        shuffle=True,
-        num_workers=workers,
-        drop_last=len(training) > batch_size,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    loader = _shuffled(training, batch_size, workers, seed)
     if folders[1] is None:
         return loader, None
     validation = _dataset(model, folders[1], example_inputs)
@@ -138,14 +131,26 @@ def load_maps(
         return SegmentationFolder(folder, shape[1], size, training=training, mean=config["mean"], std=config["std"])
 
     training = maps(folders[0], True)
-    loader: DataLoader[Any] = DataLoader(
-        training, batch_size=batch_size, shuffle=True, num_workers=workers, drop_last=len(training) > batch_size,
-        generator=torch.Generator().manual_seed(seed),
-    )  # fmt: skip
+    loader = _shuffled(training, batch_size, workers, seed)
     if folders[1] is None:
         return loader, None
     images: DataLoader[Any] = DataLoader(maps(folders[1], False), batch_size=batch_size, num_workers=workers)
     return loader, lambda candidate: mean_iou(candidate, images, shape[1])
+
+
+def _shuffled(dataset: Any, batch_size: int, workers: int, seed: int) -> DataLoader[Any]:
+    """Batches of training images in a new order each time; without the rest that would make a small batch."""
+    import torch
+    from torch.utils.data import DataLoader
+
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        shuffle=True,
+        num_workers=workers,
+        drop_last=len(dataset) > batch_size,
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def _dataset(model: nn.Module, folder: Path, example_inputs: Tensor, **transform: Any) -> Any:

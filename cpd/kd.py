@@ -66,7 +66,7 @@ class Distillation(nn.Module):
             unknown = [name for name in names if name not in modules]
             if unknown:
                 raise InputError(f"The {whose} has no module {unknown[0]!r}; features= takes names of named_modules().")
-        self.models = (_Hidden(student), _Hidden(teacher))
+        self.models = (student, teacher)  # in a tuple, so that they are no submodules
         self.found: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
         self.projections = nn.ParameterDict()
         #: (pixels or regions, class) -> embeddings of unit length, newest last.
@@ -76,8 +76,8 @@ class Distillation(nn.Module):
     def watching(self) -> Iterator[None]:
         """Note the features of both models that run within a block."""
         handles = []
-        for side, (hidden, names) in enumerate(zip(self.models, (self.pairs, self.pairs.values()), strict=True)):
-            modules = dict(hidden.model.named_modules())
+        for side, (model, names) in enumerate(zip(self.models, (self.pairs, self.pairs.values()), strict=True)):
+            modules = dict(model.named_modules())
             for key, name in zip(self.pairs, names, strict=True):
                 note = self._note(self.found[side], key)
                 add = modules[name].register_forward_pre_hook if self.inputs else modules[name].register_forward_hook
@@ -198,13 +198,6 @@ class Distillation(nn.Module):
         self.pairs, self.memory = state["pairs"], state["memory"]
         for name, value in state["projections"].items():
             self.projections[name] = nn.Parameter(value)
-
-
-class _Hidden:
-    """Holds a model without making it a submodule."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
 
 
 def last_layer(model: nn.Module, call: Call) -> str:

@@ -28,12 +28,14 @@ from cpd import processes
 from cpd.axes import Axis
 from cpd.comb import Comb
 from cpd.comb import comb as comb_model
+from cpd.cost import Figures
 from cpd.criteria import CRITERIA, DATA_FREE, TARGET_FREE, Criterion
 from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError, TargetError
 from cpd.gates import Gates
 from cpd.inputs import batches, check_model, device_of
 from cpd.latency import LatencyProbe
 from cpd.latency_model import fit_latency
+from cpd.losses import LossFunction
 from cpd.optimizers import narrow_state, narrowed_state
 from cpd.oracle import masked_error
 from cpd.plan import Plan
@@ -48,7 +50,6 @@ from cpd.training import random_states_kept, seeded
 
 log = logging.getLogger("cpd")
 
-LossFunction = Callable[[Any, Any], Tensor]
 Stage = Callable[[str], AbstractContextManager[None]]
 #: Two plans leave as much if the MACs of one are at least this share of the other's.
 AS_MUCH = 0.9
@@ -312,9 +313,8 @@ class Pruner:
     def _counts(self, plan: Plan) -> dict[Axis, int]:
         return {group.axis: len(plan.groups[group.name]) for group in self.comb.groups}
 
-    def _measure(self, plan: Plan) -> float:
-        """The figure that the schedule runs in: the target's, MACs for a measured one."""
-        cost = self.comb.cost(self._counts(plan))
+    def _figure(self, cost: Figures) -> float:
+        """What the schedule runs in: the target's figure of a cost, MACs for a measured target."""
         return float(cost.macs) if self.target.is_speedup else self.target.of(cost)
 
     def _select(self, scores: Mapping[str, Tensor], share: float) -> Plan:
@@ -330,16 +330,14 @@ class Pruner:
             else:
                 scope, keep, told = self._at_target(selectors)
             plan = self.comb.plan(keep)
-            self._scopes, self._goal = (scope,), self._measure(plan)
+            self._scopes, self._goal = (scope,), self._figure(self.comb.cost(self._counts(plan)))
             if share == 1:
                 for text in told:
                     self.note(text)
                 return plan
         (selector,) = (selectors[scope] for scope in self._scopes)
-        full = self._measure(self.comb.plan({}))
-        goal = full - (full - self._goal) * share
-        of = self.target.of if not self.target.is_speedup else (lambda figures: figures.macs)
-        return selector.plan(selector.meet(of, goal))
+        full = self._figure(self.comb.cost({}))
+        return selector.plan(selector.meet(self._figure, full - (full - self._goal) * share))
 
     def _weigh(self) -> Weighing:
         """What a removed position is weighed against; what has to be measured for it is measured once."""
@@ -353,7 +351,8 @@ class Pruner:
     def _probe(self) -> LatencyProbe:
         """Times candidates beside the unpruned model."""
         if self.probe is None:
-            self.probe = LatencyProbe(self.comb.model, self.comb.operations.call, threads=self.threads)
+            with self._stage("export"):
+                self.probe = LatencyProbe(self.comb.model, self.comb.operations.call, threads=self.threads)
         return self.probe
 
     def _at_target(self, selectors: Mapping[Scope, Selector]) -> tuple[Scope, dict[str, tuple[int, ...]], list[str]]:
@@ -394,8 +393,9 @@ class Pruner:
             return next(iter(plans))
         errors = {}
         for scope, plan in plans.items():
-            narrower = shrink(copy_of(self.model), plan.since(self.plan))
-            errors[scope] = min(self._recovered(narrower, self.model, plan).errors.values())
+            step = plan.since(self.plan)
+            narrower = shrink(copy_of(self.model), step)
+            errors[scope] = min(self._recovered(narrower, self.model, step).errors.values())
         return min(errors, key=lambda scope: errors[scope])
 
     def _meet(self, selector: Selector) -> Plan:

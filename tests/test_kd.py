@@ -147,7 +147,7 @@ def test_the_memory_holds_embeddings_of_the_classes_seen(monkeypatch: pytest.Mon
     monkeypatch.setattr("cpd.kd.REGIONS", (5, 3))
     for x, y in data * 3:
         with found.watching():
-            outputs = teacher(x), found.models[0].model(x)
+            outputs = teacher(x), found.models[0](x)
         found(outputs[1], outputs[0], y)
     assert {len(queue) for name, queue in found.memory.items() if name.startswith("regions")} == {5}
     assert max(len(queue) for name, queue in found.memory.items() if name.startswith("pixels")) > 30
@@ -256,8 +256,8 @@ def test_settings_are_checked(options: dict) -> None:
 def test_schedulers_of_timm(scheduler: str) -> None:
     config = DistillConfig(epochs=2, lr=0.1, scheduler=scheduler, warmup=0.25)
     rates = [record.lr for record in distill(make(), make(1), images(), config=config)]
-    assert 0.09 < rates[0] <= 0.1 if scheduler in ("constant",) else rates[0] <= 0.1
-    assert (rates[1] < rates[0]) == (scheduler != "constant")
+    assert rates[0] <= 0.1
+    assert rates[1] < rates[0]
 
 
 def test_the_teacher_alone_may_teach() -> None:
