@@ -33,16 +33,19 @@ from cpd.errors import (
     TraceError,
     TrainingError,
 )
-from cpd.latency import LatencyComparison, compare_latency
+from cpd.latency import LatencyComparison, LatencyTable, compare_latency, measure_latency
+from cpd.latency_model import ModelProfile, profile_model
 from cpd.onnx import export_onnx
 from cpd.plan import Plan
 from cpd.pruner import Pruner
+from cpd.quantize import OnnxModule, Quantized, quantize_onnx
 from cpd.recipe import DistillConfig
 from cpd.report import Report
 from cpd.schedule import Schedule
 from cpd.scorer import score
 from cpd.sensitivity import Sensitivity, sensitivity
 from cpd.surgeon import shrink
+from cpd.sweep import Sweep, sweep
 
 __version__ = "0.1.0"
 
@@ -56,15 +59,20 @@ __all__ = [
     "Group",
     "InputError",
     "LatencyComparison",
+    "LatencyTable",
+    "ModelProfile",
     "NothingToPruneError",
+    "OnnxModule",
     "Plan",
     "PlanError",
     "Pruner",
+    "Quantized",
     "Report",
     "Result",
     "Schedule",
     "Sensitivity",
     "ShrinkError",
+    "Sweep",
     "TargetError",
     "TraceError",
     "TrainingError",
@@ -75,7 +83,11 @@ __all__ = [
     "distill",
     "export_onnx",
     "load",
+    "measure_latency",
+    "profile_model",
+    "quantize_onnx",
     "score",
     "sensitivity",
     "shrink",
+    "sweep",
 ]

@@ -126,7 +126,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
             A model that was given is then as it was.
     """
     folder = Path(directory)
-    document = _read_document(folder)
+    document = read_document(folder)
     plan = Plan.from_dict(document["plan"])
     weights = _read_weights(folder, document)
     model = _fresh(document) if model is None else check_model(model)
@@ -141,7 +141,12 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
     return model.eval()
 
 
-def _read_document(folder: Path) -> dict[str, Any]:
+def read_document(folder: Path) -> dict[str, Any]:
+    """The plan of a saved result, and what goes with it: `format`, `plan`, `source`.
+
+    Raises:
+        ArtifactError: if it is missing, truncated or foreign.
+    """
     path = folder / PLAN
     try:
         document = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""The command line: `cpd compress MODEL`, `cpd comb MODEL`, `cpd sensitivity MODEL`, `cpd demo`.
+"""The command line: `cpd compress MODEL`, `cpd comb MODEL`, `cpd latency A B`, `cpd demo`, and others (`cpd --help`).
 
 Tables and `--json` go to stdout, everything else (log, bars, errors) to stderr. torch and timm are imported inside
 the commands, so that `cpd --help` answers at once.
@@ -28,9 +28,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from cpd.cost import FrozenShare
+    from cpd.latency import LatencyTable
+    from cpd.latency_model import ModelProfile
     from cpd.report import Report
     from cpd.sensitivity import Sensitivity
     from cpd.sources import ModelSource
+    from cpd.sweep import Sweep
 
 DEFAULT_SPEEDUP = 2.0
 PRUNE, TRAIN = "Pruning", "Training"
@@ -99,6 +102,7 @@ def compress(
         float | None,
         typer.Option(help="ONNX Runtime latency, original over result (2, unless another target is given)."),
     ] = None,
+    target_latency_ms: Annotated[float | None, typer.Option(help="ONNX Runtime latency of the result, in ms.")] = None,
     target_macs: Annotated[float | None, typer.Option(help="MACs kept: a share up to 1, or a number of them.")] = None,
     target_params: Annotated[
         float | None, typer.Option(help="Parameters kept: a share up to 1, or a number of them.")
@@ -187,6 +191,7 @@ def compress(
         source, built, example_inputs = _build(model, input_size, pretrained)
         options: dict[str, Any] = {
             "target_speedup": target_speedup,
+            "target_latency_ms": target_latency_ms,
             "target_macs": target_macs,
             "target_params": target_params,
             "epochs": epochs,
@@ -194,7 +199,7 @@ def compress(
             "criterion": criterion,
             "lr": lr,
         }
-        if target_speedup is None and target_macs is None and target_params is None:
+        if all(target is None for target in (target_speedup, target_latency_ms, target_macs, target_params)):
             options["target_speedup"] = DEFAULT_SPEEDUP
         if folders is not None:
             loading = {"batch_size": batch_size, "workers": workers, "seed": seed}
@@ -326,6 +331,162 @@ def sensitivity(
 
 
 @app.command()
+def profile(
+    model: Model,
+    threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads.")] = 1,
+    check: Annotated[int, typer.Option(min=0, help="Narrower copies to export, time and compare with.")] = 0,
+    seed: Seed = 0,
+    input_size: InputSize = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Learn how long this machine takes for the model's kernels at any width, and show where its time goes."""
+    with _running(quiet, verbose, debug):
+        _, built, example_inputs = _build(model, input_size, pretrained=False)
+
+        from cpd.latency_model import profile_model
+
+        found = profile_model(built, example_inputs, threads=threads, check=check, seed=seed)
+        if json_output:
+            _print_json({"model": model, **found.to_dict()})
+            return
+        Console().print(profile_table(found))
+        for text in found.told():
+            Console().print(Text(text), soft_wrap=True)
+
+
+@app.command()
+def latency(
+    models: Annotated[
+        list[str], typer.Argument(help="ONNX files, folders that cpd compress wrote, or models as elsewhere.")
+    ],
+    backends: Annotated[
+        str, typer.Option(help="Any of onnxruntime, cuda, torch, torch.compile, openvino; commas between.")
+    ] = "onnxruntime",
+    threads: Annotated[int, typer.Option(min=1, help="Threads.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a run, for models that are exported now.")] = 1,
+    seconds: Annotated[float, typer.Option(help="The timing ends after so long.")] = 20.0,
+    input_size: InputSize = None,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Time several models in turn, in one run: medians, and ratios with their 95 % confidence intervals."""
+    with _running(quiet, verbose, debug):
+        found, inputs = {}, None
+        for name in models:
+            found[name], inputs = _opened(name, input_size, inputs)
+
+        import cpd
+
+        names = [name.strip() for name in backends.split(",")]
+        timed = cpd.measure_latency(
+            found, inputs, backends=names, threads=threads, seconds=seconds,
+            batch_size=None if any(isinstance(item, str) for item in found.values()) else batch_size,
+        )  # fmt: skip
+        if json_output:
+            _print_json(timed.to_dict())
+            return
+        Console().print(latency_table(timed))
+
+
+@app.command()
+def sweep(
+    model: Model,
+    speedups: Annotated[str, typer.Option(help="ONNX Runtime latency, original over result; commas between.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of images, as cpd compress takes it.")] = None,
+    output_dir: OutputDir = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Also draw accuracy against latency: .svg, .png.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=0, help="Training epochs of each.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a training step.")] = 64,
+    workers: Workers = WORKERS,
+    threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads that latency is measured on.")] = 1,
+    seed: Seed = 0,
+    pretrained: Annotated[bool, typer.Option(help="Start from the library's own weights (downloads them).")] = True,
+    input_size: InputSize = None,
+    round_to: Annotated[int, typer.Option(min=1, help="Widths are kept to multiples of this.")] = 8,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Compress a model to several speed-ups: one table, and one picture of accuracy against measured latency."""
+    with _running(quiet, verbose, debug):
+        from cpd.sensitivity import check_plot
+
+        if plot is not None:
+            check_plot(plot)
+        asked = parse_numbers(speedups)
+        source, built, example_inputs = _build(model, input_size, pretrained)
+        options: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
+        if data is not None:
+            folders = image_folders(data)
+            load = load_maps if has_maps(folders[0]) else load_images
+            options["data"], options["evaluate"] = load(
+                built, folders, example_inputs, batch_size=batch_size, workers=workers, seed=seed
+            )
+
+        import cpd
+
+        found = cpd.sweep(
+            built, asked, output_dir=output_dir, example_inputs=example_inputs, threads=threads, seed=seed,
+            round_to=round_to, source=str(source), **options,
+        )  # fmt: skip
+        if plot is not None:
+            logging.getLogger("cpd.cli").info("picture written to %s", found.plot(plot))
+        if json_output:
+            _print_json({"model": model, **found.to_dict()})
+            return
+        Console().print(sweep_table(found))
+
+
+@app.command()
+def quantize(
+    folder: Annotated[Path, typer.Argument(help="A folder that cpd compress wrote.")],
+    data: Annotated[Path, typer.Option(help="Folder of images, as cpd compress takes it, to calibrate on.")],
+    output: Annotated[Path | None, typer.Option(help="Where the INT8 model goes (FOLDER/model.int8.onnx).")] = None,
+    calibration: Annotated[str, typer.Option(help="minmax, entropy or percentile.")] = "minmax",
+    limit: Annotated[int, typer.Option(min=1, help="Batches of images used.")] = 4,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a batch.")] = 32,
+    workers: Workers = WORKERS,
+    threads: Annotated[int, typer.Option(min=1, help="ONNX Runtime threads that latency is measured on.")] = 1,
+    seconds: Annotated[float, typer.Option(help="The timing ends after so long.")] = 20.0,
+    seed: Seed = 0,
+    json_output: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,
+) -> None:
+    """Bring a compressed model to INT8, compare it with the float one, and time pruning, quantization and both."""
+    with _running(quiet, verbose, debug):
+        folders = image_folders(data)
+
+        import cpd
+        from cpd import sources
+        from cpd.artifacts import read_document
+
+        pruned = cpd.load(folder)
+        source = sources.resolve(str(read_document(folder)["source"]))
+        original = source.build().eval()
+        example_inputs = sources.default_inputs(original, source)
+        load = load_maps if has_maps(folders[0]) else load_images
+        loader, evaluate = load(pruned, folders, example_inputs, batch_size=batch_size, workers=workers, seed=seed)
+        found = cpd.quantize_onnx(
+            folder / "model.onnx", loader, output or folder / "model.int8.onnx", original=original, evaluate=evaluate,
+            calibration=calibration, limit=limit, threads=threads, seconds=seconds,
+        )  # fmt: skip
+        if json_output:
+            _print_json(found.to_dict())
+            return
+        console = Console()
+        console.print(latency_table(found.latency))
+        console.print(Text(found.told()), soft_wrap=True)
+
+
+@app.command()
 def demo(
     output_dir: OutputDir = None,
     seed: Seed = 0,
@@ -401,6 +562,33 @@ def parse_size(text: str) -> tuple[int, int]:
     raise InputError(f"--input-size takes H or H,W in pixels, as in 224 or 224,320; got {text!r}.")
 
 
+def parse_numbers(text: str) -> list[float]:
+    """`1.5,2,3` as numbers.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"Numbers with commas between are wanted, as in 1.5,2,3; got {text!r}.") from None
+
+
+def _opened(name: str, input_size: str | None, inputs: Any) -> tuple[Any, Any]:
+    """A model to be timed, and example inputs: those of the first that has some serve all."""
+    path = Path(name)
+    if path.is_dir():
+        path = path / "model.onnx"
+    if path.suffix == ".onnx":
+        if inputs is None:
+            from cpd.onnx import random_inputs
+
+            inputs = random_inputs(str(path))
+        return str(path), inputs
+    _, built, example_inputs = _build(name, input_size, pretrained=False)
+    return built, example_inputs if inputs is None else inputs
+
+
 # ---------------------------------------------------------------------------------- what is printed
 
 
@@ -433,6 +621,56 @@ def sensitivity_table(found: Sensitivity) -> Table:
     for group, points in found.by_group.items():
         table.add_row(group, str(points[0].size), *(f"{getattr(point, name):.3g}" for point in points))
     return table
+
+
+def latency_table(found: LatencyTable) -> Table:
+    """One row a model and backend; ratios are against the first."""
+    table = Table(title=f"{found.runs} rounds, {found.threads} thread(s), {found.samples} sample(s) a run")
+    for column in ("model", "backend"):
+        table.add_column(column)
+    for column in ("median ms", "p90 ms", "times as fast", "95 %"):
+        table.add_column(column, justify="right")
+    for row in found.rows:
+        interval = f"{row.speedup_low:.2f} to {row.speedup_high:.2f}"
+        table.add_row(
+            row.name, row.backend, f"{row.median_ms:.3g}", f"{row.p90_ms:.3g}", f"{row.speedup:.2f}", interval
+        )
+    return table
+
+
+def profile_table(found: ModelProfile) -> Table:
+    """Where the time goes, by operator."""
+    table = Table(title=f"{found.total_ms:.3g} ms in ONNX Runtime, {found.threads} thread(s)")
+    table.add_column("operator")
+    for column in ("nodes", "ms", "share", "at half of every width"):
+        table.add_column(column, justify="right")
+    for row in found.operators:
+        table.add_row(row.op, str(row.nodes), f"{row.ms:.3g}", f"{row.ms / found.total_ms:.1%}", f"{row.half_ms:.3g}")
+    return table
+
+
+def sweep_table(found: Sweep) -> Table:
+    """One row a speed-up."""
+    from cpd.sweep import rows
+
+    table = Table()
+    for column in ("asked", "measured", "ms", "MACs left", "parameters left", "metric"):
+        table.add_column(column, justify="right")
+    if (whole := found.original) is not None:
+        table.add_row("original", "1", f"{whole.latency_ms or 0:.3g}", "100%", "100%", _number(whole.metric))
+    for row in rows(found):
+        if row["error"]:
+            table.add_row(f"{row['asked']:g}", "out of reach", "", "", "", "")
+            continue
+        table.add_row(
+            f"{row['asked']:g}", f"{row['measured']:.2f}", f"{row['latency_ms']:.3g}", f"{row['macs_left']:.1%}",
+            f"{row['parameters_left']:.1%}", _number(row["metric"]),
+        )  # fmt: skip
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
 
 
 def figures_table(report: Report) -> Table:

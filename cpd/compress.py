@@ -11,7 +11,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -85,6 +85,7 @@ def compress(
     model: nn.Module,
     target_speedup: float | None = None,
     *,
+    target_latency_ms: float | None = None,
     target_macs: float | None = None,
     target_params: float | None = None,
     target_memory: float | None = None,
@@ -109,6 +110,7 @@ def compress(
     ratios: Mapping[str, float] | None = None,
     tolerance: float = 0.05,
     threads: int = 1,
+    latency_inputs: Sequence[Any] = (),
     seed: int = 0,
     output_dir: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -121,7 +123,8 @@ def compress(
     Args:
         model: a trained model; left as it was, a copy is compressed.
         target_speedup: measured latency of the original over the result's in ONNX Runtime on this machine, >= 1.
-            This or exactly one of the next three.
+            This or exactly one of the next four.
+        target_latency_ms: measured latency of the result in ms a run of `example_inputs`.
         target_macs: multiply-accumulates left: a share up to 1, or a number of them.
         target_params: parameters left, likewise.
         target_memory: elements of all intermediate tensors left, likewise.
@@ -151,6 +154,8 @@ def compress(
         ratios: {pattern of group names, as of a shell: share that goes}, for groups that you decide on: 0 keeps all.
         tolerance: how far from the target speed-up the search may end, as a fraction.
         threads: ONNX Runtime's intra-op threads when timing.
+        latency_inputs: further batches (other batch or input sizes) that a measured target holds for: the slowest
+            counts, and is reported.
         seed: of scores and training; the same seed gives the same scores and, for the targets that are not measured,
             the same plan.
         output_dir: where the artifacts are written, and during the training a checkpoint; None writes none.
@@ -175,7 +180,7 @@ def compress(
     given = {key: value for key, value in locals().items() if value is not None and key not in _NOT_REPORTED}
     check_model(model)
     processes.start()
-    check_target(target_speedup, target_macs, target_params, target_memory)
+    check_target(target_speedup, target_latency_ms, target_macs, target_params, target_memory)
     check_limits(round_to, max_ratio, min_width, ratios or {}, tolerance, threads, score_batches)
     settings = training or DistillConfig()
     settings = DistillConfig(
@@ -202,12 +207,12 @@ def compress(
     with stages("comb"):
         combed = comb(model, call)
     pruner = Pruner(
-        student, call, target_speedup=target_speedup, target_macs=target_macs, target_params=target_params,
-        target_memory=target_memory, steps=round(per_epoch * epochs), schedule=when, data=data,
-        loss=loss, criterion=criterion or ("magnitude" if data is None else None), normalization=normalization,
-        exponent=exponent, scope=scope, compensation=compensation, score_batches=score_batches, round_to=round_to,
-        max_ratio=max_ratio, min_width=min_width, ratios=ratios, tolerance=tolerance, threads=threads, seed=seed,
-        comb=combed, stage=stages,
+        student, call, target_speedup=target_speedup, target_latency_ms=target_latency_ms, target_macs=target_macs,
+        target_params=target_params, target_memory=target_memory, steps=round(per_epoch * epochs), schedule=when,
+        data=data, loss=loss, criterion=criterion or ("magnitude" if data is None else None),
+        normalization=normalization, exponent=exponent, scope=scope, compensation=compensation,
+        score_batches=score_batches, round_to=round_to, max_ratio=max_ratio, min_width=min_width, ratios=ratios,
+        tolerance=tolerance, threads=threads, latency_inputs=latency_inputs, seed=seed, comb=combed, stage=stages,
     )  # fmt: skip
     run = _Run(model, student, call, pruner, settings, stages, checkpoint)
     run.prune_and_train(data, loss, evaluate, teacher)
@@ -222,7 +227,7 @@ def compress(
 #: Arguments that are no settings: the report and the checkpoint leave them out.
 _NOT_REPORTED = {
     "model", "example_inputs", "loss", "evaluate", "data", "training", "teacher", "progress", "source", "resume",
-    "checkpoint_minutes",
+    "checkpoint_minutes", "latency_inputs",
 }  # fmt: skip
 
 
@@ -298,7 +303,7 @@ class _Run:
             try:
                 onnx, comparison = processes.from_first(lambda: self._deployed(threads))
             except ExportError as error:
-                if self.pruner.target.is_speedup:
+                if self.pruner.target.is_measured:
                     raise
                 self.pruner.note(f"Not exported to ONNX, so no latency was measured: {error}")
         report = self._report(given, source, comparison)
@@ -307,8 +312,12 @@ class _Run:
     def _deployed(self, threads: int) -> tuple[bytes, LatencyComparison]:
         """The ONNX model, and its latency beside the original's."""
         onnx = export_onnx(self.student, self.call)
+        target = self.pruner.target
         probe = self.pruner.probe or LatencyProbe(self.model, self.call, threads=threads)
-        return onnx, probe.compare(onnx, seconds=FINAL_SECONDS, precision=0.01)
+        candidate = onnx if len(probe.calls) == 1 else self.student
+        if not target.is_measured:
+            return onnx, probe.compare(candidate, seconds=FINAL_SECONDS, precision=0.01)
+        return onnx, probe.compare(candidate, seconds=FINAL_SECONDS, precision=0.01, slowest=target.attained)
 
     def _report(self, given: dict[str, Any], source: str | None, latency: LatencyComparison | None) -> Report:
         name = source or (str(found) if (found := sources.identify(self.model)) else None)

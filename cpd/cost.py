@@ -28,9 +28,9 @@ _PLAIN = ("a single position", "no parameter lies along it")
 NO_DIMENSION = "no removable dimension"
 UNREAD = "not read by the forward pass"
 
-_CONVS = {f"conv{rank}d" for rank in (1, 2, 3)}
-_TRANSPOSED = {f"conv_transpose{rank}d" for rank in (1, 2, 3)}
-_MATMULS = {"matmul", "bmm", "mm", "addmm", "baddbmm"}
+CONVOLUTIONS = {f"conv{rank}d" for rank in (1, 2, 3)}
+TRANSPOSED = {f"conv_transpose{rank}d" for rank in (1, 2, 3)}
+MATRIX_PRODUCTS = {"matmul", "bmm", "mm", "addmm", "baddbmm"}
 #: Ops that give a view of their input, or do nothing in eval mode: no memory of their own.
 _VIEWS = {
     "view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "expand", "expand_as", "slice",
@@ -243,18 +243,18 @@ def _operation_terms(ctx: Context) -> list[Term]:
 def _macs(ctx: Context, node: Node) -> list[tuple[Dim, ...]]:
     """Products of dimensions whose sum is the op's multiply-accumulates."""
     name = op_name(node)
-    if name not in {"linear", "scaled_dot_product_attention", "einsum", *_CONVS, *_TRANSPOSED, *_MATMULS}:
+    if name not in {"linear", "scaled_dot_product_attention", "einsum", *CONVOLUTIONS, *TRANSPOSED, *MATRIX_PRODUCTS}:
         return []
     bound, value = arguments(node), ctx.values[node]
     assert isinstance(value, tuple)
     if name == "linear":
         return [(*value, ctx.shape(bound["weight"])[-1])]
-    if name in _CONVS:
+    if name in CONVOLUTIONS:
         return [(*value, *ctx.shape(bound["weight"])[1:])]
-    if name in _TRANSPOSED:
+    if name in TRANSPOSED:
         _, outputs, *kernel = ctx.shape(bound["weight"])
         return [(*ctx.shape(bound["input"]), outputs, *kernel)]
-    if name in _MATMULS:
+    if name in MATRIX_PRODUCTS:
         factors = [source for source in (node.args[-2], node.args[-1]) if isinstance(source, Node)]
         return [(*value, ctx.shape(factors[0])[-1])]
     if name == "scaled_dot_product_attention":

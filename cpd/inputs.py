@@ -38,12 +38,33 @@ class Call(NamedTuple):
 
     def part(self, samples: int) -> Call:
         """The first samples alone, of every tensor as long as the batch."""
+        return self.slice(0, samples)
+
+    def slice(self, start: int, end: int) -> Call:
+        """The samples from `start` to before `end`, of every tensor as long as the batch."""
         whole = self.samples
 
         def cut(leaf: Tensor) -> Tensor:
-            return leaf[:samples] if leaf.dim() and len(leaf) == whole else leaf
+            return leaf[start:end] if leaf.dim() and len(leaf) == whole else leaf
 
         return Call(*tree_map_only(Tensor, cut, tuple(self)))
+
+    def resized(self, samples: int) -> Call:
+        """So many samples, repeated or cut, of every tensor as long as the batch.
+
+        Raises:
+            InputError: if `samples` is below 1.
+        """
+        if samples < 1:
+            raise InputError(f"The batch size must be at least 1; got {samples}.")
+        whole = self.samples
+
+        def tiled(leaf: Tensor) -> Tensor:
+            if not leaf.dim() or len(leaf) != whole:
+                return leaf
+            return leaf[torch.arange(samples, device=leaf.device) % whole]
+
+        return Call(*tree_map_only(Tensor, tiled, tuple(self)))
 
 
 def joined(calls: Sequence[Call]) -> Call:

@@ -1,7 +1,7 @@
-"""How much faster one model is than another in ONNX Runtime on this CPU: measured, with its uncertainty.
+"""How much faster one model is than another on this machine: measured, with its uncertainty.
 
-The two are timed in turn (A B, B A, A B, ...), so that whatever slows the machine slows both; the speed-up is
-the median of the ratios within the pairs. All times are in ms.
+Models are timed in turn (A B, B A, A B, ...), so that whatever slows the machine slows all; a speed-up is the median
+of the ratios within the rounds. All times are in ms.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ import math
 import os
 import platform
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
-from torch import nn
 
+from cpd.backends import BACKENDS, Backend, Model, OnnxRuntime, Run, exported
 from cpd.errors import InputError
-from cpd.inputs import Call, as_call, check_model
-from cpd.onnx import OnnxSource, check_parity, export_bytes, feed, open_session, run_session
+from cpd.inputs import as_call
+from cpd.onnx import feed, open_session
+from cpd.profiling import NodeTime, profile_nodes
+
+Times = np.ndarray[Any, np.dtype[np.float64]]
 
 MIN_PAIRS = 6
 """Fewer pairs give no 95 % confidence interval of a median."""
@@ -71,8 +74,8 @@ class LatencyComparison:
 
 
 def compare_latency(
-    original: nn.Module | OnnxSource,
-    candidate: nn.Module | OnnxSource,
+    original: Model,
+    candidate: Model,
     example_inputs: Any,
     *,
     threads: int = 1,
@@ -101,13 +104,119 @@ def compare_latency(
         InputError: if an argument is unusable, or an ONNX model does not open or take these inputs.
         ExportError: if a module cannot be exported, or its outputs differ from PyTorch's.
     """
-    _check_timing(seconds, min_runs, precision)
+    _check_timing(seconds, min_runs, precision, threads)
     probe = LatencyProbe(original, example_inputs, threads=threads, tolerance=tolerance)
     return probe.compare(candidate, seconds=seconds, min_runs=min_runs, precision=precision)
 
 
+@dataclass(frozen=True)
+class Timing:
+    """The latency of one of several models that were timed in one run; times in ms a run.
+
+    Attributes:
+        name: the model's.
+        backend: what ran it.
+        median_ms: the median of its samples.
+        p90_ms: their 90th percentile.
+        speedup: the median over the rounds of the first model's time / this one's.
+        speedup_low: lower end of the 95 % confidence interval of that median.
+        speedup_high: its upper end.
+    """
+
+    name: str
+    backend: str
+    median_ms: float
+    p90_ms: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Latencies of several models, timed in turn in one run.
+
+    Attributes:
+        rows: one a model and backend; speed-ups are against the first.
+        runs: the number of rounds.
+        threads: intra-op threads.
+        samples: the batch size.
+        environment: `cpu`, `cores`, `platform`, `onnxruntime` and `torch`.
+    """
+
+    rows: tuple[Timing, ...]
+    runs: int
+    threads: int
+    samples: int
+    environment: dict[str, str]
+
+    def __getitem__(self, name: str) -> Timing:
+        """The first row of a model."""
+        return next(row for row in self.rows if row.name == name)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for `json.dumps`."""
+        return asdict(self)
+
+
+def measure_latency(
+    models: Mapping[str, Model],
+    example_inputs: Any,
+    *,
+    backends: Sequence[str | Backend] = ("onnxruntime",),
+    threads: int = 1,
+    batch_size: int | None = None,
+    seconds: float = 20.0,
+    min_runs: int = 20,
+    precision: float = 0.02,
+) -> LatencyTable:
+    """Time any number of models in turn, in one run, so that whatever slows the machine slows all.
+
+    Modules are exported where a backend needs it, in eval mode, and each export is checked against PyTorch.
+
+    Args:
+        models: {name: an `nn.Module`, or an ONNX model: a path, bytes or an `onnx.ModelProto`}. All take the same
+            inputs; speed-ups are against the first.
+        example_inputs: a tensor, a tuple, or (tuple, dict): the batch that is timed.
+        backends: what runs them: names in `cpd.backends.BACKENDS` ("onnxruntime", "cuda", "torch", "torch.compile",
+            "openvino"), or objects with `name` and `open(model, call)`.
+        threads: intra-op threads, of the backends given by name.
+        batch_size: the samples of `example_inputs` are repeated, or cut, to so many.
+        seconds: the timing ends after this time (export and warm-up not counted), once `min_runs` rounds are in.
+        min_runs: the least number of rounds, at least 6.
+        precision: the timing ends sooner where the 95 % confidence interval of every speed-up lies within
+            +-precision of it, as a fraction.
+
+    Raises:
+        InputError: if an argument is unusable, or a backend cannot open or run a model.
+        ExportError: if a module cannot be exported, or its outputs differ from PyTorch's.
+    """
+    _check_timing(seconds, min_runs, precision, threads)
+    if not models:
+        raise InputError("measure_latency needs at least one model: {name: model}.")
+    call = as_call(example_inputs)
+    if batch_size is not None:
+        call = call.resized(batch_size)
+    names, runners = [], []
+    for backend in map(partial(_backend, threads=threads), backends):
+        for name, model in models.items():
+            names.append((name, backend.name))
+            runners.append(_Runner(backend.open(model, call)))
+    times = _time_rounds(runners, seconds, min_runs, precision)
+    rows = tuple(Timing(*name, **vars(_column(times, index))) for index, name in enumerate(names))
+    return LatencyTable(rows, len(times), threads, call.samples, environment())
+
+
+def _backend(given: str | Backend, threads: int) -> Backend:
+    if not isinstance(given, str):
+        return given
+    if given not in BACKENDS:
+        raise InputError(f"Unknown backend {given!r}; known are {', '.join(BACKENDS)}.")
+    return BACKENDS[given](threads)
+
+
 class LatencyProbe:
-    """Compares several candidates with one original, which is exported and opened once.
+    """Compares several candidates with one original in ONNX Runtime, which is exported and opened once.
 
         probe = LatencyProbe(model, example_inputs)
         probe.compare(pruned, seconds=5).speedup
@@ -117,6 +226,7 @@ class LatencyProbe:
         example_inputs: a tensor, a tuple, or (tuple, dict): the batch that is timed.
         threads: intra-op threads.
         tolerance: the largest relative difference between a module's outputs in ONNX Runtime and in PyTorch.
+        others: further batches, of other batch or input sizes; modules are exported anew for each.
 
     Raises:
         InputError: if an argument is unusable, or the ONNX model does not open or take these inputs.
@@ -125,52 +235,83 @@ class LatencyProbe:
 
     def __init__(
         self,
-        original: nn.Module | OnnxSource,
+        original: Model,
         example_inputs: Any,
         *,
         threads: int = 1,
         tolerance: float = 1e-3,
+        others: Sequence[Any] = (),
     ) -> None:
         if threads < 1:
             raise InputError(f"threads must be at least 1, got {threads}.")
-        self._call = as_call(example_inputs)
-        self._threads = threads
-        self._tolerance = tolerance
-        self._original = self._open(original)
+        self.calls = [as_call(example_inputs), *map(as_call, others)]
+        self._backend = OnnxRuntime(threads, tolerance=tolerance)
+        self._sources = [exported(original, call, tolerance) for call in self.calls]
+        self._originals = [
+            _Runner(self._backend.open(source, call)) for source, call in zip(self._sources, self.calls, strict=True)
+        ]
+
+    def original_ms(self, seconds: float = 1.0) -> float:
+        """The original's latency alone, in ms; of several batches the longest."""
+        return max(
+            float(np.median(_time_rounds([runner], seconds / len(self.calls), MIN_PAIRS, 0.01)))
+            for runner in self._originals
+        )
 
     def compare(
         self,
-        candidate: nn.Module | OnnxSource,
+        candidate: Model,
         *,
         seconds: float = 20.0,
         min_runs: int = 20,
         precision: float = 0.02,
+        slowest: Callable[[LatencyComparison], float] = lambda found: found.speedup,
     ) -> LatencyComparison:
-        """Time `candidate` beside the original; arguments and errors are those of `compare_latency`."""
-        _check_timing(seconds, min_runs, precision)
-        runner = self._open(candidate)
-        self._original.warm_up()
-        runner.warm_up()
-        times = _time_pairs(self._original, runner, seconds, min_runs, precision)
-        return _summarise(times, self._threads)
+        """Time `candidate` beside the original; arguments and errors are those of `compare_latency`.
 
-    def _open(self, model: nn.Module | OnnxSource) -> _Runner:
-        """A runner of `model` on the example inputs; a module is exported and checked first."""
-        source = _source(model, self._call)
-        if isinstance(model, nn.Module):
-            check_parity(model, source, self._call, self._tolerance)
-        return _Runner(source, self._call, self._threads)
+        Of several batches the comparison is given for which `slowest` is least.
+        """
+        _check_timing(seconds, min_runs, precision, self._backend.threads)
+        return min(
+            (
+                self._compared(original, _Runner(self._backend.open(candidate, call)), seconds, min_runs, precision)
+                for original, call in zip(self._originals, self.calls, strict=True)
+            ),
+            key=slowest,
+        )
+
+    def _compared(
+        self, first: _Runner, second: _Runner, seconds: float, min_runs: int, precision: float
+    ) -> LatencyComparison:
+        times = _time_rounds([first, second], seconds / len(self.calls), min_runs, precision)
+        original, other = _column(times, 0), _column(times, 1)
+        return LatencyComparison(
+            speedup=other.speedup,
+            original_ms=original.median_ms,
+            candidate_ms=other.median_ms,
+            speedup_low=other.speedup_low,
+            speedup_high=other.speedup_high,
+            original_p90_ms=original.p90_ms,
+            candidate_p90_ms=other.p90_ms,
+            runs=len(times),
+            threads=self._backend.threads,
+            environment=environment(),
+        )
+
+    def profile(self, seconds: float = 1.0) -> list[NodeTime]:
+        """The time of every node of the original, on the first batch."""
+        source, call = self._sources[0], self.calls[0]
+        arrays = feed(open_session(source), call)
+        return profile_nodes(source, arrays, threads=self._backend.threads, seconds=seconds)
 
 
 class _Runner:
-    """An open session with its inputs, and how many runs make a sample."""
+    """What is timed, and how many runs make a sample."""
 
-    def __init__(self, source: OnnxSource, call: Call, threads: int) -> None:
-        self._session = open_session(source, threads)
-        self._feed = feed(self._session, call)
+    def __init__(self, run: Run) -> None:
+        self._run = run
         self._repeat = 1
         self._lead = False
-        run_session(self._session, self._feed)  # inputs that do not fit are reported here
 
     def warm_up(self) -> None:
         """Run until memory, caches and clock have settled, and choose the block from the fastest run."""
@@ -187,21 +328,16 @@ class _Runner:
         return self._timed(self._repeat)
 
     def _timed(self, repeat: int) -> float:
-        run, arrays = self._session.run, self._feed
+        run = self._run
         start = time.perf_counter_ns()
         for _ in range(repeat):
-            run(None, arrays)
+            run()
         return (time.perf_counter_ns() - start) / repeat / 1e6
 
 
-def _source(model: nn.Module | OnnxSource, call: Call) -> OnnxSource:
-    """What ONNX Runtime can open of `model`: modules are exported."""
-    if isinstance(model, (bytes, str, os.PathLike, onnx.ModelProto)):
-        return model
-    return export_bytes(check_model(model), call)
-
-
-def _check_timing(seconds: float, min_runs: int, precision: float) -> None:
+def _check_timing(seconds: float, min_runs: int, precision: float, threads: int) -> None:
+    if threads < 1:
+        raise InputError(f"threads must be at least 1, got {threads}.")
     if not seconds > 0:
         raise InputError(f"seconds must be above 0, got {seconds}.")
     if not precision > 0:
@@ -210,23 +346,23 @@ def _check_timing(seconds: float, min_runs: int, precision: float) -> None:
         raise InputError(f"min_runs must be at least {MIN_PAIRS} for a 95 % interval, got {min_runs}.")
 
 
-def _time_pairs(
-    original: _Runner, candidate: _Runner, seconds: float, min_runs: int, precision: float
-) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Times in ms `[pairs, 2]`, original first; the order within the pairs alternates.
+def _time_rounds(runners: Sequence[_Runner], seconds: float, min_runs: int, precision: float) -> Times:
+    """Times in ms `[rounds, models]`; each round begins with the next model, so that none is always first.
 
-    The interval is looked at ever more rarely (each 20 % more pairs), for a stop at the first lucky look
-    would make it too narrow.
+    The intervals are looked at ever more rarely (each 20 % more rounds), for a stop at the first lucky look
+    would make them too narrow.
     """
-    times: list[tuple[float, float]] = []
+    for runner in runners:
+        runner.warm_up()
+    times: list[list[float]] = []
     deadline = time.perf_counter() + seconds
     look = min_runs
     while True:
-        if len(times) % 2:
-            second, first = candidate.sample(), original.sample()
-        else:
-            first, second = original.sample(), candidate.sample()
-        times.append((first, second))
+        row = [0.0] * len(runners)
+        for offset in range(len(runners)):
+            index = (len(times) + offset) % len(runners)
+            row[index] = runners[index].sample()
+        times.append(row)
         if len(times) < min_runs:
             continue
         if len(times) >= look:
@@ -238,31 +374,30 @@ def _time_pairs(
     return np.array(times)
 
 
-def _settled(times: np.ndarray[Any, np.dtype[np.float64]], precision: float) -> bool:
-    """Whether the confidence interval of the median ratio lies within +-precision of it."""
-    ratios = times[:, 0] / times[:, 1]
-    median = float(np.median(ratios))
-    low, high = median_interval(ratios)
-    return low >= median * (1 - precision) and high <= median * (1 + precision)
-
-
-def _summarise(times: np.ndarray[Any, np.dtype[np.float64]], threads: int) -> LatencyComparison:
-    ratios = times[:, 0] / times[:, 1]
-    low, high = median_interval(ratios)
-    medians = np.median(times, axis=0)
-    p90 = np.percentile(times, 90, axis=0)
-    return LatencyComparison(
-        speedup=float(np.median(ratios)),
-        original_ms=float(medians[0]),
-        candidate_ms=float(medians[1]),
-        speedup_low=low,
-        speedup_high=high,
-        original_p90_ms=float(p90[0]),
-        candidate_p90_ms=float(p90[1]),
-        runs=len(times),
-        threads=threads,
-        environment=dict(_environment()),
+def _settled(times: Times, precision: float) -> bool:
+    """Whether the confidence intervals of all median ratios lie within +-precision of them."""
+    found = (_column(times, index) for index in range(1, times.shape[1]))
+    return all(
+        item.speedup_low >= item.speedup * (1 - precision) and item.speedup_high <= item.speedup * (1 + precision)
+        for item in found
     )
+
+
+@dataclass(frozen=True)
+class _Column:
+    median_ms: float
+    p90_ms: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+
+
+def _column(times: Times, index: int) -> _Column:
+    """The figures of one model, against the first."""
+    ratios = times[:, 0] / times[:, index]
+    low, high = median_interval(ratios)
+    own = times[:, index]
+    return _Column(float(np.median(own)), float(np.percentile(own, 90)), float(np.median(ratios)), low, high)
 
 
 def median_interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
@@ -287,9 +422,13 @@ def _rank(count: int) -> int:
     return rank
 
 
+def environment() -> dict[str, str]:
+    """What a latency depends on beside the model: `cpu`, `cores`, `platform`, `onnxruntime` and `torch`."""
+    return dict(_environment())
+
+
 @lru_cache(maxsize=1)
 def _environment() -> tuple[tuple[str, str], ...]:
-    """What a latency depends on beside the model."""
     return (
         ("cpu", _cpu_model()),
         ("cores", str(_cores())),

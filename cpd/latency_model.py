@@ -1,70 +1,375 @@
-"""A fitted latency: seconds for a parameter, a multiply-accumulate and an element of activation, on this machine.
+"""Latency of any widths of one model on this machine, without exporting them.
 
-    latency = constant + a * parameters + b * MACs + c * activations,   a, b, c >= 0
-
-by non-negative least squares over narrower copies that are exported and timed beside the original. It says what a
-removed position saves, to rank by; a target is always measured.
+The profile of the unpruned model in ONNX Runtime says what each node takes there. A convolution or matrix product is
+scaled by how its time changes with its widths (`cpd.kernels`), everything else by the size of its tensors, which is
+what memory-bound operations follow. Candidates that were exported and timed correct what is left.
 """
 
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
-from scipy.optimize import nnls
 from torch import nn
 
+from cpd import axes
+from cpd.axes import Axis, Dim
 from cpd.comb import Comb
-from cpd.cost import Slope
+from cpd.comb import comb as make_comb
+from cpd.kernels import KernelTimes
 from cpd.latency import LatencyProbe
-from cpd.plan import Plan
+from cpd.polynomials import Numbers, ProductSums
+from cpd.profiling import NodeTime
 from cpd.surgeon import shrink
+from cpd.workload import Contraction, Workload, workload
 
-#: Shares of every group kept in the copies that are timed, and of every second or every other second group.
-SHARES = (0.25, 0.5, 0.75)
-#: Seconds that one copy is timed.
-SECONDS = 3.0
+#: What a node costs however small its tensors are, in ms.
+CALL_MS = 0.002
+#: A position's saving is the mean over so many that go with it, at most half of the width: over teeth of the saw.
+SPAN = 32
+#: Channels that ONNX Runtime's own layout fills up to at most: those of one vector of AVX-512.
+VECTOR = 16
+#: No kernel is predicted to take less than this share of its time alone.
+LEAST = 0.3
 
 
-def fit_latency(model: nn.Module, comb: Comb, probe: LatencyProbe) -> Slope:
-    """Milliseconds for one unit of each figure of the cost.
+@dataclass(frozen=True)
+class Share:
+    """Part of the unpruned model's time.
+
+    Attributes:
+        op: ONNX Runtime's operator, or several.
+        nodes: how many nodes.
+        ms: the time of all nodes of this kind and size in ms.
+        contractions: the operations that these are, which share it equally.
+        tensors: the tensors of that size, where they are no contractions: their mean size counts.
+    """
+
+    op: str
+    nodes: int
+    ms: float
+    contractions: tuple[Contraction, ...] = ()
+    tensors: tuple[tuple[Dim, ...], ...] = ()
+
+
+class LatencyModel:
+    """Predicts latencies of narrower copies of one model.
 
     Args:
-        model: the unpruned model; left as it was.
-        comb: its comb.
-        probe: times copies beside it.
+        comb: the comb of the model.
+        nodes: its profile, unpruned.
+        times: times of kernels.
+        tick: called with how many of how many kernels are measured.
 
-    Returns:
-        The coefficients; MACs alone count, in units of the original's latency, where nothing else could be fitted.
+    Attributes:
+        original_ms: the sum of the times of all nodes, unpruned; little is spent between them.
+        shares: what it consists of.
     """
-    rows, times = [], []
-    for plan in _plans(comb):
-        found = probe.compare(shrink(copy.deepcopy(model), plan), seconds=SECONDS)
-        counts = {group.axis: len(plan.groups[group.name]) for group in comb.groups}
-        cost = comb.cost(counts)
-        rows.append((1.0, cost.parameters, cost.macs, cost.activations))
-        times.append(found.candidate_ms)
-    full = comb.cost({})
-    rows.append((1.0, full.parameters, full.macs, full.activations))
-    times.append(found.original_ms)
-    table = np.array(rows, dtype=np.float64)
-    scale = np.maximum(table.max(0), 1.0)
-    coefficients = nnls(table / scale, np.array(times))[0] / scale
-    if not coefficients[1:].any():
-        return Slope(0.0, float(times[-1]) / max(full.macs, 1), 0.0)
-    return Slope(*map(float, coefficients[1:]))
+
+    def __init__(
+        self,
+        comb: Comb,
+        nodes: Sequence[NodeTime],
+        times: KernelTimes,
+        tick: Callable[[int, int], None] | None = None,
+    ) -> None:
+        work = workload(comb.context)
+        self.shares = _assigned(nodes, work)
+        self.original_ms = sum(share.ms for share in self.shares)
+        self._times = times
+        constant, products, weights = _elementwise(self.shares, work)
+        timed = [(item, share.ms / len(share.contractions)) for share in self.shares for item in share.contractions]
+        moving = [(item, ms) for item, ms in timed if _open(item)]
+        self._constant = constant + sum(ms for item, ms in timed if not _open(item))
+        # the widths of contractions are evaluated along with the rest, as products that weigh nothing
+        own = [(dim,) for item, _ in moving for pair in item.widths.values() for part in pair for dim in part]
+        self._sums = ProductSums([*products, *own], [[weight] for weight in (*weights, *(0.0 for _ in own))], figures=1)
+        self._items = [_Item(item, ms, self._sums.places) for item, ms in moving]
+        self._users = {axis: [item for item in self._items if axis in item.axes] for axis in self._sums.axes}
+        times.prepare([(item.anchor, _open(item)) for item, _ in moving], tick)
+        alone = {item: times.time(item.contraction.anchor, item.contraction.anchor) for item in self._items}
+        self._pace = sum(item.ms for item in self._items) / max(sum(alone.values()), 1e-9)
+        self._excess = {item: item.ms - self._pace * alone[item] for item in self._items}
+        self._observed: list[tuple[float, float]] = []
+
+    def milliseconds(self, counts: Mapping[Axis, int]) -> float:
+        """The sum of all nodes' times at these widths, in ms, not corrected by what was observed."""
+        widths = self._sums.widths(counts)[None]
+        values = self._sums.dims(widths)[0]
+        return self._constant + float(self._sums(widths)[0, 0]) + sum(self._ms(item, values) for item in self._items)
+
+    def speedup(self, counts: Mapping[Axis, int]) -> float:
+        """How many times as fast as the unpruned model these widths are, corrected by what was observed."""
+        raw = math.log(self.original_ms / self.milliseconds(counts))
+        predicted, measured = np.array(sorted([(0.0, 0.0), *self._observed])).T
+        if raw >= predicted[-1]:  # beyond all measurements: off by as much as the last
+            return math.exp(raw + measured[-1] - predicted[-1])
+        return math.exp(float(np.interp(raw, predicted, measured)) if raw > 0 else raw)
+
+    def observe(self, counts: Mapping[Axis, int], speedup: float) -> None:
+        """Learn from a measurement."""
+        self._observed.append((math.log(self.original_ms / self.milliseconds(counts)), math.log(max(speedup, 1e-3))))
+
+    def slopes(self, counts: Mapping[Axis, int]) -> dict[Axis, float]:
+        """The ms that one position less of each open axis saves at these widths."""
+        widths = self._sums.widths(counts)
+        spans = np.maximum(np.minimum(widths // 2, SPAN), 1)
+        before = self._sums.dims(widths[None])[0]
+        after = self._sums.dims(np.maximum(widths[None] - np.diag(spans), 1))
+        rest = self._sums.slopes(widths)[:, 0]
+        found = {}
+        for index, axis in enumerate(self._sums.axes):
+            saved = sum(self._ms(item, before) - self._ms(item, after[index]) for item in self._users[axis])
+            found[axis] = max(saved / int(spans[index]) + float(rest[index]), 0.0)
+        return found
+
+    def local(self, counts: Mapping[Axis, int]) -> dict[Axis, float]:
+        """The ms of all contractions that carry each open axis."""
+        values = self._sums.dims(self._sums.widths(counts)[None])[0]
+        return {axis: sum(self._ms(item, values) for item in users) for axis, users in self._users.items()}
+
+    def by_share(self, counts: Mapping[Axis, int]) -> list[float]:
+        """The ms of each of `shares` at these widths."""
+        values = self._sums.dims(self._sums.widths(counts)[None])[0]
+        of = {id(item.contraction): self._ms(item, values) for item in self._items}
+        found = []
+        for share in self.shares:
+            if share.contractions:
+                each = share.ms / len(share.contractions)
+                found.append(sum(of.get(id(item), each) for item in share.contractions))
+                continue
+            fixed = min(share.ms, CALL_MS)
+            ratios = [_size(shape, counts) / max(_size(shape, {}), 1) for shape in share.tensors] or [1.0]
+            found.append(fixed + (share.ms - fixed) * sum(ratios) / len(ratios))
+        return found
+
+    def _ms(self, item: _Item, values: Numbers) -> float:
+        """The time of one contraction where its dimensions have these sizes."""
+        anchor = item.contraction.anchor
+        kernel = item.contraction.kernel(lambda dim: int(values[item.places[dim]]))
+        alone = self._pace * self._times.time(kernel, anchor)
+        # what it takes in the model and not alone is the memory's doing, so it follows the memory that is touched
+        return max(alone + self._excess[item] * kernel.elements / anchor.elements, LEAST * alone)
 
 
-def _plans(comb: Comb) -> list[Plan]:
-    """Narrower copies that tell the figures apart: all groups, and every second one."""
+def _size(shape: Sequence[Dim], counts: Mapping[Axis, int]) -> int:
+    return math.prod(axes.count(dim, counts) for dim in shape)
+
+
+class _Item:
+    """A contraction whose widths may change, and its time in the unpruned model."""
+
+    def __init__(self, contraction: Contraction, ms: float, places: Mapping[Dim, int]) -> None:
+        self.contraction, self.ms = contraction, ms
+        dims = {dim for pair in contraction.widths.values() for part in pair for dim in part}
+        self.places = {dim: places[axes.resolve(dim)] for dim in dims}
+        self.axes = {axis for dim in dims for axis in axes.leaves(dim)}
+
+
+def _open(item: Contraction) -> list[str]:
+    """The widths of a contraction that have an axis which may be pruned."""
     return [
-        comb.plan(
-            {
-                group.name: range(max(group.minimum, round(group.size * share)))
-                for index, group in enumerate(comb.open)
-                if turn is None or index % 2 == turn
-            }
-        )
-        for turn in (None, 0, 1)
-        for share in SHARES
+        name
+        for name, pair in item.widths.items()
+        if any(axes.is_open(axes.resolve(dim)) for part in pair for dim in part)
     ]
+
+
+Key = tuple[int | str, ...]
+
+
+def _assigned(nodes: Sequence[NodeTime], work: Workload) -> list[Share]:
+    """The nodes of a profile beside the operations that they are, alike ones together.
+
+    ONNX Runtime fills channels up to whole vectors in its own layout, so what differs by less than that is alike.
+    """
+    contractions: dict[Key, list[Contraction]] = {}
+    for item in work.contractions:
+        shape = tuple(dim.size for dim in item.result)
+        contractions.setdefault(_key(shape, item.anchor.weight_shape, item.anchor.input_shape), []).append(item)
+    tensors: dict[Key, list[tuple[Dim, ...]]] = {}
+    for dims in work.tensors:
+        sizes = tuple(dim.size for dim in dims)
+        for same in dict.fromkeys((("tensor", math.prod(sizes)), ("filled", math.prod(_filled(sizes))))):
+            tensors.setdefault(same, []).append(dims)
+    found: Key
+    tally: dict[Key, tuple[dict[str, None], list[float]]] = {}
+    key: Key
+    for node in nodes:
+        largest = max((*node.inputs, *node.outputs), key=math.prod, default=())
+        key = ("tensor", math.prod(largest))
+        if key not in tensors:
+            key = ("filled", math.prod(_filled(largest)))
+        if node.outputs and node.inputs:
+            if "Conv" in node.op and len(node.inputs) > 1:
+                found = _key(node.outputs[0], node.inputs[1], node.inputs[0])
+            elif "MatMul" in node.op or "Gemm" in node.op:
+                found = _key(node.outputs[0], (), node.inputs[0])
+            else:
+                found = ()
+            key = found if found in contractions else key
+        ops, times = tally.setdefault(key, ({}, []))
+        ops[node.op] = None
+        times.append(node.ms)
+    return [
+        Share(", ".join(ops), len(times), sum(times), tuple(contractions.get(key, ())), tuple(tensors.get(key, ())))
+        for key, (ops, times) in tally.items()
+    ]
+
+
+def _key(result: Sequence[int], weight: Sequence[int], source: Sequence[int]) -> Key:
+    """Equal for a contraction and the node that it is in a profile."""
+    if len(weight) < 3 or len(weight) != len(source):  # a matrix product, whose weights may be packed away
+        return "product", math.prod(result), source[-1] if source else 1
+    summed = weight[1] if weight[1] == 1 else _full(weight[1])
+    return "convolution", math.prod(_filled(result)), summed, *weight[2:]
+
+
+def _filled(shape: Sequence[int]) -> tuple[int, ...]:
+    return (shape[0], _full(shape[1]), *shape[2:]) if len(shape) > 2 else tuple(shape)
+
+
+def _full(channels: int) -> int:
+    return VECTOR * math.ceil(channels / VECTOR)
+
+
+def _elementwise(shares: Sequence[Share], work: Workload) -> tuple[float, list[tuple[Dim, ...]], list[float]]:
+    """Of all that is no contraction: ms that do not depend on widths, and products of dimensions with their weights."""
+    constant, products, weights = 0.0, [], []
+    everything = [shape for shape in work.tensors if shape]
+    for share in shares:
+        if share.contractions:
+            continue
+        fixed = min(share.ms, CALL_MS)
+        constant += fixed
+        tensors = share.tensors or everything
+        sizes = [math.prod(dim.size for dim in shape) for shape in tensors]
+        for shape, size in zip(tensors, sizes, strict=True):
+            # of its own tensors the mean ratio counts; where none is known, the size of all tensors together
+            unit = len(sizes) * size if share.tensors else sum(sizes)
+            products.append(shape)
+            weights.append((share.ms - fixed) / max(unit, 1))
+    return constant, products, weights
+
+
+# ---------------------------------------------------------------------------------- a profile to look at
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """The time of all nodes of one operator, or of several that could not be told apart.
+
+    Attributes:
+        op: ONNX Runtime's operator.
+        nodes: how many nodes.
+        ms: their time in the unpruned model.
+        half_ms: their predicted time where every group keeps half.
+    """
+
+    op: str
+    nodes: int
+    ms: float
+    half_ms: float
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A narrower copy that was exported and timed, to see how good the prediction is.
+
+    Attributes:
+        macs_left: its share of the MACs.
+        predicted: the speed-up predicted before.
+        measured: the speed-up measured.
+    """
+
+    macs_left: float
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """Where a model's time goes on this machine.
+
+    Attributes:
+        total_ms: the time of all nodes.
+        threads: ONNX Runtime's threads.
+        operators: the most costly first.
+        kernels: how many kernels are known on this machine, and in what file.
+        file: that file.
+        checks: narrower copies that were timed.
+    """
+
+    total_ms: float
+    threads: int
+    operators: tuple[OperatorTime, ...]
+    kernels: int
+    file: str
+    checks: tuple[Checked, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for `json.dumps`."""
+        return asdict(self)
+
+    def told(self) -> list[str]:
+        """What a table does not say, sentence by sentence."""
+        found = [f"{self.kernels} kernels are known on this machine: {self.file}"]
+        found += [
+            f"At {item.macs_left:.1%} of the MACs: predicted {item.predicted:.2f} times as fast, measured "
+            f"{item.measured:.2f} ({item.predicted / item.measured - 1:+.1%})."
+            for item in self.checks
+        ]
+        return found
+
+
+def profile_model(
+    model: nn.Module, example_inputs: Any, *, threads: int = 1, check: int = 0, seconds: float = 5.0, seed: int = 0
+) -> ModelProfile:
+    """Measure what predictions for a model need, keep it for later, and say where its time goes.
+
+    Args:
+        model: left as it was.
+        example_inputs: a tensor, a tuple, or (tuple, dict).
+        threads: intra-op threads.
+        check: narrower copies, every group of random width, that are exported, timed and compared with the prediction.
+        seconds: how long each of them is timed.
+        seed: of those widths.
+
+    Raises:
+        InputError: an unusable argument.
+        TraceError: the model cannot be exported by torch.
+        ExportError: the model cannot be exported to ONNX, or differs there.
+    """
+    combed = make_comb(model, example_inputs)
+    probe = LatencyProbe(model, example_inputs, threads=threads)
+    nodes, times = probe.profile(), KernelTimes(threads)
+    latency = LatencyModel(combed, nodes, times)
+    half = latency.by_share({group.axis: max(group.minimum, group.size // 2) for group in combed.open})
+    operators: dict[str, list[float]] = {}
+    for share, ms in zip(latency.shares, half, strict=True):
+        entry = operators.setdefault(share.op, [0, 0.0, 0.0])
+        entry[:] = entry[0] + share.nodes, entry[1] + share.ms, entry[2] + ms
+    rows = sorted((OperatorTime(op, int(n), ms, h) for op, (n, ms, h) in operators.items()), key=lambda row: -row.ms)
+    rng, checks = np.random.default_rng(seed), []
+    for _ in range(check):
+        least = rng.uniform(0.25, 0.9)
+        keep = {
+            group.name: range(max(group.minimum, min(group.size, _near(group.size * rng.uniform(least, 1)))))
+            for group in combed.open
+        }
+        plan = combed.plan(keep)
+        counts = {group.axis: len(plan.groups[group.name]) for group in combed.groups}
+        expected = latency.speedup(counts)
+        measured = probe.compare(shrink(copy.deepcopy(model), plan), seconds=seconds, precision=0.01).speedup
+        left = combed.cost(counts).macs / max(combed.cost({}).macs, 1)
+        checks.append(Checked(left, expected, measured))
+    return ModelProfile(latency.original_ms, threads, tuple(rows), len(times), str(times.path), tuple(checks))
+
+
+def _near(width: float) -> int:
+    """A width as selection chooses it: a multiple of 8 where it is wide enough."""
+    return max(8 * round(width / 8), 8) if width >= SPAN else max(round(width), 1)

@@ -92,7 +92,7 @@ def export_onnx(
     """
     call = as_call(example_inputs)
     check_model(model)
-    target = None if path is None else _writable(path)
+    target = None if path is None else writable(path)
 
     def verify(source: OnnxSource) -> None:
         if check:
@@ -167,8 +167,10 @@ def check_parity(model: nn.Module, onnx_model: OnnxSource, call: Call, tolerance
         )
 
 
-def open_session(onnx_model: OnnxSource, threads: int = 1) -> Any:
-    """Open an `onnxruntime.InferenceSession` on the CPU: sequential execution, all graph optimisations.
+def open_session(
+    onnx_model: OnnxSource, threads: int = 1, *, provider: str = "CPUExecutionProvider", profile: Path | None = None
+) -> Any:
+    """Open an `onnxruntime.InferenceSession`: sequential execution, all graph optimisations.
 
     Threads spin while a run lasts, as is the default, but not after it: two sessions timed in turn would
     otherwise take the cores from each other.
@@ -176,11 +178,15 @@ def open_session(onnx_model: OnnxSource, threads: int = 1) -> Any:
     Args:
         onnx_model: a path, serialised bytes, or an `onnx.ModelProto`.
         threads: the number of threads that share one operator (intra-op).
+        provider: the execution provider.
+        profile: where the profile of all runs goes, once `end_profiling` is called; its name is longer than this.
 
     Raises:
         InputError: if ONNX Runtime cannot open the model.
     """
     options = onnxruntime.SessionOptions()
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
@@ -191,7 +197,7 @@ def open_session(onnx_model: OnnxSource, threads: int = 1) -> Any:
         onnx_model = onnx_model.SerializeToString()
     source = onnx_model if isinstance(onnx_model, bytes) else os.fspath(onnx_model)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(source, options, providers=[provider])
     except _RUNTIME_ERRORS as error:
         name = "the serialised model" if isinstance(source, bytes) else repr(source)
         raise InputError(
@@ -222,6 +228,22 @@ def feed(session: Any, call: Call) -> dict[str, np.ndarray[Any, Any]]:
     for name, array in arrays.items():
         _check_shape(name, inputs[name], array.shape)
     return arrays
+
+
+def random_inputs(model: OnnxSource) -> Call:
+    """Standard normal inputs of an ONNX model, from a fixed seed; sizes that it leaves open are 1.
+
+    Raises:
+        InputError: if the model cannot be opened, or an input is no tensor of floats.
+    """
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for item in open_session(model).get_inputs():
+        if item.type != "tensor(float)":
+            raise InputError(f"The input {item.name!r} is a {item.type}: its values cannot be made up.")
+        shape = [size if isinstance(size, int) else 1 for size in item.shape]
+        found[item.name] = torch.randn(shape, generator=generator)
+    return Call((), found)
 
 
 def run_session(session: Any, arrays: dict[str, np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
@@ -272,7 +294,7 @@ def _write(program: Any, target: Path, verify: Callable[[OnnxSource], None]) -> 
     return target
 
 
-def _writable(path: str | os.PathLike[str]) -> Path:
+def writable(path: str | os.PathLike[str]) -> Path:
     """`path` as a `Path`; raises `InputError` unless a file can be put there."""
     target = Path(path)
     if target.is_dir():

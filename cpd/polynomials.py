@@ -7,6 +7,7 @@ of products of dimensions. Both are laid out as arrays of indices once; evaluati
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +26,12 @@ class ProductSums:
 
     Args:
         products: the dimensions of each product.
-        weights: [products, figures]; what each product adds to each figure.
+        weights: [products, figures]; what each product adds to each figure: integers, or floats.
         figures: their number.
     """
 
-    def __init__(self, products: Sequence[Sequence[Dim]], weights: Sequence[Sequence[int]], figures: int) -> None:
-        self._weights: Numbers = np.array(weights, dtype=np.int64).reshape(len(products), figures)
+    def __init__(self, products: Sequence[Sequence[Dim]], weights: Sequence[Sequence[float]], figures: int) -> None:
+        self._weights = np.array(weights).reshape(len(products), figures)
         dims = list(dict.fromkeys(axes.resolve(dim) for product in products for dim in product))
         self.axes = list(dict.fromkeys(axis for dim in dims for axis in axes.leaves(dim) if axis.frozen is None))
         index = {axis: number for number, axis in enumerate(self.axes)}
@@ -41,15 +42,19 @@ class ProductSums:
         self._of = np.array([number for number, _ in found], dtype=np.int64)
         self._starts = np.flatnonzero(np.diff(self._of, prepend=-1))  # every dimension has a monomial
         self._dims = len(dims)
+        #: The column of each dimension, resolved, in what `dims` gives.
+        self.places = place
         self._products = _padded([[place[axes.resolve(dim)] for dim in product] for product in products], len(dims))
 
     def widths(self, counts: Mapping[Axis, int]) -> Numbers:
         """[axes]: the width of each axis, whole where it is not named."""
         return np.array([counts.get(axis, axis.size) for axis in self.axes], dtype=np.int64)
 
-    def __call__(self, widths: npt.ArrayLike) -> Numbers:
-        """[candidates, axes] -> [candidates, figures], exact."""
-        return self._product_values(self._dim_values(np.asarray(widths, dtype=np.int64))) @ self._weights
+    def __call__(self, widths: npt.ArrayLike) -> npt.NDArray[Any]:
+        """[candidates, axes] -> [candidates, figures], exact where the weights are integers."""
+        found: npt.NDArray[Any] = self._product_values(self._dim_values(np.asarray(widths, dtype=np.int64)))
+        figures: npt.NDArray[Any] = found @ self._weights
+        return figures
 
     def slopes(self, widths: npt.ArrayLike) -> Floats:
         """[axes] -> [axes, figures]: what each figure gains by one position more of each axis, to first order."""
@@ -62,6 +67,11 @@ class ProductSums:
         for column, others in _others(_gathered(at[None], self._monomials)[0]):
             np.add.at(by_axis, self._monomials[:, column], others[:, None] * inner)
         return by_axis[:-1]
+
+    def dims(self, widths: npt.ArrayLike) -> Numbers:
+        """[candidates, axes] -> [candidates, dims]: how wide each dimension is."""
+        values: Numbers = self._dim_values(np.asarray(widths, dtype=np.int64)).astype(np.int64)
+        return values
 
     def _dim_values(self, widths: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         """[candidates, axes] -> [candidates, dims]."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,8 +33,9 @@ from cpd.criteria import CRITERIA, DATA_FREE, TARGET_FREE, Criterion
 from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError, TargetError
 from cpd.gates import Gates
 from cpd.inputs import batches, check_model, device_of
+from cpd.kernels import KernelTimes
 from cpd.latency import LatencyProbe
-from cpd.latency_model import fit_latency
+from cpd.latency_model import LatencyModel
 from cpd.losses import LossFunction
 from cpd.optimizers import narrow_state, narrowed_state
 from cpd.oracle import masked_error
@@ -43,7 +44,7 @@ from cpd.recovery import Recovery, recover
 from cpd.request import check_limits, check_target, copy_of
 from cpd.schedule import Schedule
 from cpd.scorer import score
-from cpd.search import reach
+from cpd.search import predicted, reach
 from cpd.selector import Normalization, Scope, Selector, Weighing, check_ratios
 from cpd.surgeon import named_tensors, shrink, skeleton
 from cpd.training import random_states_kept, seeded
@@ -88,7 +89,8 @@ class Pruner:
     Args:
         model: the model that is trained; shrunk in place.
         example_inputs: a tensor, a tuple, or (tuple, dict), as for `cpd.comb`.
-        target_speedup: as `cpd.compress` takes it; this or exactly one of the next three.
+        target_speedup: as `cpd.compress` takes it; this or exactly one of the next four.
+        target_latency_ms: likewise.
         target_macs: likewise.
         target_params: likewise.
         target_memory: likewise.
@@ -112,6 +114,7 @@ class Pruner:
         ratios: {pattern of group names: share that goes}, for groups that you decide on.
         tolerance: how far from a target speed-up the search may end, as a fraction.
         threads: ONNX Runtime's threads when timing.
+        latency_inputs: further batches that a measured target holds for: the slowest counts.
         seed: of the scores.
         comb: the comb of `model`, if there is one already.
         stage: a context manager for each stage by name, to time or show it.
@@ -135,6 +138,7 @@ class Pruner:
         example_inputs: Any,
         *,
         target_speedup: float | None = None,
+        target_latency_ms: float | None = None,
         target_macs: float | None = None,
         target_params: float | None = None,
         target_memory: float | None = None,
@@ -155,12 +159,13 @@ class Pruner:
         ratios: Mapping[str, float] | None = None,
         tolerance: float = 0.05,
         threads: int = 1,
+        latency_inputs: Sequence[Any] = (),
         seed: int = 0,
         comb: Comb | None = None,
         stage: Stage | None = None,
     ) -> None:
         self.model, self.optimizer = check_model(model), optimizer
-        self.target = check_target(target_speedup, target_macs, target_params, target_memory)
+        self.target = check_target(target_speedup, target_latency_ms, target_macs, target_params, target_memory)
         self.limits = check_limits(round_to, max_ratio, min_width, ratios or {}, tolerance, threads, score_batches)
         self._stage = stage or (lambda _: nullcontext())
         self._events = Schedule.of(schedule).events(steps)
@@ -177,11 +182,14 @@ class Pruner:
         check_ratios(self.comb, self.limits)
         self.criterion, self.why = self._choose_criterion(criterion)
         self._exponent, self._normalization = exponent, normalization
-        several = self.target.is_speedup and self.criterion not in DATA_FREE
+        several = self.target.is_measured and self.criterion not in DATA_FREE
         self._scopes: tuple[Scope, ...] = (scope,) if scope else ("global", "group") if several else ("global",)
         self._weighing: Weighing | None = None
         self._goal: float | None = None
         self.probe: LatencyProbe | None = None
+        self._latency_model: LatencyModel | None = None
+        self._unpruned_ms: float | None = None
+        self._latency_inputs = tuple(latency_inputs)
         self.plan = self.comb.plan({})
         self.steps_taken = 0
         self.shrinks: list[Shrink] = []
@@ -315,7 +323,7 @@ class Pruner:
 
     def _figure(self, cost: Figures) -> float:
         """What the schedule runs in: the target's figure of a cost, MACs for a measured target."""
-        return float(cost.macs) if self.target.is_speedup else self.target.of(cost)
+        return float(cost.macs) if self.target.is_measured else self.target.of(cost)
 
     def _select(self, scores: Mapping[str, Tensor], share: float) -> Plan:
         """What stays after this shrink: of the way to the target as much as the schedule says."""
@@ -323,7 +331,7 @@ class Pruner:
         start = {name: len(positions) for name, positions in self.plan.groups.items()}
         selectors = {s: Selector(self.comb, scores, self.limits, s, weighing, start) for s in self._scopes}
         if self._goal is None or share == 1:
-            if self.target.is_speedup:  # which only one process measures
+            if self.target.is_measured:  # which only one process measures
                 ranks = repr([[order.tolist() for order in each.order.values()] for each in selectors.values()])
                 processes.check_same(hashlib.sha256(ranks.encode()).hexdigest(), "ranking of the positions")
                 scope, keep, told = processes.from_first(lambda: self._at_target(selectors))
@@ -344,7 +352,7 @@ class Pruner:
         if self._weighing is None:
             latency = None
             if self.normalization == "latency":
-                latency = processes.from_first(lambda: fit_latency(self.comb.model, self.comb, self._probe()))
+                latency = self._latency()
             self._weighing = Weighing(self.normalization, self._exponent, latency)
         return self._weighing
 
@@ -352,8 +360,17 @@ class Pruner:
         """Times candidates beside the unpruned model."""
         if self.probe is None:
             with self._stage("export"):
-                self.probe = LatencyProbe(self.comb.model, self.comb.operations.call, threads=self.threads)
+                call = self.comb.operations.call
+                self.probe = LatencyProbe(self.comb.model, call, threads=self.threads, others=self._latency_inputs)
         return self.probe
+
+    def _latency(self) -> LatencyModel:
+        """Predicts the latency of any widths."""
+        if self._latency_model is None:
+            probe = self._probe()
+            with self._stage("profile"):
+                self._latency_model = LatencyModel(self.comb, probe.profile(), KernelTimes(self.threads))
+        return self._latency_model
 
     def _at_target(self, selectors: Mapping[Scope, Selector]) -> tuple[Scope, dict[str, tuple[int, ...]], list[str]]:
         """The scope, the positions kept at the target, and what a user should know of it.
@@ -361,18 +378,17 @@ class Pruner:
         Of two that meet the target, the one that leaves more MACs is kept; where both leave as much, the one that
         comes nearer to the model as it is without training.
         """
-        plans: dict[Scope, Plan] = {}
-        failure: TargetError | None = None
-        for scope, selector in selectors.items():
-            try:
-                plans[scope] = self._meet(selector)
-            except TargetError as error:
-                failure = failure or error
-        if not plans:
-            assert failure is not None
-            raise failure
+        plans = {scope: self._predicted(selector) for scope, selector in selectors.items()}
         macs = {scope: self.comb.cost(self._counts(plan)).macs for scope, plan in plans.items()}
         chosen = self._nearest({s: plan for s, plan in plans.items() if macs[s] >= AS_MUCH * max(macs.values())})
+        try:
+            plans[chosen] = self._meet(selectors[chosen])
+        except TargetError:
+            others = [scope for scope in plans if scope != chosen]
+            if not others:
+                raise
+            (chosen,) = others  # the prediction was wrong about it
+            plans[chosen] = self._meet(selectors[chosen])
         notes = []
         if len(plans) > 1:
             full = max(self.comb.cost({}).macs, 1)
@@ -398,13 +414,32 @@ class Pruner:
             errors[scope] = min(self._recovered(narrower, self.model, step).errors.values())
         return min(errors, key=lambda scope: errors[scope])
 
+    def _predicted(self, selector: Selector) -> Plan:
+        """The plan of one selector that should meet the target; the final one, where nothing need be measured."""
+        if not self.target.is_measured:
+            return self._meet(selector)
+        return selector.plan(predicted(selector, self._latency(), self.target.speedup(self._original_ms())))
+
+    def _original_ms(self) -> float:
+        """The latency of the unpruned model, taken once."""
+        if self._unpruned_ms is None:
+            self._unpruned_ms = self._probe().original_ms()
+        return self._unpruned_ms
+
     def _meet(self, selector: Selector) -> Plan:
         """The plan of one selector that meets the target."""
-        if self.target.is_speedup:
-            best, tried = reach(self.comb.model, selector, self._probe(), self.target.value, self.tolerance)
+        if self.target.is_measured:
+            best, tried = reach(
+                self.comb.model, selector, self._probe(), self._latency(), self.target, self._original_ms(),
+                self.tolerance,
+            )  # fmt: skip
             self.search += [
-                {"scope": selector.scope, "macs_ratio": item.macs_ratio, "speedup": item.speedup} for item in tried
-            ]
+                {
+                    "scope": selector.scope, "macs_ratio": item.macs_ratio, "predicted": item.predicted,
+                    "speedup": item.speedup,
+                }
+                for item in tried
+            ]  # fmt: skip
             return best.plan
         full, least = self.comb.cost({}), self.comb.cost(selector.least())
         goal = self.target.absolute(full)

@@ -13,23 +13,48 @@ from torch import Tensor, nn
 
 from cpd import sources
 from cpd.cost import Figures
-from cpd.errors import InputError, TrainingError
+from cpd.errors import InputError, TargetError, TrainingError
 from cpd.inputs import Call, as_call, batches, device_of, evaluating, move
+from cpd.latency import LatencyComparison
 from cpd.losses import task_loss
 from cpd.selector import Limits
+
+#: Targets that a stop watch decides.
+MEASURED = ("target_speedup", "target_latency_ms")
 
 
 @dataclass(frozen=True)
 class Target:
-    """One target: a measured speed-up, or a cost figure to get down to."""
+    """One target: a measured speed-up or latency, or a cost figure to get down to."""
 
     name: str
     value: float
 
     @property
-    def is_speedup(self) -> bool:
+    def is_measured(self) -> bool:
         """Whether the target is measured rather than computed."""
-        return self.name == "target_speedup"
+        return self.name in MEASURED
+
+    def speedup(self, original_ms: float) -> float:
+        """A measured target as original over compressed latency.
+
+        Raises:
+            TargetError: the original is as fast as that already.
+        """
+        if self.name == "target_speedup":
+            return self.value
+        if original_ms <= self.value:
+            raise TargetError(
+                f"The model takes {original_ms:.3g} ms as it is, and target_latency_ms={self.value:g}: there is "
+                "nothing to do. Ask for less."
+            )
+        return original_ms / self.value
+
+    def attained(self, found: LatencyComparison) -> float:
+        """How fast a candidate is for what a measured target asks: 1 is the target, above is faster."""
+        if self.name == "target_speedup":
+            return found.speedup / self.value
+        return self.value / found.candidate_ms
 
     def of(self, figures: Figures) -> float:
         """The figure of a cost that the target speaks of."""
@@ -47,7 +72,7 @@ def check_target(*values: float | None) -> Target:
     Raises:
         InputError: if it is not exactly one, not a number, or out of range.
     """
-    names = ("target_speedup", "target_macs", "target_params", "target_memory")
+    names = (*MEASURED, "target_macs", "target_params", "target_memory")
     given = [Target(name, value) for name, value in zip(names, values, strict=True) if value is not None]
     if len(given) != 1:
         raise InputError(
@@ -56,11 +81,13 @@ def check_target(*values: float | None) -> Target:
     (target,) = given
     if isinstance(target.value, bool) or not isinstance(target.value, (int, float)) or not math.isfinite(target.value):
         raise InputError(f"{target.name} must be a number; got {target.value!r}.")
-    if target.is_speedup and target.value < 1:
+    if target.name == "target_speedup" and target.value < 1:
         raise InputError(
             f"target_speedup is original over compressed latency, so at least 1; got {target.value:g}. "
             "For half the latency ask for 2."
         )
+    if target.name == "target_latency_ms" and target.value <= 0:
+        raise InputError(f"target_latency_ms must be above 0; got {target.value:g}.")
     if target.value <= 0:
         raise InputError(f"{target.name} must be above 0: a share up to 1, or a number; got {target.value:g}.")
     return target

@@ -1,7 +1,7 @@
 """Search: the widths whose *measured* speed-up in ONNX Runtime is the one asked for.
 
-MACs order the candidates, a stop watch decides among them: each candidate is shrunk, exported and timed beside
-the original, and the share of MACs kept for the next follows from the speed-ups measured so far.
+The latency model says which widths to try; each candidate is shrunk, exported and timed beside the original, and what
+was measured corrects the model. A stop watch has the last word.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from torch import nn
 from cpd.axes import Axis
 from cpd.errors import TargetError
 from cpd.latency import LatencyComparison, LatencyProbe
+from cpd.latency_model import LatencyModel
 from cpd.plan import Plan
+from cpd.request import Target
 from cpd.selector import Selector
 from cpd.surgeon import shrink
 
 log = logging.getLogger("cpd")
 
-#: Candidates exported and timed at most.
-MAX_CANDIDATES = 8
+#: Candidates exported and timed at most; with the original and the result, six exports.
+MAX_CANDIDATES = 4
 #: Seconds that one candidate is timed.
 SECONDS = 6.0
 
@@ -37,13 +39,17 @@ class Candidate:
         counts: the width of each axis.
         plan: what is kept.
         macs_ratio: share of the original's MACs that is left.
+        predicted: the speed-up that the latency model gave.
         latency: its measured comparison with the original.
+        attained: how fast it is for what was asked: 1 is the target, above is faster.
     """
 
     counts: Mapping[Axis, int]
     plan: Plan
     macs_ratio: float
+    predicted: float
     latency: LatencyComparison
+    attained: float
 
     @property
     def speedup(self) -> float:
@@ -51,16 +57,29 @@ class Candidate:
         return self.latency.speedup
 
 
+def predicted(selector: Selector, latency: LatencyModel, target: float) -> dict[Axis, int]:
+    """The widths that should be `target` times as fast: no layer narrower than its time asks for."""
+    return selector.widened(selector.reach(latency.speedup, target), latency)
+
+
 def reach(
-    model: nn.Module, selector: Selector, probe: LatencyProbe, target: float, tolerance: float = 0.05
+    model: nn.Module,
+    selector: Selector,
+    probe: LatencyProbe,
+    latency: LatencyModel,
+    target: Target,
+    original_ms: float,
+    tolerance: float = 0.05,
 ) -> tuple[Candidate, list[Candidate]]:
-    """Find widths whose measured speed-up is within `tolerance` of `target`, or as near as widths allow.
+    """Find widths whose measured speed-up or latency is within `tolerance` of `target`, or as near as widths allow.
 
     Args:
         model: the unpruned model; left as it was.
-        selector: gives the widths of a share of MACs.
+        selector: gives the order in which positions go.
         probe: times candidates beside the original.
-        target: the speed-up asked for.
+        latency: predicts; corrected by what is measured.
+        target: the speed-up or latency asked for.
+        original_ms: the latency of the original.
         tolerance: the relative distance from the target that is good enough; the search aims at half of it.
 
     Returns:
@@ -69,70 +88,67 @@ def reach(
     Raises:
         TargetError: if even the narrowest widths are not fast enough.
     """
-    full = selector.comb.cost({}).macs
-    floor = selector.comb.cost(selector.least()).macs / full
     tried: list[Candidate] = []
-    ratio = max(target**-1.1, floor)
-    for _ in range(MAX_CANDIDATES):
-        counts = selector.meet(lambda figures: figures.macs / full, ratio)
+    goal = target.speedup(original_ms)
+
+    def measure(counts: Mapping[Axis, int]) -> Candidate:
+        tried.append(_measure(model, selector, probe, latency, counts, target))
+        return tried[-1]
+
+    while len(tried) < MAX_CANDIDATES:
+        counts = predicted(selector, latency, goal)
         if any(counts == candidate.counts for candidate in tried):
             break
-        tried.append(_measure(model, selector, probe, counts, full))
-        found = tried[-1].speedup
-        log.info("%.1f %% of the MACs: %.2f times as fast (target %g)", 100 * tried[-1].macs_ratio, found, target)
-        if abs(found / target - 1) <= tolerance / 2:
+        found = measure(counts)
+        if abs(found.attained - 1) <= tolerance / 2:
             break
-        ratio = max(_next_ratio(tried, target), floor)
-    best = _nearest(tried, target, tolerance)
-    if best.speedup < target * (1 - tolerance):
-        if best.macs_ratio > floor * 1.02:  # the last try: as narrow as can be
-            tried.append(_measure(model, selector, probe, selector.least(), full))
-            best = _nearest(tried, target, tolerance)
-        if best.speedup < target * (1 - tolerance):
+        goal = found.speedup / found.attained  # of a latency in ms, in the machine's present state
+    best = _nearest(tried, tolerance)
+    if best.attained < 1 - tolerance:
+        least = selector.least()
+        if all(candidate.counts != least for candidate in tried):  # the last try: as narrow as can be
+            measure(least)
+            best = _nearest(tried, tolerance)
+        if best.attained < 1 - tolerance:
             raise TargetError(_unreachable(selector, best, target))
     return best, tried
 
 
-def _nearest(tried: list[Candidate], target: float, tolerance: float) -> Candidate:
+def _nearest(tried: list[Candidate], tolerance: float) -> Candidate:
     """The candidate nearest to the target; where widths allow none within the tolerance, the next that is faster."""
-    near = [item for item in tried if abs(item.speedup / target - 1) <= tolerance]
+    near = [item for item in tried if abs(item.attained - 1) <= tolerance]
     if near:
-        return min(near, key=lambda item: abs(math.log(item.speedup / target)))
-    return min(tried, key=lambda item: (item.speedup < target, abs(math.log(item.speedup / target))))
+        return min(near, key=lambda item: abs(math.log(item.attained)))
+    return min(tried, key=lambda item: (item.attained < 1, abs(math.log(item.attained))))
 
 
 def _measure(
-    model: nn.Module, selector: Selector, probe: LatencyProbe, counts: Mapping[Axis, int], full: int
+    model: nn.Module,
+    selector: Selector,
+    probe: LatencyProbe,
+    latency: LatencyModel,
+    counts: Mapping[Axis, int],
+    target: Target,
 ) -> Candidate:
+    """Shrink, export and time; the model of the latency learns from it."""
     plan = selector.plan(counts)
-    latency = probe.compare(shrink(copy.deepcopy(model), plan), seconds=SECONDS, precision=0.01)
-    return Candidate(counts, plan, selector.comb.cost(counts).macs / full, latency)
+    expected = latency.speedup(counts)
+    narrower = shrink(copy.deepcopy(model), plan)
+    found = probe.compare(narrower, seconds=SECONDS, precision=0.01, slowest=target.attained)
+    latency.observe(counts, found.speedup)
+    ratio = selector.comb.cost(counts).macs / selector.comb.cost({}).macs
+    log.info("%.1f %% of the MACs: %.2f times as fast (predicted %.2f)", 100 * ratio, found.speedup, expected)
+    return Candidate(counts, plan, ratio, expected, found, target.attained(found))
 
 
-def _next_ratio(tried: list[Candidate], target: float) -> float:
-    """Interpolate log speed-up over log MACs between the nearest candidates on both sides of the target."""
-    points = [(0.0, 0.0), *((math.log(item.macs_ratio), math.log(max(item.speedup, 1e-3))) for item in tried)]
-    goal = math.log(target)
-    slower = max((point for point in points if point[1] < goal), key=lambda point: point[1], default=points[0])
-    faster = [point for point in points if point[1] >= goal]
-    if faster:
-        nearest = min(faster, key=lambda point: point[1])
-    else:  # extrapolate, a little beyond
-        nearest = min(points)
-        slower = points[0]
-        goal *= 1.02
-    rise = nearest[1] - slower[1]
-    if rise <= 1e-6 or nearest[0] >= slower[0]:
-        return math.exp((nearest[0] + slower[0]) / 2 if faster else nearest[0] - 0.2)
-    return math.exp(slower[0] + (goal - slower[1]) / rise * (nearest[0] - slower[0]))
-
-
-def _unreachable(selector: Selector, best: Candidate, target: float) -> str:
+def _unreachable(selector: Selector, best: Candidate, target: Target) -> str:
     frozen = [group for group in selector.comb.groups if group.frozen]
     reasons = "; ".join(f"{group.name} ({group.size}): {group.frozen}" for group in frozen[:8])
+    reached = best.speedup if target.name == "target_speedup" else best.latency.candidate_ms
     return (
-        f"A speed-up of {target:g} cannot be reached: the narrowest widths allowed keep {best.macs_ratio:.1%} of the "
-        f"MACs and are {best.speedup:.2f} times as fast. Ask for {best.speedup:.2f} or less, or allow narrower widths "
+        f"{target.name}={target.value:g} cannot be reached: the narrowest widths allowed keep {best.macs_ratio:.1%} of "
+        f"the MACs and are {best.speedup:.2f} times as fast ({best.latency.candidate_ms:.3g} ms). Ask for "
+        f"{reached:.3g}, or allow narrower widths "
         f"(round_to={selector.limits.round_to}, max_ratio={selector.limits.max_ratio}). "
         + (f"Frozen groups stand in the way: {reasons}." if frozen else "No group is frozen.")
     )

@@ -12,7 +12,7 @@ import heapq
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ from torch import Tensor
 from cpd import axes, ties
 from cpd.axes import Axis, Dim, Product
 from cpd.comb import Comb, Group
-from cpd.cost import Figures, Slope
+from cpd.cost import Figures
 from cpd.errors import InputError
 from cpd.plan import Plan
 
@@ -35,6 +35,11 @@ SCOPES: tuple[Scope, ...] = ("global", "isomorphic", "group")
 NORMALIZATIONS: tuple[Normalization, ...] = ("memory", "macs", "parameters", "latency", "none")
 #: Share of a figure that may be saved before what positions save is computed anew.
 REFRESH = 0.01
+#: A target may be exceeded by this share.
+LEAP = 0.005
+#: Positions that a width is raised by at most where that costs no time, and the share of the time of what carries it
+#: that counts as none.
+TOOTH, SAME = 32, 0.01
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,19 @@ class Limits:
         return next(matches, None)
 
 
+class Latency(Protocol):
+    """Predicted latency, as `cpd.latency_model.LatencyModel` gives it; ms."""
+
+    def milliseconds(self, counts: Mapping[Axis, int]) -> float:
+        """The latency at these widths."""
+
+    def slopes(self, counts: Mapping[Axis, int]) -> Mapping[Axis, float]:
+        """What one position less of each axis saves."""
+
+    def local(self, counts: Mapping[Axis, int]) -> Mapping[Axis, float]:
+        """The latency of the operations that carry each axis."""
+
+
 @dataclass(frozen=True)
 class Weighing:
     """How scores are weighed against what is saved.
@@ -68,29 +86,34 @@ class Weighing:
     Attributes:
         normalization: the figure that scores are divided by what is saved of.
         exponent: score / saved^exponent. 1 is the best trade where scores are changes of a loss; CPD's lambda.
-        latency: for "latency": seconds for one unit of each figure (`cpd.latency.fit`).
+        latency: for "latency": predicts it.
     """
 
     normalization: Normalization = "macs"
     exponent: float = 1.0
-    latency: Slope | None = None
+    latency: Latency | None = None
 
     def __post_init__(self) -> None:
         if self.normalization not in NORMALIZATIONS:
             raise InputError(f"Unknown normalization {self.normalization!r}; known are {', '.join(NORMALIZATIONS)}.")
         if self.normalization == "latency" and self.latency is None:
-            raise InputError("normalization='latency' needs a fitted latency: latency=cpd.latency.fit(…).")
+            raise InputError("normalization='latency' needs a latency=LatencyModel(…).")
 
-    def figure(self, slope: Slope | Figures) -> float:
-        """What counts of a cost, or of a slope of it."""
-        if self.normalization == "latency":
-            assert self.latency is not None
-            return sum(
-                unit * value
-                for unit, value in zip(self.latency, (slope.parameters, slope.macs, slope.activations), strict=True)
-            )
-        name = {"memory": "activations", "none": "macs"}.get(self.normalization, self.normalization)
-        return float(getattr(slope, name))
+    @property
+    def _figure(self) -> str:
+        return {"memory": "activations", "none": "macs"}.get(self.normalization, self.normalization)
+
+    def total(self, comb: Comb, counts: Mapping[Axis, int]) -> float:
+        """The figure at these widths."""
+        if self.latency is not None:
+            return self.latency.milliseconds(counts)
+        return float(getattr(comb.cost(counts), self._figure))
+
+    def saved(self, comb: Comb, counts: Mapping[Axis, int]) -> Mapping[Axis, float]:
+        """What one position less of each axis saves of it, to first order."""
+        if self.latency is not None:
+            return self.latency.slopes(counts)
+        return {axis: float(getattr(slope, self._figure)) for axis, slope in comb.cost.slopes(counts).items()}
 
     def __call__(self, score: float, saved: float) -> float:
         """What a position's removal costs for what it saves."""
@@ -151,9 +174,9 @@ class Selector:
         path = [widths.copy()]
         while True:
             counts = self._repaired(widths)
-            slopes = self.comb.cost.slopes(counts)
-            saved = [self.weighing.figure(slopes[group.axis]) if group.axis in slopes else 0.0 for group in groups]
-            budget = REFRESH * self.weighing.figure(self.comb.cost(counts))
+            slopes = self.weighing.saved(self.comb, counts)
+            saved = [slopes.get(group.axis, 0.0) for group in groups]
+            budget = REFRESH * self.weighing.total(self.comb, counts)
             going = [i for i in range(len(groups)) if widths[i] > floors[i]]
             heap = [(self._price(i, int(widths[i]), floors[i], saved[i]), i) for i in going]
             if not heap:
@@ -182,7 +205,9 @@ class Selector:
         return self.weighing(float(going.mean()), saved)
 
     def _repaired(self, widths: npt.NDArray[np.int64]) -> dict[Axis, int]:
-        wanted = {group.axis: int(width) for group, width in zip(self.comb.open, widths, strict=True)}
+        return self._tied({group.axis: int(width) for group, width in zip(self.comb.open, widths, strict=True)})
+
+    def _tied(self, wanted: Mapping[Axis, int]) -> dict[Axis, int]:
         return ties.repair(wanted, self.comb.ties)
 
     def counts(self, steps: int) -> dict[Axis, int]:
@@ -191,14 +216,50 @@ class Selector:
 
     def meet(self, measure: Measure, target: float) -> dict[Axis, int]:
         """The widest widths along the way whose `measure` of the cost is at most `target`; the narrowest, if none."""
+        return self.counts(self._first(lambda counts: measure(self.comb.cost(counts)) <= target))
+
+    def reach(self, figure: Callable[[Mapping[Axis, int]], float], target: float) -> dict[Axis, int]:
+        """The widest widths along the way whose figure is at least `target`, and hardly more; the narrowest, if none.
+
+        One step of a group that many layers read may leap over the target. Then what went last comes back, as far as
+        the target allows.
+        """
+        index = self._first(lambda counts: figure(counts) >= target)
+        widths = self._path[index].copy()
+        for before, after in zip(self._path[:index][::-1], self._path[1 : index + 1][::-1], strict=True):
+            if figure(self._repaired(widths)) <= target * (1 + LEAP):
+                break
+            raised = np.where((before != after) & (widths == after), before, widths)
+            if (raised != widths).any() and figure(self._repaired(raised)) >= target:
+                widths = raised
+        return self._repaired(widths)
+
+    def _first(self, enough: Callable[[Mapping[Axis, int]], bool]) -> int:
+        """The first step along the way after which widths are narrow enough; the last, if none."""
         low, high = 0, len(self._path) - 1
         while low < high:
             middle = (low + high) // 2
-            if measure(self.comb.cost(self.counts(middle))) > target:
-                low = middle + 1
-            else:
+            if enough(self.counts(middle)):
                 high = middle
-        return self.counts(low)
+            else:
+                low = middle + 1
+        return low
+
+    def widened(self, counts: Mapping[Axis, int], latency: Latency) -> dict[Axis, int]:
+        """The same widths, each raised as far as it costs no time: to the next tooth of the saw."""
+        found, local = dict(counts), latency.local(counts)
+        for group in self.comb.open:
+            if self.limits.ratio_of(group) is not None:
+                continue
+            size = self.steps[group.name]
+            allowed = latency.milliseconds(found) + SAME * local.get(group.axis, 0.0)
+            width = size * math.ceil(found[group.axis] / size)
+            for wider in range(min(width + TOOTH, group.size) // size * size, width - 1, -size):
+                raised = self._tied({**found, group.axis: wider})
+                if wider > found[group.axis] and latency.milliseconds(raised) <= allowed:
+                    found = raised
+                    break
+        return found
 
     def least(self) -> dict[Axis, int]:
         """The narrowest widths that the limits and ties allow."""

@@ -15,6 +15,15 @@ import cpd  # noqa: F401  (whose modules a fixture changes)
 torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernel_times(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Kernels are measured for a moment, and kept in a folder of the test run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CPD_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
+        patch.setattr(sys.modules["cpd.kernels"], "SECONDS", 0.02)
+        yield
+
+
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
     """Latencies are timed for half a second: for tests that look at something else."""

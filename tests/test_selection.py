@@ -16,7 +16,6 @@ from zoo import comb, dense, group, random_plan, randomize
 
 import cpd
 from cpd.compensation import compensate
-from cpd.cost import Slope
 from cpd.recovery import logits_error, recover
 from cpd.selector import Limits, Selector, Weighing
 
@@ -87,6 +86,22 @@ def resnet() -> tuple[cpd.Comb, dict[str, Tensor]]:
     return combed, {item.name: torch.rand(item.size, dtype=torch.double) for item in combed.open}
 
 
+class AsMacs:
+    """A latency that is proportional to the MACs."""
+
+    def __init__(self, combed):
+        self.cost = combed.cost
+
+    def milliseconds(self, counts):
+        return 2e-9 * self.cost(counts).macs
+
+    def slopes(self, counts):
+        return {axis: 2e-9 * slope.macs for axis, slope in self.cost.slopes(counts).items()}
+
+    def local(self, counts):
+        return {}
+
+
 @pytest.mark.parametrize("normalization", ["macs", "memory", "parameters", "none"])
 def test_a_target_is_met_and_hardly_more(resnet, normalization):
     combed, scores = resnet
@@ -107,9 +122,9 @@ def test_what_a_position_saves_is_weighed(resnet):
     selector = Selector(combed, equal, Limits(round_to=1), weighing=Weighing("macs"))
     counts = selector.counts(1)
     assert counts[costly.axis] < costly.size and counts[cheap.axis] == cheap.size  # noqa: PT018
-    latency = Weighing("latency", latency=Slope(0.0, 2e-9, 0.0))
+    latency = Weighing("latency", latency=AsMacs(combed))
     assert Selector(combed, equal, Limits(round_to=1), weighing=latency).counts(1) == counts
-    with pytest.raises(cpd.InputError, match="fitted"):
+    with pytest.raises(cpd.InputError, match="LatencyModel"):
         Weighing("latency")
     with pytest.raises(cpd.InputError, match="normalization"):
         Weighing("beauty")
