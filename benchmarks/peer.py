@@ -16,6 +16,9 @@ import torch
 from oracles import build
 from torch import nn
 
+#: Outputs of torchvision's segmentation models.
+SEGMENTATION_CLASSES = 21
+
 
 def main(name: str, file: Path) -> None:
     """Write {"outcome", "seconds", "parameters_left"}."""
@@ -31,28 +34,10 @@ def main(name: str, file: Path) -> None:
 
     with torch.no_grad():
         expected = _shapes(model(*inputs) if isinstance(inputs, tuple) else model(inputs))
-    heads, ignored = {}, []
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and module.out_features == getattr(model, "num_classes", 1000):
-            ignored.append(module)
-        if hasattr(module, "num_heads"):
-            for part in ("qkv", "qkv_proj"):
-                if isinstance(getattr(module, part, None), nn.Linear):
-                    heads[getattr(module, part)] = module.num_heads
     try:
         start = time.perf_counter()
-        pruner = tp.pruner.BasePruner(
-            model, inputs, importance=tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.5, round_to=8,
-            ignored_layers=ignored, num_heads=heads, prune_num_heads=False, prune_head_dims=True,
-        )  # fmt: skip
-        pruner.step()
+        narrowed(tp, model, inputs, 0.5)
         seconds = time.perf_counter() - start
-        for module in model.modules():
-            for part in ("qkv", "qkv_proj"):
-                layer = getattr(module, part, None)
-                if isinstance(layer, nn.Linear) and layer in pruner.num_heads:
-                    module.num_heads = pruner.num_heads[layer]
-                    module.head_dim = layer.out_features // (3 * module.num_heads)
     except Exception as error:
         return write(outcome=f"raises: {type(error).__name__}: {error}"[:200])
     try:
@@ -63,6 +48,33 @@ def main(name: str, file: Path) -> None:
     left = sum(p.numel() for p in model.parameters()) / before
     outcome = "output shape changed" if found != expected else "nothing removed" if left == 1 else "runs, smaller"
     return write(outcome=outcome, seconds=seconds, parameters_left=left)
+
+
+def narrowed(tp: Any, model: nn.Module, inputs: Any, ratio: float) -> nn.Module:
+    """`model` with every group narrower by this share, in multiples of 8; classifiers and heads as its examples do."""
+    heads, ignored = {}, []
+    classes = getattr(model, "num_classes", 1000)
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.out_features == classes:
+            ignored.append(module)
+        if isinstance(module, nn.Conv2d) and module.out_channels == SEGMENTATION_CLASSES:
+            ignored.append(module)
+        if hasattr(module, "num_heads"):
+            for part in ("qkv", "qkv_proj"):
+                if isinstance(getattr(module, part, None), nn.Linear):
+                    heads[getattr(module, part)] = module.num_heads
+    pruner = tp.pruner.BasePruner(
+        model, inputs, importance=tp.importance.GroupMagnitudeImportance(), pruning_ratio=ratio, round_to=8,
+        ignored_layers=ignored, num_heads=heads, prune_num_heads=False, prune_head_dims=True,
+    )  # fmt: skip
+    pruner.step()
+    for module in model.modules():
+        for part in ("qkv", "qkv_proj"):
+            layer = getattr(module, part, None)
+            if isinstance(layer, nn.Linear) and layer in pruner.num_heads:
+                module.num_heads = pruner.num_heads[layer]
+                module.head_dim = layer.out_features // (3 * module.num_heads)
+    return model
 
 
 def _shapes(output: Any) -> list[list[int]]:

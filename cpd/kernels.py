@@ -8,6 +8,7 @@ take another kernel altogether. What was measured is kept in a file, one for a m
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -307,11 +308,13 @@ def _measured(kernels: Sequence[Kernel], threads: int) -> list[float]:
     A machine is not equally fast at all times. So one kernel, always the same, runs between them, and times are given
     in units of its own: as if it had taken `UNIT_MS`.
     """
-    every = [UNIT, *kernels[: len(kernels) // 2], UNIT, *kernels[len(kernels) // 2 :], UNIT]
+    half = len(kernels) // 2
+    every = [UNIT, *kernels[:half], UNIT, *kernels[half:], UNIT]
+    units = (0, half + 1, len(every) - 1)
     nodes, weights, feeds = [], [], {}
     for index, kernel in enumerate(every):
         name, weight = f"kernel{index}", f"weight{index}"
-        source = f"input{index}" if kernel is UNIT else "x" + "_".join(map(str, kernel.input_shape))
+        source = f"input{index}" if index in units else "x" + "_".join(map(str, kernel.input_shape))
         feeds[source] = np.full(kernel.input_shape, 0.5, np.float32)
         if isinstance(kernel, MatrixProduct) and not kernel.constant:
             feeds[weight] = np.full(kernel.weight_shape, 0.01, np.float32)
@@ -332,8 +335,8 @@ def _measured(kernels: Sequence[Kernel], threads: int) -> list[float]:
         head = "".join(itertools.takewhile(str.isdigit, node.name.removeprefix("kernel")))
         if node.name.startswith("kernel") and head:
             times[int(head)] += node.ms
-    unit = statistics.median(ms for ms, kernel in zip(times, every, strict=True) if kernel is UNIT)
-    found = (ms for ms, kernel in zip(times, every, strict=True) if kernel is not UNIT)
+    unit = statistics.median(times[index] for index in units)
+    found = (ms for index, ms in enumerate(times) if index not in units)
     return [max(ms, 5e-4) * UNIT_MS / unit for ms in found]  # the profiler counts in microseconds
 
 
@@ -370,5 +373,6 @@ def _write(path: Path, known: dict[str, float]) -> dict[str, float]:
         os.replace(draft, path)
     except OSError as error:
         log.warning("The kernel times cannot be kept in %s: %s.", path, error)
-        draft.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            draft.unlink()
     return known

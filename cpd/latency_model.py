@@ -20,7 +20,7 @@ from cpd import axes
 from cpd.axes import Axis, Dim
 from cpd.comb import Comb
 from cpd.comb import comb as make_comb
-from cpd.kernels import KernelTimes
+from cpd.kernels import KernelTimes, MatrixProduct
 from cpd.latency import LatencyProbe
 from cpd.polynomials import Numbers, ProductSums
 from cpd.profiling import NodeTime
@@ -189,30 +189,19 @@ def _assigned(nodes: Sequence[NodeTime], work: Workload) -> list[Share]:
     """
     contractions: dict[Key, list[Contraction]] = {}
     for item in work.contractions:
-        shape = tuple(dim.size for dim in item.result)
-        contractions.setdefault(_key(shape, item.anchor.weight_shape, item.anchor.input_shape), []).append(item)
+        for key in _keys(item):
+            contractions.setdefault(key, []).append(item)
     tensors: dict[Key, list[tuple[Dim, ...]]] = {}
     for dims in work.tensors:
         sizes = tuple(dim.size for dim in dims)
-        for same in dict.fromkeys((("tensor", math.prod(sizes)), ("filled", math.prod(_filled(sizes))))):
-            tensors.setdefault(same, []).append(dims)
-    found: Key
+        for key in dict.fromkeys((("tensor", math.prod(sizes)), ("filled", math.prod(_filled(sizes))))):
+            tensors.setdefault(key, []).append(dims)
     tally: dict[Key, tuple[dict[str, None], list[float]]] = {}
-    key: Key
     for node in nodes:
         largest = max((*node.inputs, *node.outputs), key=math.prod, default=())
-        key = ("tensor", math.prod(largest))
-        if key not in tensors:
-            key = ("filled", math.prod(_filled(largest)))
-        if node.outputs and node.inputs:
-            if "Conv" in node.op and len(node.inputs) > 1:
-                found = _key(node.outputs[0], node.inputs[1], node.inputs[0])
-            elif "MatMul" in node.op or "Gemm" in node.op:
-                found = _key(node.outputs[0], (), node.inputs[0])
-            else:
-                found = ()
-            key = found if found in contractions else key
-        ops, times = tally.setdefault(key, ({}, []))
+        candidates = (_key(node), ("tensor", math.prod(largest)), ("filled", math.prod(_filled(largest))))
+        found = next((key for key in candidates if key in contractions or key in tensors), candidates[-1])
+        ops, times = tally.setdefault(found, ({}, []))
         ops[node.op] = None
         times.append(node.ms)
     return [
@@ -221,12 +210,36 @@ def _assigned(nodes: Sequence[NodeTime], work: Workload) -> list[Share]:
     ]
 
 
-def _key(result: Sequence[int], weight: Sequence[int], source: Sequence[int]) -> Key:
-    """Equal for a contraction and the node that it is in a profile."""
-    if len(weight) < 3 or len(weight) != len(source):  # a matrix product, whose weights may be packed away
-        return "product", math.prod(result), source[-1] if source else 1
-    summed = weight[1] if weight[1] == 1 else _full(weight[1])
-    return "convolution", math.prod(_filled(result)), summed, *weight[2:]
+def _keys(item: Contraction) -> tuple[Key, ...]:
+    """What a contraction may be called in a profile: a convolution also without its weight."""
+    shape = tuple(dim.size for dim in item.result)
+    if isinstance(item.anchor, MatrixProduct):
+        return (_product(shape, item.anchor.input_shape),)
+    weight, source = item.anchor.weight_shape, item.anchor.input_shape
+    return _convolution("weight", shape, weight), _convolution("input", shape, source)
+
+
+def _key(node: NodeTime) -> Key:
+    """What a node that may be a contraction is called; nothing for others. Weights that were packed are missing."""
+    if not node.inputs or not node.outputs:
+        return ()
+    if "Conv" in node.op:
+        source, *others = node.inputs
+        if others and len(others[0]) == len(source):
+            return _convolution("weight", node.outputs[0], others[0])
+        return _convolution("input", node.outputs[0], source)
+    if "MatMul" in node.op or "Gemm" in node.op:
+        return _product(node.outputs[0], node.inputs[0])
+    return ()
+
+
+def _product(result: Sequence[int], source: Sequence[int]) -> Key:
+    return "product", math.prod(result), source[-1] if source else 1
+
+
+def _convolution(by: str, result: Sequence[int], other: Sequence[int]) -> Key:
+    """By its result and its weight, or by its result and its input."""
+    return by, *_filled(result), other[1] if other[1] == 1 else _full(other[1]), *other[2:]
 
 
 def _filled(shape: Sequence[int]) -> tuple[int, ...]:

@@ -275,7 +275,11 @@ class Pruner:
     @property
     def normalization(self) -> Normalization:
         """What scores are divided by what is saved of."""
-        return self._normalization or ("none" if self.criterion in DATA_FREE else "macs")
+        if self._normalization is not None:
+            return self._normalization
+        if self.criterion in DATA_FREE:
+            return "latency" if self.target.is_measured else "none"
+        return "macs"
 
     @property
     def _accumulates(self) -> bool:

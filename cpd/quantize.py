@@ -202,10 +202,11 @@ def _quantized(
     if calibration not in methods:
         raise InputError(f"Unknown calibration {calibration!r}; known are {', '.join(methods)}.")
     with tempfile.TemporaryDirectory(prefix="cpd-int8-") as folder:
-        prepared, made = Path(folder, "prepared.onnx"), Path(folder, "int8.onnx")
+        given, prepared, made = (Path(folder, f"{name}.onnx") for name in ("given", "prepared", "int8"))
+        given.write_bytes(content)
         try:
             with quiet():
-                quant_pre_process(onnx.load_model_from_string(content), str(prepared), skip_symbolic_shape=True)
+                quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
                 quantize_static(
                     str(prepared), str(made), Reader(), quant_format=QuantFormat.QDQ, per_channel=per_channel,
                     activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=list(exclude),
