@@ -139,8 +139,9 @@ def compress(
         training: all other settings of the training; its epochs, lr, seed and progress are those given here.
         teacher: what the student learns from; the unpruned model if None.
         criterion: a name in `cpd.criteria.CRITERIA` or a callable; "obs" with data, "magnitude" without, if None.
-        normalization: what scores are divided by what is saved of: "memory", "macs", "parameters", "latency" (fitted
-            on narrower copies) or "none"; "macs" with data, "none" without, if None.
+        normalization: what scores are divided by what is saved of: "memory", "macs", "parameters", "latency"
+            (predicted for this machine) or "none". None: "macs" for scores from data; for others "latency" where the
+            target is measured, "none" elsewhere.
         exponent: score / saved^exponent.
         scope: among what scores are compared: "global", "isomorphic" or "group"; None: "global", and for a measured
             speed-up "group" too, of which the better is kept.

@@ -102,7 +102,8 @@ class Pruner:
         loss: `loss(output, target) -> scalar`, for scores; cross-entropy is inferred for class targets.
         criterion: a name in `cpd.criteria.CRITERIA` or a callable; None: "obs" with data, "taylor" without, which is
             always read off the training's gradients where there are any.
-        normalization: what scores are divided by what is saved of; None: "macs" ("none" for criteria without data).
+        normalization: what scores are divided by what is saved of; None: "macs", for criteria without data "latency"
+            where the target is measured and "none" elsewhere.
         exponent: score / saved^exponent.
         scope: among what scores are compared; None: "global", and for a measured speed-up "group" too, of which the
             better is kept.

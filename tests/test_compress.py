@@ -285,7 +285,8 @@ def test_public_names():
         "NothingToPruneError", "Plan", "PlanError", "Pruner", "Report", "Result", "Schedule", "Sensitivity",
         "ShrinkError", "TargetError", "CheckpointError",
         "TraceError", "TrainingError", "comb", "compare_latency", "compensate", "compress", "distill", "export_onnx",
-        "load", "score", "sensitivity", "shrink",
+        "load", "score", "sensitivity", "shrink", "LatencyTable", "ModelProfile", "OnnxModule", "Quantized", "Sweep",
+        "measure_latency", "profile_model", "quantize_onnx", "sweep",
     }  # fmt: skip
     assert all(hasattr(cpd, name) for name in cpd.__all__)
     assert all(issubclass(getattr(cpd, name), cpd.CPDError) for name in cpd.__all__ if name.endswith("Error"))
