@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import cpd
-from cpd.cli import app, parse_size
+from cpd.cli import app, parse_numbers, parse_size
 from cpd.errors import ArtifactError, InputError, NothingToPruneError
 from cpd.folders import image_folders
 from cpd.inputs import as_call
@@ -589,6 +589,50 @@ def test_sensitivity_of_a_folder(run: Any, tmp_path: Path) -> None:
     assert (tmp_path / "m.png").stat().st_size > 1000
     result = run("sensitivity", "timm:test_resnet,num_classes=2", *options.split(), "--accuracy")
     assert "validation images" in result.output
+
+
+SMALL = "timm:test_resnet,num_classes=2"
+
+
+def test_profile_shows_where_the_time_goes(run: Any) -> None:
+    result = run("profile", SMALL, "--input-size", "32", "--check", "1")
+    assert result.exit_code == 0, result.output
+    assert "Conv" in result.stdout
+    assert "kernels are known on this machine" in result.stdout
+    assert "of the MACs: predicted" in result.stdout
+    found = json.loads(run("profile", SMALL, "--input-size", "32", "--json", "-q").stdout)
+    assert sum(row["ms"] for row in found["operators"]) == pytest.approx(found["total_ms"])
+
+
+@LEAKY
+def test_sweep_then_quantize_then_latency(run: Any, tmp_path: Path, quick: None) -> None:
+    for part in ("train", "val"):
+        _write_images(tmp_path / "data" / part, classes=2)
+    out, name = tmp_path / "out", "timm:test_vit,num_classes=2"
+    options = f"--no-pretrained --speedups 1.2,400 --output-dir {out} --plot {tmp_path / 's.svg'} --round-to 4"
+    result = run("sweep", name, *options.split())
+    assert result.exit_code == 0, result.output
+    assert "out of reach" in result.stdout
+    assert "original" in result.stdout
+    assert (tmp_path / "s.svg").stat().st_size > 1000
+    saved = out / "1.2x"
+    options = f"--data {tmp_path / 'data'} --batch-size 2 --workers 0 --seconds 0.2"
+    result = run("quantize", saved, *options.split())
+    assert result.exit_code == 0, result.output
+    assert "original int8" in result.stdout
+    assert "the same class in" in result.stdout
+    assert (saved / "model.int8.onnx").exists()
+    result = run("latency", saved, saved / "model.int8.onnx", "--seconds", "0.2", "--json", "-q")
+    assert result.exit_code == 0, result.output
+    assert [row["name"] for row in json.loads(result.stdout)["rows"]] == [str(saved), str(saved / "model.int8.onnx")]
+    result = run("latency", SMALL, "--input-size", "32", "--batch-size", "2", "--seconds", "0.2")
+    assert "2 sample(s) a run" in result.stdout
+
+
+def test_numbers_with_commas() -> None:
+    assert parse_numbers("1.5, 2,3") == [1.5, 2.0, 3.0]
+    with pytest.raises(InputError, match="Numbers with commas"):
+        parse_numbers("fast")
 
 
 @LEAKY
