@@ -360,7 +360,7 @@ class _Stages:
     @contextmanager
     def __call__(self, name: str, *, bar: bool = True) -> Iterator[None]:
         start, shown = time.perf_counter(), self.shown
-        log.debug("%s …", name)
+        log.info("%s …", name.capitalize())
         self.shown = False  # what runs within shows no second bar
         try:
             with self.console.status(f"cpd: {name}") if bar and shown else nullcontext():

@@ -9,6 +9,7 @@ The file has the shapes of the example inputs, batch size included: what is meas
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,9 @@ OnnxSource: TypeAlias = bytes | str | os.PathLike[str] | onnx.ModelProto
 
 PROTOBUF_LIMIT = 2**31
 """Bytes: no protobuf message, hence no ONNX model without external data, is larger."""
+
+#: How the exporter names the op that it cannot translate.
+_UNTRANSLATED = re.compile(r"translating node .*?target=torch\.ops\.([\w.]+?)(?:\.default)?\]", re.DOTALL)
 
 # ONNX Runtime's exceptions share no base class but Exception.
 _RUNTIME_ERRORS: tuple[type[Exception], ...] = (
@@ -272,14 +276,30 @@ def _export(model: nn.Module, call: Call) -> Any:
             assert program is not None
     except Exception as error:  # whatever the exporter or the traced forward raises; chained, not hidden
         raise ExportError(
-            f"torch.onnx.export failed on {type(model).__name__}: {first_line(error.__cause__ or error)}. "
-            "Check that model(*args, **kwargs) runs on the example inputs, and that its forward neither "
-            "branches on tensor values nor uses an operator without an ONNX counterpart; the cause is above. "
+            f"torch.onnx.export failed on {type(model).__name__}: {_told(error)} "
             "Targets other than latency (target_macs, target_params) need no export."
         ) from error
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
     return program
+
+
+def _told(error: BaseException) -> str:
+    """Why the export failed, with the op where it is one's fault, and what to do."""
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
+        if found := _UNTRANSLATED.search(str(cause)):
+            return (
+                f"the operator {found[1]} has no ONNX counterpart there. Write it with operators that have one, or "
+                "compress a part of the model without it and export the whole with torch.onnx.export's "
+                "custom_translation_table."
+            )
+    return (
+        f"{first_line(error.__cause__ or error)}. Check that model(*args, **kwargs) runs on the example inputs, and "
+        "that its forward does not branch on tensor values; the cause is above."
+    )
 
 
 def _write(program: Any, target: Path, verify: Callable[[OnnxSource], None]) -> Path:

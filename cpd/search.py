@@ -134,10 +134,11 @@ def _measure(
     plan = selector.plan(counts)
     expected = latency.speedup(counts)
     narrower = shrink(copy.deepcopy(model), plan)
+    log.info("Candidate: predicted %.2f times as fast; exporting and timing it …", expected)
     found = probe.compare(narrower, seconds=SECONDS, precision=0.01, slowest=target.attained)
     latency.observe(counts, found.speedup)
     ratio = selector.comb.cost(counts).macs / selector.comb.cost({}).macs
-    log.info("%.1f %% of the MACs: %.2f times as fast (predicted %.2f)", 100 * ratio, found.speedup, expected)
+    log.info("Candidate: %.2f times as fast at %.1f %% of the MACs", found.speedup, 100 * ratio)
     return Candidate(counts, plan, ratio, expected, found, target.attained(found))
 
 

@@ -184,6 +184,15 @@ def test_failed_export_is_explained_and_silent(image: torch.Tensor, tmp_path: Pa
 # ---------------------------------------------------------------------------------------------- parity
 
 
+def test_an_operator_without_counterpart_is_named():
+    class Digamma(nn.Module):
+        def forward(self, image):
+            return image.digamma()
+
+    with pytest.raises(ExportError, match=r"operator \w+\.digamma has no ONNX counterpart.*Write it with"):
+        export_onnx(Digamma(), torch.rand(2, 3) + 1)
+
+
 def test_keyword_inputs_and_nested_outputs(image: torch.Tensor):
     model, scale = randomise(Structured()), torch.tensor([[3.0], [-2.0]])
     inputs = ((), {"scale": scale, "double": True, "image": image})
