@@ -1,7 +1,7 @@
 """Ask for speed-ups, no data, and measure them again apart: `python benchmarks/onnx_latency.py [MODEL …]`.
 
 Each cell is a model, a target and a number of threads. `again` is a second measurement, by plain ONNX Runtime sessions
-in a process of their own. `predicted` is what the latency model said of the first candidate, before it was measured.
+in a process of their own: the two models in turn, each running for 100 ms. `predicted` is what the latency model said of the first candidate, before it was measured.
 `--peer` puts Torch-Pruning beside (uniform ratio, group magnitude, widths in multiples of 8): at the same MACs, timed
 in turn with ours, and at the same measured speed-up, its ratio found by bisection. Weights are random. Cells that the
 JSON file holds are not run again.
@@ -49,11 +49,13 @@ MODELS = [
 TARGETS = [1.5, 2.0, 3.0]
 #: Seconds that the peer may take for one model.
 PEER_SECONDS = 120
+#: How long each model runs before the other takes its turn, in the second measurement.
+BLOCK_SECONDS = 0.1
 #: How near the peer's measured speed-up comes to ours, and steps of the bisection.
 NEAR, STEPS = 0.03, 6
 
 
-def again(original: Path, candidate: Path, threads: int, runs: int) -> float:
+def again(original: Path, candidate: Path, threads: int, pairs: int) -> float:
     """Median over pairs of original time / candidate time, in sessions of this file's own."""
     sessions = []
     for path in (original, candidate):
@@ -63,19 +65,21 @@ def again(original: Path, candidate: Path, threads: int, runs: int) -> float:
     name, shape = sessions[0].get_inputs()[0].name, sessions[0].get_inputs()[0].shape
     feed = {name: np.random.default_rng(0).standard_normal(shape).astype(np.float32)}
     ratios = []
-    for _ in range(runs + 5):
+    for _ in range(pairs + 2):
         times = []
         for one in sessions:
-            start = time.perf_counter()
-            one.run(None, feed)
-            times.append(time.perf_counter() - start)
+            start, runs = time.perf_counter(), 0
+            while (elapsed := time.perf_counter() - start) < BLOCK_SECONDS:
+                one.run(None, feed)
+                runs += 1
+            times.append(elapsed / runs)
         ratios.append(times[0] / times[1])
-    return statistics.median(ratios[5:])
+    return statistics.median(ratios[2:])
 
 
-def separately(original: Path, candidate: Path, threads: int, runs: int = 150) -> float:
+def separately(original: Path, candidate: Path, threads: int, pairs: int = 60) -> float:
     """`again` in a process of its own."""
-    command = [sys.executable, __file__, "--again", str(original), str(candidate), str(threads), str(runs)]
+    command = [sys.executable, __file__, "--again", str(original), str(candidate), str(threads), str(pairs)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -254,8 +258,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 def main() -> int:
     """Run what is asked for, print the table."""
     if sys.argv[1:2] == ["--again"]:
-        original, candidate, threads, runs = sys.argv[2:]
-        print(again(Path(original), Path(candidate), int(threads), int(runs)))
+        original, candidate, threads, pairs = sys.argv[2:]
+        print(again(Path(original), Path(candidate), int(threads), int(pairs)))
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=MODELS)

@@ -31,8 +31,8 @@ Times = np.ndarray[Any, np.dtype[np.float64]]
 MIN_PAIRS = 6
 """Fewer pairs give no 95 % confidence interval of a median."""
 
-_BLOCK_MS = 5.0  # a sample of a faster model is the mean over a block of runs that lasts about so long
-_LEAD_MS = 20.0  # before the sample of a faster model one run is not timed: it fills the caches the other model took
+_BLOCK_MS = 20.0  # a sample of a faster model is the mean over a block of runs that lasts about so long
+_LEAD_MS = 20.0  # before the sample of a faster model it runs untimed for so long: others have taken its caches
 _WARM_UP_RUNS = 3
 _WARM_UP_MS = 50.0
 
@@ -50,7 +50,7 @@ class LatencyComparison:
             distribution but that the pairs are independent.
         speedup_high: its upper end.
         original_p90_ms: 90th percentile of the original's samples. A sample is one run; of models
-            faster than 5 ms it is the mean over a block of runs.
+            faster than 20 ms it is the mean over a block of runs.
         candidate_p90_ms: 90th percentile of the candidate's samples.
         runs: the number of pairs.
         threads: ONNX Runtime's intra-op threads.
@@ -311,7 +311,7 @@ class _Runner:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._repeat = 1
-        self._lead = False
+        self._lead = 0
 
     def warm_up(self) -> None:
         """Run until memory, caches and clock have settled, and choose the block from the fastest run."""
@@ -319,12 +319,12 @@ class _Runner:
         while len(times) < _WARM_UP_RUNS or sum(times) < _WARM_UP_MS:
             times.append(self._timed(1))
         self._repeat = max(1, math.ceil(_BLOCK_MS / min(times)))
-        self._lead = min(times) < _LEAD_MS
+        self._lead = math.ceil(_LEAD_MS / min(times)) if min(times) < _LEAD_MS else 0
 
     def sample(self) -> float:
         """One sample: ms a run, the mean over one block."""
         if self._lead:
-            self._timed(1)
+            self._timed(self._lead)
         return self._timed(self._repeat)
 
     def _timed(self, repeat: int) -> float:

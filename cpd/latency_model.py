@@ -46,7 +46,8 @@ class Share:
         nodes: how many nodes.
         ms: the time of all nodes of this kind and size in ms.
         contractions: the operations that these are, which share it equally.
-        tensors: the tensors of that size, where they are no contractions: their mean size counts.
+        tensors: the tensors of that size, or all where there is none: those that the time of what is no contraction
+            follows.
     """
 
     op: str
@@ -81,7 +82,7 @@ class LatencyModel:
         self.shares = _assigned(nodes, work)
         self.original_ms = sum(share.ms for share in self.shares)
         self._times = times
-        constant, products, weights = _elementwise(self.shares, work)
+        constant, products, weights = _elementwise(self.shares)
         timed = [(item, share.ms / len(share.contractions)) for share in self.shares for item in share.contractions]
         moving = [(item, ms) for item, ms in timed if _open(item)]
         self._constant = constant + sum(ms for item, ms in timed if not _open(item))
@@ -142,9 +143,9 @@ class LatencyModel:
                 each = share.ms / len(share.contractions)
                 found.append(sum(of.get(id(item), each) for item in share.contractions))
                 continue
-            fixed = min(share.ms, CALL_MS)
-            ratios = [_size(shape, counts) / max(_size(shape, {}), 1) for shape in share.tensors] or [1.0]
-            found.append(fixed + (share.ms - fixed) * sum(ratios) / len(ratios))
+            fixed, whole = min(share.ms, CALL_MS), sum(_size(shape, {}) for shape in share.tensors)
+            left = sum(_size(shape, counts) for shape in share.tensors) / whole if whole else 1.0
+            found.append(fixed + (share.ms - fixed) * left)
         return found
 
     def _ms(self, item: _Item, values: Numbers) -> float:
@@ -196,6 +197,7 @@ def _assigned(nodes: Sequence[NodeTime], work: Workload) -> list[Share]:
         sizes = tuple(dim.size for dim in dims)
         for key in dict.fromkeys((("tensor", math.prod(sizes)), ("filled", math.prod(_filled(sizes))))):
             tensors.setdefault(key, []).append(dims)
+    every = [dims for dims in work.tensors if dims]
     tally: dict[Key, tuple[dict[str, None], list[float]]] = {}
     for node in nodes:
         largest = max((*node.inputs, *node.outputs), key=math.prod, default=())
@@ -205,7 +207,7 @@ def _assigned(nodes: Sequence[NodeTime], work: Workload) -> list[Share]:
         ops[node.op] = None
         times.append(node.ms)
     return [
-        Share(", ".join(ops), len(times), sum(times), tuple(contractions.get(key, ())), tuple(tensors.get(key, ())))
+        Share(", ".join(ops), len(times), sum(times), tuple(contractions.get(key, ())), tuple(tensors.get(key, every)))
         for key, (ops, times) in tally.items()
     ]
 
@@ -250,22 +252,19 @@ def _full(channels: int) -> int:
     return VECTOR * math.ceil(channels / VECTOR)
 
 
-def _elementwise(shares: Sequence[Share], work: Workload) -> tuple[float, list[tuple[Dim, ...]], list[float]]:
+def _elementwise(shares: Sequence[Share]) -> tuple[float, list[tuple[Dim, ...]], list[float]]:
     """Of all that is no contraction: ms that do not depend on widths, and products of dimensions with their weights."""
-    constant, products, weights = 0.0, [], []
-    everything = [shape for shape in work.tensors if shape]
+    constant = 0.0
+    products: list[tuple[Dim, ...]] = []
+    weights: list[float] = []
     for share in shares:
         if share.contractions:
             continue
-        fixed = min(share.ms, CALL_MS)
+        whole = sum(_size(shape, {}) for shape in share.tensors)
+        fixed = min(share.ms, CALL_MS) if whole else share.ms
         constant += fixed
-        tensors = share.tensors or everything
-        sizes = [math.prod(dim.size for dim in shape) for shape in tensors]
-        for shape, size in zip(tensors, sizes, strict=True):
-            # of its own tensors the mean ratio counts; where none is known, the size of all tensors together
-            unit = len(sizes) * size if share.tensors else sum(sizes)
-            products.append(shape)
-            weights.append((share.ms - fixed) / max(unit, 1))
+        products += share.tensors
+        weights += [(share.ms - fixed) / max(whole, 1)] * len(share.tensors)
     return constant, products, weights
 
 

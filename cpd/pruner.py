@@ -332,32 +332,40 @@ class Pruner:
 
     def _select(self, scores: Mapping[str, Tensor], share: float) -> Plan:
         """What stays after this shrink: of the way to the target as much as the schedule says."""
+        if self.target.is_measured or self.normalization == "latency":  # by a stop watch: the first process's
+            ranks = repr([torch.argsort(scores[group.name], stable=True).tolist() for group in self.comb.open])
+            processes.check_same(hashlib.sha256(ranks.encode()).hexdigest(), "ranking of the positions")
+            keep, self._scopes, self._goal, told = processes.from_first(lambda: self._decided(scores, share))
+        else:
+            keep, self._scopes, self._goal, told = self._decided(scores, share)
+        if share == 1:
+            for text in told:
+                self.note(text)
+        return self.comb.plan(keep)
+
+    def _decided(
+        self, scores: Mapping[str, Tensor], share: float
+    ) -> tuple[dict[str, tuple[int, ...]], tuple[Scope, ...], float, list[str]]:
+        """The positions that stay; the scope, the figure at the target, and what a user should know of it."""
         weighing = self._weigh()
         start = {name: len(positions) for name, positions in self.plan.groups.items()}
         selectors = {s: Selector(self.comb, scores, self.limits, s, weighing, start) for s in self._scopes}
-        if self._goal is None or share == 1:
-            if self.target.is_measured:  # which only one process measures
-                ranks = repr([[order.tolist() for order in each.order.values()] for each in selectors.values()])
-                processes.check_same(hashlib.sha256(ranks.encode()).hexdigest(), "ranking of the positions")
-                scope, keep, told = processes.from_first(lambda: self._at_target(selectors))
-            else:
-                scope, keep, told = self._at_target(selectors)
-            plan = self.comb.plan(keep)
-            self._scopes, self._goal = (scope,), self._figure(self.comb.cost(self._counts(plan)))
+        scopes, goal = self._scopes, self._goal
+        told: list[str] = []
+        if goal is None or share == 1:
+            scope, keep, told = self._at_target(selectors)
+            scopes, goal = (scope,), self._figure(self.comb.cost(self._counts(self.comb.plan(keep))))
             if share == 1:
-                for text in told:
-                    self.note(text)
-                return plan
-        (selector,) = (selectors[scope] for scope in self._scopes)
+                return keep, scopes, goal, told
+        (selector,) = (selectors[scope] for scope in scopes)
         full = self._figure(self.comb.cost({}))
-        return selector.plan(selector.meet(self._figure, full - (full - self._goal) * share))
+        plan = selector.plan(selector.meet(self._figure, full - (full - goal) * share))
+        return dict(plan.groups), scopes, goal, told
 
     def _weigh(self) -> Weighing:
         """What a removed position is weighed against; what has to be measured for it is measured once."""
         if self._weighing is None:
-            latency = None
-            if self.normalization == "latency":
-                latency = self._latency()
+            latency = self._latency() if self.normalization == "latency" else None
             self._weighing = Weighing(self.normalization, self._exponent, latency)
         return self._weighing
 
