@@ -1,10 +1,10 @@
 """Ask for speed-ups, no data, and measure them again apart: `python benchmarks/onnx_latency.py [MODEL …]`.
 
 Each cell is a model, a target and a number of threads. `again` is a second measurement, by plain ONNX Runtime sessions
-in a process of their own: the two models in turn, each running for 100 ms. `predicted` is what the latency model said of the first candidate, before it was measured.
-`--peer` puts Torch-Pruning beside (uniform ratio, group magnitude, widths in multiples of 8): at the same MACs, timed
-in turn with ours, and at the same measured speed-up, its ratio found by bisection. Weights are random. Cells that the
-JSON file holds are not run again.
+in a process of their own: the two models in turn, each running for 100 ms. `predicted` is what the latency model said
+of the first candidate, before it was measured. `--peer` puts Torch-Pruning beside (uniform ratio, group magnitude,
+widths in multiples of 8): at the same MACs, timed in turn with ours, and at the same measured speed-up, its ratio found
+by bisection. Weights are random. Cells that the JSON file holds are not run again.
 
     python benchmarks/onnx_latency.py --json runs/onnx_latency.json --plot runs/onnx_latency.svg
     python benchmarks/onnx_latency.py --threads 2 --json runs/onnx_latency.json

@@ -16,11 +16,13 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def kernel_times(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Kernels are measured for a moment, and kept in a folder of the test run."""
+def short_timings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models and kernels are timed for a moment; kernels are kept in a folder of the test run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CPD_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
         patch.setattr(sys.modules["cpd.kernels"], "SECONDS", 0.02)
+        for name in ("_BLOCK_MS", "_LEAD_MS"):
+            patch.setattr(sys.modules["cpd.latency"], name, 3.0)
         yield
 
 
