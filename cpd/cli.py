@@ -626,15 +626,16 @@ def sensitivity_table(found: Sensitivity) -> Table:
 def latency_table(found: LatencyTable) -> Table:
     """One row a model and backend; ratios are against the first."""
     table = Table(title=f"{found.runs} rounds, {found.threads} thread(s), {found.samples} sample(s) a run")
-    for column in ("model", "backend"):
-        table.add_column(column)
-    for column in ("median ms", "p90 ms", "times as fast", "95 %"):
-        table.add_column(column, justify="right")
+    several = len({row.backend for row in found.rows}) > 1
+    table.add_column("model", overflow="fold")
+    if several:
+        table.add_column("backend")
+    for column in ("median ms", "p90 ms", "speed-up", "95 %"):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in found.rows:
-        interval = f"{row.speedup_low:.2f} to {row.speedup_high:.2f}"
-        table.add_row(
-            row.name, row.backend, f"{row.median_ms:.3g}", f"{row.p90_ms:.3g}", f"{row.speedup:.2f}", interval
-        )
+        figures = (f"{row.median_ms:.3g}", f"{row.p90_ms:.3g}", f"{row.speedup:.2f}")
+        interval = f"{row.speedup_low:.2f}-{row.speedup_high:.2f}"
+        table.add_row(row.name, *([row.backend] if several else []), *figures, interval)
     return table
 
 
