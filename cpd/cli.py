@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cpd.errors import CPDError, InputError
-from cpd.folders import has_maps, image_folders, load_images, load_maps
+from cpd.folders import has_maps, image_folders, load_folder, load_images, load_maps
 
 if TYPE_CHECKING:
     from torch import nn
@@ -423,10 +423,8 @@ def sweep(
         source, built, example_inputs = _build(model, input_size, pretrained)
         options: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
         if data is not None:
-            folders = image_folders(data)
-            load = load_maps if has_maps(folders[0]) else load_images
-            options["data"], options["evaluate"] = load(
-                built, folders, example_inputs, batch_size=batch_size, workers=workers, seed=seed
+            options["data"], options["evaluate"] = load_folder(
+                built, image_folders(data), example_inputs, batch_size=batch_size, workers=workers, seed=seed
             )
 
         import cpd
@@ -472,8 +470,9 @@ def quantize(
         source = sources.resolve(str(read_document(folder)["source"]))
         original = source.build().eval()
         example_inputs = sources.default_inputs(original, source)
-        load = load_maps if has_maps(folders[0]) else load_images
-        loader, evaluate = load(pruned, folders, example_inputs, batch_size=batch_size, workers=workers, seed=seed)
+        loader, evaluate = load_folder(
+            pruned, folders, example_inputs, batch_size=batch_size, workers=workers, seed=seed
+        )
         found = cpd.quantize_onnx(
             folder / "model.onnx", loader, output or folder / "model.int8.onnx", original=original, evaluate=evaluate,
             calibration=calibration, limit=limit, threads=threads, seconds=seconds,
@@ -652,20 +651,19 @@ def profile_table(found: ModelProfile) -> Table:
 
 def sweep_table(found: Sweep) -> Table:
     """One row a speed-up."""
-    from cpd.sweep import rows
-
     table = Table()
     for column in ("asked", "measured", "ms", "MACs left", "parameters left", "metric"):
         table.add_column(column, justify="right")
     if (whole := found.original) is not None:
         table.add_row("original", "1", f"{whole.latency_ms or 0:.3g}", "100%", "100%", _number(whole.metric))
-    for row in rows(found):
-        if row["error"]:
-            table.add_row(f"{row['asked']:g}", "out of reach", "", "", "", "")
+    for point in found.points:
+        if (figures := point.figures) is None or whole is None:
+            table.add_row(f"{point.asked:g}", "out of reach", "", "", "", "")
             continue
         table.add_row(
-            f"{row['asked']:g}", f"{row['measured']:.2f}", f"{row['latency_ms']:.3g}", f"{row['macs_left']:.1%}",
-            f"{row['parameters_left']:.1%}", _number(row["metric"]),
+            f"{point.asked:g}", f"{point.speedup:.2f}", f"{figures.latency_ms:.3g}",
+            f"{figures.macs / max(whole.macs, 1):.1%}", f"{figures.parameters / max(whole.parameters, 1):.1%}",
+            _number(figures.metric),
         )  # fmt: skip
     return table
 

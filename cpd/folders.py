@@ -45,6 +45,14 @@ def has_maps(folder: Path) -> bool:
     return (folder / IMAGES).is_dir() and (folder / LABELS).is_dir()
 
 
+def load_folder(
+    model: nn.Module, folders: tuple[Path, Path | None], example_inputs: Any, **loading: Any
+) -> tuple[DataLoader[Any], Callable[[nn.Module], float] | None]:
+    """`load_maps` where there are label maps, else `load_images`; arguments and errors are theirs."""
+    load = load_maps if has_maps(folders[0]) else load_images
+    return load(model, folders, example_inputs, **loading)
+
+
 def load_images(
     model: nn.Module,
     folders: tuple[Path, Path | None],

@@ -116,7 +116,7 @@ def quantize_onnx(
     models: dict[str, Any] = {"float": content, "int8": int8}
     call = Call((), {name: torch.from_numpy(array) for name, array in samples[0].items()})
     if original is not None:
-        first = _positional(open_session(content), samples[0])
+        first = _positional(session, samples[0])
         whole = export_bytes(original, first) if isinstance(original, nn.Module) else _content(original)
         names = [item.name for item in open_session(whole).get_inputs()]
         renamed = [dict(zip(names, sample.values(), strict=True)) for sample in samples]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,22 +129,3 @@ def sweep(
         if folder is not None:
             (folder / "sweep.json").write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
     return found
-
-
-def rows(found: Sweep) -> list[Mapping[str, Any]]:
-    """What a table of a sweep shows, one row a point: asked, measured, ms, shares left and metric."""
-    result: list[Mapping[str, Any]] = []
-    for point in found.points:
-        figures, whole = point.figures, found.original
-        result.append(
-            {
-                "asked": point.asked,
-                "measured": point.speedup,
-                "latency_ms": figures and figures.latency_ms,
-                "macs_left": figures and whole and figures.macs / max(whole.macs, 1),
-                "parameters_left": figures and whole and figures.parameters / max(whole.parameters, 1),
-                "metric": figures and figures.metric,
-                "error": point.error,
-            }
-        )
-    return result
