@@ -45,7 +45,7 @@ from cpd.request import check_limits, check_target, copy_of
 from cpd.schedule import Schedule
 from cpd.scorer import score
 from cpd.search import predicted, reach
-from cpd.selector import Normalization, Scope, Selector, Weighing, check_ratios
+from cpd.selector import Normalization, Scope, Selector, Weighing, by_capacity, check_ratios
 from cpd.surgeon import named_tensors, shrink, skeleton
 from cpd.training import random_states_kept, seeded
 
@@ -319,7 +319,8 @@ class Pruner:
         for group in self.comb.open:
             whole[group.name] = torch.full((group.size,), -math.inf, dtype=torch.float64)
             whole[group.name][list(self.plan.groups[group.name])] = found[group.name].to("cpu", torch.float64)
-        return whole
+        by_weight = self.criterion in DATA_FREE and self.normalization == "latency"
+        return by_capacity(self.comb, whole) if by_weight else whole
 
     # ------------------------------------------------------------------------------ select
 

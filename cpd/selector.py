@@ -33,6 +33,8 @@ Scope = Literal["global", "isomorphic", "group"]
 SCOPES: tuple[Scope, ...] = ("global", "isomorphic", "group")
 #: Every normalization: what a removed position saves, by which its score is divided.
 NORMALIZATIONS: tuple[Normalization, ...] = ("memory", "macs", "parameters", "latency", "none")
+#: Of the MACs and the parameters of a position, the exponents in its capacity (docs/decisions.md).
+CAPACITY = (0.75, 0.25)
 #: Share of a figure that may be saved before what positions save is computed anew.
 REFRESH = 0.01
 #: A target may be exceeded by this share.
@@ -287,6 +289,25 @@ def check_ratios(comb: Comb, limits: Limits) -> None:
             raise InputError(f"No open group is named like {pattern!r}; there are {', '.join(names[:8])}, …")
         if not 0 <= share < 1:
             raise InputError(f"The share of {pattern!r} must be at least 0 and below 1; got {share!r}.")
+
+
+def by_capacity(comb: Comb, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores that come from weights alone, made comparable among groups: score / mean of its group * capacity.
+
+    How large weights are tells positions of one group apart, not groups, whose scale follows from initialisation and
+    fan-in. A group's capacity is MACs^(3/4) * parameters^(1/4) of one of its positions in the unpruned model.
+
+    Args:
+        comb: the comb.
+        scores: {group name: Tensor[size]}, at least 0; -inf where a position has gone.
+    """
+    slopes, result = comb.cost.slopes({}), {}
+    for group in comb.open:
+        found, saved = scores[group.name].double(), slopes[group.axis]
+        capacity = max(saved.macs, 1.0) ** CAPACITY[0] * max(saved.parameters, 1.0) ** CAPACITY[1]
+        mean = float(found[found.isfinite()].mean()) or 1.0
+        result[group.name] = found / mean * capacity
+    return result
 
 
 def _ranked(comb: Comb, scores: Mapping[str, Tensor], steps: Mapping[str, int], scope: Scope) -> dict[str, Tensor]:
