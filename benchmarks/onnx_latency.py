@@ -123,6 +123,9 @@ def beside(tp: Any, name: str, row: dict[str, Any], threads: int, folder: Path) 
     def left(ratio: float) -> tuple[Any, float]:
         model = sources.resolve(name).build().eval()
         found = narrowed(tp, model, inputs, ratio)
+        for module in found.modules():  # not in its example, but timm's attention asks for it
+            if hasattr(module, "attn_dim"):
+                module.attn_dim = module.num_heads * module.head_dim
         return found, counted_macs(found, call) / full
 
     with limited(PEER_SECONDS):

@@ -15,7 +15,7 @@ Step by step, one tiny model through the pipeline:
     cpd.compare_latency(original, model, inputs).speedup  # exported, checked, timed in turn
 """
 
-from cpd.artifacts import load
+from cpd.artifacts import from_pretrained, load
 from cpd.comb import Comb, Group, comb
 from cpd.compensation import compensate
 from cpd.compress import Result, compress
@@ -82,6 +82,7 @@ __all__ = [
     "compress",
     "distill",
     "export_onnx",
+    "from_pretrained",
     "load",
     "measure_latency",
     "profile_model",

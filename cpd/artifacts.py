@@ -6,6 +6,8 @@ model.onnx          the model as it is deployed
 report.json         every figure
 report.html         the same to look at
 README.md           a model card
+
+`save_pretrained` writes what model hubs look for instead: the weights, and `config.json` with what plan.json holds.
 """
 
 from __future__ import annotations
@@ -24,15 +26,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from cpd.errors import ArtifactError, CPDError, InputError
+from cpd.errors import ArtifactError, CPDError, InputError, first_line
 from cpd.inputs import check_model
 from cpd.plan import Plan
 from cpd.report import Report
 from cpd.surgeon import shrink
 
 FORMAT = "cpd-1"
-WEIGHTS, PLAN, ONNX, REPORT, PAGE, CARD = (
-    "model.safetensors", "plan.json", "model.onnx", "report.json", "report.html", "README.md",
+WEIGHTS, PLAN, ONNX, REPORT, PAGE, CARD, CONFIG = (
+    "model.safetensors", "plan.json", "model.onnx", "report.json", "report.html", "README.md", "config.json",
 )  # fmt: skip
 
 
@@ -61,32 +63,56 @@ def save_result(directory: Path, model: nn.Module, plan: Plan, report: Report, o
         ArtifactError: if a file cannot be written.
     """
     weights = save(unique_tensors(model))
-    document = {
-        "format": FORMAT,
-        "source": report.source,
-        "model_class": report.model_class,
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "plan": plan.to_dict(),
-    }
     files: dict[str, bytes] = {
         WEIGHTS: weights,
-        PLAN: json.dumps(document).encode(),
+        PLAN: json.dumps(_document(weights, plan, report)).encode(),
         REPORT: json.dumps(report.to_dict(), indent=1).encode(),
         PAGE: report.to_html().encode(),
         CARD: report.model_card().encode(),
     }
     if onnx is not None:
         files[ONNX] = onnx
+    _write_all(directory, files)
+
+
+def save_pretrained(directory: Path, model: nn.Module, plan: Plan, report: Report) -> None:
+    """Write `config.json`, `model.safetensors` and the model card, as model hubs have them.
+
+    Raises:
+        ArtifactError: if a file cannot be written.
+    """
+    weights = save(unique_tensors(model))
+    config = {"architectures": [report.model_class], "library_name": "cpd", "cpd": _document(weights, plan, report)}
+    files = {WEIGHTS: weights, CONFIG: json.dumps(config).encode(), CARD: report.model_card().encode()}
+    _write_all(directory, files)
+
+
+def _document(weights: bytes, plan: Plan, report: Report) -> dict[str, Any]:
+    """What a model is rebuilt from, beside its weights."""
+    return {
+        "format": FORMAT,
+        "source": report.source,
+        "model_class": report.model_class,
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "plan": plan.to_dict(),
+    }
+
+
+def _write_all(directory: Path, files: Mapping[str, bytes]) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            _write(directory / name, content)
+            write_file(directory / name, content)
     except OSError as error:
         raise ArtifactError(f"{directory} could not be written: {error.strerror or error}.") from error
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write a file at once: under another name first, then renamed."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole or not there: under another name first, then renamed.
+
+    Raises:
+        OSError: if it cannot be written; what was there is then as it was.
+    """
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -114,7 +140,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
     """Rebuild a compressed model from its folder.
 
     Args:
-        directory: what `result.save` wrote.
+        directory: what `result.save` or `result.save_pretrained` wrote.
         model: a fresh model of the original architecture, which is shrunk in place; None builds one by the
             name in timm or torchvision that was saved.
 
@@ -141,6 +167,31 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
     return model.eval()
 
 
+def from_pretrained(name: str | os.PathLike[str], model: nn.Module | None = None, **download: Any) -> nn.Module:
+    """Rebuild a compressed model from a folder, or from a repository of the Hugging Face hub.
+
+    Args:
+        name: a folder that `result.save_pretrained` or `result.save` wrote, or `user/repository`, downloaded.
+        model: as for `load`.
+        download: further arguments of `huggingface_hub.snapshot_download`, such as `revision` and `token`.
+
+    Returns:
+        The compressed model in eval mode.
+
+    Raises:
+        ArtifactError: as for `load`, or the repository cannot be downloaded.
+    """
+    if Path(name).is_dir():
+        return load(name, model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(str(name), allow_patterns=[CONFIG, PLAN, WEIGHTS], **download)
+    except Exception as error:  # of the hub, of requests, of the disk
+        raise ArtifactError(f"{name} is no folder here, and cannot be downloaded: {first_line(error)}.") from error
+    return load(folder, model)
+
+
 def read_document(folder: Path) -> dict[str, Any]:
     """The plan of a saved result, and what goes with it: `format`, `plan`, `source`.
 
@@ -148,8 +199,12 @@ def read_document(folder: Path) -> dict[str, Any]:
         ArtifactError: if it is missing, truncated or foreign.
     """
     path = folder / PLAN
+    hub = not path.exists() and (folder / CONFIG).exists()
+    path = folder / CONFIG if hub else path
     try:
         document = json.loads(path.read_text())
+        if hub and isinstance(document, dict):
+            document = document.get("cpd")
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing: {folder} is no folder that result.save wrote.") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -158,6 +213,21 @@ def read_document(folder: Path) -> dict[str, Any]:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise ArtifactError(f"{path} is not of the format {FORMAT} (found {found!r}); it was not written by this cpd.")
     return document
+
+
+def read_report(folder: Path) -> Report:
+    """The report of a saved result.
+
+    Raises:
+        ArtifactError: if it is missing, truncated or foreign.
+    """
+    path = folder / REPORT
+    try:
+        return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise ArtifactError(f"{path} is missing: {folder} is no folder that result.save wrote.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}. It is truncated or not written by cpd.") from error
 
 
 def _read_weights(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +22,28 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from cpd import processes, sources
-from cpd.artifacts import check_output_dir, save_result
+from cpd.artifacts import check_output_dir, save_pretrained, save_result
 from cpd.checkpoint import Checkpoint
 from cpd.comb import comb
 from cpd.criteria import Criterion
 from cpd.distiller import distill, steps_per_epoch
 from cpd.errors import ExportError, InputError
 from cpd.inputs import Call, check_model, evaluated
-from cpd.latency import LatencyComparison, LatencyProbe
+from cpd.latency import LatencyComparison, LatencyProbe, environment
 from cpd.onnx import export_onnx
 from cpd.plan import Plan
+from cpd.profiling import paired
 from cpd.pruner import Pruner
 from cpd.recipe import DistillConfig
-from cpd.report import Figures, GroupRow, Report
+from cpd.report import Figures, GroupRow, LayerRow, Report
 from cpd.request import check_data, check_limits, check_target, copy_of, example_call
 from cpd.schedule import Schedule
 from cpd.selector import Normalization, Scope
 
 log = logging.getLogger("cpd")
 
-#: Seconds that the final model is timed.
-FINAL_SECONDS = 15.0
+#: Seconds that the final model is timed, and that each node of both models is, for the report.
+FINAL_SECONDS, PROFILE_SECONDS = 15.0, 0.5
 
 
 @dataclass(frozen=True, repr=False)
@@ -78,6 +79,17 @@ class Result:
         """
         target = check_output_dir(directory)
         save_result(target, self.model, self.plan, self.report, self._onnx)
+        return target
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write `config.json`, `model.safetensors` and a model card to a folder that `cpd.from_pretrained` reads.
+
+        Raises:
+            InputError: if `directory` is a file or cannot be written to.
+            ArtifactError: if a file cannot be written.
+        """
+        target = check_output_dir(directory)
+        save_pretrained(target, self.model, self.plan, self.report)
         return target
 
 
@@ -215,7 +227,7 @@ def compress(
         score_batches=score_batches, round_to=round_to, max_ratio=max_ratio, min_width=min_width, ratios=ratios,
         tolerance=tolerance, threads=threads, latency_inputs=latency_inputs, seed=seed, comb=combed, stage=stages,
     )  # fmt: skip
-    run = _Run(model, student, call, pruner, settings, stages, checkpoint)
+    run = _Run(model, student, call, pruner, settings, stages, checkpoint, per_epoch)
     run.prune_and_train(data, loss, evaluate, teacher)
     result = run.finish(threads, given, source)
     if folder is not None:
@@ -243,6 +255,7 @@ class _Run:
     training: DistillConfig
     stages: _Stages
     checkpoint: Checkpoint | None
+    per_epoch: int
     history: list[dict[str, Any]] = field(default_factory=list)
     metrics: tuple[float | None, float | None] = (None, None)
 
@@ -299,28 +312,31 @@ class _Run:
 
     def finish(self, threads: int, given: dict[str, Any], source: str | None) -> Result:
         """Export, measure once more, and report."""
-        comparison, onnx = None, None
+        comparison, onnx, nodes = None, None, list[dict[str, Any]]()
         with self.stages("deploy"):
             try:
-                onnx, comparison = processes.from_first(lambda: self._deployed(threads))
+                onnx, comparison, nodes = processes.from_first(lambda: self._deployed(threads))
             except ExportError as error:
                 if self.pruner.target.is_measured:
                     raise
                 self.pruner.note(f"Not exported to ONNX, so no latency was measured: {error}")
-        report = self._report(given, source, comparison)
+        report = self._report(given, source, comparison, nodes)
         return Result(self.student, report, self.pruner.plan, onnx)
 
-    def _deployed(self, threads: int) -> tuple[bytes, LatencyComparison]:
-        """The ONNX model, and its latency beside the original's."""
+    def _deployed(self, threads: int) -> tuple[bytes, LatencyComparison, list[dict[str, Any]]]:
+        """The ONNX model, its latency beside the original's, and the time of each node of both."""
         onnx = export_onnx(self.student, self.call)
         target = self.pruner.target
         probe = self.pruner.probe or LatencyProbe(self.model, self.call, threads=threads)
         candidate = onnx if len(probe.calls) == 1 else self.student
-        if not target.is_measured:
-            return onnx, probe.compare(candidate, seconds=FINAL_SECONDS, precision=0.01)
-        return onnx, probe.compare(candidate, seconds=FINAL_SECONDS, precision=0.01, slowest=target.attained)
+        slowest = target.attained if target.is_measured else attrgetter("speedup")
+        comparison = probe.compare(candidate, seconds=FINAL_SECONDS, precision=0.01, slowest=slowest)
+        nodes = paired(probe.profile(seconds=PROFILE_SECONDS), probe.profile(onnx, seconds=PROFILE_SECONDS))
+        return onnx, comparison, nodes
 
-    def _report(self, given: dict[str, Any], source: str | None, latency: LatencyComparison | None) -> Report:
+    def _report(
+        self, given: dict[str, Any], source: str | None, latency: LatencyComparison | None, nodes: list[dict[str, Any]]
+    ) -> Report:
         name = source or (str(found) if (found := sources.identify(self.model)) else None)
         kept = {group.axis: len(self.pruner.plan.groups[group.name]) for group in self.pruner.comb.groups}
         times = (latency.original_ms, latency.candidate_ms) if latency else (None, None)
@@ -340,6 +356,11 @@ class _Run:
             result=figures[1],
             latency=None if latency is None else latency.to_dict(),
             groups=tuple(_row(group, len(self.pruner.plan.groups[group.name])) for group in self.pruner.comb.groups),
+            layers=_layers(self.model, self.student),
+            nodes=tuple(nodes),
+            shrinks=tuple(
+                {"epoch": shrink.step / max(self.per_epoch, 1), **asdict(shrink)} for shrink in self.pruner.shrinks
+            ),
             checks=self.pruner.checks,
             history=tuple(self.history),
             search=tuple(self.pruner.search),
@@ -403,11 +424,28 @@ def _checkpoint(
     return checkpoint
 
 
+def _layers(original: nn.Module, result: nn.Module) -> tuple[LayerRow, ...]:
+    """The width of every layer that has a matrix or a kernel of weights, before and after."""
+
+    def width(module: nn.Module, weight: Tensor) -> int:
+        names = ("out_channels", "out_features", "embedding_dim")
+        return next((found for name in names if isinstance(found := getattr(module, name, None), int)), len(weight))
+
+    rows = []
+    for name, module in original.named_modules():
+        weights = [(key, weight) for key, weight in module.named_parameters(recurse=False) if weight.dim() >= 2]
+        if weights:
+            (key, weight), narrower = weights[0], result.get_submodule(name)
+            after = width(narrower, narrower.get_parameter(key))
+            rows.append(LayerRow(name, type(module).__name__, width(module, weight), after))
+    return tuple(rows)
+
+
 def _row(group: Any, kept: int) -> GroupRow:
     return GroupRow(group.name, group.size, kept, group.exact, group.frozen, tuple(map(str, group.members)))
 
 
 def _environment() -> dict[str, str]:
     names = ("cpd", "torch", "onnx", "onnxruntime", "timm")
-    found = {"python": sys.version.split()[0], "platform": platform.platform()}
+    found = {"python": sys.version.split()[0], **environment()}
     return {**found, **{name: version(name) for name in names}}

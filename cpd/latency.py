@@ -23,7 +23,7 @@ import torch
 from cpd.backends import BACKENDS, Backend, Model, OnnxRuntime, Run, exported
 from cpd.errors import InputError
 from cpd.inputs import as_call
-from cpd.onnx import feed, open_session
+from cpd.onnx import OnnxSource, feed, open_session
 from cpd.profiling import NodeTime, profile_nodes
 
 Times = np.ndarray[Any, np.dtype[np.float64]]
@@ -298,10 +298,10 @@ class LatencyProbe:
             environment=environment(),
         )
 
-    def profile(self, seconds: float = 1.0) -> list[NodeTime]:
-        """The time of every node of the original, on the first batch."""
-        source, call = self._sources[0], self.calls[0]
-        arrays = feed(open_session(source), call)
+    def profile(self, candidate: OnnxSource | None = None, seconds: float = 1.0) -> list[NodeTime]:
+        """The time of every node of an ONNX model, or of the original, on the first batch."""
+        source = self._sources[0] if candidate is None else candidate
+        arrays = feed(open_session(source), self.calls[0])
         return profile_nodes(source, arrays, threads=self._backend.threads, seconds=seconds)
 
 

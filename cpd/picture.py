@@ -9,6 +9,7 @@ The file is self-contained.
 from __future__ import annotations
 
 import colorsys
+import itertools
 import math
 import os
 import re
@@ -57,6 +58,10 @@ MONO, SANS = 7.3, 6.3
 """Pixels that a character of a name, and of the other texts, takes at most (on average, for the latter)."""
 LONGEST_NAME, LONGEST_KIND = 26, 18
 LEGEND_WIDTH, LEGEND_CHARACTERS = 440.0, 64
+#: Colours shown of a folded block.
+CHIPS = 12
+#: Layers and operations from which on a page begins with its blocks folded.
+MANY = 120
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
@@ -128,6 +133,7 @@ def render(comb: Comb, *, html: bool) -> str:
         "entries": entries,
         "lines": lines,
         "html": html,
+        "folded": len(graph) > MANY,
         "width": scene.width if html else scene.width + LEGEND_WIDTH,
         "height": scene.height if html else max(scene.height, lines[-1].y + 24 if lines else 0, 120),
         "legend_x": scene.width + 16,
@@ -342,12 +348,25 @@ class Line:
 
 @dataclass(frozen=True)
 class Frame:
-    """The box around a block of the model."""
+    """The box around a block of the model, or around a run of blocks of one parent; a page can fold it.
 
+    Attributes:
+        level: 1 of a block, 2 of a run of blocks.
+        y: its top.
+        width: of the box.
+        height: of the box.
+        label: the module's path.
+        layers: how many layers are inside.
+        colours: of the open groups inside, the widest first.
+    """
+
+    level: int
     y: float
     width: float
     height: float
     label: str
+    layers: int
+    colours: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -376,11 +395,30 @@ def _scene(graph: nx.DiGraph, comb: Comb) -> Scene:
     gutter = max((_text(prefix, 24, MONO) + 14 for prefix in blocks), default=0)
     width = laid.width + gutter
     shapes = tuple(_shape(items[i], names[i], laid.boxes[i], comb.groups, palette) for i in graph)
-    frames = tuple(
-        Frame(_round(top), _round(width - 16), _round(bottom - top), _cut(prefix, 24))
-        for prefix, (top, bottom) in zip(blocks, laid.bands, strict=True)
-    )
-    return Scene(shapes, tuple(_lines(items, laid, comb.groups, palette)), frames, _round(width), _round(laid.height))
+
+    def frame(level: int, label: str, members: Sequence[int], top: float, bottom: float) -> Frame:
+        found = {number for index in members for number in items[index].groups if comb.groups[number].frozen is None}
+        widest = sorted(found, key=lambda number: (-comb.groups[number].size, number))
+        layers = sum(items[index].role == "layer" for index in members)
+        colours = tuple(palette[number] for number in widest[:CHIPS])
+        return Frame(level, _round(top), _round(width - 16), _round(bottom - top), _cut(label, 24), layers, colours)
+
+    frames = [
+        frame(1, prefix, members, top, bottom)
+        for (prefix, members), (top, bottom) in zip(blocks.items(), laid.bands, strict=True)
+    ]
+    spans = dict(zip(blocks, laid.bands, strict=True))
+    for parent, run in _runs(list(blocks)):
+        members = [index for prefix in run for index in blocks[prefix]]
+        frames.append(frame(2, parent, members, spans[run[0]][0], spans[run[-1]][1]))
+    lines = tuple(_lines(items, laid, comb.groups, palette))
+    return Scene(shapes, lines, tuple(frames), _round(width), _round(laid.height))
+
+
+def _runs(blocks: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Blocks that follow one another and have one parent: (its path, theirs); at least two, and not all there are."""
+    runs = [(parent, list(run)) for parent, run in itertools.groupby(blocks, lambda path: path.rpartition(".")[0])]
+    return [(parent, run) for parent, run in runs if parent and 1 < len(run) < len(blocks)]
 
 
 def _blocks(items: Mapping[int, Item], rows: Mapping[int, int], model: nn.Module) -> dict[str, list[int]]:
@@ -486,7 +524,8 @@ def _heading(item: Item) -> str:
 
 def _sentence(group: Group) -> str:
     state = f"frozen: {group.frozen}" if group.frozen is not None else _exactness(group)
-    return f"group {group.name}: {group.size} positions, {state}"
+    tied = "".join(f"; {tie}" for tie in _tied(group.ties))
+    return f"group {group.name}: {group.size} positions, {_count(group.members, 'member')}, {state}{tied}"
 
 
 def _exactness(group: Group) -> str:

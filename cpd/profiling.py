@@ -73,6 +73,15 @@ def profile_nodes(
     return _nodes(events)
 
 
+def paired(before: Sequence[NodeTime], after: Sequence[NodeTime]) -> list[dict[str, Any]]:
+    """The nodes of two models side by side, by name: name, op, before_ms, after_ms (None where one lacks it)."""
+    rows = {node.name: {"name": node.name, "op": node.op, "before_ms": node.ms, "after_ms": None} for node in before}
+    for node in after:
+        row = rows.setdefault(node.name, {"name": node.name, "op": node.op, "before_ms": None})
+        row["after_ms"] = node.ms
+    return list(rows.values())
+
+
 def _nodes(events: Sequence[Mapping[str, Any]]) -> list[NodeTime]:
     """One entry a node, of the events of all runs."""
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}

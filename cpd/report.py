@@ -85,6 +85,32 @@ class GroupRow:
         return cls(**{**known, "members": tuple(known.get("members", ()))})
 
 
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer with weights: how wide it was, how wide it is.
+
+    Attributes:
+        name: the module's name.
+        kind: its class, such as `Conv2d`.
+        before: channels or features that it gave.
+        after: those that it gives now.
+    """
+
+    name: str
+    kind: str
+    before: int
+    after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain JSON types."""
+        return _fields(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerRow:
+        """The row that `to_dict` wrote; raises `ArtifactError` if a field is missing."""
+        return cls(**_known(cls, data))
+
+
 class FigureRow(NamedTuple):
     """One line of the before/after table, ready to print."""
 
@@ -109,6 +135,9 @@ class Report:
         result: figures of the compressed model.
         latency: `LatencyComparison.to_dict()`, None where nothing was timed.
         groups: one row a coupling group.
+        layers: one row a layer with weights, in the order of the model's modules.
+        nodes: one dict an ONNX node, as ONNX Runtime runs it (name, op, before_ms, after_ms: None where one lacks it).
+        shrinks: one dict a shrink (epoch, step, share, macs, parameters, plan_hash).
         checks: name of a check to the largest relative error found.
         history: one dict a training epoch (epoch, loss, task_loss, kd_loss, lr, steps_per_second, metric).
         search: one dict a measured candidate (macs_ratio, speedup).
@@ -127,6 +156,9 @@ class Report:
     result: Figures
     latency: dict[str, Any] | None = None
     groups: tuple[GroupRow, ...] = ()
+    layers: tuple[LayerRow, ...] = ()
+    nodes: tuple[dict[str, Any], ...] = ()
+    shrinks: tuple[dict[str, Any], ...] = ()
     checks: dict[str, float] = dataclasses.field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
     search: tuple[dict[str, Any], ...] = ()
@@ -154,6 +186,11 @@ class Report:
         return before - after if before is not None and after is not None else None
 
     @property
+    def asked(self) -> str:
+        """The target, and what came of it, in a sentence."""
+        return _asked(self)
+
+    @property
     def figure_rows(self) -> tuple[FigureRow, ...]:
         """The before/after table; what was not measured has no row."""
         return tuple(_figure_rows(self))
@@ -175,8 +212,10 @@ class Report:
                 "original": Figures.from_dict(known["original"]),
                 "result": Figures.from_dict(known["result"]),
                 "groups": tuple(GroupRow.from_dict(row) for row in known.get("groups", ())),
+                "layers": tuple(LayerRow.from_dict(row) for row in known.get("layers", ())),
             }
-            plain = {name: tuple(known.get(name, ())) for name in ("history", "search", "notes")}
+            names = ("history", "search", "notes", "nodes", "shrinks")
+            plain = {name: tuple(known.get(name, ())) for name in names}
         except TypeError as error:
             raise ArtifactError(f"This is not a report that cpd wrote: {error}.") from error
         return cls(**{**known, **nested, **plain})
@@ -186,7 +225,11 @@ class Report:
         open_groups = [row for row in self.groups if row.frozen is None]
         return _template("report.html.j2").render(
             report=self,
-            bars=_bars(open_groups),
+            call=call_text(self.call),
+            widths=_widths(self.layers),
+            operators=_operators(self.nodes),
+            costly=_costly(self.nodes),
+            groups=open_groups,
             inexact=any(not row.exact for row in open_groups),
             frozen=[row for row in self.groups if row.frozen is not None],
             charts=_charts(self),
@@ -201,6 +244,31 @@ class Report:
             by_name=self.source is not None and self.source.startswith(BY_NAME),
             factory=_factory(self.source),
         )
+
+
+def sweep_page(original: Figures | None, points: Sequence[Any]) -> str:
+    """A sweep as one self-contained HTML page.
+
+    Args:
+        original: figures of the unpruned model; None where no speed-up was reached.
+        points: `cpd.sweep.SweepPoint`s.
+    """
+    reached = [point for point in points if point.figures is not None]
+    every = [figures for figures in (original, *(point.figures for point in reached)) if figures is not None]
+    by_metric = bool(every) and all(figures.metric is not None for figures in every)
+    series = sorted(
+        (figures.latency_ms or 0.0, float(figures.metric if by_metric else figures.macs)) for figures in every
+    )
+    chart = _chart(
+        "Metric against measured latency" if by_metric else "MACs against measured latency",
+        "ms in ONNX Runtime",
+        {"models": series},
+        reference=original.metric if by_metric and original is not None else None,
+        reference_text="unpruned",
+    )
+    return _template("sweep.html.j2").render(
+        original=original, points=points, charts=[] if chart is None else [chart], by_metric=by_metric
+    )
 
 
 def human(number: float) -> str:
@@ -244,7 +312,7 @@ def _plain(value: Any) -> Any:
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value) if math.isfinite(value) else None
-    if isinstance(value, (Figures, GroupRow)):
+    if isinstance(value, (Figures, GroupRow, LayerRow)):
         return value.to_dict()
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
@@ -268,6 +336,32 @@ def _known(cls: type[Any], data: Any) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------- the before/after table
+
+
+def _asked(report: Report) -> str:
+    targets = {
+        "target_speedup": ("a speed-up of {:g}", report.speedup, "{:.2f} times as fast"),
+        "target_latency_ms": ("{:g} ms", report.result.latency_ms, "{:.3g} ms"),
+        "target_macs": ("MACs", report.result.macs, "{:,}"),
+        "target_params": ("parameters", report.result.parameters, "{:,}"),
+        "target_memory": ("elements of intermediate tensors", report.result.activations, "{:,}"),
+    }
+    wholes = {"target_macs": report.original.macs, "target_params": report.original.parameters,
+              "target_memory": report.original.activations}  # fmt: skip
+    for name, (text, found, shown) in targets.items():
+        value = report.call.get(name)
+        if not _is_number(value):
+            continue
+        if name in wholes:
+            share = value <= 1
+            asked = f"{value:.1%} of the {text}" if share else f"{value:,.0f} {text}"
+            got = f"{found / max(wholes[name], 1):.1%}" if share and found is not None else f"{found:,}"
+        else:
+            asked, got = text.format(value), "not measured" if found is None else shown.format(found)
+        low, high = ((report.latency or {}).get(key) for key in ("speedup_low", "speedup_high"))
+        interval = f" (95 % interval {low:.2f} to {high:.2f})" if name == "target_speedup" and low and high else ""
+        return f"Asked for {asked}; found {got}{interval}."
+    return ""
 
 
 def _figure_rows(report: Report) -> Iterable[FigureRow]:
@@ -305,11 +399,41 @@ def _flat(latency: Mapping[str, Any]) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------- figures, as inline SVG
 
 
+#: Stages that have a colour of their own.
+HUES = 6
+#: Nodes that the page lists.
+COSTLY = 25
+
+
 @dataclass(frozen=True)
 class _Bar:
-    """A group's width before and after, in per cent of the widest group."""
+    """A layer's width before and after, in pixels of the chart; the colour of its stage."""
 
-    row: GroupRow
+    row: LayerRow
+    x: float
+    width: float
+    before: float
+    after: float
+    hue: int
+
+
+@dataclass(frozen=True)
+class _Widths:
+    """The widths of all layers as one chart."""
+
+    bars: tuple[_Bar, ...]
+    stages: tuple[tuple[str, int], ...]
+    widest: int
+
+
+@dataclass(frozen=True)
+class _Operator:
+    """What the nodes of one operator take, and in per cent of the most costly."""
+
+    op: str
+    nodes: int
+    before_ms: float
+    after_ms: float
     before: float
     after: float
 
@@ -337,6 +461,8 @@ class _Chart:
     x_ticks: tuple[tuple[float, str], ...]
     y_ticks: tuple[tuple[float, str], ...]
     reference: float | None = None
+    reference_text: str = ""
+    marks: tuple[float, ...] = ()
 
 
 Points = Sequence[tuple[float, float]]
@@ -345,9 +471,53 @@ LEFT, RIGHT, TOP, BOTTOM = 46.0, 344.0, 10.0, 150.0
 """The plotting area inside a view box of 360 x 180."""
 
 
-def _bars(rows: Sequence[GroupRow]) -> list[_Bar]:
-    widest = max((row.size for row in rows), default=0) or 1
-    return [_Bar(row, round(100 * row.size / widest, 2), round(100 * row.kept / widest, 2)) for row in rows]
+def _widths(rows: Sequence[LayerRow]) -> _Widths:
+    """Bars side by side in a box of 720 x 160; heights are square roots, so that narrow layers are seen."""
+    widest = max((row.before for row in rows), default=0) or 1
+    names = _stages([row.name for row in rows])
+    hues = {stage: index % HUES + 1 for index, stage in enumerate(dict.fromkeys(names))}
+    slot = 720 / max(len(rows), 1)
+
+    def height(width: int) -> float:
+        return round(160 * math.sqrt(width / widest), 2)
+
+    bars = tuple(
+        _Bar(row, round(index * slot, 2), round(0.8 * slot, 2), height(row.before), height(row.after), hues[stage])
+        for index, (row, stage) in enumerate(zip(rows, names, strict=True))
+    )
+    return _Widths(bars, tuple(hues.items()), widest)
+
+
+def _stages(names: Sequence[str]) -> list[str]:
+    """What stage each module belongs to: its first name, with the number after it where there are few of them."""
+    parts = [name.split(".") for name in names]
+    numbers: dict[str, set[str]] = {}
+    for first, *rest in parts:
+        if rest and rest[0].isdecimal():
+            numbers.setdefault(first, set()).add(rest[0])
+    return [
+        f"{first}.{rest[0]}" if rest and rest[0].isdecimal() and 1 < len(numbers[first]) <= HUES + 2 else first
+        for first, *rest in parts
+    ]
+
+
+def _operators(nodes: Sequence[Mapping[str, Any]]) -> list[_Operator]:
+    """Time by operator, the most costly first."""
+    found: dict[str, list[float]] = {}
+    for node in nodes:
+        entry = found.setdefault(node["op"], [0, 0.0, 0.0])
+        entry[:] = entry[0] + 1, entry[1] + (node["before_ms"] or 0.0), entry[2] + (node["after_ms"] or 0.0)
+    most = max((max(entry[1:]) for entry in found.values()), default=0.0) or 1.0
+    rows = [
+        _Operator(op, int(count), before, after, round(100 * before / most, 2), round(100 * after / most, 2))
+        for op, (count, before, after) in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row.before_ms)
+
+
+def _costly(nodes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The nodes that take the most time, before or after."""
+    return sorted(nodes, key=lambda node: -max(node["before_ms"] or 0.0, node["after_ms"] or 0.0))[:COSTLY]
 
 
 def _charts(report: Report) -> list[_Chart]:
@@ -356,13 +526,21 @@ def _charts(report: Report) -> list[_Chart]:
     target = report.call.get("target_speedup")
     candidates = [
         _chart("Loss", "epoch", {label: _series(report.history, "epoch", key) for key, label in losses.items()}),
-        _chart("Metric", "epoch", {"metric": _series(report.history, "epoch", "metric")}),
+        _chart(
+            "Metric" + (", with the moments of shrinking" if report.shrinks else ""),
+            "epoch",
+            {"metric": _series(report.history, "epoch", "metric")},
+            reference=report.original.metric,
+            reference_text="unpruned",
+            marks=[float(row["epoch"]) for row in report.shrinks],
+        ),
         _chart(
             "Search: measured speed-up",
             "share of MACs kept",
             {"candidate": _series(report.search, "macs_ratio", "speedup")},
             joined=False,
             reference=float(target) if _is_number(target) else None,
+            reference_text="target",
         ),
     ]
     return [chart for chart in candidates if chart is not None]
@@ -384,17 +562,30 @@ def _chart(
     *,
     joined: bool = True,
     reference: float | None = None,
+    reference_text: str = "",
+    marks: Sequence[float] = (),
 ) -> _Chart | None:
-    """Scale the series to the plotting area; None if none has a point."""
+    """Scale the series to the plotting area; None if none has a point.
+
+    Args:
+        title: above it.
+        x_label: below it.
+        series: points by their name in the legend.
+        joined: whether a line goes through the points.
+        reference: where a line goes across.
+        reference_text: what that line is.
+        marks: where lines go up.
+    """
     drawn = {label: points for label, points in series.items() if points}
     if not drawn:
         return None
-    xs = [x for points in drawn.values() for x, _ in points]
+    xs = [x for points in drawn.values() for x, _ in points] + list(marks)
     ys = [y for points in drawn.values() for _, y in points] + ([] if reference is None else [reference])
     to_x, x_ticks = _scale(xs, LEFT, RIGHT)
     to_y, y_ticks = _scale(ys, BOTTOM, TOP)
     lines = tuple(_Line(label, tuple((to_x(x), to_y(y)) for x, y in points), joined) for label, points in drawn.items())
-    return _Chart(title, x_label, lines, x_ticks, y_ticks, None if reference is None else to_y(reference))
+    at = None if reference is None else to_y(reference)
+    return _Chart(title, x_label, lines, x_ticks, y_ticks, at, reference_text, tuple(map(to_x, marks)))
 
 
 def _scale(
@@ -425,7 +616,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(cell=_cell, show=_show, deviation=_deviation)
+    environment.filters.update(cell=_cell, show=_show, deviation=_deviation, human=human, ms=_ms)
     return environment
 
 

@@ -295,7 +295,7 @@ def by_capacity(comb: Comb, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Scores that come from weights alone, made comparable among groups: score / mean of its group * capacity.
 
     How large weights are tells positions of one group apart, not groups, whose scale follows from initialisation and
-    fan-in. A group's capacity is MACs^(3/4) * parameters^(1/4) of one of its positions in the unpruned model.
+    fan-in. Capacity is MACs^(3/4) * parameters^(1/4) of one position in the unpruned model.
 
     Args:
         comb: the comb.

@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from cpd.artifacts import check_output_dir
+from cpd.artifacts import PAGE, check_output_dir, write_file
 from cpd.compress import compress
-from cpd.errors import InputError, TargetError
-from cpd.report import Figures
+from cpd.errors import ArtifactError, InputError, TargetError
+from cpd.report import Figures, sweep_page
 
 log = logging.getLogger("cpd")
+
+#: The figures of a sweep in its folder.
+NAME = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,27 @@ class Sweep:
         """All fields, ready for `json.dumps`."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Sweep:
+        """The sweep that `to_dict` wrote.
+
+        Raises:
+            ArtifactError: if a field is missing or is not what `to_dict` writes.
+        """
+        try:
+            original = data["original"] and Figures.from_dict(data["original"])
+            points = [
+                SweepPoint(**{**point, "figures": point["figures"] and Figures.from_dict(point["figures"])})
+                for point in data["points"]
+            ]
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"This is not a sweep that cpd wrote: {error}.") from error
+        return cls(original or None, tuple(points))
+
+    def to_html(self) -> str:
+        """Accuracy against measured latency as one self-contained page, with links to the reports in the folders."""
+        return sweep_page(self.original, self.points)
+
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw accuracy (or the share of MACs that is left, where none was evaluated) against measured latency.
 
@@ -86,6 +110,27 @@ class Sweep:
         return Path(path)
 
 
+def read_sweep(folder: Path) -> Sweep:
+    """The sweep of a folder.
+
+    Raises:
+        ArtifactError: if it is missing, truncated or foreign.
+    """
+    try:
+        return Sweep.from_dict(json.loads((folder / NAME).read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{folder / NAME} cannot be read: {error}. It is not written by cpd.") from error
+
+
+def _save(folder: Path, found: Sweep) -> None:
+    """Write the figures and the page."""
+    try:
+        write_file(folder / NAME, json.dumps(found.to_dict(), indent=1).encode())
+        write_file(folder / PAGE, found.to_html().encode())
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be written: {error.strerror or error}.") from error
+
+
 def sweep(
     model: nn.Module,
     speedups: Iterable[float],
@@ -99,7 +144,7 @@ def sweep(
         model: a trained model; left as it was.
         speedups: measured latency of the original over each result's, each at least 1.
         output_dir: each result goes into a folder of its own here, such as `1.5x`, and the figures of all into
-            `sweep.json`; None writes nothing.
+            `sweep.json` and `report.html`; None writes nothing.
         options: all other arguments of `cpd.compress`.
 
     Raises:
@@ -127,5 +172,5 @@ def sweep(
             )
         found = Sweep(original, tuple(points))
         if folder is not None:
-            (folder / "sweep.json").write_text(json.dumps(found.to_dict(), indent=1), encoding="utf-8")
+            _save(folder, found)
     return found

@@ -23,6 +23,7 @@ def short_timings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(sys.modules["cpd.kernels"], "SECONDS", 0.02)
         for name in ("_BLOCK_MS", "_LEAD_MS"):
             patch.setattr(sys.modules["cpd.latency"], name, 3.0)
+        patch.setattr(sys.modules["cpd.compress"], "PROFILE_SECONDS", 0.02)
         yield
 
 

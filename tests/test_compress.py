@@ -100,6 +100,49 @@ def test_folder_is_whole_and_loads_to_the_bit(result):
     assert json.loads((folder / "report.json").read_text())["criterion"] == "obs"
 
 
+def test_report_tells_of_layers_nodes_and_shrinks(result):
+    original, found, _ = result
+    report = found.report
+    before = {name: module for name, module in original.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    assert {row.name for row in report.layers} == set(before)
+    for row in report.layers:
+        was, now = before[row.name], found.model.get_submodule(row.name)
+        widths = [getattr(item, "out_channels", None) or item.out_features for item in (was, now)]
+        assert [row.before, row.after] == widths
+    assert any(row.after < row.before for row in report.layers)
+    assert sum(node["before_ms"] or 0 for node in report.nodes) > 0
+    assert sum(node["after_ms"] or 0 for node in report.nodes) > 0
+    assert [(row["epoch"], row["share"]) for row in report.shrinks] == [(0.0, 1.0)]
+
+
+def test_pretrained_folder_loads_to_the_bit(result, tmp_path, monkeypatch):
+    _, found, _ = result
+    folder = found.save_pretrained(tmp_path / "hub")
+    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    asked = {}
+
+    def snapshot_download(name, **options):
+        asked.update(name=name, **options)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for place in (folder, "somebody/tiny"):
+        rebuilt = cpd.from_pretrained(place, model=Tiny())
+        with torch.no_grad():
+            assert torch.equal(rebuilt(INPUT), found.model(INPUT))
+    assert (asked["name"], "model.safetensors" in asked["allow_patterns"]) == ("somebody/tiny", True)
+
+    def fails(name, **options):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    with pytest.raises(cpd.ArtifactError, match=r"somebody/tiny is no folder here.*no network"):
+        cpd.from_pretrained("somebody/tiny")
+    (folder / "config.json").write_text('{"architectures": []}')
+    with pytest.raises(cpd.ArtifactError, match=r"config\.json is not of the format"):
+        cpd.from_pretrained(folder, model=Tiny())
+
+
 class Versioned(Tiny):
     """Asks its state dict for a version, as torchvision's MNASNet does."""
 
@@ -286,7 +329,7 @@ def test_public_names():
         "ShrinkError", "TargetError", "CheckpointError",
         "TraceError", "TrainingError", "comb", "compare_latency", "compensate", "compress", "distill", "export_onnx",
         "load", "score", "sensitivity", "shrink", "LatencyTable", "ModelProfile", "OnnxModule", "Quantized", "Sweep",
-        "measure_latency", "profile_model", "quantize_onnx", "sweep",
+        "from_pretrained", "measure_latency", "profile_model", "quantize_onnx", "sweep",
     }  # fmt: skip
     assert all(hasattr(cpd, name) for name in cpd.__all__)
     assert all(issubclass(getattr(cpd, name), cpd.CPDError) for name in cpd.__all__ if name.endswith("Error"))

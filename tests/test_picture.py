@@ -424,7 +424,7 @@ def test_command_line_refuses_before_work(name: str, run: Any, tmp_path: Path, m
     monkeypatch.setattr(cpd, "comb", comb, raising=False)
     (tmp_path / "folder.html").mkdir()
     result = run("comb", "torch.nn:Identity", "--input-size", "8", "--plot", tmp_path / name)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "error:" in result.stderr
     assert result.stdout == ""
 

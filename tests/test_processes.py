@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from test_pruner import X, loader, net
 from torch import nn
 
@@ -32,11 +33,16 @@ if os.environ.get("RANK", "0") == "0":
 """
 
 
-def launched(job: str, folder: Path, count: int, *, check: bool = True) -> tuple[object, str]:
-    """What a function of this file gives in so many processes, and what they said."""
+def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def launched(job: str, folder: Path, count: int, *, check: bool = True) -> tuple[object, str]:
+    """What a function of this file gives in so many processes, and what they said."""
+    port = free_port()
     several = ["--multi_gpu"] if count > 1 else []  # the launcher's word for it; without GPUs gloo joins CPUs
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(count),
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
@@ -148,6 +154,42 @@ def test_a_failure_of_the_first_ends_all(tmp_path: Path) -> None:
     _, said = launched("job_fail_on_first", tmp_path, 2, check=False)
     assert "ZeroDivisionError" in said
     assert "Rank 0 failed" in said
+
+
+def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
+    for label in range(2):
+        folder = tmp_path / "images" / "train" / f"class{label}"
+        folder.mkdir(parents=True)
+        for index in range(8):
+            Image.new("RGB", (32, 32), (120 * label, 20 * index, 90)).save(folder / f"{index}.png")
+    out = tmp_path / "out"
+    options = (
+        f"compress timm:test_resnet,num_classes=2 --no-pretrained --input-size 32 --data {tmp_path / 'images'} "
+        f"--target-macs 0.5 --criterion taylor --schedule linear --interval 1 --batch-size 2 --workers 0 --epochs 2 "
+        f"--output-dir {out} --json"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-m", "cpd", *options.split()], capture_output=True, text=True, timeout=300, env=environment,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads(done.stdout[done.stdout.index("{") :])  # of the first process alone
+    assert report["result"]["macs"] <= 0.5 * report["original"]["macs"]
+    assert len(report["shrinks"]) > 1
+    names = {path.name for path in out.iterdir()}
+    assert {"model.safetensors", "model.onnx", "recipe.yaml"} <= names
+    assert "checkpoint.safetensors" not in names
+    assert cpd.load(out).training is False
 
 
 def test_one_process_needs_nothing() -> None:

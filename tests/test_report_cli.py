@@ -23,13 +23,15 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 import cpd
-from cpd.cli import app, parse_numbers, parse_size
+from cpd.cli import app
+from cpd.cli.arguments import parse_numbers, parse_size
 from cpd.errors import ArtifactError, InputError, NothingToPruneError
 from cpd.folders import image_folders
 from cpd.inputs import as_call
-from cpd.report import Figures, GroupRow, Report, call_text, human
+from cpd.report import Figures, GroupRow, LayerRow, Report, _stages, call_text, human
 from cpd.sensitivity import RATIOS
 from cpd.sources import ModelSource, default_inputs, identify, image_inputs, resolve
+from cpd.sweep import Sweep, SweepPoint
 
 HOSTILE = '<script src="https://evil.example/x.js">alert(1)</script>'
 LEAKY = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's image reader
@@ -64,6 +66,18 @@ def report() -> Report:
             GroupRow("blocks.0.norm", 512, 256, False, None, ("blocks.0.norm.weight dim 0",)),
             GroupRow("fc", 10, 10, True, "is an output of the model", ("fc.weight dim 0",)),
         ),
+        layers=(
+            LayerRow("layer1.0.conv1", "Conv2d", 64, 32),
+            LayerRow("blocks.0.fc1", "Linear", 256, 128),
+            LayerRow("blocks.0.fc2", "Linear", 256, 256),
+        ),
+        nodes=(
+            {"name": "first", "op": "Conv", "before_ms": 0.5, "after_ms": 0.25},
+            {"name": "second", "op": "Conv", "before_ms": 1.0, "after_ms": 0.25},
+            {"name": "third", "op": "Gemm", "before_ms": 0.1, "after_ms": None},
+            {"name": "fourth", "op": "Gemm", "before_ms": None, "after_ms": 0.2},
+        ),
+        shrinks=({"epoch": 0.5, "step": 5, "share": 0.5}, {"epoch": 1.5, "step": 15, "share": 1.0}),
         checks={"masked_equals_shrunk": 3e-7, "onnx_parity": 1e-6},
         history=(
             {"epoch": 1, "loss": 2.0, "task_loss": 1.5, "kd_loss": 0.5, "lr": 0.01, "metric": 0.90},
@@ -192,13 +206,53 @@ def test_html_shows_every_stage(report: Report) -> None:
     assert "is an output of the model" in page.text
     assert "BatchNorm statistics were measured anew" in page.text
     assert page.count("polyline") == 4  # loss, task, distillation; metric
-    assert page.count("rect", class_="was") == page.count("rect", class_="kept") == 2
+    assert page.count("path", class_="mark") == 2  # shrinks
+    assert page.count("path", class_="target") == 2  # the metric of the unpruned model, the speed-up asked for
+    assert page.count("rect", class_="was") == page.count("rect", class_="kept") == 5  # layers, operators
+    assert "Asked for a speed-up of 2; found 2.04 times as fast (95 % interval 1.98 to 2.11)." in page.text
+    assert "cpd.compress(model, target_speedup=2, epochs=2, seed=0, threads=1)" in page.text
 
 
-def test_html_bars_are_widths_against_the_widest_group(report: Report) -> None:
+def test_html_bars_are_widths_against_the_widest_layer(report: Report) -> None:
     page = Page(report.to_html())
-    widths = [attributes["width"] for tag, attributes in page.tags if tag == "rect"]
-    assert widths == ["12.5", "4.69", "100.0", "50.0"]
+    heights = [attributes["height"] for tag, attributes in page.tags if tag == "rect"][:6]
+    assert heights == ["80.0", "56.57", "160.0", "113.14", "160.0", "160.0"]  # 160 sqrt(width / widest)
+    colours = [attributes["class"] for tag, attributes in page.tags if tag == "g" and "s" in attributes["class"][:1]]
+    assert colours == ["s1", "s2", "s2"]
+
+
+def test_html_tells_where_the_time_goes(report: Report) -> None:
+    page = Page(report.to_html())
+    bars = [attributes["width"] for tag, attributes in page.tags if tag == "rect"][6:]
+    assert bars == ["100.0", "33.33", "6.67", "13.33"]  # Conv, then Gemm: which came only after
+    assert page.text.index("second") < page.text.index("first") < page.text.index("third")
+
+
+@pytest.mark.parametrize(
+    ("call", "told"),
+    [
+        ({"target_macs": 0.5}, "Asked for 50.0% of the MACs; found 35.3%."),
+        ({"target_params": 4_000_000}, "Asked for 4,000,000 parameters; found 3,100,000."),
+        ({"target_latency_ms": 10}, "Asked for 10 ms; found 9.8 ms."),
+        ({}, ""),
+    ],
+)
+def test_what_was_asked(report: Report, call: dict[str, Any], told: str) -> None:
+    assert dataclasses.replace(report, call=call).asked == told
+    assert told in Page(dataclasses.replace(report, call=call).to_html()).text
+
+
+@pytest.mark.parametrize(
+    ("names", "stages"),
+    [
+        (["conv1", "layer1.0.conv1", "layer2.0.conv1", "fc"], ["conv1", "layer1", "layer2", "fc"]),
+        (["stages.0.a", "stages.1.a", "head.fc"], ["stages.0", "stages.1", "head"]),
+        ([f"features.{i}.conv" for i in range(20)], ["features"] * 20),
+        ([""], [""]),
+    ],
+)
+def test_stages(names: list[str], stages: list[str]) -> None:
+    assert _stages(names) == stages
 
 
 def test_html_escapes(report: Report) -> None:
@@ -462,7 +516,7 @@ class Fakes:
     def __init__(self, report: Report) -> None:
         self.report = report
         self.calls: list[dict[str, Any]] = []
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
 
     def compress(self, model: nn.Module, **kwargs: Any) -> Any:
         if self.error is not None:
@@ -674,7 +728,7 @@ def test_classes_that_are_not_the_models(fakes: Fakes, run: Any, tmp_path: Path)
 def test_folder_without_images(fakes: Fakes, run: Any, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     result = run("compress", "timm:resnet18", "--no-pretrained", "--data", tmp_path)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "no images that can be read" in result.stderr
 
 
@@ -723,7 +777,7 @@ def test_demo(report: Report, run: Any, tmp_path: Path, monkeypatch: pytest.Monk
 )
 def test_errors_are_one_line(fakes: Fakes, run: Any, arguments: tuple[str, ...], message: str) -> None:
     result = run(*arguments)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert result.stdout == ""
@@ -734,9 +788,118 @@ def test_library_errors_and_debug(fakes: Fakes, run: Any) -> None:
     fakes.error = NothingToPruneError("no group [of 3] can be pruned")
     arguments = ("compress", "timm:resnet18", "--no-pretrained")
     result = run(*arguments)
-    assert (result.exit_code, result.stderr) == (1, "error: no group [of 3] can be pruned\n")
+    assert (result.exit_code, result.stderr) == (3, "error: no group [of 3] can be pruned\n")
     result = run(*arguments, "--debug")
     assert result.exception is fakes.error
+    fakes.error = ArtifactError("the disk is full")
+    assert run(*arguments).exit_code == 1
+
+
+def test_interrupted_runs_say_how_to_resume(
+    fakes: Fakes, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes.error = KeyboardInterrupt()
+    arguments = ["compress", "timm:resnet18", "--no-pretrained", "--output-dir", str(tmp_path / "my run")]
+    result = run(*arguments)
+    assert (result.exit_code, result.stderr) == (130, "interrupted. There was no checkpoint yet: start it again.\n")
+    (tmp_path / "my run").mkdir()
+    (tmp_path / "my run" / "checkpoint.safetensors").write_bytes(b"")
+    monkeypatch.setattr(sys, "argv", ["cpd", *arguments])
+    result = run(*arguments)
+    assert f"go on with: cpd {' '.join(arguments[:-1])} '{tmp_path}/my run' --resume\n" in result.stderr
+    assert run(*arguments[:3]).stderr == "interrupted. Nothing was written.\n"
+
+
+# ------------------------------------------------------------------------------------------ recipes
+
+
+def test_a_recipe_holds_any_option(fakes: Fakes, run: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: timm:resnet18\ntarget-macs: 0.5\nseed: 3\nepochs: null\npretrained: false\nkd: cwd\n"
+        "features: [layer2, layer3]\n"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    result = run("compress", "--config", recipe, "--seed", "4", "--output-dir", out)
+    assert result.exit_code == 0, result.stderr
+    (call,) = fakes.calls
+    assert (call["target_macs"], call["seed"], call["training"].kd) == (0.5, 4, "cwd")  # the command line comes first
+    assert list(call["training"].features) == ["layer2", "layer3"]
+    fakes.calls.clear()
+    written = out / "recipe.yaml"
+    assert "seed: 4" in written.read_text()
+    assert run("compress", "--config", written).exit_code == 0
+    again = fakes.calls[0]
+    assert {key: value for key, value in again.items() if key not in ("model", "example_inputs")} == {
+        key: value for key, value in call.items() if key not in ("model", "example_inputs")
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("target_maks: 0.5", "no option target_maks. Is target_macs meant?"),
+        ("- 3", "holds no options"),
+        ("seed: [", "cannot be read as YAML"),
+        ("seed: many", "Invalid value for '--seed'"),
+        ("json_output: true", "no option json_output"),
+        ("", "holds no options"),
+    ],
+)
+def test_a_wrong_recipe_is_told(fakes: Fakes, run: Any, tmp_path: Path, text: str, message: str) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(text)
+    result = run("compress", "timm:resnet18", "--no-pretrained", "--config", recipe)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert not fakes.calls
+    assert run("compress", "--config", tmp_path / "none.yaml").exit_code == 2
+
+
+def test_help_has_examples_and_exit_codes(run: Any) -> None:
+    assert "130 interrupted" in run("--help").stdout
+    for command in ("compress", "comb", "sweep", "quantize", "latency", "profile", "sensitivity", "report", "demo"):
+        assert f"cpd {command}" in run(command, "--help").stdout.partition("Examples:")[2]
+        assert "--json" in run(command, "--help").stdout
+
+
+# ------------------------------------------------------------------------------------------ cpd report
+
+
+def test_report_is_written_anew_from_the_figures(report: Report, run: Any, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report.to_dict()))
+    result = run("report", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "report.html").read_text() == report.to_html()
+    assert "2.04× faster" in result.stdout
+    (tmp_path / "report.json").write_text("{")
+    before = (tmp_path / "report.html").read_text()
+    result = run("report", tmp_path)
+    assert (result.exit_code, "truncated" in result.stderr) == (1, True)
+    assert (tmp_path / "report.html").read_text() == before
+    assert "no folder that result.save wrote" in run("report", tmp_path / "none").stderr
+
+
+def test_report_of_a_sweep(report: Report, run: Any, tmp_path: Path) -> None:
+    points = (
+        SweepPoint(2.0, 2.04, report.result, str(tmp_path / "2x")),
+        SweepPoint(40.0, None, None, error="too fast <b>"),
+    )
+    swept = Sweep(report.original, points)
+    assert Sweep.from_dict(json.loads(json.dumps(swept.to_dict()))) == swept
+    (tmp_path / "sweep.json").write_text(json.dumps(swept.to_dict()))
+    result = run("report", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert "out of reach" in result.stdout
+    page = Page((tmp_path / "report.html").read_text())
+    assert not page.open
+    assert page.count("circle") == 2
+    assert [found["href"] for tag, found in page.tags if tag == "a"] == ["2x/report.html"]
+    assert "too fast <b>" in page.text
+    (tmp_path / "sweep.json").write_text("{}")
+    assert run("report", tmp_path).exit_code == 1
+    assert not Page(Sweep(None, points[1:]).to_html()).open
 
 
 def test_log_is_shown_and_quietened(fakes: Fakes, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

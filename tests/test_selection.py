@@ -17,7 +17,7 @@ from zoo import comb, dense, group, random_plan, randomize
 import cpd
 from cpd.compensation import compensate
 from cpd.recovery import logits_error, recover
-from cpd.selector import Limits, Selector, Weighing
+from cpd.selector import Limits, Selector, Weighing, by_capacity
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -173,6 +173,21 @@ def test_scopes(resnet):
     assert alike[0] < alike[1]  # of two groups alike the one of lower scores loses more
     with pytest.raises(cpd.InputError, match="scope"):
         Selector(combed, scores, scope="everything")
+
+
+def test_scores_of_weights_count_within_their_group_times_its_capacity(resnet):
+    combed, _ = resnet
+    scores = {item.name: torch.rand(item.size, dtype=torch.float64) + 0.5 for item in combed.open}
+    first, second = combed.open[0], combed.open[-1]
+    scores[first.name][0] = -torch.inf  # a position that has gone
+    found = by_capacity(combed, scores)
+    scaled = by_capacity(combed, {**scores, second.name: 100 * scores[second.name]})
+    assert torch.allclose(found[second.name], scaled[second.name])  # the scale of a group does not count
+    assert found[first.name][0] == -torch.inf
+    for item in (first, second):
+        slope, mine = combed.cost.slopes({})[item.axis], found[item.name]
+        expected = slope.macs**0.75 * slope.parameters**0.25
+        assert float(mine[mine.isfinite()].mean()) == pytest.approx(expected)
 
 
 def test_the_same_seed_gives_the_same_plan_to_the_byte():

@@ -1,0 +1,178 @@
+"""Commands that look at a model, or at what came of one: comb, sensitivity, profile, latency, report."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cpd.cli.arguments import (
+    WORKERS,
+    BatchSize,
+    InputSize,
+    Model,
+    NeededData,
+    Plot,
+    Pretrained,
+    Seconds,
+    Seed,
+    Threads,
+    Workers,
+    build,
+    opened,
+)  # fmt: skip
+from cpd.cli.command import Output
+from cpd.cli.compressing import told
+from cpd.cli.tables import (
+    frozen_table,
+    group_dict,
+    groups_table,
+    latency_table,
+    profile_table,
+    sensitivity_table,
+    sweep_table,
+)  # fmt: skip
+from cpd.errors import ArtifactError, InputError
+from cpd.folders import image_folders, load_images
+
+log = logging.getLogger("cpd.cli")
+
+
+def comb(
+    model: Model,
+    input_size: InputSize = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Also draw the grouped graph, to an .svg or .html file.")
+    ] = None,
+) -> Output:
+    """List a model's coupling groups (size, members, exact, frozen and why) and what the frozen ones hold."""
+    if plot is not None:
+        from cpd.picture import check_path
+
+        check_path(plot)
+    _, built, example_inputs = build(model, input_size, pretrained=False)
+
+    import cpd
+
+    combed = cpd.comb(built, example_inputs)
+    share: dict[str, float] = combed.open_share
+    if plot is not None:
+        from cpd.picture import draw
+
+        log.info("picture written to %s", draw(combed, plot))
+    open_count = sum(group.frozen is None for group in combed.groups)
+    sentence = (
+        f"{open_count} of {len(combed.groups)} groups are open: they hold {share['parameters']:.1%} of the "
+        f"parameters and {share['macs']:.1%} of the MACs."
+    )
+    data = {
+        "model": model,
+        "groups": [group_dict(group) for group in combed.groups],
+        "open_share": dict(share),
+        "frozen_share": [asdict(row) for row in combed.frozen_share],
+    }
+    frozen = [frozen_table(combed.frozen_share)] if combed.frozen_share else []
+    return Output(data, (groups_table(combed.groups), sentence, *frozen))
+
+
+def sensitivity(
+    model: Model,
+    data: NeededData,
+    plot: Plot = None,
+    criterion: Annotated[str, typer.Option(help="Which positions go: a name in cpd.criteria.CRITERIA.")] = "magnitude",
+    batch_size: BatchSize = 64,
+    limit: Annotated[int, typer.Option(min=1, help="Batches of training images used.")] = 4,
+    workers: Workers = WORKERS,
+    accuracy: Annotated[bool, typer.Option(help="Also the accuracy on val/ at every point.")] = False,
+    seed: Seed = 0,
+    pretrained: Pretrained = True,
+    input_size: InputSize = None,
+    quiet: bool = False,
+) -> Output:
+    """Prune each group alone, 10 to 90 % of it, and show what that does to the loss."""
+    from cpd.sensitivity import check_plot
+
+    if plot is not None:
+        check_plot(plot)
+    folders = image_folders(data)
+    _, built, example_inputs = build(model, input_size, pretrained)
+
+    import cpd
+
+    loader, evaluate = load_images(built, folders, example_inputs, batch_size=batch_size, workers=workers, seed=seed)
+    if accuracy and evaluate is None:
+        raise InputError(f"--accuracy needs validation images: {data}/val.")
+    combed = cpd.comb(built, example_inputs)
+    scores = cpd.score(built, combed, loader, criterion=criterion, limit=limit, seed=seed)
+    found = cpd.sensitivity(
+        built, combed, loader, scores=scores, limit=limit, evaluate=evaluate if accuracy else None,
+        progress=False if quiet else None,
+    )  # fmt: skip
+    if plot is not None:
+        log.info("picture written to %s", found.plot(plot))
+    return Output({"model": model, **found.to_dict()}, (sensitivity_table(found),))
+
+
+def profile(
+    model: Model,
+    threads: Threads = 1,
+    check: Annotated[int, typer.Option(min=0, help="Narrower copies to export, time and compare with.")] = 0,
+    seed: Seed = 0,
+    input_size: InputSize = None,
+) -> Output:
+    """Learn how long this machine takes for the model's kernels at any width, and show where its time goes."""
+    _, built, example_inputs = build(model, input_size, pretrained=False)
+
+    from cpd.latency_model import profile_model
+
+    found = profile_model(built, example_inputs, threads=threads, check=check, seed=seed)
+    return Output({"model": model, **found.to_dict()}, (profile_table(found), *found.told()))
+
+
+def latency(
+    models: Annotated[
+        list[str], typer.Argument(help="ONNX files, folders that cpd compress wrote, or models as elsewhere.")
+    ],
+    backends: Annotated[
+        str, typer.Option(help="Any of onnxruntime, cuda, torch, torch.compile, openvino; commas between.")
+    ] = "onnxruntime",
+    threads: Threads = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a run, for models that are exported now.")] = 1,
+    seconds: Seconds = 20.0,
+    input_size: InputSize = None,
+) -> Output:
+    """Time several models in turn, in one run: medians, and ratios with their 95 % confidence intervals."""
+    found, inputs = {}, None
+    for name in models:
+        found[name], inputs = opened(name, input_size, inputs)
+
+    import cpd
+
+    names = [name.strip() for name in backends.split(",")]
+    timed = cpd.measure_latency(
+        found, inputs, backends=names, threads=threads, seconds=seconds,
+        batch_size=None if any(isinstance(item, str) for item in found.values()) else batch_size,
+    )  # fmt: skip
+    return Output(timed.to_dict(), (latency_table(timed),))
+
+
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that cpd compress or cpd sweep wrote.")],
+) -> Output:
+    """Write report.html anew from the figures that were saved, and print them."""
+    from cpd.artifacts import PAGE, read_report, write_file
+    from cpd.sweep import NAME, read_sweep
+
+    try:
+        if (folder / NAME).exists():
+            swept = read_sweep(folder)
+            write_file(folder / PAGE, swept.to_html().encode())
+            return Output(swept.to_dict(), (sweep_table(swept), f"Written to {folder / PAGE}"))
+        found = read_report(folder)
+        write_file(folder / PAGE, found.to_html().encode())
+    except OSError as error:
+        raise ArtifactError(f"{folder / PAGE} cannot be written: {error.strerror or error}.") from error
+    return told(found, folder)

@@ -1,0 +1,105 @@
+"""Options that several commands have, what they may be, and how a model is named."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cpd.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from cpd.sources import ModelSource
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="timm:NAME, torchvision:NAME or package.module:factory; arguments of the builder after commas, "
+        "as in timm:resnet18,num_classes=10."
+    ),
+]
+Data = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of images in one folder a class, or images/ and labels/ (label maps), or of train/ and val/ "
+        "that hold such folders."
+    ),
+]
+NeededData = Annotated[Path, typer.Option(help="Folder of images, as cpd compress takes it.")]
+InputSize = Annotated[
+    str | None, typer.Option("--input-size", metavar="H[,W]", help="Image size in pixels, where none is known.")
+]
+OutputDir = Annotated[Path | None, typer.Option("--output-dir", help="Where the artifacts are written.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw a picture: .svg, .png.")]
+Pretrained = Annotated[bool, typer.Option(help="Start from the library's own weights (downloads them).")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images a step.")]
+Threads = Annotated[int, typer.Option(min=1, help="ONNX Runtime threads that latency is measured on.")]
+Seconds = Annotated[float, typer.Option(min=0, help="The timing ends after so long.")]
+RoundTo = Annotated[int, typer.Option(min=1, help="Widths are kept to multiples of this.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
+WORKERS = min(4, os.cpu_count() or 1)
+Workers = Annotated[
+    int, typer.Option("--workers", min=0, help="Processes that load images.", show_default="one a core, at most 4")
+]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`H` or `H,W` (also `HxW`) as height and width in pixels.
+
+    Raises:
+        InputError: if it is neither.
+    """
+    parts = text.lower().replace("x", ",").split(",")
+    if len(parts) in (1, 2) and all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        return int(parts[0]), int(parts[-1])
+    raise InputError(f"--input-size takes H or H,W in pixels, as in 224 or 224,320; got {text!r}.")
+
+
+def parse_numbers(text: str) -> list[float]:
+    """`1.5,2,3` as numbers.
+
+    Raises:
+        InputError: if it is something else.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"Numbers with commas between are wanted, as in 1.5,2,3; got {text!r}.") from None
+
+
+def build(name: str, input_size: str | None, pretrained: bool) -> tuple[ModelSource, nn.Module, Any]:
+    """The source, the model in eval mode, and one example input: [1, C, H, W] of most models.
+
+    Raises:
+        InputError: if there is no such model, or its input is not known.
+    """
+    size = None if input_size is None else parse_size(input_size)
+    from cpd import sources
+
+    source = sources.resolve(name)
+    model = source.build(pretrained=pretrained and source.by_name).eval()
+    if size is not None:
+        return source, model, sources.image_inputs(model, size)
+    inputs = sources.default_inputs(model, source)
+    if inputs is None:
+        raise InputError(f"The input of {name} is not known: give its image size in pixels, --input-size H[,W].")
+    return source, model, inputs
+
+
+def opened(name: str, input_size: str | None, inputs: Any) -> tuple[Any, Any]:
+    """A model to be timed, and example inputs: those of the first that has some serve all."""
+    path = Path(name)
+    if path.is_dir():
+        path = path / "model.onnx"
+    if path.suffix == ".onnx":
+        if inputs is None:
+            from cpd.onnx import random_inputs
+
+            inputs = random_inputs(str(path))
+        return str(path), inputs
+    _, built, example_inputs = build(name, input_size, pretrained=False)
+    return built, example_inputs if inputs is None else inputs

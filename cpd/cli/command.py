@@ -1,0 +1,192 @@
+"""What every command shares: options from a file, tables or JSON, the log, errors and exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import inspect
+import json
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console, RenderableType
+from rich.logging import RichHandler
+from rich.text import Text
+
+from cpd.errors import ArtifactError, CPDError, InputError, NothingToPruneError, TargetError
+
+FAILED, WRONG, OUT_OF_REACH, INTERRUPTED = 1, 2, 3, 130
+#: Where the options of a command are written, beside its result.
+RECIPE = "recipe.yaml"
+
+#: Options that say how a run is shown; a recipe leaves them out.
+SHOWN = ("config", "json_output", "quiet", "verbose", "debug")
+#: Options that hold for one run only; likewise.
+ONCE = ("resume",)
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a command answers.
+
+    Attributes:
+        data: all of it as JSON types, for `--json`.
+        shown: tables and sentences.
+    """
+
+    data: Any
+    shown: tuple[RenderableType, ...]
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Take what a file says as the defaults of the command's options."""
+    if path is None:
+        return None
+    names = {name for item in context.command.params if (name := item.name) and name not in SHOWN}
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise typer.BadParameter(f"{path} cannot be read as YAML: {error}") from error
+    if not isinstance(found, Mapping):
+        raise typer.BadParameter(f"{path} holds no options: lines such as `target_speedup: 2` are wanted.")
+    options = {str(key).replace("-", "_"): value for key, value in found.items()}
+    for key in options:
+        if key not in names:
+            near = difflib.get_close_matches(key, names, 1)
+            meant = f" Is {near[0]} meant?" if near else ""
+            raise typer.BadParameter(
+                f"{path}: {context.command.name} has no option {key}.{meant} It has: {', '.join(sorted(names))}."
+            )
+    context.default_map = {**(context.default_map or {}), **{k: v for k, v in options.items() if v is not None}}
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE.yaml", is_eager=True, callback=_read_config,
+        help="Options by name; those of the command line come first.",
+    ),
+]  # fmt: skip
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show warnings only.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+_SHARED = (("config", Config, None), ("json_output", Json, False), ("quiet", Quiet, False),
+           ("verbose", Verbose, False), ("debug", Debug, False))  # fmt: skip
+
+
+def register(app: typer.Typer, function: Callable[..., Output], *examples: str) -> None:
+    """Make a function a command: its arguments are the options, what it returns is printed.
+
+    Args:
+        app: where it belongs.
+        function: may have a `quiet` argument of its own, to be told of it.
+        examples: arguments that a user might give, for the help.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    own = [item for name, item in signature.parameters.items() if name not in SHOWN]
+    told = [name for name in signature.parameters if name in SHOWN]
+
+    @functools.wraps(function)
+    def run(context: typer.Context, **given: Any) -> None:
+        shown = {name: given.pop(name) for name in SHOWN}
+        with _running(shown["quiet"], shown["verbose"], shown["debug"], given):
+            output = function(**given, **{name: shown[name] for name in told})
+            if not is_first_process():
+                return
+            if given.get("output_dir") is not None:
+                _write_recipe(context, Path(given["output_dir"]))
+            if shown["json_output"]:
+                typer.echo(json.dumps(output.data, indent=2))
+                return
+            console = Console()
+            for item in output.shown:
+                console.print(Text(item) if isinstance(item, str) else item, soft_wrap=isinstance(item, str) or None)
+
+    kind = inspect.Parameter.KEYWORD_ONLY
+    shared = [inspect.Parameter(name, kind, default=value, annotation=hint) for name, hint, value in _SHARED]
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    every = [context, *(item.replace(kind=kind) for item in own), *shared]
+    run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]  # what typer reads
+    run.__annotations__ = {item.name: item.annotation for item in every}
+    del run.__wrapped__  # typer would read the annotations of that
+    lines = [f"cpd {function.__name__} {example}".strip() for example in examples]
+    app.command(epilog="\n\n".join(["Examples:", *lines]))(run)
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one, of those that `accelerate launch` has started, that prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def exit_code(error: CPDError) -> int:
+    """What a command ends with: 2 if what it was given is wrong, 3 if what was asked cannot be had, else 1."""
+    if isinstance(error, (TargetError, NothingToPruneError)):
+        return OUT_OF_REACH
+    return WRONG if isinstance(error, InputError) else FAILED
+
+
+@contextlib.contextmanager
+def _running(quiet: bool, verbose: bool, debug: bool, given: Mapping[str, Any]) -> Iterator[None]:
+    """Show the log of `cpd` on stderr; turn a `CPDError` into one line and an exit code (unless `debug`)."""
+    logger = logging.getLogger("cpd")
+    console = Console(stderr=True)
+    handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
+    level, propagate = logger.level, logger.propagate
+    quiet = quiet or not is_first_process()
+    logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    except CPDError as error:
+        if debug:
+            raise
+        console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        raise typer.Exit(exit_code(error)) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        console.print(Text(f"interrupted. {_how_to_resume(given)}".strip(), style="red"), soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+
+
+def _how_to_resume(given: Mapping[str, Any]) -> str:
+    """The command that goes on with a run, if it has left a checkpoint."""
+    from cpd.checkpoint import NAME
+
+    if "resume" not in given or given.get("output_dir") is None:
+        return "Nothing was written."
+    path = Path(given["output_dir"]) / NAME
+    if not path.exists():
+        return "There was no checkpoint yet: start it again."
+    command = shlex.join(["cpd", *(part for part in sys.argv[1:] if part != "--resume"), "--resume"])
+    return f"{path} is whole; go on with: {command}"
+
+
+def _write_recipe(context: typer.Context, folder: Path) -> None:
+    """The options of a run as a file that `--config` takes, beside what came of it."""
+    options = {name: value for name, value in context.params.items() if name not in (*SHOWN, *ONCE)}
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    head = f"# cpd {context.command.name} --config {RECIPE}\n"
+    text = head + yaml.safe_dump({name: value for name, value in plain.items() if value is not None}, sort_keys=False)
+    from cpd.artifacts import write_file
+
+    try:
+        write_file(folder / RECIPE, text.encode())
+    except OSError as error:
+        raise ArtifactError(f"{folder / RECIPE} cannot be written: {error.strerror or error}.") from error

@@ -1,0 +1,153 @@
+"""What the commands print: one function a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from cpd.cost import FrozenShare
+    from cpd.latency import LatencyTable
+    from cpd.latency_model import ModelProfile
+    from cpd.report import Report
+    from cpd.sensitivity import Sensitivity
+    from cpd.sweep import Sweep
+
+MEMBERS_SHOWN = 3
+PLACES_SHOWN = 2
+
+
+def sensitivity_table(found: Sensitivity) -> Table:
+    """A row a group, a column a ratio: the loss, or the metric where there is one."""
+    name = found.shown
+    before = getattr(found, name, None)
+    now = "" if before is None else f" (now {before:.4g})"
+    table = Table(title=f"{name} when a group alone loses this share{now}")
+    table.add_column("group")
+    table.add_column("size", justify="right")
+    for ratio in sorted({point.ratio for point in found.points}):
+        table.add_column(f"{ratio:.0%}", justify="right")
+    for group, points in found.by_group.items():
+        table.add_row(group, str(points[0].size), *(f"{getattr(point, name):.3g}" for point in points))
+    return table
+
+
+def latency_table(found: LatencyTable) -> Table:
+    """One row a model and backend; ratios are against the first."""
+    table = Table(title=f"{found.runs} rounds, {found.threads} thread(s), {found.samples} sample(s) a run")
+    several = len({row.backend for row in found.rows}) > 1
+    table.add_column("model", overflow="fold")
+    if several:
+        table.add_column("backend")
+    for column in ("median ms", "p90 ms", "speed-up", "95 %"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in found.rows:
+        figures = (f"{row.median_ms:.3g}", f"{row.p90_ms:.3g}", f"{row.speedup:.2f}")
+        interval = f"{row.speedup_low:.2f}-{row.speedup_high:.2f}"
+        table.add_row(row.name, *([row.backend] if several else []), *figures, interval)
+    return table
+
+
+def profile_table(found: ModelProfile) -> Table:
+    """Where the time goes, by operator."""
+    table = Table(title=f"{found.total_ms:.3g} ms in ONNX Runtime, {found.threads} thread(s)")
+    table.add_column("operator")
+    for column in ("nodes", "ms", "share", "at half of every width"):
+        table.add_column(column, justify="right")
+    for row in found.operators:
+        table.add_row(row.op, str(row.nodes), f"{row.ms:.3g}", f"{row.ms / found.total_ms:.1%}", f"{row.half_ms:.3g}")
+    return table
+
+
+def sweep_table(found: Sweep) -> Table:
+    """One row a speed-up."""
+    table = Table()
+    for column in ("asked", "measured", "ms", "MACs left", "parameters left", "metric"):
+        table.add_column(column, justify="right")
+    if (whole := found.original) is not None:
+        table.add_row("original", "1", f"{whole.latency_ms or 0:.3g}", "100%", "100%", _number(whole.metric))
+    for point in found.points:
+        if (figures := point.figures) is None or whole is None:
+            table.add_row(f"{point.asked:g}", "out of reach", "", "", "", "")
+            continue
+        table.add_row(
+            f"{point.asked:g}", f"{point.speedup:.2f}", f"{figures.latency_ms:.3g}",
+            f"{figures.macs / max(whole.macs, 1):.1%}", f"{figures.parameters / max(whole.parameters, 1):.1%}",
+            _number(figures.metric),
+        )  # fmt: skip
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def figures_table(report: Report) -> Table:
+    """Original and result side by side."""
+    table = Table(title=None if report.speedup is None else f"{report.speedup:.2f}× faster, measured")
+    table.add_column("")
+    for column in ("original", "compressed", "change"):
+        table.add_column(column, justify="right")
+    for row in report.figure_rows:
+        table.add_row(*row)
+    return table
+
+
+def groups_table(groups: Sequence[Any]) -> Table:
+    """One row a group: size, members, exact, frozen and why."""
+    table = Table()
+    table.add_column("group", overflow="fold")
+    table.add_column("size", justify="right")
+    table.add_column("members", overflow="fold")
+    table.add_column("exact")
+    table.add_column("frozen", overflow="fold")
+    for group in groups:
+        frozen = Text("no" if group.frozen is None else group.frozen, style="" if group.frozen is None else "yellow")
+        demands = [f"tied: {', '.join(group.ties)}"] if group.ties else []
+        demands += [f"at least {group.minimum}"] if group.minimum > 1 else []
+        ties = Text("".join(f"; {demand}" for demand in demands), style="dim")
+        exact = Text("yes" if group.exact else "no")
+        table.add_row(Text(group.name), str(group.size), Text(_members(group.members)), exact, frozen + ties)
+    return table
+
+
+def frozen_table(rows: Sequence[FrozenShare]) -> Table:
+    """One row a reason: what it keeps from being pruned, and where."""
+    table = Table(title="What no open group reaches, and why", title_justify="left")
+    table.add_column("reason", overflow="fold")
+    table.add_column("parameters", justify="right")
+    table.add_column("MACs", justify="right")
+    table.add_column("places", overflow="fold")
+    for row in rows:
+        more = len(row.places) - PLACES_SHOWN
+        shown = [*row.places[:PLACES_SHOWN], *([f"and {more} more"] if more > 0 else [])]
+        places = f"{len(row.places)}: {', '.join(shown)}" if shown else ""
+        table.add_row(Text(row.reason), _share(row.parameters), _share(row.macs), Text(places))
+    return table
+
+
+def _share(share: float) -> str:
+    """A share in per cent; one that rounds to nothing is told from none."""
+    return "<0.01%" if 0 < share < 0.00005 else f"{share:.2%}"
+
+
+def _members(members: Sequence[Any]) -> str:
+    """How many members, and the first few."""
+    more = len(members) - MEMBERS_SHOWN
+    shown = [str(member) for member in members[:MEMBERS_SHOWN]] + ([f"and {more} more"] if more > 0 else [])
+    return f"{len(members)}: {', '.join(shown)}"
+
+
+def group_dict(group: Any) -> dict[str, Any]:
+    """A group as JSON types."""
+    return {
+        "name": group.name,
+        "size": group.size,
+        "exact": group.exact,
+        "frozen": group.frozen,
+        "members": [str(member) for member in group.members],
+        "ties": [str(tie) for tie in group.ties],
+    }
