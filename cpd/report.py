@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -401,6 +402,8 @@ def _flat(latency: Mapping[str, Any]) -> dict[str, Any]:
 
 #: Stages that have a colour of their own.
 HUES = 6
+#: Parts that a stage is divided into at most.
+MOST_PARTS = 8
 #: Nodes that the page lists.
 COSTLY = 25
 
@@ -489,16 +492,19 @@ def _widths(rows: Sequence[LayerRow]) -> _Widths:
 
 
 def _stages(names: Sequence[str]) -> list[str]:
-    """What stage each module belongs to: its first name, with the number after it where there are few of them."""
-    parts = [name.split(".") for name in names]
-    numbers: dict[str, set[str]] = {}
-    for first, *rest in parts:
-        if rest and rest[0].isdecimal():
-            numbers.setdefault(first, set()).add(rest[0])
-    return [
-        f"{first}.{rest[0]}" if rest and rest[0].isdecimal() and 1 < len(numbers[first]) <= HUES + 2 else first
-        for first, *rest in parts
-    ]
+    """What stage each module belongs to: the first name of its path; more of it where one would hold most layers."""
+    found = [name.split(".")[0] for name in names]
+    while found:
+        largest, count = Counter(found).most_common(1)[0]
+        if 2 * count <= len(found):
+            break
+        depth = largest.count(".") + 2
+        pairs = zip((name.split(".") for name in names), found, strict=True)  # a stage is no layer: the last name stays
+        finer = [".".join(path[: max(1, min(depth, len(path) - 1))]) if at == largest else at for path, at in pairs]
+        if finer == found or len(set(finer)) - len(set(found)) >= MOST_PARTS:
+            break
+        found = finer
+    return found
 
 
 def _operators(nodes: Sequence[Mapping[str, Any]]) -> list[_Operator]:
@@ -527,7 +533,7 @@ def _charts(report: Report) -> list[_Chart]:
     candidates = [
         _chart("Loss", "epoch", {label: _series(report.history, "epoch", key) for key, label in losses.items()}),
         _chart(
-            "Metric" + (", with the moments of shrinking" if report.shrinks else ""),
+            "Metric" + (" (dotted: shrinks)" if report.shrinks else ""),
             "epoch",
             {"metric": _series(report.history, "epoch", "metric")},
             reference=report.original.metric,

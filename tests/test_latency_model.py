@@ -116,7 +116,7 @@ def test_padded_channels_are_still_found():
     """ONNX Runtime's layout fills 24 channels up to 32; timm's MobileNet has many such widths."""
     model = timm.create_model("mobilenetv3_small_100").eval()
     combed = cpd.comb(model, IMAGE)
-    nodes = LatencyProbe(model, IMAGE).profile(0.1)
+    nodes = LatencyProbe(model, IMAGE).profile(seconds=0.1)
     found = [item for share in _assigned(nodes, workload(combed.context)) for item in share.contractions]
     assert len(found) == len(workload(combed.context).contractions)
 

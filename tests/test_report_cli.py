@@ -247,8 +247,11 @@ def test_what_was_asked(report: Report, call: dict[str, Any], told: str) -> None
     [
         (["conv1", "layer1.0.conv1", "layer2.0.conv1", "fc"], ["conv1", "layer1", "layer2", "fc"]),
         (["stages.0.a", "stages.1.a", "head.fc"], ["stages.0", "stages.1", "head"]),
+        ([f"layer{i}.{j}.conv1" for i in (1, 2, 3) for j in (0, 1)], [f"layer{i}" for i in (1, 1, 2, 2, 3, 3)]),
         ([f"features.{i}.conv" for i in range(20)], ["features"] * 20),
+        (["features.conv0", "features.b1.a", "features.b2.a"], ["features", "features.b1", "features.b2"]),
         ([""], [""]),
+        ([], []),
     ],
 )
 def test_stages(names: list[str], stages: list[str]) -> None:

@@ -115,5 +115,5 @@ def test_the_command_line_takes_label_maps(tmp_path: Path) -> None:
     assert report["call"]["training"] == {"kd": "cwd"}
     assert 0 <= report["result"]["metric"] <= 100
     done = CliRunner().invoke(app, ["compress", "timm:resnet18,num_classes=3", *options.split()])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "no map of classes" in " ".join(done.stderr.split())

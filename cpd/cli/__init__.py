@@ -57,7 +57,7 @@ def _options(
 
 register(app, compressing.compress, "timm:resnet18 --target-speedup 2 --data images/ --output-dir out",
          "torchvision:mobilenet_v2 --target-macs 0.5 --data images/ --schedule cubic --kd kl --epochs 30",
-         "--config out/recipe.yaml --resume")  # fmt: skip
+         "--config recipe.yaml --output-dir out --resume")  # fmt: skip
 register(app, compressing.sweep, "timm:resnet18 --speedups 1.5,2,3 --data images/ --output-dir out --plot sweep.svg")
 register(app, compressing.quantize, "out --data images/")
 register(app, analysing.report, "out")
