@@ -56,8 +56,13 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def _assign(tensor: Tensor, value: Tensor, gradient: Tensor | None) -> None:
-    """Give a tensor another extent while it stays the same object."""
+    """Give a tensor another extent while it stays the same object.
+
+    Where an earlier loss is still held, so is the node of its graph that adds up this tensor's gradient, and it knows
+    the old shape. Autograd makes a new one only where the type changes.
+    """
     tensor.grad = None
+    tensor.data = value.new_empty(0, dtype=torch.float64 if value.dtype != torch.float64 else torch.float32)
     tensor.data = value
     tensor.grad = gradient
 

@@ -234,3 +234,15 @@ def test_lint_refuses_a_plan_that_forgets_the_bias(plan: Plan) -> None:
 def test_shrink_takes_modules_alone(plan: Plan) -> None:
     with pytest.raises(InputError, match=r"torch\.nn\.Module"):
         shrink({}, plan)
+
+
+def test_training_goes_on_while_an_earlier_loss_is_held():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    combed = cpd.comb(model, torch.randn(1, 3, 8, 8))
+    loss = model(torch.randn(2, 3, 8, 8)).square().mean()  # held, as a training loop does
+    loss.backward()
+    cpd.shrink(model, combed.plan({combed.open[0].name: range(5)}))
+    model(torch.randn(2, 3, 8, 8)).square().mean().backward()
+    assert model[0].weight.grad.shape == (5, 3, 3, 3)
+    assert loss.requires_grad
