@@ -72,7 +72,7 @@ def save_result(directory: Path, model: nn.Module, plan: Plan, report: Report, o
     }
     if onnx is not None:
         files[ONNX] = onnx
-    _write_all(directory, files)
+    write_files(directory, files)
 
 
 def save_pretrained(directory: Path, model: nn.Module, plan: Plan, report: Report) -> None:
@@ -84,7 +84,7 @@ def save_pretrained(directory: Path, model: nn.Module, plan: Plan, report: Repor
     weights = save(unique_tensors(model))
     config = {"architectures": [report.model_class], "library_name": "cpd", "cpd": _document(weights, plan, report)}
     files = {WEIGHTS: weights, CONFIG: json.dumps(config).encode(), CARD: report.model_card().encode()}
-    _write_all(directory, files)
+    write_files(directory, files)
 
 
 def _document(weights: bytes, plan: Plan, report: Report) -> dict[str, Any]:
@@ -98,21 +98,22 @@ def _document(weights: bytes, plan: Plan, report: Report) -> dict[str, Any]:
     }
 
 
-def _write_all(directory: Path, files: Mapping[str, bytes]) -> None:
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write files into a folder; each is whole or as it was.
+
+    Raises:
+        ArtifactError: if one cannot be written.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
-            write_file(directory / name, content)
+            _write(directory / name, content)
     except OSError as error:
         raise ArtifactError(f"{directory} could not be written: {error.strerror or error}.") from error
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole or not there: under another name first, then renamed.
-
-    Raises:
-        OSError: if it cannot be written; what was there is then as it was.
-    """
+def _write(path: Path, content: bytes) -> None:
+    """Write a file at once: under another name first, then renamed."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -201,14 +202,9 @@ def read_document(folder: Path) -> dict[str, Any]:
     path = folder / PLAN
     hub = not path.exists() and (folder / CONFIG).exists()
     path = folder / CONFIG if hub else path
-    try:
-        document = json.loads(path.read_text())
-        if hub and isinstance(document, dict):
-            document = document.get("cpd")
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} is missing: {folder} is no folder that result.save wrote.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}. It is truncated or not written by cpd.") from error
+    document = read_json(path)
+    if hub and isinstance(document, dict):
+        document = document.get("cpd")
     if not isinstance(document, dict) or document.get("format") != FORMAT or "plan" not in document:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise ArtifactError(f"{path} is not of the format {FORMAT} (found {found!r}); it was not written by this cpd.")
@@ -221,11 +217,19 @@ def read_report(folder: Path) -> Report:
     Raises:
         ArtifactError: if it is missing, truncated or foreign.
     """
-    path = folder / REPORT
+    return Report.from_dict(read_json(folder / REPORT))
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of a saved result holds.
+
+    Raises:
+        ArtifactError: if it is missing or truncated.
+    """
     try:
-        return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path} is missing: {folder} is no folder that result.save wrote.") from error
+        raise ArtifactError(f"{path} is missing: {path.parent} is no folder that result.save wrote.") from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}. It is truncated or not written by cpd.") from error
 

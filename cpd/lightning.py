@@ -45,5 +45,5 @@ class PrunerCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an optimizer step, while its gradients are there: shrink if it is time."""
-        if self.pruner is not None and trainer.global_step > self.pruner.steps_taken and not self.pruner.done:
+        if self.pruner is not None and trainer.global_step > self.pruner.steps_taken:
             self.pruner.step()

@@ -400,14 +400,11 @@ def _scene(graph: nx.DiGraph, comb: Comb) -> Scene:
         found = {number for index in members for number in items[index].groups if comb.groups[number].frozen is None}
         widest = sorted(found, key=lambda number: (-comb.groups[number].size, number))
         layers = sum(items[index].role == "layer" for index in members)
-        colours = tuple(palette[number] for number in widest[:CHIPS])
-        return Frame(level, _round(top), _round(width - 16), _round(bottom - top), _cut(label, 24), layers, colours)
+        chips = tuple(palette[number] for number in widest[:CHIPS])
+        return Frame(level, _round(top), _round(width - 16), _round(bottom - top), _cut(label, 24), layers, chips)
 
-    frames = [
-        frame(1, prefix, members, top, bottom)
-        for (prefix, members), (top, bottom) in zip(blocks.items(), laid.bands, strict=True)
-    ]
     spans = dict(zip(blocks, laid.bands, strict=True))
+    frames = [frame(1, prefix, members, *spans[prefix]) for prefix, members in blocks.items()]
     for parent, run in _runs(list(blocks)):
         members = [index for prefix in run for index in blocks[prefix]]
         frames.append(frame(2, parent, members, spans[run[0]][0], spans[run[-1]][1]))

@@ -10,20 +10,30 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import jinja2
 
 from cpd.errors import ArtifactError
 
+if TYPE_CHECKING:
+    from cpd.sweep import SweepPoint
+
 BY_NAME = ("timm:", "torchvision:")
 """Sources that `cpd.load` rebuilds by itself; any other source has to be handed in as a fresh model."""
 
+#: Targets that are computed: the figure, and what it is called.
+_COSTS = {
+    "target_macs": ("macs", "MACs"),
+    "target_params": ("parameters", "parameters"),
+    "target_memory": ("activations", "elements of intermediate tensors"),
+}
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -247,19 +257,19 @@ class Report:
         )
 
 
-def sweep_page(original: Figures | None, points: Sequence[Any]) -> str:
+def sweep_page(original: Figures | None, points: Sequence[SweepPoint]) -> str:
     """A sweep as one self-contained HTML page.
 
     Args:
         original: figures of the unpruned model; None where no speed-up was reached.
-        points: `cpd.sweep.SweepPoint`s.
+        points: one a speed-up.
     """
     reached = [point for point in points if point.figures is not None]
     every = [figures for figures in (original, *(point.figures for point in reached)) if figures is not None]
-    by_metric = bool(every) and all(figures.metric is not None for figures in every)
-    series = sorted(
-        (figures.latency_ms or 0.0, float(figures.metric if by_metric else figures.macs)) for figures in every
-    )
+    metrics = [figures.metric for figures in every if figures.metric is not None]
+    by_metric = bool(every) and len(metrics) == len(every)
+    heights = metrics if by_metric else [float(figures.macs) for figures in every]
+    series = sorted(zip((figures.latency_ms or 0.0 for figures in every), heights, strict=True))
     chart = _chart(
         "Metric against measured latency" if by_metric else "MACs against measured latency",
         "ms in ONNX Runtime",
@@ -340,28 +350,21 @@ def _known(cls: type[Any], data: Any) -> dict[str, Any]:
 
 
 def _asked(report: Report) -> str:
-    targets = {
-        "target_speedup": ("a speed-up of {:g}", report.speedup, "{:.2f} times as fast"),
-        "target_latency_ms": ("{:g} ms", report.result.latency_ms, "{:.3g} ms"),
-        "target_macs": ("MACs", report.result.macs, "{:,}"),
-        "target_params": ("parameters", report.result.parameters, "{:,}"),
-        "target_memory": ("elements of intermediate tensors", report.result.activations, "{:,}"),
-    }
-    wholes = {"target_macs": report.original.macs, "target_params": report.original.parameters,
-              "target_memory": report.original.activations}  # fmt: skip
-    for name, (text, found, shown) in targets.items():
-        value = report.call.get(name)
-        if not _is_number(value):
-            continue
-        if name in wholes:
-            share = value <= 1
-            asked = f"{value:.1%} of the {text}" if share else f"{value:,.0f} {text}"
-            got = f"{found / max(wholes[name], 1):.1%}" if share and found is not None else f"{found:,}"
-        else:
-            asked, got = text.format(value), "not measured" if found is None else shown.format(found)
-        low, high = ((report.latency or {}).get(key) for key in ("speedup_low", "speedup_high"))
-        interval = f" (95 % interval {low:.2f} to {high:.2f})" if name == "target_speedup" and low and high else ""
-        return f"Asked for {asked}; found {got}{interval}."
+    call, latency = report.call, report.latency or {}
+    if _is_number(value := call.get("target_speedup")):
+        low, high = latency.get("speedup_low"), latency.get("speedup_high")
+        interval = f" (95 % interval {low:.2f} to {high:.2f})" if low and high else ""
+        found = "not measured" if report.speedup is None else f"{report.speedup:.2f} times as fast{interval}"
+        return f"Asked for a speed-up of {value:g}; found {found}."
+    if _is_number(value := call.get("target_latency_ms")):
+        found = "not measured" if report.result.latency_ms is None else f"{report.result.latency_ms:.3g} ms"
+        return f"Asked for {value:g} ms; found {found}."
+    for name, (figure, words) in _COSTS.items():
+        if _is_number(value := call.get(name)):
+            before, after = getattr(report.original, figure), getattr(report.result, figure)
+            if value <= 1:
+                return f"Asked for {value:.1%} of the {words}; found {after / max(before, 1):.1%}."
+            return f"Asked for {value:,.0f} {words}; found {after:,}."
     return ""
 
 
@@ -622,7 +625,7 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(cell=_cell, show=_show, deviation=_deviation, human=human, ms=_ms)
+    environment.filters.update(cell=_cell, show=_show, deviation=_deviation, human=human, ms=_ms, base=os.path.basename)
     return environment
 
 

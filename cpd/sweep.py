@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from cpd.artifacts import PAGE, check_output_dir, write_file
+from cpd.artifacts import PAGE, check_output_dir, read_json, write_files
 from cpd.compress import compress
 from cpd.errors import ArtifactError, InputError, TargetError
 from cpd.report import Figures, sweep_page
@@ -116,19 +116,7 @@ def read_sweep(folder: Path) -> Sweep:
     Raises:
         ArtifactError: if it is missing, truncated or foreign.
     """
-    try:
-        return Sweep.from_dict(json.loads((folder / NAME).read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{folder / NAME} cannot be read: {error}. It is not written by cpd.") from error
-
-
-def _save(folder: Path, found: Sweep) -> None:
-    """Write the figures and the page."""
-    try:
-        write_file(folder / NAME, json.dumps(found.to_dict(), indent=1).encode())
-        write_file(folder / PAGE, found.to_html().encode())
-    except OSError as error:
-        raise ArtifactError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    return Sweep.from_dict(read_json(folder / NAME))
 
 
 def sweep(
@@ -172,5 +160,6 @@ def sweep(
             )
         found = Sweep(original, tuple(points))
         if folder is not None:
-            _save(folder, found)
+            figures = json.dumps(found.to_dict(), indent=1)
+            write_files(folder, {NAME: figures.encode(), PAGE: found.to_html().encode()})
     return found

@@ -35,7 +35,7 @@ from cpd.cli.tables import (
     sensitivity_table,
     sweep_table,
 )  # fmt: skip
-from cpd.errors import ArtifactError, InputError
+from cpd.errors import InputError
 from cpd.folders import image_folders, load_images
 
 log = logging.getLogger("cpd.cli")
@@ -90,7 +90,7 @@ def sensitivity(
     seed: Seed = 0,
     pretrained: Pretrained = True,
     input_size: InputSize = None,
-    quiet: bool = False,
+    progress: bool | None = None,
 ) -> Output:
     """Prune each group alone, 10 to 90 % of it, and show what that does to the loss."""
     from cpd.sensitivity import check_plot
@@ -109,7 +109,7 @@ def sensitivity(
     scores = cpd.score(built, combed, loader, criterion=criterion, limit=limit, seed=seed)
     found = cpd.sensitivity(
         built, combed, loader, scores=scores, limit=limit, evaluate=evaluate if accuracy else None,
-        progress=False if quiet else None,
+        progress=progress,
     )  # fmt: skip
     if plot is not None:
         log.info("picture written to %s", found.plot(plot))
@@ -163,16 +163,13 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A folder that cpd compress or cpd sweep wrote.")],
 ) -> Output:
     """Write report.html anew from the figures that were saved, and print them."""
-    from cpd.artifacts import PAGE, read_report, write_file
+    from cpd.artifacts import PAGE, read_report, write_files
     from cpd.sweep import NAME, read_sweep
 
-    try:
-        if (folder / NAME).exists():
-            swept = read_sweep(folder)
-            write_file(folder / PAGE, swept.to_html().encode())
-            return Output(swept.to_dict(), (sweep_table(swept), f"Written to {folder / PAGE}"))
-        found = read_report(folder)
-        write_file(folder / PAGE, found.to_html().encode())
-    except OSError as error:
-        raise ArtifactError(f"{folder / PAGE} cannot be written: {error.strerror or error}.") from error
+    if (folder / NAME).exists():
+        swept = read_sweep(folder)
+        write_files(folder, {PAGE: swept.to_html().encode()})
+        return Output(swept.to_dict(), (sweep_table(swept), f"Written to {folder / PAGE}"))
+    found = read_report(folder)
+    write_files(folder, {PAGE: found.to_html().encode()})
     return told(found, folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import functools
 import inspect
 import json
 import logging
@@ -22,15 +21,13 @@ from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.text import Text
 
-from cpd.errors import ArtifactError, CPDError, InputError, NothingToPruneError, TargetError
+from cpd.errors import CPDError, InputError, NothingToPruneError, TargetError
 
 FAILED, WRONG, OUT_OF_REACH, INTERRUPTED = 1, 2, 3, 130
 #: Where the options of a command are written, beside its result.
 RECIPE = "recipe.yaml"
 
-#: Options that say how a run is shown; a recipe leaves them out.
-SHOWN = ("config", "json_output", "quiet", "verbose", "debug")
-#: Options that hold for one run only; likewise.
+#: Options that hold for one run only: a recipe leaves them out.
 ONCE = ("resume",)
 
 
@@ -83,6 +80,8 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show every step.
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 _SHARED = (("config", Config, None), ("json_output", Json, False), ("quiet", Quiet, False),
            ("verbose", Verbose, False), ("debug", Debug, False))  # fmt: skip
+#: Options that say how a run is shown; a recipe leaves them out too.
+SHOWN = tuple(name for name, *_ in _SHARED)
 
 
 def register(app: typer.Typer, function: Callable[..., Output], *examples: str) -> None:
@@ -90,18 +89,18 @@ def register(app: typer.Typer, function: Callable[..., Output], *examples: str) 
 
     Args:
         app: where it belongs.
-        function: may have a `quiet` argument of its own, to be told of it.
+        function: where it has an argument `progress`, that is no option: False if quiet, else None.
         examples: arguments that a user might give, for the help.
     """
     signature = inspect.signature(function, eval_str=True)
-    own = [item for name, item in signature.parameters.items() if name not in SHOWN]
-    told = [name for name in signature.parameters if name in SHOWN]
+    own = [item for name, item in signature.parameters.items() if name != "progress"]
 
-    @functools.wraps(function)
     def run(context: typer.Context, **given: Any) -> None:
         shown = {name: given.pop(name) for name in SHOWN}
         with _running(shown["quiet"], shown["verbose"], shown["debug"], given):
-            output = function(**given, **{name: shown[name] for name in told})
+            if "progress" in signature.parameters:
+                given["progress"] = False if shown["quiet"] else None
+            output = function(**given)
             if not is_first_process():
                 return
             if given.get("output_dir") is not None:
@@ -111,15 +110,15 @@ def register(app: typer.Typer, function: Callable[..., Output], *examples: str) 
                 return
             console = Console()
             for item in output.shown:
-                console.print(Text(item) if isinstance(item, str) else item, soft_wrap=isinstance(item, str) or None)
+                console.print(Text(item) if isinstance(item, str) else item, soft_wrap=isinstance(item, str))
 
     kind = inspect.Parameter.KEYWORD_ONLY
     shared = [inspect.Parameter(name, kind, default=value, annotation=hint) for name, hint, value in _SHARED]
     context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
     every = [context, *(item.replace(kind=kind) for item in own), *shared]
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__signature__ = inspect.Signature(every)  # type: ignore[attr-defined]  # what typer reads
     run.__annotations__ = {item.name: item.annotation for item in every}
-    del run.__wrapped__  # typer would read the annotations of that
     lines = [f"cpd {function.__name__} {example}".strip() for example in examples]
     app.command(epilog="\n\n".join(["Examples:", *lines]))(run)
 
@@ -184,9 +183,6 @@ def _write_recipe(context: typer.Context, folder: Path) -> None:
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     head = f"# cpd {context.command.name} --config {RECIPE}\n"
     text = head + yaml.safe_dump({name: value for name, value in plain.items() if value is not None}, sort_keys=False)
-    from cpd.artifacts import write_file
+    from cpd.artifacts import write_files
 
-    try:
-        write_file(folder / RECIPE, text.encode())
-    except OSError as error:
-        raise ArtifactError(f"{folder / RECIPE} cannot be written: {error.strerror or error}.") from error
+    write_files(folder, {RECIPE: text.encode()})

@@ -116,7 +116,7 @@ def compress(
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Between two checkpoints at most.", rich_help_panel=TRAIN)
     ] = 10.0,
-    quiet: bool = False,
+    progress: bool | None = None,
 ) -> Output:
     """Make a model faster, train it back, measure it, and write what came of it."""
     folders = None if data is None else image_folders(data)
@@ -131,7 +131,7 @@ def compress(
         "output_dir": output_dir,
         "criterion": criterion,
         "lr": lr,
-        "progress": False if quiet else None,
+        "progress": progress,
     }
     if all(target is None for target in (target_speedup, target_latency_ms, target_macs, target_params)):
         options["target_speedup"] = DEFAULT_SPEEDUP
@@ -184,7 +184,7 @@ def sweep(
     pretrained: Pretrained = True,
     input_size: InputSize = None,
     round_to: RoundTo = 8,
-    quiet: bool = False,
+    progress: bool | None = None,
 ) -> Output:
     """Compress a model to several speed-ups: one table, and one picture of accuracy against measured latency."""
     from cpd.sensitivity import check_plot
@@ -203,7 +203,7 @@ def sweep(
 
     found = cpd.sweep(
         built, asked, output_dir=output_dir, example_inputs=example_inputs, threads=threads, seed=seed,
-        round_to=round_to, source=str(source), progress=False if quiet else None, **options,
+        round_to=round_to, source=str(source), progress=progress, **options,
     )  # fmt: skip
     if plot is not None:
         log.info("picture written to %s", found.plot(plot))
@@ -241,11 +241,11 @@ def quantize(
     return Output(found.to_dict(), (latency_table(found.latency), found.told()))
 
 
-def demo(output_dir: OutputDir = None, seed: Seed = 0, quiet: bool = False) -> Output:
+def demo(output_dir: OutputDir = None, seed: Seed = 0, progress: bool | None = None) -> Output:
     """Train a small CNN on scikit-learn's digits and make it twice as fast: offline, in a few minutes."""
     from cpd.demo import run_demo
 
-    result = run_demo(output_dir=output_dir, seed=seed, progress=False if quiet else None)
+    result = run_demo(output_dir=output_dir, seed=seed, progress=progress)
     return told(result.report, output_dir)
 
 
