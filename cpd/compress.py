@@ -36,7 +36,7 @@ from cpd.profiling import paired
 from cpd.pruner import Pruner
 from cpd.recipe import DistillConfig
 from cpd.report import Figures, GroupRow, LayerRow, Report
-from cpd.request import check_data, check_limits, check_target, copy_of, example_call
+from cpd.request import Target, check_data, check_limits, check_target, copy_of, example_call
 from cpd.schedule import Schedule
 from cpd.selector import Normalization, Scope
 
@@ -320,6 +320,8 @@ class _Run:
                 if self.pruner.target.is_measured:
                     raise
                 self.pruner.note(f"Not exported to ONNX, so no latency was measured: {error}")
+        if comparison is not None and (told := _missed(self.pruner.target, comparison, self.pruner.tolerance)):
+            self.pruner.note(told)
         report = self._report(given, source, comparison, nodes)
         return Result(self.student, report, self.pruner.plan, onnx)
 
@@ -422,6 +424,17 @@ def _checkpoint(
             "it to start again."
         )
     return checkpoint
+
+
+def _missed(target: Target, found: LatencyComparison, tolerance: float) -> str | None:
+    """What to say where the last timing lies outside the tolerance."""
+    if not target.is_measured or abs(target.attained(found) - 1) <= tolerance:
+        return None
+    return (
+        f"Asked for {target.name}={target.value:g}, the last timing found {found.speedup:.2f} times as fast "
+        f"({found.candidate_ms:.3g} ms), more than {tolerance:.0%} from it: widths go in steps, and other work on this "
+        "machine moves the figures. Time both again on a quiet one (cpd latency)."
+    )
 
 
 def _layers(original: nn.Module, result: nn.Module) -> tuple[LayerRow, ...]:

@@ -230,7 +230,7 @@ class _Run:
                 finally:
                     self.student.zero_grad(set_to_none=True)
                 self.records.append(self.evaluated(record, evaluate))
-                log.info("distill: %s", self.records[-1])
+                log.info("%s", self.records[-1])
                 self.epoch, self.done, self.sums, state = self.epoch + 1, 0, {}, None
         if self.ema is not None:
             restore(self.student, state_of(self.ema.module))

@@ -245,7 +245,10 @@ class Pruner:
             left = self.comb.cost(self._counts(plan))
             self._shrink(plan, between)
         self.shrinks.append(Shrink(self.steps_taken, share, left.macs, left.parameters, plan.digest))
-        log.info("shrink %d of %d: %s", len(self.shrinks), len(self._events), self.shrinks[-1])
+        log.info(
+            "Shrink %d of %d: %s MACs and %s parameters left",
+            len(self.shrinks), len(self._events), f"{left.macs:,}", f"{left.parameters:,}",
+        )  # fmt: skip
         self._restart_sums()
         return self.shrinks[-1]
 

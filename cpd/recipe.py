@@ -171,6 +171,13 @@ class EpochRecord:
     steps_per_second: float
     metric: float | None = None
 
+    def __str__(self) -> str:
+        """One line of a log."""
+        parts = (("task", self.task_loss), ("distillation", self.kd_loss))
+        told = ", ".join(f"{name} {value:.4g}" for name, value in parts if value is not None)
+        metric = "" if self.metric is None else f", metric {self.metric:.4g}"
+        return f"Epoch {self.epoch}: loss {self.loss:.4g} ({told}){metric}, {self.steps_per_second:.3g} steps/s"
+
     def to_dict(self) -> dict[str, float | int | None]:
         """The fields by name, ready for JSON."""
         return asdict(self)

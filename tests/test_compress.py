@@ -10,7 +10,10 @@ from torch import nn
 
 import cpd
 from cpd import compress as compress_function
+from cpd.compress import _missed
 from cpd.criteria import CRITERIA
+from cpd.latency import LatencyComparison
+from cpd.request import Target
 from cpd.selector import Limits, Selector
 
 
@@ -98,6 +101,15 @@ def test_folder_is_whole_and_loads_to_the_bit(result):
     with torch.no_grad():
         assert torch.equal(rebuilt(INPUT), found.model(INPUT))
     assert json.loads((folder / "report.json").read_text())["criterion"] == "obs"
+
+
+def test_a_last_timing_outside_the_tolerance_is_told():
+    found = LatencyComparison(1.5, 3.0, 2.0, 1.49, 1.51, 3.1, 2.1, 30, 1, {})
+    assert _missed(Target("target_speedup", 1.55), found, 0.05) is None
+    assert "target_speedup=1.7, the last timing found 1.50 times" in _missed(Target("target_speedup", 1.7), found, 0.05)
+    assert _missed(Target("target_latency_ms", 2.05), found, 0.05) is None
+    assert "2 ms" in _missed(Target("target_latency_ms", 1.8), found, 0.05)
+    assert _missed(Target("target_macs", 0.5), found, 0.05) is None
 
 
 def test_report_tells_of_layers_nodes_and_shrinks(result):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -471,6 +472,10 @@ def test_the_bar_is_shown_on_stderr_only_when_wanted(capfd: pytest.CaptureFixtur
 
 def test_record_is_plain() -> None:
     record = EpochRecord(1, 0.5, None, 0.5, 0.1, 9.0)
+    assert str(record) == "Epoch 1: loss 0.5 (distillation 0.5), 9 steps/s"
+    assert str(replace(record, task_loss=0.25, metric=97.5)) == (
+        "Epoch 1: loss 0.5 (task 0.25, distillation 0.5), metric 97.5, 9 steps/s"
+    )
     assert list(record.to_dict()) == [
         "epoch",
         "loss",
