@@ -120,6 +120,10 @@ class LayerCall:
             return self.outputs(index)
         return self.features(index) @ matrix(self.kind, self.given["weight"], self.groups).transpose(1, 2)
 
+    def without_data(self) -> LayerCall:
+        """The call less input and output: what a hook may hold, lest it keep the graph that holds it alive for ever."""
+        return replace(self, given={name: value for name, value in self.given.items() if name != "input"}, output=None)
+
     def again(self) -> Tensor:
         """What the function returns now."""
         settings = {name: value for name, value in self.given.items() if name not in ("input", "weight")}

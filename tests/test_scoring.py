@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from functools import partial
 
@@ -254,6 +255,17 @@ def test_every_criterion_scores_heads_and_head_dims(attention, criterion):
     again = cpd.score(model, combed, data, criterion=criterion)
     assert all(torch.equal(scores[name], again[name]) for name in scores)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_nothing_of_the_graph_outlives_its_scores(net, combed, criterion):
+    cpd.score(net, combed, BATCHES, criterion=criterion)
+    gc.collect()
+    before = {id(item) for item in gc.get_objects()}
+    cpd.score(net, combed, BATCHES, criterion=criterion)
+    gc.collect()
+    left = [item for item in gc.get_objects() if type(item) is Tensor and id(item) not in before]
+    assert [tuple(item.shape) for item in left if item.grad_fn is not None] == []
 
 
 @pytest.mark.parametrize("criterion", sorted(CRITERIA.keys() - DATA_FREE))

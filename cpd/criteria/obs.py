@@ -111,12 +111,13 @@ class _Moments:
             self.first += x.sum(1)
             self.rows += x.shape[1]
         share = 1.0 if index is None or layer.kind == "transposed" else layer.positions / len(index)
+        shape = layer.without_data()
 
         def at_output(gradient: Tensor) -> None:
-            if layer.kind == "transposed":
+            if shape.kind == "transposed":
                 rows = gradient.flatten(2).transpose(1, 2).flatten(0, 1).unsqueeze(0).float()
             else:
-                rows = layer.outputs(index, gradient).float()
+                rows = shape.outputs(index, gradient).float()
             self.gradient.add_(rows.transpose(1, 2) @ rows, alpha=share)
 
         layer.output.register_hook(at_output)
