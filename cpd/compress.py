@@ -6,6 +6,7 @@ comb -> prune (score, select, shrink, recover: `cpd.pruner`), at once or during 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import os
 import sys
@@ -229,7 +230,7 @@ def compress(
     )  # fmt: skip
     run = _Run(model, student, call, pruner, settings, stages, checkpoint, per_epoch)
     run.prune_and_train(data, loss, evaluate, teacher)
-    result = run.finish(threads, given, source)
+    result = run.finish(threads, _unusual(given), source)
     if folder is not None:
         processes.from_first(lambda: result.save(folder))
     if checkpoint is not None:
@@ -242,6 +243,19 @@ _NOT_REPORTED = {
     "model", "example_inputs", "loss", "evaluate", "data", "training", "teacher", "progress", "source", "resume",
     "checkpoint_minutes", "latency_inputs",
 }  # fmt: skip
+
+
+def _unusual(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that are not the usual ones, and the seed, as a report keeps them."""
+    usual = {name: item.default for name, item in inspect.signature(compress).parameters.items()}
+    told = {name: value for name, value in given.items() if name == "seed" or value not in (usual.get(name), {})}
+    when = Schedule.of(told.pop("schedule", usual["schedule"]))
+    if when != Schedule.of(usual["schedule"]):
+        plain = asdict(Schedule(when.kind))
+        told["schedule"] = {name: v for name, v in asdict(when).items() if name == "kind" or v != plain[name]}
+    if "output_dir" in told:
+        told["output_dir"] = os.fspath(told["output_dir"])
+    return told
 
 
 @dataclass

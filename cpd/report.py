@@ -34,6 +34,8 @@ _COSTS = {
     "target_params": ("parameters", "parameters"),
     "target_memory": ("activations", "elements of intermediate tensors"),
 }
+#: Arguments that are records of settings, of which a call holds those that are not usual.
+_RECORDS = {"training": "cpd.DistillConfig", "schedule": "cpd.Schedule"}
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -293,11 +295,17 @@ def human(number: float) -> str:
 
 def call_text(call: Mapping[str, Any]) -> str:
     """The call as Python: `cpd.compress(model, target_speedup=2, ...)`; what is None is left out."""
-    given = [f"{key}={value!r}" for key, value in call.items() if key != "model" and value is not None]
+    given = [f"{key}={_argument(key, value)}" for key, value in call.items() if key != "model" and value is not None]
     one_line = f"cpd.compress({', '.join(['model', *given])})"
     if len(one_line) <= 100:
         return one_line
     return "\n".join(["cpd.compress(", "    model,", *(f"    {item}," for item in given), ")"])
+
+
+def _argument(name: str, value: Any) -> str:
+    if name in _RECORDS and isinstance(value, Mapping):
+        return f"{_RECORDS[name]}({', '.join(f'{key}={item!r}' for key, item in value.items())})"
+    return repr(value)
 
 
 def _factory(source: str | None) -> tuple[str, str, str] | None:

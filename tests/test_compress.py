@@ -10,7 +10,7 @@ from torch import nn
 
 import cpd
 from cpd import compress as compress_function
-from cpd.compress import _missed
+from cpd.compress import _missed, _unusual
 from cpd.criteria import CRITERIA
 from cpd.latency import LatencyComparison
 from cpd.request import Target
@@ -101,6 +101,14 @@ def test_folder_is_whole_and_loads_to_the_bit(result):
     with torch.no_grad():
         assert torch.equal(rebuilt(INPUT), found.model(INPUT))
     assert json.loads((folder / "report.json").read_text())["criterion"] == "obs"
+
+
+def test_a_report_keeps_the_arguments_that_are_not_usual(tmp_path):
+    usual = {"target_macs": 0.5, "seed": 0, "round_to": 8, "training": {}, "schedule": cpd.Schedule("one-shot")}
+    assert _unusual(usual) == {"target_macs": 0.5, "seed": 0}
+    found = _unusual({"schedule": cpd.Schedule("cubic", end=0.6), "output_dir": tmp_path, "threads": 2})
+    assert found == {"threads": 2, "output_dir": str(tmp_path), "schedule": {"kind": "cubic", "end": 0.6}}
+    assert _unusual({"schedule": "linear"}) == {"schedule": {"kind": "linear"}}
 
 
 def test_a_last_timing_outside_the_tolerance_is_told():

@@ -318,6 +318,9 @@ def test_call_text_breaks_long_calls() -> None:
     text = call_text({"target_speedup": 2, **{f"argument_{i}": "value" * 3 for i in range(5)}, "loss": None})
     assert text.startswith("cpd.compress(\n    model,\n    target_speedup=2,\n")
     assert "loss" not in text
+    told = call_text({"schedule": {"kind": "cubic", "end": 0.6}, "training": {"kd": "cwd"}})
+    assert told.startswith("cpd.compress(\n    model,\n    schedule=cpd.Schedule(kind='cubic', end=0.6),\n")
+    assert "    training=cpd.DistillConfig(kd='cwd'),\n" in told
 
 
 # ------------------------------------------------------------------------------------------ sources
