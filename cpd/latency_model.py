@@ -95,6 +95,7 @@ class LatencyModel:
         alone = {item: times.time(item.contraction.anchor, item.contraction.anchor) for item in self._items}
         self._pace = sum(item.ms for item in self._items) / max(sum(alone.values()), 1e-9)
         self._excess = {item: item.ms - self._pace * alone[item] for item in self._items}
+        self._least = {item: min(LEAST, item.ms / max(self._pace * alone[item], 1e-9)) for item in self._items}
         self._observed: list[tuple[float, float]] = []
 
     def milliseconds(self, counts: Mapping[Axis, int]) -> float:
@@ -154,7 +155,7 @@ class LatencyModel:
         kernel = item.contraction.kernel(lambda dim: int(values[item.places[dim]]))
         alone = self._pace * self._times.time(kernel, anchor)
         # what it takes in the model and not alone is the memory's doing, so it follows the memory that is touched
-        return max(alone + self._excess[item] * kernel.elements / anchor.elements, LEAST * alone)
+        return max(alone + self._excess[item] * kernel.elements / anchor.elements, self._least[item] * alone)
 
 
 def _size(shape: Sequence[Dim], counts: Mapping[Axis, int]) -> int:

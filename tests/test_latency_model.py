@@ -208,6 +208,16 @@ def test_nothing_pruned_is_predicted_as_it_was_profiled(block, predicted):
     assert predicted.milliseconds(half) < 0.7 * total
 
 
+def test_a_node_far_faster_than_its_kernel_alone_is_still_predicted_as_profiled(block, monkeypatch, tmp_path):
+    _, combed, nodes = block
+    monkeypatch.setattr(kernels, "_measured", by(lambda kernel: 1.0))
+    convolutions = [node for node in nodes if "Conv" in node.op]
+    odd = max(convolutions, key=lambda node: node.ms)
+    profile = [replace(node, ms=1e-4 * node.ms) if node is odd else node for node in nodes]
+    found = LatencyModel(combed, profile, KernelTimes(path=tmp_path / "kernels.json"))
+    assert found.milliseconds({}) == pytest.approx(sum(node.ms for node in profile), rel=1e-6)
+
+
 def test_slopes_are_what_narrower_widths_save(block, predicted):
     _, combed, _ = block
     stem = combed.open[0]
