@@ -201,8 +201,7 @@ def compress(
         **{**vars(settings), "epochs": epochs, "lr": lr or settings.lr, "seed": seed, "progress": progress}
     )
     if training is not None:
-        usual = vars(DistillConfig())
-        given["training"] = {name: value for name, value in vars(training).items() if value != usual[name]}
+        given["training"] = _changed(training, DistillConfig())
     folder = None if output_dir is None else check_output_dir(output_dir)
     checkpoint = _checkpoint(folder, resume, checkpoint_minutes, given, settings, model)
     call = example_call(model, example_inputs, data)
@@ -245,14 +244,18 @@ _NOT_REPORTED = {
 }  # fmt: skip
 
 
+def _changed(record: Any, usual: Any) -> dict[str, Any]:
+    """The fields in which a record of settings is not the usual one."""
+    return {name: value for name, value in vars(record).items() if value != vars(usual)[name]}
+
+
 def _unusual(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call that are not the usual ones, and the seed, as a report keeps them."""
     usual = {name: item.default for name, item in inspect.signature(compress).parameters.items()}
     told = {name: value for name, value in given.items() if name == "seed" or value not in (usual.get(name), {})}
     when = Schedule.of(told.pop("schedule", usual["schedule"]))
     if when != Schedule.of(usual["schedule"]):
-        plain = asdict(Schedule(when.kind))
-        told["schedule"] = {name: v for name, v in asdict(when).items() if name == "kind" or v != plain[name]}
+        told["schedule"] = {"kind": when.kind, **_changed(when, Schedule(when.kind))}
     if "output_dir" in told:
         told["output_dir"] = os.fspath(told["output_dir"])
     return told
