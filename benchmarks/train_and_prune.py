@@ -1,15 +1,16 @@
 """Prune and train back: one line a run, of every student, loss, schedule, teacher and seed that is asked for.
 
-Students: `resnet56` (pretrained, 5,085 exact CIFAR-10 images), `resnet56-full` (all 50,000, as JPEG), `vit` and
-`mobilenetv2` (CIFAR stems, on the exact images), `lraspp` (torchvision's) and `decoder` (a timm backbone), both on
-CamVid. What has no weights yet is trained first, and kept in `--weights`. `--by peer` runs Torch-Pruning as its
-examples do: group magnitude, then cross-entropy for as many epochs. Rows that the JSON file holds are not run again.
+Students: `resnet56` (pretrained, 5,085 exact CIFAR-10 images), `resnet56-full` (all 50,000, as JPEG), `resnet20`
+(on the exact images; its larger teacher is the pretrained ResNet-56), `vit` and `mobilenetv2` (CIFAR stems, on the
+exact images), `lraspp` (torchvision's) and `decoder` (a timm backbone), both on CamVid. What has no weights yet is
+trained first, and kept in `--weights`. `--by peer` runs Torch-Pruning as its examples do: group magnitude, then
+cross-entropy for as many epochs. Rows that the JSON file holds are not run again.
 
     python benchmarks/train_and_prune.py DATA_DIR resnet56 --fewer 2.11 2.55 --seeds 0 1 2 --by cpd peer \\
         --json runs/train_and_prune.json --plot runs/train_and_prune.svg
     python benchmarks/train_and_prune.py DATA_DIR lraspp --speedups 1.9 --kd none kl cwd cirkd --seeds 0 1 2
     python benchmarks/train_and_prune.py DATA_DIR resnet56 --schedules one-shot linear cubic --fewer 2.55
-    python benchmarks/train_and_prune.py DATA_DIR vit --teachers same larger
+    python benchmarks/train_and_prune.py DATA_DIR resnet20 --fewer 2 --teachers same larger
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Student:
         batch: images a step.
         weights: a file of weights in the data folder.
         larger: the model of a larger teacher.
+        larger_weights: a file of the larger teacher's weights in the data folder.
         peer: whether the peer's example fits it.
     """
 
@@ -76,6 +78,7 @@ class Student:
     batch: int = 128
     weights: str | None = None
     larger: Callable[[], nn.Module] | None = None
+    larger_weights: str | None = None
     peer: bool = False
 
 
@@ -182,6 +185,10 @@ STUDENTS = {
         CifarResNet, all_images, "accuracy", replace(_sgd, epochs=60, lr=0.05, kd="none"),
         replace(_sgd, epochs=100, lr=0.02), weights="resnet56-cifar10.safetensors", peer=True,
     ),
+    "resnet20": Student(
+        partial(CifarResNet, 3), exact_images, "accuracy", replace(_sgd, epochs=60, lr=0.1, kd="none"), _mimic,
+        batch=32, larger=CifarResNet, larger_weights="resnet56-cifar10.safetensors", peer=True,
+    ),
     "vit": Student(
         vit, exact_images, "accuracy", replace(_adamw, epochs=40), replace(_adamw, epochs=20, kd="kl"),
         larger=large_vit, peer=True,
@@ -206,18 +213,20 @@ def memory_format(options: argparse.Namespace) -> torch.memory_format:
     return torch.channels_last if options.channels_last else torch.contiguous_format
 
 
-def dense_model(name: str, student: Student, make: Callable[[], nn.Module], options: argparse.Namespace) -> nn.Module:
+def dense_model(name: str, student: Student, options: argparse.Namespace, larger: bool = False) -> nn.Module:
     """A trained model: from the file of the data folder, from `--weights`, or trained now and written there."""
+    make, weights = (student.larger, student.larger_weights) if larger else (student.make, student.weights)
+    if make is None:
+        raise SystemExit(f"{options.student} has no larger teacher here.")
     file = options.weights / f"{name}.safetensors"
     layout = memory_format(options)
-    model = make().to(memory_format=layout)
     if file.exists():
+        model = make().to(memory_format=layout)
         model.load_state_dict(load_file(file))
         return model.eval()
     torch.manual_seed(0)
-    model = load_model(options.data_dir) if student.weights is not None else make()
-    model = model.to(memory_format=layout)
-    if student.weights is not None and (student.data is exact_images or options.dense_epochs == 0):
+    model = (make() if weights is None else load_model(options.data_dir)).to(memory_format=layout)
+    if weights is not None and (student.data is exact_images or options.dense_epochs == 0):
         return model
     loader, evaluate, _ = student.data(options.data_dir, 0, student.batch)
     config = replace(student.dense, epochs=options.dense_epochs or student.dense.epochs)
@@ -408,12 +417,10 @@ def main() -> int:
     with ExitStack() as stack:
         folder = stack.enter_context(installed_peer("peer" in options.by))
         sys.path[:0] = [folder] if folder else []
-        dense = dense_model(options.student, student, student.make, options)
+        dense = dense_model(options.student, student, options)
         teachers: dict[str, nn.Module | None] = {"same": None}
         if "larger" in options.teachers:
-            if student.larger is None:
-                raise SystemExit(f"{options.student} has no larger teacher here.")
-            teachers["larger"] = dense_model(f"{options.student}-larger", student, student.larger, options)
+            teachers["larger"] = dense_model(f"{options.student}-larger", student, options, larger=True)
         for setting in settings(options, "peer" in options.by and student.peer):
             setting["kd"] = setting["kd"] or student.recovery.kd
             epochs = options.epochs if options.epochs is not None else student.recovery.epochs
