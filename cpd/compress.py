@@ -36,7 +36,7 @@ from cpd.plan import Plan
 from cpd.profiling import paired
 from cpd.pruner import Pruner
 from cpd.recipe import DistillConfig
-from cpd.report import Figures, GroupRow, LayerRow, Report
+from cpd.report import OBJECTS, Figures, GroupRow, LayerRow, Report
 from cpd.request import Target, check_data, check_limits, check_target, copy_of, example_call
 from cpd.schedule import Schedule
 from cpd.selector import Normalization, Scope
@@ -191,7 +191,9 @@ def compress(
         ExportError: the ONNX export fails or differs from PyTorch.
         CheckpointError: the checkpoint cannot be written or read, or is of a run of other settings.
     """
-    given = {key: value for key, value in locals().items() if value is not None and key not in _NOT_REPORTED}
+    arguments = dict(locals())
+    given = {key: value for key, value in arguments.items() if value is not None and key not in _NOT_REPORTED}
+    objects = {name: name for name in OBJECTS if arguments[name] is not _USUAL[name].default}
     check_model(model)
     processes.start()
     check_target(target_speedup, target_latency_ms, target_macs, target_params, target_memory)
@@ -229,7 +231,7 @@ def compress(
     )  # fmt: skip
     run = _Run(model, student, call, pruner, settings, stages, checkpoint, per_epoch)
     run.prune_and_train(data, loss, evaluate, teacher)
-    result = run.finish(threads, _unusual(given), source)
+    result = run.finish(threads, {**_unusual(given), **objects}, source)
     if folder is not None:
         processes.from_first(lambda: result.save(folder))
     if checkpoint is not None:
@@ -238,10 +240,8 @@ def compress(
 
 
 #: Arguments that are no settings: the report and the checkpoint leave them out.
-_NOT_REPORTED = {
-    "model", "example_inputs", "loss", "evaluate", "data", "training", "teacher", "progress", "source", "resume",
-    "checkpoint_minutes", "latency_inputs",
-}  # fmt: skip
+_NOT_REPORTED = {"model", "training", "progress", "source", "resume", "checkpoint_minutes", *OBJECTS}
+_USUAL = inspect.signature(compress).parameters
 
 
 def _changed(record: Any, usual: Any) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def _changed(record: Any, usual: Any) -> dict[str, Any]:
 
 def _unusual(given: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a call that are not the usual ones, and the seed, as a report keeps them."""
-    usual = {name: item.default for name, item in inspect.signature(compress).parameters.items()}
+    usual = {name: item.default for name, item in _USUAL.items()}
     told = {name: value for name, value in given.items() if name == "seed" or value not in (usual.get(name), {})}
     when = Schedule.of(told.pop("schedule", usual["schedule"]))
     if when != Schedule.of(usual["schedule"]):

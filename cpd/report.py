@@ -36,6 +36,8 @@ _COSTS = {
 }
 #: Arguments that are records of settings, of which a call holds those that are not usual.
 _RECORDS = {"training": "cpd.DistillConfig", "schedule": "cpd.Schedule"}
+#: Arguments that are objects, which a call holds by their names.
+OBJECTS = ("data", "example_inputs", "loss", "evaluate", "teacher", "latency_inputs")
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -138,7 +140,8 @@ class Report:
     """Every stage of one compression in numbers.
 
     Attributes:
-        call: the arguments of `cpd.compress` as given (target, seed, threads, ...), under their own names.
+        call: the arguments of `cpd.compress` as given (target, seed, threads, ...), under their own names; of
+            data, functions and other objects the names alone.
         model_class: qualified name of the model's class.
         source: how a fresh model is built (`timm:resnet18`), None where that is not known.
         criterion: the importance score used.
@@ -305,7 +308,7 @@ def call_text(call: Mapping[str, Any]) -> str:
 def _argument(name: str, value: Any) -> str:
     if name in _RECORDS and isinstance(value, Mapping):
         return f"{_RECORDS[name]}({', '.join(f'{key}={item!r}' for key, item in value.items())})"
-    return repr(value)
+    return value if name in OBJECTS and isinstance(value, str) else repr(value)
 
 
 def _factory(source: str | None) -> tuple[str, str, str] | None:

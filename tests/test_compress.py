@@ -90,6 +90,8 @@ def test_report_says_what_was_done(result):
     assert found.report.checks["masked equals shrunk"] < 1e-4
     assert [entry["epoch"] for entry in found.report.history] == [0, 1]
     assert found.report.call["target_macs"] == 0.5
+    assert {name: name for name in ("data", "evaluate")}.items() <= found.report.call.items()
+    assert "teacher" not in found.report.call
     assert found.report.original.metric == 0.0  # evaluated in eval mode
 
 

@@ -321,6 +321,7 @@ def test_call_text_breaks_long_calls() -> None:
     told = call_text({"schedule": {"kind": "cubic", "end": 0.6}, "training": {"kd": "cwd"}})
     assert told.startswith("cpd.compress(\n    model,\n    schedule=cpd.Schedule(kind='cubic', end=0.6),\n")
     assert "    training=cpd.DistillConfig(kd='cwd'),\n" in told
+    assert call_text({"seed": 0, "data": "data"}) == "cpd.compress(model, seed=0, data=data)"
 
 
 # ------------------------------------------------------------------------------------------ sources
