@@ -35,7 +35,7 @@ import torchvision
 from coverage import PEER, installed_peer
 from models import CifarResNet, counted_macs
 from one_shot import peer_narrowed, vit
-from resnet56_cifar10 import check_files, load_data, load_model, normalise
+from resnet56_cifar10 import FEW_IMAGES, check_files, load_data, load_model, normalise
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -173,8 +173,7 @@ def large_vit() -> nn.Module:
 
 
 _sgd = cpd.DistillConfig(epochs=15, lr=0.01, kd="kl")
-#: Few images: the teacher's last feature map teaches most (measured: docs/training.md), labels are learned by heart.
-_mimic = cpd.DistillConfig(epochs=15, lr=0.01, kd="mse", features=("layer3",), kd_weight=10.0, task_weight=0.0)
+_mimic = replace(FEW_IMAGES, epochs=15, lr=0.01)
 _adamw = cpd.DistillConfig(optimizer="adamw", lr=1e-3, weight_decay=0.05, kd="none", warmup=0.1)
 STUDENTS = {
     "resnet56": Student(
