@@ -371,6 +371,8 @@ class _Run:
             with torch.no_grad(), evaluating(self.student):
                 classes = logits(call.part(1).on(self.student)).shape[1]
             self.mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)
+        if len(target) == 1:
+            return call, target
         if len(target) % 2:  # images are mixed in pairs
             call, target = call.part(len(target) - 1), target[:-1]
         images, target = self.mix(call.args[0].clone(), target)

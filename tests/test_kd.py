@@ -238,6 +238,13 @@ def test_images_are_mixed_and_the_loaders_stay_as_they_were(options: dict) -> No
     assert not any(torch.equal(x, old) for x, old in zip(seen[-6:], before, strict=True))
 
 
+def test_a_last_batch_of_one_image_is_not_mixed() -> None:
+    data = images()
+    x, y = data[0]
+    records = distill(Net(), make(1), [*data, (x[:1], y[:1])], config=DistillConfig(epochs=1, lr=0.01, mixup=0.4))
+    assert math.isfinite(records[0].loss)
+
+
 def test_mixing_needs_class_targets() -> None:
     with pytest.raises(InputError, match="class indices"):
         distill(Dense(), Dense(), dense_images(), config=DistillConfig(epochs=1, mixup=1.0))
