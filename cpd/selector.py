@@ -131,7 +131,8 @@ class Selector:
         limits: what may be done to a group.
         scope: among what scores are compared.
         weighing: how they are weighed against what is saved; ranks (of any scope but "global") are not.
-        start: {group name: width} to go on from, where some positions have gone; those have a score of -inf.
+        start: {group name: width} to go on from, where some positions have gone; those have a score of -inf, and
+            no width is above it.
 
     Raises:
         InputError: an unknown scope, or a pattern of `limits.ratios` that no open group has.
@@ -151,12 +152,13 @@ class Selector:
         self.comb, self.limits, self.scope = comb, limits or Limits(), scope
         self.weighing = weighing or Weighing()
         check_ratios(comb, self.limits)
+        self._most = {group.axis: (start or {}).get(group.name, group.size) for group in comb.groups}
         self.steps = {g.name: step(comb, g, self.limits.round_to) for g in comb.open}
         self.order = {g.name: torch.argsort(scores[g.name], descending=True, stable=True).numpy() for g in comb.open}
         if scope != "global":
             self.weighing, scores = Weighing("none"), _ranked(comb, scores, self.steps, scope)
         self._ascending = {g.name: np.sort(scores[g.name].numpy()) for g in comb.open}
-        self._path = self._walk(start or {})
+        self._path = self._walk()
 
     def floor(self, group: Group) -> int:
         """The fewest positions that a group keeps: its minimum, and what the limits say, up to a whole step."""
@@ -165,12 +167,12 @@ class Selector:
         least = max(group.minimum, min(self.limits.min_width, group.size), round(group.size * (1 - ratio) + 1e-9, 6))
         return min(self.steps[group.name] * math.ceil(least / self.steps[group.name]), group.size)
 
-    def _walk(self, start: Mapping[str, int]) -> npt.NDArray[np.int64]:
+    def _walk(self) -> npt.NDArray[np.int64]:
         """[steps + 1, open groups]: the widths before ties, after each step."""
         groups = self.comb.open
         floors = [self.floor(group) for group in groups]
         decided = [self.limits.ratio_of(group) is not None for group in groups]
-        whole = [start.get(group.name, group.size) for group in groups]
+        whole = [self._most[group.axis] for group in groups]
         starts = [min(floor, size) if done else size for size, floor, done in zip(whole, floors, decided, strict=True)]
         widths = np.array(starts, dtype=np.int64)
         path = [widths.copy()]
@@ -210,7 +212,7 @@ class Selector:
         return self._tied({group.axis: int(width) for group, width in zip(self.comb.open, widths, strict=True)})
 
     def _tied(self, wanted: Mapping[Axis, int]) -> dict[Axis, int]:
-        return ties.repair(wanted, self.comb.ties)
+        return ties.repair(wanted, self.comb.ties, self._most)
 
     def counts(self, steps: int) -> dict[Axis, int]:
         """The width of each group after so many steps."""
@@ -256,7 +258,7 @@ class Selector:
             size = self.steps[group.name]
             allowed = latency.milliseconds(found) + SAME * local.get(group.axis, 0.0)
             width = size * math.ceil(found[group.axis] / size)
-            for wider in range(min(width + TOOTH, group.size) // size * size, width - 1, -size):
+            for wider in range(min(width + TOOTH, self._most[group.axis]) // size * size, width - 1, -size):
                 raised = self._tied({**found, group.axis: wider})
                 if wider > found[group.axis] and latency.milliseconds(raised) <= allowed:
                     found = raised

@@ -64,13 +64,19 @@ def components(among: Iterable[Axis], ties: Sequence[Tie]) -> list[tuple[list[Ax
     return list(found.values())
 
 
-def repair(counts: Mapping[Axis, int], ties: Sequence[Tie]) -> dict[Axis, int]:
+def repair(counts: Mapping[Axis, int], ties: Sequence[Tie], most: Mapping[Axis, int] | None = None) -> dict[Axis, int]:
     """Small counts, none below those given, that satisfy every tie and every axis's minimum.
 
     Each broken tie raises its narrower side. A side of several axes (heads x head_dim) is chosen anew from the counts
     given each time that its goal rises, since what fitted the last goal need not be on the way to the next: twelve
     layers of 9 to 12 heads then meet at a common width below the full one. Where that goes round in circles (an axis
     in several ties), counts only rise; all positions kept satisfies every tie, so this ends.
+
+    Args:
+        counts: of every axis that may be raised.
+        ties: all that must hold.
+        most: counts that are not exceeded, at which every tie holds and none of which is below `counts`; all
+            positions of an axis that it does not name.
     """
     counts = {axis: max(count, min(axis.minimum, axis.size)) for axis, count in counts.items()}
     result, rounds = dict(counts), 0
@@ -80,21 +86,21 @@ def repair(counts: Mapping[Axis, int], ties: Sequence[Tie]) -> dict[Axis, int]:
         for tie in broken:
             left, right = axes.count(tie.left, result), axes.count(tie.right, result)
             if left < right:
-                result.update(_raise_to(tie.left, right, base))
+                result.update(_raise_to(tie.left, right, base, most or {}))
             elif right < left - tie.slack:
-                result.update(_raise_to(tie.right, left - tie.slack, base))
+                result.update(_raise_to(tie.right, left - tie.slack, base, most or {}))
     return result
 
 
-def _raise_to(dim: Dim, goal: int, counts: Mapping[Axis, int]) -> dict[Axis, int]:
+def _raise_to(dim: Dim, goal: int, counts: Mapping[Axis, int], most: Mapping[Axis, int]) -> dict[Axis, int]:
     """Raise the axes of `dim` to the least width that is at least `goal`, the relative rise as even as can be."""
     names = [axis for axis in dict.fromkeys(axes.leaves(dim)) if axis.frozen is None]
-    ranges = [range(counts.get(axis, axis.size), axis.size + 1) for axis in names]
+    ranges = [range(counts.get(axis, axis.size), most.get(axis, axis.size) + 1) for axis in names]
     size = 1
     for choices in ranges:
         size *= len(choices)
     if size > MAX_COMBINATIONS:
-        return {axis: axis.size for axis in names}
+        return {axis: most.get(axis, axis.size) for axis in names}
     best: tuple[int, float, tuple[int, ...]] | None = None
     for choice in combinations(*ranges):
         width = axes.count(dim, {**counts, **dict(zip(names, choice, strict=True))})
@@ -103,5 +109,5 @@ def _raise_to(dim: Dim, goal: int, counts: Mapping[Axis, int]) -> dict[Axis, int
         rise = max(value / options[0] for value, options in zip(choice, ranges, strict=True))
         if best is None or (width, rise, choice) < best:
             best = (width, rise, choice)
-    assert best is not None, "keeping every position reaches any goal"
+    assert best is not None, "keeping as much as may be kept reaches any goal"
     return dict(zip(names, best[2], strict=True))

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 from zoo import comb, dense, random_plan, relative_error
 
@@ -19,6 +20,7 @@ from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanErr
 from cpd.optimizers import narrow_state, narrowed_state
 from cpd.pruner import Pruner
 from cpd.schedule import Schedule
+from cpd.selector import Limits, Selector
 from cpd.surgeon import named_tensors, shrink
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -112,6 +114,44 @@ def test_two_steps_of_a_plan_make_the_same_model_as_one(name: str) -> None:
         assert relative_error(stepwise(x), at_once(x)) < 1e-12
     with pytest.raises(PlanError, match="has removed"):
         first.since(second)
+
+
+class AsFast:
+    """A latency that no width changes."""
+
+    def milliseconds(self, counts) -> float:
+        return 1.0
+
+    def local(self, counts) -> dict:
+        return {}
+
+
+@pytest.mark.parametrize("round_to", [1, 8])
+@pytest.mark.parametrize("name", ["net", "vit_tiny_patch16_224", "shufflenet_v2_x0_5", "attention"])
+def test_what_is_selected_later_keeps_nothing_that_has_gone(name: str, round_to: int) -> None:
+    """Neither a tie nor a width that is as fast brings back a position: the next shrink starts from the last."""
+    if name == "net":
+        model, x = net(), X
+    elif name == "attention":
+        model, x = nn.TransformerEncoderLayer(24, 6, 48, batch_first=True), torch.randn(1, 5, 24)
+    elif name.startswith("vit"):
+        model, x = timm.create_model(name), torch.randn(1, 3, 224, 224)
+    else:
+        model, x = torchvision.models.get_model(name, weights=None), torch.randn(1, 3, 64, 64)
+    combed = comb(model.eval(), x)
+    for seed in range(3):
+        first, scores = random_plan(combed, 0.3, seed=seed, at_least=1), {}
+        for group in combed.open:
+            scores[group.name] = torch.full((group.size,), -torch.inf, dtype=torch.double)
+            left = list(first.groups[group.name])
+            scores[group.name][left] = torch.rand(len(left), dtype=torch.double)
+        start = {name: len(positions) for name, positions in first.groups.items()}
+        selector = Selector(combed, scores, Limits(round_to=round_to), start=start)
+        assert selector.plan(selector.counts(0)).groups == first.groups
+        for steps in range(0, len(selector._path), 1 + len(selector._path) // 7):
+            counts = selector.counts(steps)
+            selector.plan(counts).since(first)
+            selector.plan(selector.widened(counts, AsFast())).since(first)
 
 
 def _raised(plan: cpd.Plan, within: cpd.Plan) -> dict[str, list[int]]:

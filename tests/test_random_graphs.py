@@ -26,6 +26,7 @@ from zoo import assert_shapes_as_predicted, comb, dense, random_plan, relative_e
 from cpd.comb import Comb
 from cpd.oracle import masked_error
 from cpd.plan import Plan
+from cpd.selector import Limits, Selector
 from cpd.surgeon import shrink
 
 EXAMPLES = int(os.environ.get("CPD_EXAMPLES", "150"))
@@ -1183,12 +1184,26 @@ def check(steps: list[tuple], head: str = "mean", share: float = 0.3, number: in
     with torch.no_grad():
         found, expected = shrink(copy.deepcopy(model), exact)(x), zeroed(model, exact)(x)
     assert relative_error(found, expected) <= 1e-9
+    assert_selected_within(combed, plan, number)
     if number % 4 == 0:  # the shrunk model is combed again: as slow as all the rest
         again = comb(shrunk, x)
         assert_shapes_as_predicted(combed, plan, again)
         assert again.cost({}) == combed.cost({g.axis: len(plan.groups[g.name]) for g in combed.groups})
     assert snapshot(model) == before
     return combed, plan
+
+
+def assert_selected_within(combed: Comb, first: Plan, number: int) -> None:
+    """What is selected after a plan keeps nothing that the plan removed: pruning goes on from there."""
+    generator, scores = torch.Generator().manual_seed(number), {}
+    for group in combed.open:
+        scores[group.name] = torch.full((group.size,), -math.inf, dtype=torch.double)
+        left = list(first.groups[group.name])
+        scores[group.name][left] = torch.rand(len(left), generator=generator, dtype=torch.double)
+    start = {name: len(positions) for name, positions in first.groups.items()}
+    selector = Selector(combed, scores, Limits(round_to=1 + number % 3), start=start)
+    for share in (0.0, 0.4, 0.7, 1.0):
+        selector.plan(selector.counts(round(share * (len(selector._path) - 1)))).since(first)
 
 
 #: Models that were wrong once, as `check` takes them, and how.
