@@ -33,6 +33,7 @@ from cpd.errors import CheckpointError, CPDError, InputError, TrainingError
 from cpd.inputs import Batch, Call, batches, check_model, evaluating, logits, move
 from cpd.kd import Distillation
 from cpd.losses import LossFunction, task_loss
+from cpd.optimizers import make_optimizer
 from cpd.pruner import Pruner
 from cpd.recipe import DistillConfig, EpochRecord
 from cpd.surgeon import named_tensors, restore, state_of
@@ -169,8 +170,6 @@ class _Run:
         pruner: Pruner | None,
         checkpoint: Checkpoint | None,
     ) -> None:
-        from timm.optim import create_optimizer_v2  # some seconds to import, hence not at the top
-
         self.accelerator, self.student, self.teacher = accelerator, student, teacher
         self.loss, self.config, self.pruner, self.checkpoint = loss, config, pruner, checkpoint
         state = None if checkpoint is None else checkpoint.state
@@ -178,9 +177,7 @@ class _Run:
             if pruner is not None:
                 pruner.load_state_dict(state["pruner"])
             _load(student, state["student"])
-        plain = config.optimizer == "sgd" and config.momentum == 0  # which Nesterov's form does not allow
-        name = "momentum" if plain else config.optimizer
-        self.inner = create_optimizer_v2(student, name, config.peak_lr, config.weight_decay, config.momentum)
+        self.inner = make_optimizer(student, config.optimizer, config.peak_lr, config.weight_decay, config.momentum)
         self.schedule = _lr_schedule(self.inner, config)
         self.kd: Distillation | None = None
         if state is not None:

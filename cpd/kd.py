@@ -154,7 +154,7 @@ class Distillation(nn.Module):
         if isinstance(target, Tensor) and not target.is_floating_point():
             classes = _labels_at(target, shape)
             if classes is not None:
-                self._remember(F.normalize(teacher.float(), dim=-1).flatten(1, -2), classes)
+                self._remember(F.normalize(_flat(teacher).float(), dim=-1), classes)
         if self.memory:
             anchors = F.normalize(self._projected(key, found, wanted), dim=-1).flatten(0, 1)
             there = F.normalize(wanted, dim=-1).flatten(0, 1)
@@ -241,13 +241,18 @@ def _pooled(features: Tensor) -> Tensor:
         factor = (features.shape[1] * features.shape[2] / POSITIONS) ** 0.5
         height, width = (max(1, int(side / factor)) for side in features.shape[1:3])
         features = F.adaptive_avg_pool2d(features.movedim(-1, 1), (height, width)).movedim(1, -1)
-    return features.float().flatten(1, -2) if features.dim() > 2 else features.float()[:, None]
+    return _flat(features).float()
+
+
+def _flat(features: Tensor) -> Tensor:
+    """`[N, ..., C]` as `[N, P, C]`; vectors `[N, C]` as the positions of one image, so that images are compared."""
+    return features.flatten(1, -2) if features.dim() > 2 else features[None]
 
 
 def _labels_at(target: Tensor, shape: torch.Size) -> Tensor | None:
-    """Class maps at the resolution of features, flat, -1 where ignored; None where the target is no such map."""
+    """Classes of what `_flat` gives, `[N, P]`, -1 where ignored; None where the target has another shape."""
     if target.dim() != 1 + len(shape):
         return None
     if len(shape) == 2:
         target = F.interpolate(target[:, None].float(), size=shape, mode="nearest")[:, 0].long()
-    return target.flatten(1).where(target.flatten(1) >= 0, -1)
+    return target.clamp_min(-1).flatten(1) if len(shape) else target.clamp_min(-1)[None]

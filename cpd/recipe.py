@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Real
 
+from torch import nn
+
 from cpd.errors import InputError
 from cpd.kd import KD_LOSSES
+from cpd.optimizers import make_optimizer
 
 DEFAULT_LR = {"sgd": 0.01, "adamw": 5e-4}
 #: Schedulers of timm that need nothing but the length of the training.
@@ -23,7 +26,7 @@ def _within(value: object, low: float, below: float = math.inf, *, exclusive: bo
 
 
 def _knows_optimizer(name: object) -> bool:
-    """True if timm can make an optimizer of that name."""
+    """True if timm knows an optimizer of that name."""
     if not isinstance(name, str) or name in DEFAULT_LR:
         return isinstance(name, str)
     from timm.optim import list_optimizers  # some seconds to import, hence not at the top
@@ -38,7 +41,8 @@ class DistillConfig:
     Attributes:
         epochs: passes over the data, >= 0. A fraction (0.5, 2.5) ends within the last pass and needs data
             with a length. 0 trains nothing.
-        optimizer: a name of `timm.optim.list_optimizers()`, as "sgd" (with Nesterov momentum) or "adamw".
+        optimizer: a name of `timm.optim.list_optimizers()`, as "sgd" (with Nesterov momentum) or "adamw"; it is made
+            once, to see that this machine can.
         lr: the peak learning rate, > 0. None takes 0.01 for "sgd", 5e-4 for "adamw"; any other optimizer
             needs it given.
         momentum: of the optimizers that have one, in [0, 1).
@@ -68,7 +72,7 @@ class DistillConfig:
         progress: whether a progress bar is shown on stderr; None: if stderr is a terminal.
 
     Raises:
-        InputError: if a value is out of range; the message gives the range.
+        InputError: if a value is out of range (the message gives the range), or the optimizer cannot be made.
     """
 
     epochs: float = 10
@@ -121,6 +125,8 @@ class DistillConfig:
         for name, good, wanted in checks:
             if not good:
                 raise InputError(f"DistillConfig: {name} is {getattr(self, name)!r}; it must be {wanted}.")
+        if self.optimizer not in DEFAULT_LR:  # which can always be made
+            make_optimizer(nn.Linear(1, 1), self.optimizer, self.peak_lr, self.weight_decay, self.momentum)
 
     @property
     def peak_lr(self) -> float:

@@ -181,6 +181,12 @@ def test_config_refuses(name: str, wrong: dict[str, object]) -> None:
         DistillConfig(**wrong)
 
 
+def test_an_optimizer_that_cannot_be_made_is_refused_before_anything_runs() -> None:
+    with pytest.raises(InputError, match=r"'sgdc' cannot be made here .* Nesterov"):
+        DistillConfig(optimizer="sgdc", lr=0.1, momentum=0.0)
+    assert DistillConfig(optimizer="sgdc", lr=0.1).momentum == 0.9
+
+
 def test_config_defaults() -> None:
     assert DistillConfig().peak_lr == 0.01
     assert DistillConfig(optimizer="adamw").peak_lr == 5e-4

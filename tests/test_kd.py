@@ -108,6 +108,19 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(kind: str) -> None:
     other.backward()
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_relations_of_vectors_are_those_between_images(labels: bool) -> None:
+    torch.manual_seed(0)
+    teacher, (x, y) = make(1), images()[0]
+    batch = (x, y) if labels else (x, F.one_hot(y, 6).float())
+    found, same = run("cirkd", copy.deepcopy(teacher), teacher, batch)
+    assert same.item() == pytest.approx(0, abs=1e-6)
+    assert {int(name.split(".")[1]) for name in found.memory} == (set(y.tolist()) if labels else set())
+    _, other = run("cirkd", make(2), teacher, batch)
+    assert other.item() > 1e-3
+    distill(make(2), teacher, images(), config=DistillConfig(epochs=1, kd="cirkd", mixup=0.0 if labels else 0.4))
+
+
 def test_the_usual_temperature_and_weight_follow_the_loss() -> None:
     found = {name: (DistillConfig(kd=name).kd_temperature, DistillConfig(kd=name).weight_of_kd) for name in KD_LOSSES}
     assert found == KD_LOSSES
