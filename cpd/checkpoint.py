@@ -16,6 +16,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from cpd.errors import CheckpointError
@@ -23,7 +24,7 @@ from cpd.errors import CheckpointError
 FORMAT = 1
 NAME = "checkpoint.safetensors"
 #: Keys of JSON objects that stand for what JSON has no word for.
-_TENSOR, _TUPLE, _ITEMS = "__tensor__", "__tuple__", "__items__"
+_TENSOR, _TUPLE, _ITEMS, _DTYPE = "__tensor__", "__tuple__", "__items__", "__dtype__"
 
 
 class Checkpoint:
@@ -55,7 +56,7 @@ class Checkpoint:
         """Put a state in the place of the former one.
 
         Args:
-            state: nested dicts, lists and tuples of plain JSON values and tensors.
+            state: nested dicts, lists and tuples of plain JSON values, tensors and their types.
 
         Raises:
             CheckpointError: if it cannot be written; the former one is then as it was.
@@ -128,6 +129,8 @@ def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, (list, tuple)):
         items = [_packed(item, f"{name}/{index}", tensors) for index, item in enumerate(value)]
         return {_TUPLE: items} if isinstance(value, tuple) else items
+    if isinstance(value, torch.dtype):
+        return {_DTYPE: str(value).removeprefix("torch.")}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise CheckpointError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold.")
@@ -142,9 +145,18 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[value[_TENSOR]]
     if _TUPLE in value:
         return tuple(_unpacked(item, tensors) for item in value[_TUPLE])
+    if _DTYPE in value:
+        return _dtype(value[_DTYPE])
     if _ITEMS in value:
         return {key: _unpacked(item, tensors) for key, item in value[_ITEMS]}
     return {key: _unpacked(item, tensors) for key, item in value.items()}
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r} is no type of tensors")
+    return found
 
 
 def _flush_folder(folder: Path) -> None:

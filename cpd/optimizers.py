@@ -20,7 +20,7 @@ def make_optimizer(
     """An optimizer of timm for the parameters of `model`; biases and norms get no weight decay.
 
     Raises:
-        InputError: if timm cannot make it on this machine or of these settings.
+        InputError: if timm cannot make it on this machine or of these settings, or it needs second derivatives.
     """
     from timm.optim import create_optimizer_v2  # some seconds to import, hence not at the top
 
@@ -34,6 +34,8 @@ def make_optimizer(
             f"The optimizer {name!r} cannot be made here (lr={lr:g}, weight_decay={weight_decay:g}, "
             f"momentum={momentum:g}): {error} Take another one, as 'sgd' or 'adamw'."
         ) from error
+    if getattr(made, "is_second_order", False):  # as timm marks those that differentiate the gradient once more
+        raise InputError(f"The optimizer {name!r} needs second derivatives, which this training does not give it.")
     return made
 
 

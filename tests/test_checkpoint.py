@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 STATE = {
     "tensors": {"a": torch.arange(6.0).reshape(2, 3), "b": [torch.tensor(3), torch.zeros(0, dtype=torch.int64)]},
-    "plain": [1, 2.5, None, True, "text", (1, (2, 3))],
+    "plain": [1, 2.5, None, True, "text", (1, (2, 3)), torch.bfloat16],
     "numbered": {0: {"step": torch.tensor(1.0)}, 7: {"betas": (0.9, 0.999)}},
 }
 

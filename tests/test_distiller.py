@@ -185,6 +185,8 @@ def test_an_optimizer_that_cannot_be_made_is_refused_before_anything_runs() -> N
     with pytest.raises(InputError, match=r"'sgdc' cannot be made here .* Nesterov"):
         DistillConfig(optimizer="sgdc", lr=0.1, momentum=0.0)
     assert DistillConfig(optimizer="sgdc", lr=0.1).momentum == 0.9
+    with pytest.raises(InputError, match="'adahessian' needs second derivatives"):
+        DistillConfig(optimizer="adahessian", lr=0.1)
 
 
 def test_config_defaults() -> None:
