@@ -308,6 +308,7 @@ class _Run:
             after = evaluated(evaluate, self.student)
             if after is not None:
                 self.history.append({"epoch": 0, "metric": after})
+                self.pruner.note(f"Metric of the recovered model, before any training: {after:.4g}.")
         if self.checkpoint is not None:
             self.checkpoint.extra = {"history": list(self.history), "before": before}
         if data is not None and self.training.epochs:
