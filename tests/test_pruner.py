@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from zoo import comb, dense, random_plan, relative_error
+from zoo import comb, dense, going_on, random_plan, relative_error
 
 import cpd
 from cpd.criteria import CRITERIA
@@ -20,7 +20,6 @@ from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanErr
 from cpd.optimizers import narrow_state, narrowed_state
 from cpd.pruner import Pruner
 from cpd.schedule import Schedule
-from cpd.selector import Limits, Selector
 from cpd.surgeon import named_tensors, shrink
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -140,13 +139,8 @@ def test_what_is_selected_later_keeps_nothing_that_has_gone(name: str, round_to:
         model, x = torchvision.models.get_model(name, weights=None), torch.randn(1, 3, 64, 64)
     combed = comb(model.eval(), x)
     for seed in range(3):
-        first, scores = random_plan(combed, 0.3, seed=seed, at_least=1), {}
-        for group in combed.open:
-            scores[group.name] = torch.full((group.size,), -torch.inf, dtype=torch.double)
-            left = list(first.groups[group.name])
-            scores[group.name][left] = torch.rand(len(left), dtype=torch.double)
-        start = {name: len(positions) for name, positions in first.groups.items()}
-        selector = Selector(combed, scores, Limits(round_to=round_to), start=start)
+        first = random_plan(combed, 0.3, seed=seed, at_least=1)
+        selector = going_on(combed, first, seed, round_to)
         assert selector.plan(selector.counts(0)).groups == first.groups
         for steps in range(0, len(selector._path), 1 + len(selector._path) // 7):
             counts = selector.counts(steps)

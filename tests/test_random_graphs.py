@@ -21,12 +21,11 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, note, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from zoo import assert_shapes_as_predicted, comb, dense, random_plan, relative_error, snapshot, zeroed
+from zoo import assert_shapes_as_predicted, comb, dense, going_on, random_plan, relative_error, snapshot, zeroed
 
 from cpd.comb import Comb
 from cpd.oracle import masked_error
 from cpd.plan import Plan
-from cpd.selector import Limits, Selector
 from cpd.surgeon import shrink
 
 EXAMPLES = int(os.environ.get("CPD_EXAMPLES", "150"))
@@ -1195,13 +1194,7 @@ def check(steps: list[tuple], head: str = "mean", share: float = 0.3, number: in
 
 def assert_selected_within(combed: Comb, first: Plan, number: int) -> None:
     """What is selected after a plan keeps nothing that the plan removed: pruning goes on from there."""
-    generator, scores = torch.Generator().manual_seed(number), {}
-    for group in combed.open:
-        scores[group.name] = torch.full((group.size,), -math.inf, dtype=torch.double)
-        left = list(first.groups[group.name])
-        scores[group.name][left] = torch.rand(len(left), generator=generator, dtype=torch.double)
-    start = {name: len(positions) for name, positions in first.groups.items()}
-    selector = Selector(combed, scores, Limits(round_to=1 + number % 3), start=start)
+    selector = going_on(combed, first, number, 1 + number % 3)
     for share in (0.0, 0.4, 0.7, 1.0):
         selector.plan(selector.counts(round(share * (len(selector._path) - 1)))).since(first)
 

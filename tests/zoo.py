@@ -20,6 +20,7 @@ from cpd.comb import Comb
 from cpd.comb import comb as comb_model
 from cpd.oracle import shape_mismatch
 from cpd.plan import Plan
+from cpd.selector import Limits, Selector
 from cpd.surgeon import named_tensors
 from cpd.tracer import op_name
 
@@ -45,6 +46,17 @@ def dense(model: nn.Module, seed: int = 0) -> nn.Module:
 def comb(model: nn.Module, *inputs: Tensor) -> Comb:
     """`cpd.comb` on positional inputs."""
     return comb_model(model, inputs)
+
+
+def going_on(combed: Comb, first: Plan, seed: int, round_to: int) -> Selector:
+    """A selector that goes on from a plan, with random scores of what the plan has left."""
+    generator, scores = torch.Generator().manual_seed(seed), {}
+    for group in combed.open:
+        scores[group.name] = torch.full((group.size,), -torch.inf, dtype=torch.double)
+        left = list(first.groups[group.name])
+        scores[group.name][left] = torch.rand(len(left), generator=generator, dtype=torch.double)
+    start = {name: len(positions) for name, positions in first.groups.items()}
+    return Selector(combed, scores, Limits(round_to=round_to), start=start)
 
 
 def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
