@@ -225,10 +225,11 @@ def dense_model(name: str, student: Student, options: argparse.Namespace, larger
         return model.eval()
     torch.manual_seed(0)
     model = (make() if weights is None else load_model(options.data_dir)).to(memory_format=layout)
-    if weights is not None and (student.data is exact_images or options.dense_epochs == 0):
-        return model
+    if options.dense_epochs == 0 or (weights is not None and student.data is exact_images):
+        return model.eval()
     loader, evaluate, _ = student.data(options.data_dir, 0, student.batch)
-    config = replace(student.dense, epochs=options.dense_epochs or student.dense.epochs)
+    epochs = student.dense.epochs if options.dense_epochs is None else options.dense_epochs
+    config = replace(student.dense, epochs=epochs)
     print(f"training the dense {name} for {config.epochs:g} epochs", file=sys.stderr)
     records = distill(model, None, loader, evaluate=evaluate, config=config)
     print(f"dense {name}: {records[-1].metric:.2f}", file=sys.stderr)
@@ -397,7 +398,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--score-batches", type=int, default=16)
     parser.add_argument("--prune-until", type=float, default=0.5, help="share of the training, if gradual")
     parser.add_argument("--interval", type=int, help="steps between shrinks, if gradual")
-    parser.add_argument("--dense-epochs", type=float, help="of the unpruned model, where it has to be trained")
+    parser.add_argument("--dense-epochs", type=float, help="of the unpruned model, where it has to be trained; 0: as it is")
     parser.add_argument("--weights", type=Path, default=Path("runs/weights"), help="where dense weights are kept")
     for name in TRAINING:
         kind = str if name == "optimizer" else float
