@@ -398,7 +398,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--score-batches", type=int, default=16)
     parser.add_argument("--prune-until", type=float, default=0.5, help="share of the training, if gradual")
     parser.add_argument("--interval", type=int, help="steps between shrinks, if gradual")
-    parser.add_argument("--dense-epochs", type=float, help="of the unpruned model, where it has to be trained; 0: as it is")
+    parser.add_argument("--dense-epochs", type=float, help="of the unpruned model, where it is trained; 0: as it is")
     parser.add_argument("--weights", type=Path, default=Path("runs/weights"), help="where dense weights are kept")
     for name in TRAINING:
         kind = str if name == "optimizer" else float
