@@ -213,7 +213,7 @@ def memory_format(options: argparse.Namespace) -> torch.memory_format:
 
 
 def dense_model(name: str, student: Student, options: argparse.Namespace, larger: bool = False) -> nn.Module:
-    """A trained model: from the file of the data folder, from `--weights`, or trained now and written there."""
+    """The unpruned model or a teacher: from `--weights`, else from the data folder or made anew; trained if need be."""
     make, weights = (student.larger, student.larger_weights) if larger else (student.make, student.weights)
     if make is None:
         raise SystemExit(f"{options.student} has no larger teacher here.")
