@@ -5,6 +5,7 @@ Every function does the plain thing where there is only one process.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -25,6 +26,13 @@ def start() -> None:
     launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() and os.environ["WORLD_SIZE"] != "1"
     if launched and not dist.is_initialized():
         PartialState(cpu=not torch.accelerator.is_available())
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Join gloo's threads while Python lives: one that lets go of a tensor later aborts the process (exit code 134)."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 def count() -> int:

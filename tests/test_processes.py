@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import socket
@@ -121,6 +122,25 @@ def job_fail_on_first(folder: str) -> None:
     """What rank 0 cannot do stops all."""
     processes.start()
     processes.from_first(lambda: 1 / 0)
+
+
+def threads_of_gloo() -> list[str]:
+    """Names of the threads that exchange tensors, which Linux tells."""
+    return [name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := path.read_text())]
+
+
+def job_end(folder: str) -> list[str]:
+    """The end of a program: what is left to run after Python has gone aborts the process, now and then."""
+    atexit.register(lambda: threads_of_gloo() and os._exit(1))  # the first registered is the last to run
+    processes.start()
+    processes.check_same("a", "letter")
+    return threads_of_gloo()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the threads")
+def test_no_thread_outlives_the_program(tmp_path: Path) -> None:
+    found, _ = launched("job_end", tmp_path, 2)
+    assert found
 
 
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
