@@ -28,7 +28,7 @@ from rich.progress import track
 from rich.table import Table
 
 import cpd
-from cpd.inputs import as_call
+from cpd.model.inputs import as_call
 
 CANDIDATES, REPEATS = 1000, 5
 

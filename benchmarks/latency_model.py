@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cpd
-from cpd import sources
+from cpd.model import sources
 
 
 def main() -> int:

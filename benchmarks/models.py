@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cpd.comb import Comb
-from cpd.inputs import Call, plain_attention
+from cpd.coupling.comb import Comb
+from cpd.model.inputs import Call, plain_attention
 from cpd.plan import Plan
-from cpd.surgeon import named_tensors
+from cpd.surgery.shrink import named_tensors
 
 STEPS = "num_batches_tracked"
 

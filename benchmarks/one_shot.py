@@ -31,13 +31,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import cpd
-from cpd.batchnorm import recalibrate_batchnorm
-from cpd.compensation import compensate
 from cpd.criteria import CRITERIA
 from cpd.demo import accuracy
-from cpd.inputs import as_call
-from cpd.selector import NORMALIZATIONS, SCOPES, Limits, Selector, Weighing
-from cpd.surgeon import shrink
+from cpd.model.inputs import as_call
+from cpd.selection.selector import NORMALIZATIONS, SCOPES, Limits, Selector, Weighing
+from cpd.surgery.batchnorm import recalibrate_batchnorm
+from cpd.surgery.compensation import compensate
+from cpd.surgery.shrink import shrink
 
 BATCH = 128
 FEWER = (2.11, 2.55, 4.0)

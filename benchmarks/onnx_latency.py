@@ -38,8 +38,8 @@ from rich.console import Console
 from rich.table import Table
 
 import cpd
-from cpd import sources
-from cpd.inputs import as_call
+from cpd.model import sources
+from cpd.model.inputs import as_call
 
 MODELS = [
     "timm:resnet18", "timm:resnet50", "timm:resnext50_32x4d", "timm:mobilenetv2_100", "timm:mobilenetv3_large_100",

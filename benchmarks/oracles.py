@@ -39,15 +39,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import cpd
-from cpd import sources
-from cpd.artifacts import save_result
-from cpd.comb import Comb, Group
-from cpd.inputs import Call, as_call
-from cpd.oracle import masked_error, shape_mismatch
+from cpd.coupling.comb import Comb, Group
+from cpd.model import sources
+from cpd.model.inputs import Call, as_call
 from cpd.plan import Plan
-from cpd.report import Figures, Report
-from cpd.surgeon import named_tensors
-from cpd.tracer import op_name, retrace
+from cpd.report.artifacts import save_result
+from cpd.report.report import Figures, Report
+from cpd.surgery.masked import masked_error, shape_mismatch
+from cpd.surgery.shrink import named_tensors
+from cpd.trace.tracer import op_name, retrace
 
 CHECKS = ("masked", "shapes", "class", "onnx", "again", "train", "reload")
 DEFAULT = [
@@ -123,12 +123,12 @@ def check_onnx(original: nn.Module, small: nn.Module, call: Call) -> str:
     """ONNX Runtime against PyTorch on the shrunk model."""
     try:
         serialised = cpd.export_onnx(small, call, check=False)
-        error = cpd.onnx.onnx_parity(small, serialised, call)
+        error = cpd.deploy.export.onnx_parity(small, serialised, call)
         assert error < 1e-3, f"relative difference {error:.1e}"
     except Exception as failure:
         try:
             serialised = cpd.export_onnx(original, call, check=False)
-            error = cpd.onnx.onnx_parity(original, serialised, call)
+            error = cpd.deploy.export.onnx_parity(original, serialised, call)
             assert error < 1e-3, f"unpruned: relative difference {error:.1e}"
         except Exception as own:
             return f"n/a: unpruned, {_line(own)}"

@@ -27,7 +27,7 @@ from torch import Tensor
 import cpd
 from cpd.demo import AugmentedLoader, accuracy
 from cpd.errors import CPDError
-from cpd.report import Report, human
+from cpd.report.report import Report, human
 
 FILES = {
     "resnet56-cifar10.safetensors": (

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 import cpd
-from cpd import sources
-from cpd.distiller import distill
+from cpd.distillation.distiller import distill
+from cpd.model import sources
 
 
 def measured(name: str, kd: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -45,8 +45,8 @@ from torchvision.datasets import ImageFolder
 
 import cpd
 from cpd.demo import AugmentedLoader, accuracy
-from cpd.distiller import distill
-from cpd.inputs import as_call
+from cpd.distillation.distiller import distill
+from cpd.model.inputs import as_call
 from cpd.segmentation import EncoderDecoder, SegmentationFolder, mean_iou
 
 CAMVID_CLASSES, CAMVID_SIZE = 11, (360, 480)

@@ -15,11 +15,14 @@ Step by step, one tiny model through the pipeline:
     cpd.compare_latency(original, model, inputs).speedup  # exported, checked, timed in turn
 """
 
-from cpd.artifacts import from_pretrained, load
-from cpd.comb import Comb, Group, comb
-from cpd.compensation import compensate
-from cpd.compress import Result, compress
-from cpd.distiller import distill
+from cpd.coupling.comb import Comb, Group, comb
+from cpd.criteria.score import score
+from cpd.deploy.export import export_onnx
+from cpd.deploy.latency import LatencyComparison, LatencyTable, compare_latency, measure_latency
+from cpd.deploy.latency_model import ModelProfile, profile_model
+from cpd.deploy.quantize import OnnxModule, Quantized, quantize_onnx
+from cpd.distillation.config import DistillConfig
+from cpd.distillation.distiller import distill
 from cpd.errors import (
     ArtifactError,
     CheckpointError,
@@ -33,19 +36,16 @@ from cpd.errors import (
     TraceError,
     TrainingError,
 )
-from cpd.latency import LatencyComparison, LatencyTable, compare_latency, measure_latency
-from cpd.latency_model import ModelProfile, profile_model
-from cpd.onnx import export_onnx
+from cpd.jobs.compress import Result, compress
+from cpd.jobs.sensitivity import Sensitivity, sensitivity
+from cpd.jobs.sweep import Sweep, sweep
 from cpd.plan import Plan
 from cpd.pruner import Pruner
-from cpd.quantize import OnnxModule, Quantized, quantize_onnx
-from cpd.recipe import DistillConfig
-from cpd.report import Report
-from cpd.schedule import Schedule
-from cpd.scorer import score
-from cpd.sensitivity import Sensitivity, sensitivity
-from cpd.surgeon import shrink
-from cpd.sweep import Sweep, sweep
+from cpd.report.artifacts import from_pretrained, load
+from cpd.report.report import Report
+from cpd.selection.schedule import Schedule
+from cpd.surgery.compensation import compensate
+from cpd.surgery.shrink import shrink
 
 __version__ = "0.1.0"
 

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from cpd.inputs import evaluating
+from cpd.model.inputs import evaluating
 
 if TYPE_CHECKING:
-    from cpd.compress import Result
+    from cpd.jobs.compress import Result
 
 SIDE = 16
 """Pixels that a digit measures after upsampling (8 as it comes), so that convolutions carry real cost."""
@@ -229,7 +229,7 @@ def run_demo(output_dir: Path | None = None, seed: int = 0, progress: bool | Non
     Returns:
         What `cpd.compress` returns; its report's metric is the accuracy on the test digits in per cent.
     """
-    from cpd.compress import compress
+    from cpd.jobs.compress import compress
 
     loader, images, labels = digits(seed=seed)
     teacher = train_teacher(loader, seed=seed, progress=progress)

@@ -25,29 +25,29 @@ import torch
 from torch import Tensor, nn
 
 from cpd import processes
-from cpd.axes import Axis
-from cpd.comb import Comb
-from cpd.comb import comb as comb_model
-from cpd.cost import Figures
+from cpd.algebra.axes import Axis
+from cpd.coupling.comb import Comb
+from cpd.coupling.comb import comb as comb_model
+from cpd.coupling.cost import Figures
 from cpd.criteria import CRITERIA, DATA_FREE, TARGET_FREE, Criterion
+from cpd.criteria.gates import Gates
+from cpd.criteria.score import score
+from cpd.deploy.kernels import KernelTimes
+from cpd.deploy.latency import LatencyProbe
+from cpd.deploy.latency_model import LatencyModel
+from cpd.distillation.accelerator import random_states_kept, seeded
+from cpd.distillation.losses import LossFunction
+from cpd.distillation.optimizers import narrow_state, narrowed_state
 from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError, TargetError
-from cpd.gates import Gates
-from cpd.inputs import batches, check_model, device_of
-from cpd.kernels import KernelTimes
-from cpd.latency import LatencyProbe
-from cpd.latency_model import LatencyModel
-from cpd.losses import LossFunction
-from cpd.optimizers import narrow_state, narrowed_state
-from cpd.oracle import masked_error
+from cpd.model.inputs import batches, check_model, device_of
 from cpd.plan import Plan
-from cpd.recovery import Recovery, recover
-from cpd.request import check_limits, check_target, copy_of
-from cpd.schedule import Schedule
-from cpd.scorer import score
-from cpd.search import predicted, reach
-from cpd.selector import Normalization, Scope, Selector, Weighing, by_capacity, check_ratios
-from cpd.surgeon import named_tensors, shrink, skeleton
-from cpd.training import random_states_kept, seeded
+from cpd.selection.schedule import Schedule
+from cpd.selection.search import predicted, reach
+from cpd.selection.selector import Normalization, Scope, Selector, Weighing, by_capacity, check_ratios
+from cpd.selection.target import check_limits, check_target, copy_of
+from cpd.surgery.masked import masked_error
+from cpd.surgery.recovery import Recovery, recover
+from cpd.surgery.shrink import named_tensors, shrink, skeleton
 
 log = logging.getLogger("cpd")
 

@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from cpd.cli.folders import IMAGES, LABELS, has_maps
+from cpd.distillation.losses import IGNORED_CLASS
 from cpd.errors import InputError
-from cpd.folders import IMAGES, LABELS, has_maps
-from cpd.inputs import batches, device_of, evaluating, logits
-from cpd.losses import IGNORED_CLASS
+from cpd.model.inputs import batches, device_of, evaluating, logits
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Training images are scaled by a factor of this range before they are cropped.

@@ -20,10 +20,10 @@ def short_timings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Models and kernels are timed for a moment; kernels are kept in a folder of the test run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CPD_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
-        patch.setattr(sys.modules["cpd.kernels"], "SECONDS", 0.02)
+        patch.setattr(sys.modules["cpd.deploy.kernels"], "SECONDS", 0.02)
         for name in ("_BLOCK_MS", "_LEAD_MS"):
-            patch.setattr(sys.modules["cpd.latency"], name, 3.0)
-        patch.setattr(sys.modules["cpd.compress"], "PROFILE_SECONDS", 0.02)
+            patch.setattr(sys.modules["cpd.deploy.latency"], name, 3.0)
+        patch.setattr(sys.modules["cpd.jobs.compress"], "PROFILE_SECONDS", 0.02)
         yield
 
 
@@ -31,6 +31,6 @@ def short_timings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def quick() -> Iterator[None]:
     """Latencies are timed for half a second: for tests that look at something else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["cpd.compress"], "FINAL_SECONDS", 0.5)
-        patch.setattr(sys.modules["cpd.search"], "SECONDS", 0.5)
+        patch.setattr(sys.modules["cpd.jobs.compress"], "FINAL_SECONDS", 0.5)
+        patch.setattr(sys.modules["cpd.selection.search"], "SECONDS", 0.5)
         yield

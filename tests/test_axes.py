@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpd import axes
-from cpd.axes import Axis, Concat, Dim, Fixed, Product
+from cpd.algebra import axes
+from cpd.algebra.axes import Axis, Concat, Dim, Fixed, Product
 
 
 def random_keep(dims, rng):

@@ -19,10 +19,10 @@ from test_pruner import X, loader, net
 
 import cpd
 from cpd.checkpoint import Checkpoint
-from cpd.distiller import DistillConfig
+from cpd.distillation.accelerator import random_states, set_random_states
+from cpd.distillation.distiller import DistillConfig
 from cpd.errors import CheckpointError, InputError, TrainingError
-from cpd.schedule import Schedule
-from cpd.training import random_states, set_random_states
+from cpd.selection.schedule import Schedule
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -219,7 +219,7 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from test_checkpoint import run
 torch.set_num_threads(1)
-sys.modules["cpd.compress"].FINAL_SECONDS = 0.5
+sys.modules["cpd.jobs.compress"].FINAL_SECONDS = 0.5
 folder = Path(sys.argv[1])
 result = run(folder, resume=(folder / "checkpoint.safetensors").exists())
 print(result.plan.digest)

@@ -30,10 +30,10 @@ from zoo import (
 )
 
 import cpd
-from cpd.comb import Comb
+from cpd.coupling.comb import Comb
 from cpd.errors import InputError, PlanError
-from cpd.oracle import masked_error
-from cpd.surgeon import shrink
+from cpd.surgery.masked import masked_error
+from cpd.surgery.shrink import shrink
 
 MAP = torch.randn(2, 3, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randn(2, 5, 12, dtype=torch.double, generator=torch.Generator().manual_seed(0))

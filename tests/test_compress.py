@@ -10,11 +10,11 @@ from torch import nn
 
 import cpd
 from cpd import compress as compress_function
-from cpd.compress import _missed, _unusual
 from cpd.criteria import CRITERIA
-from cpd.latency import LatencyComparison
-from cpd.request import Target
-from cpd.selector import Limits, Selector
+from cpd.deploy.latency import LatencyComparison
+from cpd.jobs.compress import _missed, _unusual
+from cpd.selection.selector import Limits, Selector
+from cpd.selection.target import Target
 
 
 class Tiny(nn.Module):

@@ -7,12 +7,12 @@ import torchvision
 from torch import Tensor, nn
 from zoo import comb, dense
 
-from cpd import axes
-from cpd.comb import _propagate
-from cpd.dispatch import behaves_as_predicted, calls_as_predicted, calls_of_model
-from cpd.proof import Proof
+from cpd.algebra import axes
+from cpd.coupling.comb import _propagate
+from cpd.proof.dispatch import behaves_as_predicted, calls_as_predicted, calls_of_model
+from cpd.proof.proof import Proof
 from cpd.rules import Context
-from cpd.tracer import trace
+from cpd.trace.tracer import trace
 
 
 def proof_of(model: nn.Module, x: Tensor) -> Proof:

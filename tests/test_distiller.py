@@ -14,10 +14,10 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cpd.batchnorm import recalibrate_batchnorm
-from cpd.distiller import DistillConfig, EpochRecord, _lr_schedule, distill
+from cpd.distillation.distiller import DistillConfig, EpochRecord, _lr_schedule, distill
+from cpd.distillation.losses import kl_divergence, task_loss
 from cpd.errors import InputError, TrainingError
-from cpd.losses import kl_divergence, task_loss
+from cpd.surgery.batchnorm import recalibrate_batchnorm
 
 CLASSES = 4
 BRIEF = DistillConfig(epochs=1, lr=0.05, warmup=0.0)

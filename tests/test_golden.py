@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from zoo import MODELS, comb, dense, images
 
-from cpd.comb import Comb, Group
+from cpd.coupling.comb import Comb, Group
 
 FOLDER = Path(__file__).parent / "golden"
 NAMES = ["resnet18", "mobilenetv2_100", "densenet121", "vit_tiny_patch16_224", "convnext_atto", "swin_t"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cpd.errors import InputError, TrainingError
-from cpd.inputs import Batch, Call, as_batch, as_call, batches, check_model, device_of, evaluating, logits, move
+from cpd.model.inputs import Batch, Call, as_batch, as_call, batches, check_model, device_of, evaluating, logits, move
 
 X, Y = torch.arange(6.0).reshape(2, 3), torch.tensor([0, 1])
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from test_distiller import CLASSES, Net, images, make
 from torch import Tensor, nn
 
-from cpd.distiller import DistillConfig, distill
+from cpd.distillation.distiller import DistillConfig, distill
+from cpd.distillation.kd import KD_LOSSES, Distillation, last_layer
+from cpd.distillation.losses import channel_wise, cross_image, feature_error, to_memory
 from cpd.errors import InputError
-from cpd.inputs import Call
-from cpd.kd import KD_LOSSES, Distillation, last_layer
-from cpd.losses import channel_wise, cross_image, feature_error, to_memory
+from cpd.model.inputs import Call
 from cpd.pruner import Pruner
-from cpd.schedule import Schedule
+from cpd.selection.schedule import Schedule
 
 
 def maps(*shape: int, seed: int = 0) -> Tensor:
@@ -157,7 +157,7 @@ def test_the_memory_holds_embeddings_of_the_classes_seen(monkeypatch: pytest.Mon
     assert {name.split(".")[0] for name in found.memory} == {"pixels", "regions"}
     assert {int(name.split(".")[1]) for name in found.memory} == set(data[0][1].unique().tolist()) - {-100}
     assert all(torch.allclose(queue.norm(dim=-1), torch.ones(len(queue))) for queue in found.memory.values())
-    monkeypatch.setattr("cpd.kd.REGIONS", (5, 3))
+    monkeypatch.setattr("cpd.distillation.kd.REGIONS", (5, 3))
     for x, y in data * 3:
         with found.watching():
             outputs = teacher(x), found.models[0](x)

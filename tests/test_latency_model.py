@@ -18,16 +18,16 @@ import torch
 from torch import nn
 
 import cpd
-from cpd import kernels
-from cpd.kernels import UNIT, Convolution, Kernel, KernelTimes, MatrixProduct
-from cpd.latency import LatencyProbe
-from cpd.latency_model import LatencyModel, _assigned
-from cpd.onnx import export_bytes, feed, open_session, random_inputs
-from cpd.profiling import NodeTime, profile_nodes
-from cpd.request import Target
-from cpd.search import reach
-from cpd.selector import Limits, Selector
-from cpd.workload import workload
+from cpd.deploy import kernels
+from cpd.deploy.export import export_bytes, feed, open_session, random_inputs
+from cpd.deploy.kernels import UNIT, Convolution, Kernel, KernelTimes, MatrixProduct
+from cpd.deploy.latency import LatencyProbe
+from cpd.deploy.latency_model import LatencyModel, _assigned
+from cpd.deploy.profiling import NodeTime, profile_nodes
+from cpd.deploy.workload import workload
+from cpd.selection.search import reach
+from cpd.selection.selector import Limits, Selector
+from cpd.selection.target import Target
 
 IMAGE = torch.randn(1, 3, 64, 64)
 CONV = Convolution(1, 1, 128, 256, (14, 14), (3, 3), (1, 1), (1, 1), (1, 1))
@@ -58,7 +58,7 @@ class Block(nn.Module):
 def block() -> tuple[nn.Module, Any, list[NodeTime]]:
     torch.manual_seed(0)
     model = Block().eval()
-    content = export_bytes(model, cpd.inputs.as_call(IMAGE))
+    content = export_bytes(model, cpd.model.inputs.as_call(IMAGE))
     session = open_session(content)
     return model, cpd.comb(model, IMAGE), profile_nodes(content, feed(session, random_inputs(content)), seconds=0.2)
 
@@ -108,7 +108,7 @@ def test_kernels_have_the_widths_of_the_layers(block):
     up = items["up"].anchor
     assert up.transposed and (up.inputs, up.outputs, up.weight_shape) == (64, 32, (64, 32, 2, 2))  # noqa: PT018
     half = {group.axis: group.size // 2 for group in combed.open}
-    narrow = items["depthwise"].kernel(lambda dim: cpd.axes.count(dim, half))
+    narrow = items["depthwise"].kernel(lambda dim: cpd.algebra.axes.count(dim, half))
     assert (narrow.groups, narrow.inputs, narrow.outputs) == (32, 1, 1)  # two groups of four, half of each
 
 

@@ -26,11 +26,11 @@ from zoo import (
     zeroed,
 )
 
-from cpd.comb import Comb
-from cpd.onnx import export_onnx, onnx_parity
-from cpd.oracle import masked_error
+from cpd.coupling.comb import Comb
+from cpd.deploy.export import export_onnx, onnx_parity
 from cpd.plan import Plan
-from cpd.surgeon import shrink
+from cpd.surgery.masked import masked_error
+from cpd.surgery.shrink import shrink
 
 
 @dataclass

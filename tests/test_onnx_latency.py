@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from cpd.deploy.export import export_bytes, export_onnx, onnx_parity, open_session
+from cpd.deploy.latency import LatencyComparison, LatencyProbe, _rank, compare_latency, median_interval
 from cpd.errors import ExportError, InputError
-from cpd.inputs import as_call
-from cpd.latency import LatencyComparison, LatencyProbe, _rank, compare_latency, median_interval
-from cpd.onnx import export_bytes, export_onnx, onnx_parity, open_session
+from cpd.model.inputs import as_call
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

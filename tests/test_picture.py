@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import cpd
-from cpd.axes import Axis
+from cpd.algebra.axes import Axis
 from cpd.cli import app
-from cpd.comb import Comb
-from cpd.cost import Cost, FrozenShare, split_reason
+from cpd.coupling.comb import Comb
+from cpd.coupling.cost import Cost, FrozenShare, split_reason
 from cpd.errors import InputError
-from cpd.layered import layout, rows_of
-from cpd.picture import GREY, MARK, colours, contract, draw, render
+from cpd.picture.drawing import GREY, MARK, colours, contract, draw, render
+from cpd.picture.layout import layout, rows_of
 from cpd.rules.contraction import KERNEL
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from zoo import conv, dense, frozen, group, random_plan, sizes
 
 import cpd
-from cpd.comb import Comb
+from cpd.coupling.comb import Comb
 from cpd.errors import PlanError, TraceError
-from cpd.oracle import masked_error
 from cpd.plan import Plan
-from cpd.provenance import Place, Traced, integers, places_of, trace_integers
-from cpd.selector import Limits, Selector
-from cpd.surgeon import shrink
+from cpd.proof.provenance import Place, Traced, integers, places_of, trace_integers
+from cpd.selection.selector import Limits, Selector
+from cpd.surgery.masked import masked_error
+from cpd.surgery.shrink import shrink
 
 
 def new_attributes(plan: Plan) -> dict[str, object]:

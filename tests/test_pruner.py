@@ -15,12 +15,12 @@ from zoo import comb, dense, going_on, random_plan, relative_error
 
 import cpd
 from cpd.criteria import CRITERIA
-from cpd.distiller import DistillConfig, distill
+from cpd.distillation.distiller import DistillConfig, distill
+from cpd.distillation.optimizers import narrow_state, narrowed_state
 from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError, TrainingError
-from cpd.optimizers import narrow_state, narrowed_state
 from cpd.pruner import Pruner
-from cpd.schedule import Schedule
-from cpd.surgeon import named_tensors, shrink
+from cpd.selection.schedule import Schedule
+from cpd.surgery.shrink import named_tensors, shrink
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -330,7 +330,7 @@ def test_what_is_wrong_is_said_before_anything_changes() -> None:
 
 
 def test_a_speed_up_is_met_at_the_last_shrink(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["cpd.search"], "SECONDS", 0.2)
+    monkeypatch.setattr(sys.modules["cpd.selection.search"], "SECONDS", 0.2)
     wide = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 3))
     pruner = Pruner(
         wide, torch.randn(1, 3, 64, 64), target_speedup=1.5, steps=4, schedule=Schedule("linear", end=1.0, interval=2),

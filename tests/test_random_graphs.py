@@ -23,10 +23,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from zoo import assert_shapes_as_predicted, comb, dense, going_on, random_plan, relative_error, snapshot, zeroed
 
-from cpd.comb import Comb
-from cpd.oracle import masked_error
+from cpd.coupling.comb import Comb
 from cpd.plan import Plan
-from cpd.surgeon import shrink
+from cpd.surgery.masked import masked_error
+from cpd.surgery.shrink import shrink
 
 EXAMPLES = int(os.environ.get("CPD_EXAMPLES", "150"))
 SEED = os.environ.get("CPD_SEED")

@@ -25,13 +25,13 @@ from typer.testing import CliRunner
 import cpd
 from cpd.cli import app
 from cpd.cli.arguments import parse_numbers, parse_size
+from cpd.cli.folders import image_folders
 from cpd.errors import ArtifactError, InputError, NothingToPruneError
-from cpd.folders import image_folders
-from cpd.inputs import as_call
-from cpd.report import Figures, GroupRow, LayerRow, Report, _stages, call_text, human
-from cpd.sensitivity import RATIOS
-from cpd.sources import ModelSource, default_inputs, identify, image_inputs, resolve
-from cpd.sweep import Sweep, SweepPoint
+from cpd.jobs.sensitivity import RATIOS
+from cpd.jobs.sweep import Sweep, SweepPoint
+from cpd.model.inputs import as_call
+from cpd.model.sources import ModelSource, default_inputs, identify, image_inputs, resolve
+from cpd.report.report import Figures, GroupRow, LayerRow, Report, _stages, call_text, human
 
 HOSTILE = '<script src="https://evil.example/x.js">alert(1)</script>'
 LEAKY = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's image reader
@@ -913,7 +913,7 @@ def test_log_is_shown_and_quietened(fakes: Fakes, run: Any, monkeypatch: pytest.
     import logging
 
     def compress(model: nn.Module, **kwargs: Any) -> Any:
-        logging.getLogger("cpd.search").info("combing [1]")
+        logging.getLogger("cpd.selection.search").info("combing [1]")
         return fakes.compress(model, **kwargs)
 
     monkeypatch.setattr(cpd, "compress", compress, raising=False)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo import comb, conv, dense, frozen, group, random_plan, relative_error, sizes, zeroed
 
-from cpd.comb import Comb
-from cpd.oracle import masked_error
-from cpd.surgeon import shrink
+from cpd.coupling.comb import Comb
+from cpd.surgery.masked import masked_error
+from cpd.surgery.shrink import shrink
 
 
 def random(*shape: int) -> Tensor:

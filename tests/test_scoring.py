@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from zoo import comb, dense, randomize
 
 import cpd
-from cpd.calls import LayerCalls, from_matrix, matrix, seen
 from cpd.criteria import CRITERIA, DATA_FREE, Setting
+from cpd.criteria.gates import Gates
 from cpd.criteria.hessian import epsilon
 from cpd.criteria.magnitude import magnitude
-from cpd.gates import Gates
+from cpd.trace.layer_calls import LayerCalls, from_matrix, matrix, seen
 
 
 class Net(nn.Module):

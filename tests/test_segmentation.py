@@ -19,9 +19,9 @@ from zoo import comb, dense, random_plan
 import cpd
 from cpd.cli import app
 from cpd.errors import InputError
-from cpd.oracle import masked_error
 from cpd.segmentation import EncoderDecoder, SegmentationFolder, mean_iou
-from cpd.surgeon import shrink
+from cpd.surgery.masked import masked_error
+from cpd.surgery.shrink import shrink
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo import comb, randomize, snapshot
 
-import cpd.surgeon
+import cpd.surgery.shrink
 from cpd.errors import InputError, ShrinkError
 from cpd.plan import Attribute, Plan, Rescale
-from cpd.surgeon import shrink
+from cpd.surgery.shrink import shrink
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -216,7 +216,7 @@ def test_a_shrink_that_fails_half_way_is_undone(plan: Plan, monkeypatch: pytest.
         assert module.stem.out_channels == 5
         raise RuntimeError("half way")
 
-    monkeypatch.setattr(cpd.surgeon, "lint", broken)
+    monkeypatch.setattr(cpd.surgery.shrink, "lint", broken)
     with pytest.raises(RuntimeError, match="half way"):
         shrink(model, plan)
     assert snapshot(model) == before

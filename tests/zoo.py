@@ -16,13 +16,13 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from cpd.comb import Comb
-from cpd.comb import comb as comb_model
-from cpd.oracle import shape_mismatch
+from cpd.coupling.comb import Comb
+from cpd.coupling.comb import comb as comb_model
 from cpd.plan import Plan
-from cpd.selector import Limits, Selector
-from cpd.surgeon import named_tensors
-from cpd.tracer import op_name
+from cpd.selection.selector import Limits, Selector
+from cpd.surgery.masked import shape_mismatch
+from cpd.surgery.shrink import named_tensors
+from cpd.trace.tracer import op_name
 
 
 def _load(path: Path) -> ModuleType:

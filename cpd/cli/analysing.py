@@ -26,6 +26,7 @@ from cpd.cli.arguments import (
 )  # fmt: skip
 from cpd.cli.command import Output
 from cpd.cli.compressing import told
+from cpd.cli.folders import image_folders, load_images
 from cpd.cli.tables import (
     frozen_table,
     group_dict,
@@ -36,7 +37,6 @@ from cpd.cli.tables import (
     sweep_table,
 )  # fmt: skip
 from cpd.errors import InputError
-from cpd.folders import image_folders, load_images
 
 log = logging.getLogger("cpd.cli")
 
@@ -50,7 +50,7 @@ def comb(
 ) -> Output:
     """List a model's coupling groups (size, members, exact, frozen and why) and what the frozen ones hold."""
     if plot is not None:
-        from cpd.picture import check_path
+        from cpd.picture.drawing import check_path
 
         check_path(plot)
     _, built, example_inputs = build(model, input_size, pretrained=False)
@@ -60,7 +60,7 @@ def comb(
     combed = cpd.comb(built, example_inputs)
     share: dict[str, float] = combed.open_share
     if plot is not None:
-        from cpd.picture import draw
+        from cpd.picture.drawing import draw
 
         log.info("picture written to %s", draw(combed, plot))
     open_count = sum(group.frozen is None for group in combed.groups)
@@ -93,7 +93,7 @@ def sensitivity(
     progress: bool | None = None,
 ) -> Output:
     """Prune each group alone, 10 to 90 % of it, and show what that does to the loss."""
-    from cpd.sensitivity import check_plot
+    from cpd.jobs.sensitivity import check_plot
 
     if plot is not None:
         check_plot(plot)
@@ -126,7 +126,7 @@ def profile(
     """Learn how long this machine takes for the model's kernels at any width, and show where its time goes."""
     _, built, example_inputs = build(model, input_size, pretrained=False)
 
-    from cpd.latency_model import profile_model
+    from cpd.deploy.latency_model import profile_model
 
     found = profile_model(built, example_inputs, threads=threads, check=check, seed=seed)
     return Output({"model": model, **found.to_dict()}, (profile_table(found), *found.told()))
@@ -163,8 +163,8 @@ def report(
     folder: Annotated[Path, typer.Argument(help="A folder that cpd compress or cpd sweep wrote.")],
 ) -> Output:
     """Write report.html anew from the figures that were saved, and print them."""
-    from cpd.artifacts import PAGE, read_report, write_files
-    from cpd.sweep import NAME, read_sweep
+    from cpd.jobs.sweep import NAME, read_sweep
+    from cpd.report.artifacts import PAGE, read_report, write_files
 
     if (folder / NAME).exists():
         swept = read_sweep(folder)

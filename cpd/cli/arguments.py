@@ -13,7 +13,7 @@ from cpd.errors import InputError
 if TYPE_CHECKING:
     from torch import nn
 
-    from cpd.sources import ModelSource
+    from cpd.model.sources import ModelSource
 
 Model = Annotated[
     str,
@@ -78,7 +78,7 @@ def build(name: str, input_size: str | None, pretrained: bool) -> tuple[ModelSou
         InputError: if there is no such model, or its input is not known.
     """
     size = None if input_size is None else parse_size(input_size)
-    from cpd import sources
+    from cpd.model import sources
 
     source = sources.resolve(name)
     model = source.build(pretrained=pretrained and source.by_name).eval()
@@ -97,7 +97,7 @@ def opened(name: str, input_size: str | None, inputs: Any) -> tuple[Any, Any]:
         path = path / "model.onnx"
     if path.suffix == ".onnx":
         if inputs is None:
-            from cpd.onnx import random_inputs
+            from cpd.deploy.export import random_inputs
 
             inputs = random_inputs(str(path))
         return str(path), inputs

@@ -183,6 +183,6 @@ def _write_recipe(context: typer.Context, folder: Path) -> None:
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
     head = f"# cpd {context.command.name} --config {RECIPE}\n"
     text = head + yaml.safe_dump({name: value for name, value in plain.items() if value is not None}, sort_keys=False)
-    from cpd.artifacts import write_files
+    from cpd.report.artifacts import write_files
 
     write_files(folder, {RECIPE: text.encode()})

@@ -27,11 +27,11 @@ from cpd.cli.arguments import (
     parse_numbers,
 )  # fmt: skip
 from cpd.cli.command import Output
+from cpd.cli.folders import has_maps, image_folders, load_folder, load_images, load_maps
 from cpd.cli.tables import figures_table, latency_table, sweep_table
-from cpd.folders import has_maps, image_folders, load_folder, load_images, load_maps
 
 if TYPE_CHECKING:
-    from cpd.report import Report
+    from cpd.report.report import Report
 
 DEFAULT_SPEEDUP = 2.0
 PRUNE, TRAIN = "Pruning", "Training"
@@ -187,7 +187,7 @@ def sweep(
     progress: bool | None = None,
 ) -> Output:
     """Compress a model to several speed-ups: one table, and one picture of accuracy against measured latency."""
-    from cpd.sensitivity import check_plot
+    from cpd.jobs.sensitivity import check_plot
 
     if plot is not None:
         check_plot(plot)
@@ -226,8 +226,8 @@ def quantize(
     folders = image_folders(data)
 
     import cpd
-    from cpd import sources
-    from cpd.artifacts import read_document
+    from cpd.model import sources
+    from cpd.report.artifacts import read_document
 
     pruned = cpd.load(folder)
     source = sources.resolve(str(read_document(folder)["source"]))

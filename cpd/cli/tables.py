@@ -9,12 +9,12 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from cpd.cost import FrozenShare
-    from cpd.latency import LatencyTable
-    from cpd.latency_model import ModelProfile
-    from cpd.report import Report
-    from cpd.sensitivity import Sensitivity
-    from cpd.sweep import Sweep
+    from cpd.coupling.cost import FrozenShare
+    from cpd.deploy.latency import LatencyTable
+    from cpd.deploy.latency_model import ModelProfile
+    from cpd.jobs.sensitivity import Sensitivity
+    from cpd.jobs.sweep import Sweep
+    from cpd.report.report import Report
 
 MEMBERS_SHOWN = 3
 PLACES_SHOWN = 2

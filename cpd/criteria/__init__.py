@@ -12,13 +12,13 @@ from typing import TypeAlias
 from torch import Tensor
 
 from cpd.criteria.apoz import apoz
+from cpd.criteria.context import Setting
 from cpd.criteria.first_order import snip, taylor
 from cpd.criteria.fisher import fisher
 from cpd.criteria.hessian import frobenius, trace
 from cpd.criteria.magnitude import bn_scale, fpgm, lamp, magnitude
 from cpd.criteria.obs import obs
-from cpd.criteria.setting import Setting
-from cpd.criteria.uniform import uniform
+from cpd.criteria.random_scores import uniform
 
 Criterion: TypeAlias = Callable[[Setting], dict[str, Tensor]]
 

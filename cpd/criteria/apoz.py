@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpd.calls import LayerCall, LayerCalls, seen
-from cpd.criteria.setting import Setting
-from cpd.criteria.sites import CallSites
-from cpd.gates import Site
+from cpd.criteria.activation_gates import CallSites
+from cpd.criteria.context import Setting
+from cpd.criteria.gates import Site
+from cpd.trace.layer_calls import LayerCall, LayerCalls, seen
 
 
 def apoz(setting: Setting) -> dict[str, Tensor]:

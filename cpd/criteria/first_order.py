@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cpd.criteria.setting import Setting
-from cpd.gates import Gates
+from cpd.criteria.context import Setting
+from cpd.criteria.gates import Gates
 
 
 def taylor(setting: Setting) -> dict[str, Tensor]:

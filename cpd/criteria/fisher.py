@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpd.criteria.setting import LOSS_SCALE, Setting
-from cpd.criteria.sites import CallSites, sample_gradients
+from cpd.criteria.activation_gates import CallSites, sample_gradients
+from cpd.criteria.context import LOSS_SCALE, Setting
 
 
 def fisher(setting: Setting) -> dict[str, Tensor]:

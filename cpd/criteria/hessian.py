@@ -15,9 +15,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cpd.criteria.setting import Setting
-from cpd.gates import Gates, parameters_of
-from cpd.inputs import Batch
+from cpd.criteria.context import Setting
+from cpd.criteria.gates import Gates, parameters_of
+from cpd.model.inputs import Batch
 
 #: How far the gates, which are 1, move at least. Networks of ReLUs have a gradient that jumps: over a short step the
 #: difference is a few jumps divided by next to nothing (its square grows as 1 / step). A step that crosses many

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cpd.criteria.setting import Setting
-from cpd.gates import Gates, Site, parameters_of, slices
+from cpd.criteria.context import Setting
+from cpd.criteria.gates import Gates, Site, parameters_of, slices
 
 
 def magnitude(setting: Setting, p: float = 2) -> dict[str, Tensor]:

@@ -22,11 +22,11 @@ import math
 import torch
 from torch import Tensor
 
-from cpd.calls import LayerCall, matrix
-from cpd.criteria.setting import Setting
-from cpd.criteria.sites import CallSites, sample_gradients
-from cpd.gates import Site
-from cpd.inputs import logits
+from cpd.criteria.activation_gates import CallSites, sample_gradients
+from cpd.criteria.context import Setting
+from cpd.criteria.gates import Site
+from cpd.model.inputs import logits
+from cpd.trace.layer_calls import LayerCall, matrix
 
 #: Added to the covariance, relative to the mean variance of a feature.
 DAMPING = 1e-3

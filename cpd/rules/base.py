@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from cpd import axes
-from cpd.axes import Dim, Fixed
-from cpd.ties import Tie
-from cpd.tracer import OperationGraph, line_of, op_name, owner, shape_of
+from cpd.algebra import axes
+from cpd.algebra.axes import Dim, Fixed
+from cpd.algebra.ties import Tie
+from cpd.trace.tracer import OperationGraph, line_of, op_name, owner, shape_of
 
 Shape: TypeAlias = tuple[Dim, ...]
 #: What a node gives: the dimensions of one tensor, or of several.
@@ -46,7 +46,7 @@ class Literal:
 class Context:
     """State of one comb: the dimensions of every node so far, and the demands met on the way.
 
-    `in_sight` keeps, for each module asked about, the nodes whose results its forward sees (`cpd.constants`).
+    `in_sight` keeps, for each module asked about, the nodes whose results its forward sees (`cpd.proof.constants`).
     """
 
     graph: OperationGraph

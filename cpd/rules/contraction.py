@@ -6,10 +6,10 @@ from typing import Any
 
 from torch.fx import Node
 
-from cpd import axes
-from cpd.axes import Dim, Fixed
+from cpd.algebra import axes
+from cpd.algebra.axes import Dim, Fixed
 from cpd.rules.base import Context, Shape, Value, broadcast, rule
-from cpd.tracer import op_name, shape_of
+from cpd.trace.tracer import op_name, shape_of
 
 #: Why kernels are frozen; `comb` lists no group for them.
 KERNEL = "kernel of a convolution"
@@ -147,7 +147,7 @@ def spell(term: str, rank: int) -> list[str]:
 def attention(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """softmax(q k^T * scale + mask) v with q [*, L, E], k [*, S, E], v [*, S, V] gives [*, L, V].
 
-    The default scale is 1/sqrt(E); comb keeps its old value (see `cpd.constants`).
+    The default scale is 1/sqrt(E); comb keeps its old value (see `cpd.proof.constants`).
     """
     query, key, value = (ctx.shape(args[name]) for name in ("query", "key", "value"))
     ctx.unify(query[-1], key[-1], node, _MEETS_FIXED)

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch.fx import Node
 
-from cpd import axes
-from cpd.axes import Axis, Dim, Fixed
+from cpd.algebra import axes
+from cpd.algebra.axes import Axis, Dim, Fixed
+from cpd.algebra.ties import Tie
 from cpd.rules.base import Context, Shape, Value, fixed, rule, tensor_inputs
-from cpd.ties import Tie
-from cpd.tracer import op_name, shape_of
+from cpd.trace.tracer import op_name, shape_of
 
 _NO_END = 2**62
 

@@ -1,6 +1,6 @@
 """Normalisation: parameters that lie along a dimension, and statistics taken over one.
 
-Statistics over a removable dimension are taken over the kept positions after shrinking; `cpd.exactness` marks
+Statistics over a removable dimension are taken over the kept positions after shrinking; `cpd.coupling.exactness` marks
 such groups inexact.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.fx import Node
 
-from cpd import axes
+from cpd.algebra import axes
 from cpd.rules.base import Context, Value, rule
 
 _FIXED = "normalised with parameters that are fixed"

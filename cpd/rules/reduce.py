@@ -6,9 +6,9 @@ from typing import Any
 
 from torch.fx import Node
 
-from cpd.axes import Fixed
+from cpd.algebra.axes import Fixed
 from cpd.rules.base import Context, Value, broadcast, fixed, rule, tensor_inputs
-from cpd.tracer import op_name, shape_of
+from cpd.trace.tracer import op_name, shape_of
 
 
 @rule(

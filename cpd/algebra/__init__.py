@@ -1,0 +1,1 @@
+"""Dimensions as expressions over axes, count ties, sums of products; no torch."""

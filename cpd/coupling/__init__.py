@@ -1,0 +1,1 @@
+"""The coupling groups of a model, whether they are exact, and what any widths cost."""

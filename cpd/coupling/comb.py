@@ -1,0 +1,378 @@
+"""Comb: find which channels must go together, and prove that each group can.
+
+    trace -> the algebra over every operation (`cpd.rules`) -> proof on narrower copies (`cpd.proof`)
+          -> exactness (`cpd.coupling.exactness`) -> groups
+
+The model is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cpd.algebra import axes, ties
+from cpd.algebra.axes import Axis, Dim, Fixed, Mask
+from cpd.algebra.ties import Tie
+from cpd.coupling.cost import Cost, FrozenShare
+from cpd.coupling.exactness import Exactness
+from cpd.errors import PlanError
+from cpd.model.inputs import check_model
+from cpd.plan import Plan, Rescale
+from cpd.proof.auxiliary import auxiliary_graph
+from cpd.proof.constants import Scale, attention_scales
+from cpd.proof.proof import Proof, edits
+from cpd.proof.provenance import Place
+from cpd.rules import Context, infer
+from cpd.rules.contraction import KERNEL
+from cpd.surgery.shrink import named_tensors
+from cpd.trace.tracer import OperationGraph, trace
+
+
+@dataclass(frozen=True)
+class Member:
+    """A dimension of a parameter or buffer that a group lies along.
+
+    Attributes:
+        tensor: name of the parameter or buffer.
+        dim: which of its dimensions.
+        contracted: whether an op sums over it (the consumer's side), rather than giving it.
+    """
+
+    tensor: str
+    dim: int
+    contracted: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.tensor} dim {self.dim}"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Positions that are removed together from every member.
+
+    Attributes:
+        name: the layer that gives the channels, with a number where it gives several groups.
+        size: number of positions.
+        minimum: how many positions must stay.
+        frozen: None if prunable, else the reason why not.
+        exact: whether removing a position gives what zeroing it gives in the unpruned model.
+        inexact: if not exact, the op that mixes over the group.
+        members: every dimension of a tensor that the group lies along.
+        ties: for each count tie that the group takes part in, its reason.
+    """
+
+    name: str
+    size: int
+    minimum: int
+    frozen: str | None
+    exact: bool
+    inexact: str | None
+    members: tuple[Member, ...]
+    ties: tuple[str, ...]
+    axis: Axis = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True, repr=False)
+class Comb:
+    """The coupling groups of a model, and all that is needed to plan over them.
+
+    Attributes:
+        groups: every group in the order of the model's operations, prunable or frozen.
+        graph: the operations as a `networkx.DiGraph`, each node with `op`, `module`, `shape`, `line` and `groups`.
+        unknown: ATen ops without a rule; what they touch is frozen.
+    """
+
+    groups: tuple[Group, ...]
+    operations: OperationGraph
+    context: Context
+    dims: Mapping[str, tuple[Dim, ...]]
+    attributes: Mapping[Place, Dim]
+    scales: tuple[Scale, ...]
+    model: nn.Module
+
+    def __repr__(self) -> str:
+        """How many groups there are; `groups` lists them."""
+        return f"Comb({type(self.model).__name__}: {len(self.groups)} groups, {len(self.open)} of them open)"
+
+    @property
+    def open(self) -> tuple[Group, ...]:
+        """The groups that can be pruned."""
+        return tuple(group for group in self.groups if group.frozen is None)
+
+    @property
+    def ties(self) -> tuple[Tie, ...]:
+        """Pairs of dimensions that must keep equally many positions."""
+        return tuple(self.context.ties)
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """ATen ops without a rule."""
+        return tuple(self.context.unknown)
+
+    @cached_property
+    def graph(self) -> nx.DiGraph:
+        """The operations, each with the names of the groups that its result carries."""
+        graph = self.operations.digraph()
+        names = {group.axis: group.name for group in self.groups}
+        for node in self.operations.nodes:
+            found = [axis for dim in self.context.dims_of(node) for axis in axes.leaves(dim)]
+            label = self.operations.tensors.get(node.name, node.name)
+            graph.nodes[label]["groups"] = list(dict.fromkeys(names[axis] for axis in found if axis in names))
+        return graph
+
+    @cached_property
+    def cost(self) -> Cost:
+        """MACs, parameters and activations of any widths, from the graph's shapes alone."""
+        return Cost(self.context, self.dims, named_tensors(self.model))
+
+    @cached_property
+    def open_share(self) -> dict[str, float]:
+        """The share of parameters, and of MACs, that lie in at least one open group."""
+        return self.cost.open_share()
+
+    @cached_property
+    def frozen_share(self) -> tuple[FrozenShare, ...]:
+        """The rest of `open_share` by reason, most costly first."""
+        return self.cost.frozen_share()
+
+    def narrowed(self, model: nn.Module, plan: Plan) -> Comb:
+        """The groups of `model`, this comb's model with `plan` applied to it, for scoring: no trace, no proof.
+
+        Its groups and `dims` are those of the narrower model; its operations, and with them its cost and what it
+        plans, remain those of the unpruned one.
+        """
+        sizes = {group.axis: len(plan.groups[group.name]) for group in self.groups}
+        others = {axis: Axis(size) for axis, size in sizes.items() if size < axis.size}
+        groups = tuple(
+            replace(group, size=sizes[group.axis], axis=others.get(group.axis, group.axis)) for group in self.groups
+        )
+        dims = {name: tuple(axes.substitute(dim, others) for dim in found) for name, found in self.dims.items()}
+        return replace(self, groups=groups, dims=dims, model=model)
+
+    def plan(self, keep: Mapping[str, Any], *, strict: bool = False) -> Plan:
+        """Make a plan that keeps the given positions.
+
+        Args:
+            keep: {group name: positions kept, as indices}; groups not named keep everything.
+            strict: raise where a tie or a minimum demands that more is kept, rather than keeping more.
+
+        Raises:
+            PlanError: a group is unknown, frozen or emptied, a position is out of range, or, if `strict`,
+                a tie or a minimum is broken.
+        """
+        named = {group.name: group for group in self.groups}
+        masks = {named[name].axis: _mask(named, name, positions) for name, positions in keep.items() if name in named}
+        unknown = sorted(set(keep) - set(named))
+        if unknown:
+            raise PlanError(f"Unknown groups {unknown}; comb.groups lists the names.")
+        masks, adjusted = self._honour_ties(masks, strict)
+        return self._build(masks, adjusted)
+
+    def _honour_ties(self, masks: dict[Axis, Mask], strict: bool) -> tuple[dict[Axis, Mask], list[str]]:
+        """Keep more where a tie or a minimum demands it: the first of the removed positions come back."""
+        counts = {group.axis: int(masks[group.axis].sum()) for group in self.open if group.axis in masks}
+        counts.update({group.axis: group.size for group in self.open if group.axis not in masks})
+        needed = ties.repair(counts, self.context.ties)
+        adjusted = []
+        names = {group.axis: group for group in self.groups}
+        for axis, count in needed.items():
+            if count == counts.get(axis, axis.size):
+                continue
+            group = names[axis]
+            why = axis.why_minimum if counts[axis] < axis.minimum else group.ties[0]
+            sentence = f"{group.name} keeps {count} of {group.size} rather than {counts[axis]}: {why}"
+            if strict:
+                raise PlanError(f"{sentence}. Leave strict=False to keep more.")
+            mask = masks[axis].copy()
+            mask[np.flatnonzero(~mask)[: count - counts[axis]]] = True
+            masks[axis] = mask
+            adjusted.append(sentence)
+        return masks, adjusted
+
+    def _build(self, masks: Mapping[Axis, Mask], adjusted: Sequence[str]) -> Plan:
+        kept: dict[str, dict[int, Tensor]] = {}
+        for name, dims in self.dims.items():
+            for index, dim in enumerate(dims):
+                stays = axes.mask(dim, masks)
+                if not stays.all():
+                    kept.setdefault(name, {})[index] = torch.from_numpy(np.flatnonzero(stays))
+        counts = {axis: int(mask.sum()) for axis, mask in masks.items()}
+        return Plan(
+            kept=kept,
+            groups={
+                group.name: tuple(np.flatnonzero(masks[group.axis]).tolist())
+                if group.axis in masks
+                else tuple(range(group.size))
+                for group in self.groups
+            },
+            shapes={name: tuple(dim.size for dim in self.dims[name]) for name in kept},
+            attributes=tuple(edits(self.model, self.attributes, counts)),
+            rescales=tuple(
+                Rescale(tensor, 0, positions, scale.factor(counts))
+                for scale in self.scales
+                if scale.change(counts) != 1
+                for tensor, positions in scale.rows
+            ),
+            adjusted=tuple(adjusted),
+        )
+
+
+def _mask(named: Mapping[str, Group], name: str, positions: Any) -> Mask:
+    """The kept positions of a group as a mask, checked."""
+    group = named[name]
+    index = np.asarray(positions.tolist() if isinstance(positions, Tensor) else list(positions))
+    if index.size == 0:
+        raise PlanError(f"The plan empties {name}; keep at least one of its {group.size} positions.")
+    if index.dtype.kind not in "iu" or index.min() < 0 or index.max() >= group.size:
+        raise PlanError(f"Positions of {name} must be integers from 0 to {group.size - 1}; got {index.tolist()[:8]}.")
+    mask = np.zeros(group.size, dtype=np.bool_)
+    mask[index] = True
+    if group.frozen is not None and not mask.all():
+        raise PlanError(f"{name} cannot be pruned: {group.frozen}.")
+    return mask
+
+
+def comb(model: nn.Module, example_inputs: Any) -> Comb:
+    """Find the coupling groups of `model`; the model is never changed.
+
+    Args:
+        model: any module that `torch.export` can trace in eval mode.
+        example_inputs: a tensor, a tuple, or `(tuple, dict)`.
+
+    Returns:
+        A `Comb`: `groups`, `graph`, and `plan(...)`.
+
+    Raises:
+        InputError: if `model` is no module, or fails on `example_inputs`.
+        TraceError: if the model cannot be exported.
+    """
+    check_model(model)
+    graph = trace(model, example_inputs)
+    ctx = Context(graph)
+    tensors = _propagate(ctx, model, {})
+    auxiliary = auxiliary_graph(model, graph)
+    if auxiliary is not None:
+        _follow(Context(auxiliary, ties=ctx.ties, contracted=ctx.contracted, unknown=ctx.unknown), model, tensors)
+    named = named_tensors(model)
+    dims = {name: tensors[name] for name in named if name in tensors}
+    _freeze_tables(ctx, dims, named)
+    proof = Proof(model, ctx, dims, in_train_mode=auxiliary is not None)
+    proof.formulas.update({(scale.node, "scale"): [scale] for scale in attention_scales(ctx)})
+    proof.run()
+    inexact = Exactness(ctx).inexact
+    for scale in proof.scales:
+        for axis in axes.leaves(scale.dim) if not scale.rows else ():
+            inexact.setdefault(axis, ctx.reason(scale.node, "a constant of the forward depends on this width"))
+    groups = _groups(ctx, dims, inexact)
+    return Comb(groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model)
+
+
+def _follow(ctx: Context, model: nn.Module, tensors: dict[str, tuple[Dim, ...]]) -> None:
+    """Run the algebra over the graph in train mode too; widths that only it knows stay as they are."""
+    known = set(tensors)
+    _propagate(ctx, model, tensors)
+    shared = {axis for name in known for dim in tensors[name] for axis in axes.leaves(dim)}
+    for name in tensors.keys() - known:
+        for axis in {axis for dim in tensors[name] for axis in axes.leaves(dim)} - shared:
+            axes.freeze(axis, "used in train mode alone")
+
+
+def _propagate(ctx: Context, model: nn.Module, tensors: dict[str, tuple[Dim, ...]]) -> dict[str, tuple[Dim, ...]]:
+    """Run the algebra over the graph; the dimensions of every parameter and buffer, under all its names.
+
+    Args:
+        ctx: holds the graph.
+        model: the model.
+        tensors: the dimensions known so far; those of the others are added.
+    """
+    first_name: dict[int, str] = {}
+    state = named_tensors(model)
+    aliases = {name: first_name.setdefault(id(tensor), name) for name, tensor in state.items()}
+    for node in ctx.graph.nodes:
+        if node.op == "placeholder":
+            name = aliases.get(ctx.graph.tensors.get(node.name, ""))
+            shape = tuple(node.meta["val"].shape) if isinstance(node.meta.get("val"), Tensor) else ()
+            if name is not None and node.users:
+                ctx.values[node] = tensors.setdefault(name, tuple(Axis(s) if s > 1 else Fixed(s) for s in shape))
+            else:
+                ctx.values[node] = tuple(Fixed(int(size)) for size in shape)
+        elif node.op == "call_function":
+            ctx.values[node] = infer(ctx, node)
+        elif node.op == "output":
+            for source in node.all_input_nodes:
+                for dim in ctx.dims_of(source):
+                    ctx.freeze(dim, source, "the model's output")
+    own = {axis for dims in tensors.values() for dim in dims for axis in axes.leaves(dim)}
+    for node in ctx.values:
+        for dim in ctx.dims_of(node):
+            for axis in axes.leaves(dim):
+                if axis not in own:
+                    axes.freeze(axis, "no parameter lies along it")
+    for axis in own:
+        if axis.size == 1:
+            axes.freeze(axis, "a single position")
+    for name, shared in aliases.items():
+        if shared in tensors:
+            tensors[name] = tensors[shared]
+    return tensors
+
+
+def _freeze_tables(ctx: Context, dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> None:
+    """Freeze what buffers alone give: like an input, it is no layer's to narrow (and a forward may compute it anew)."""
+    given: set[Axis] = set()
+    tables: dict[Axis, str] = {}
+    for name, shape in dims.items():
+        for index, dim in enumerate(shape):
+            for axis in axes.leaves(dim):
+                if not isinstance(tensors[name], nn.Parameter):
+                    tables.setdefault(axis, name)
+                elif (name, index) not in ctx.contracted:
+                    given.add(axis)
+    for axis, name in tables.items():
+        if axis not in given:
+            axes.freeze(axis, f"given by the buffer {name} alone")
+
+
+def _groups(ctx: Context, dims: Mapping[str, tuple[Dim, ...]], inexact: Mapping[Axis, str]) -> tuple[Group, ...]:
+    """One group an axis, named by the first tensor that gives it; space and kernels are left out."""
+    members: dict[Axis, list[Member]] = {}
+    for name, shape in dims.items():
+        for index, dim in enumerate(shape):
+            for axis in dict.fromkeys(axes.leaves(dim)):
+                members.setdefault(axis, []).append(Member(name, index, (name, index) in ctx.contracted))
+    reasons: dict[Axis, list[str]] = {}
+    for tie in ctx.ties:
+        for axis in tie.axes:
+            reasons.setdefault(axis, []).append(tie.reason)
+    taken: dict[str, int] = {}
+    found = []
+    for axis, places in members.items():
+        if axis.frozen is not None and axis.frozen.startswith(KERNEL):
+            continue
+        first = next((place for place in places if not place.contracted and place.dim == 0), places[0])
+        layer = first.tensor.removesuffix(".weight")
+        taken[layer] = taken.get(layer, 0) + 1
+        name = layer if taken[layer] == 1 else f"{layer}#{taken[layer]}"
+        why = inexact.get(axis)
+        found.append(
+            Group(
+                name=name,
+                size=axis.size,
+                minimum=axis.minimum,
+                frozen=axis.frozen,
+                exact=why is None,
+                inexact=why,
+                members=tuple(places),
+                ties=tuple(reasons.get(axis, ())),
+                axis=axis,
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,79 @@
+"""Score: one number for every position of every open group; the lowest go first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpd.coupling.comb import Comb
+from cpd.criteria import CRITERIA, Criterion, Setting
+from cpd.errors import InputError, TrainingError
+from cpd.model.inputs import check_model
+
+#: Name -> dtype of mixed precision.
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def score(
+    model: nn.Module,
+    comb: Comb,
+    data: Iterable[Any] | None = None,
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    criterion: str | Criterion = "hessian",
+    limit: int = 16,
+    probes: int = 1,
+    seed: int = 0,
+    training: bool = False,
+    precision: str | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Score every position of every open group; `cpd.selection.selector` weighs scores against what a position saves.
+
+    Args:
+        model: the unpruned model; left as it was.
+        comb: its comb.
+        data: batches of (input, target), mappings, or None for criteria that need none.
+        loss: `loss(output, target) -> scalar`, the mean over the batch; None infers cross-entropy for class targets.
+        criterion: a name in `cpd.criteria.CRITERIA`, or a callable of a `cpd.criteria.Setting` that returns
+            {group name: Tensor[size]}.
+        limit: at most this many batches are read.
+        probes: random vectors a batch, for `hessian`.
+        seed: for those, and for dropout in train mode.
+        training: whether the model runs in train mode; its buffers are as before at the end.
+        total: sums a tensor over several processes, each of which has a share of the batches (`cpd.processes.total`).
+        precision: "bf16" or "fp16" for mixed precision (`torch.autocast`); None computes in the weights' dtype.
+
+    Returns:
+        {group name: Tensor[size]} on the CPU, float64.
+
+    Raises:
+        InputError: an unknown criterion or precision, or one that does not score every group.
+        TrainingError: no data where it is needed, no batch, or a loss that is not finite.
+    """
+    check_model(model)
+    if isinstance(criterion, str) and criterion not in CRITERIA:
+        raise InputError(f"Unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}.")
+    if precision is not None and precision not in PRECISIONS:
+        raise InputError(f"Unknown precision {precision!r}; known are {', '.join(PRECISIONS)}, or None.")
+    function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
+    dtype = None if precision is None else PRECISIONS[precision]
+    setting = Setting(model, comb, data, loss, limit, probes, seed, training, dtype)
+    scores = function(setting if total is None else replace(setting, total=total))
+    result = {}
+    for group in comb.open:
+        value = scores.get(group.name)
+        if value is None or tuple(value.shape) != (group.size,):
+            raise InputError(
+                f"The criterion gave {'no score' if value is None else list(value.shape)} for {group.name}; it must "
+                f"return a tensor of {group.size} numbers for it, as for every group of comb.open."
+            )
+        value = value.detach().to("cpu", torch.float64)
+        if not bool(torch.isfinite(value).all()):
+            raise TrainingError(f"The scores of {group.name} are not finite: check the data and the loss.")
+        result[group.name] = value
+    return result

@@ -1,0 +1,1 @@
+"""What runs the result: export, timing, prediction of latency, quantization."""

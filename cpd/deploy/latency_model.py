@@ -1,0 +1,388 @@
+"""Latency of any widths of one model on this machine, without exporting them.
+
+The profile of the unpruned model in ONNX Runtime says what each node takes there. A convolution or matrix product is
+scaled by how its time changes with its widths (`cpd.deploy.kernels`), everything else by the size of its tensors,
+which is what memory-bound operations follow. Candidates that were exported and timed correct what is left.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from cpd.algebra import axes
+from cpd.algebra.axes import Axis, Dim
+from cpd.algebra.polynomials import Numbers, ProductSums
+from cpd.coupling.comb import Comb
+from cpd.coupling.comb import comb as make_comb
+from cpd.deploy.kernels import KernelTimes, MatrixProduct
+from cpd.deploy.latency import LatencyProbe
+from cpd.deploy.profiling import NodeTime
+from cpd.deploy.workload import Contraction, Workload, workload
+from cpd.surgery.shrink import shrink
+
+#: What a node costs however small its tensors are, in ms.
+CALL_MS = 0.002
+#: A position's saving is the mean over so many that go with it, at most half of the width: over teeth of the saw.
+SPAN = 32
+#: Channels that ONNX Runtime's own layout fills up to at most: those of one vector of AVX-512.
+VECTOR = 16
+#: No kernel is predicted to take less than this share of its time alone.
+LEAST = 0.3
+
+
+@dataclass(frozen=True)
+class Share:
+    """Part of the unpruned model's time.
+
+    Attributes:
+        op: ONNX Runtime's operator, or several.
+        nodes: how many nodes.
+        ms: the time of all nodes of this kind and size in ms.
+        contractions: the operations that these are, which share it equally.
+        tensors: the tensors of that size, or all where there is none: those that the time of what is no contraction
+            follows.
+    """
+
+    op: str
+    nodes: int
+    ms: float
+    contractions: tuple[Contraction, ...] = ()
+    tensors: tuple[tuple[Dim, ...], ...] = ()
+
+
+class LatencyModel:
+    """Predicts latencies of narrower copies of one model.
+
+    Args:
+        comb: the comb of the model.
+        nodes: its profile, unpruned.
+        times: times of kernels.
+        tick: called with how many of how many kernels are measured.
+
+    Attributes:
+        original_ms: the sum of the times of all nodes, unpruned; little is spent between them.
+        shares: what it consists of.
+    """
+
+    def __init__(
+        self,
+        comb: Comb,
+        nodes: Sequence[NodeTime],
+        times: KernelTimes,
+        tick: Callable[[int, int], None] | None = None,
+    ) -> None:
+        work = workload(comb.context)
+        self.shares = _assigned(nodes, work)
+        self.original_ms = sum(share.ms for share in self.shares)
+        self._times = times
+        constant, products, weights = _elementwise(self.shares)
+        timed = [(item, share.ms / len(share.contractions)) for share in self.shares for item in share.contractions]
+        moving = [(item, ms) for item, ms in timed if _open(item)]
+        self._constant = constant + sum(ms for item, ms in timed if not _open(item))
+        # the widths of contractions are evaluated along with the rest, as products that weigh nothing
+        own = [(dim,) for item, _ in moving for pair in item.widths.values() for part in pair for dim in part]
+        self._sums = ProductSums([*products, *own], [[weight] for weight in (*weights, *(0.0 for _ in own))], figures=1)
+        self._items = [_Item(item, ms, self._sums.places) for item, ms in moving]
+        self._users = {axis: [item for item in self._items if axis in item.axes] for axis in self._sums.axes}
+        times.prepare([(item.anchor, _open(item)) for item, _ in moving], tick)
+        alone = {item: times.time(item.contraction.anchor, item.contraction.anchor) for item in self._items}
+        self._pace = sum(item.ms for item in self._items) / max(sum(alone.values()), 1e-9)
+        self._excess = {item: item.ms - self._pace * alone[item] for item in self._items}
+        self._least = {item: min(LEAST, item.ms / max(self._pace * alone[item], 1e-9)) for item in self._items}
+        self._observed: list[tuple[float, float]] = []
+
+    def milliseconds(self, counts: Mapping[Axis, int]) -> float:
+        """The sum of all nodes' times at these widths, in ms, not corrected by what was observed."""
+        widths = self._sums.widths(counts)[None]
+        values = self._sums.dims(widths)[0]
+        return self._constant + float(self._sums(widths)[0, 0]) + sum(self._ms(item, values) for item in self._items)
+
+    def speedup(self, counts: Mapping[Axis, int]) -> float:
+        """How many times as fast as the unpruned model these widths are, corrected by what was observed."""
+        raw = math.log(self.original_ms / self.milliseconds(counts))
+        predicted, measured = np.array(sorted([(0.0, 0.0), *self._observed])).T
+        if raw >= predicted[-1]:  # beyond all measurements: off by as much as the last
+            return math.exp(raw + measured[-1] - predicted[-1])
+        return math.exp(float(np.interp(raw, predicted, measured)) if raw > 0 else raw)
+
+    def observe(self, counts: Mapping[Axis, int], speedup: float) -> None:
+        """Learn from a measurement."""
+        self._observed.append((math.log(self.original_ms / self.milliseconds(counts)), math.log(max(speedup, 1e-3))))
+
+    def slopes(self, counts: Mapping[Axis, int]) -> dict[Axis, float]:
+        """The ms that one position less of each open axis saves at these widths."""
+        widths = self._sums.widths(counts)
+        spans = np.maximum(np.minimum(widths // 2, SPAN), 1)
+        before = self._sums.dims(widths[None])[0]
+        after = self._sums.dims(np.maximum(widths[None] - np.diag(spans), 1))
+        rest = self._sums.slopes(widths)[:, 0]
+        found = {}
+        for index, axis in enumerate(self._sums.axes):
+            saved = sum(self._ms(item, before) - self._ms(item, after[index]) for item in self._users[axis])
+            found[axis] = max(saved / int(spans[index]) + float(rest[index]), 0.0)
+        return found
+
+    def local(self, counts: Mapping[Axis, int]) -> dict[Axis, float]:
+        """The ms of all contractions that carry each open axis."""
+        values = self._sums.dims(self._sums.widths(counts)[None])[0]
+        return {axis: sum(self._ms(item, values) for item in users) for axis, users in self._users.items()}
+
+    def by_share(self, counts: Mapping[Axis, int]) -> list[float]:
+        """The ms of each of `shares` at these widths."""
+        values = self._sums.dims(self._sums.widths(counts)[None])[0]
+        of = {id(item.contraction): self._ms(item, values) for item in self._items}
+        found = []
+        for share in self.shares:
+            if share.contractions:
+                each = share.ms / len(share.contractions)
+                found.append(sum(of.get(id(item), each) for item in share.contractions))
+                continue
+            fixed, whole = min(share.ms, CALL_MS), sum(_size(shape, {}) for shape in share.tensors)
+            left = sum(_size(shape, counts) for shape in share.tensors) / whole if whole else 1.0
+            found.append(fixed + (share.ms - fixed) * left)
+        return found
+
+    def _ms(self, item: _Item, values: Numbers) -> float:
+        """The time of one contraction where its dimensions have these sizes."""
+        anchor = item.contraction.anchor
+        kernel = item.contraction.kernel(lambda dim: int(values[item.places[dim]]))
+        alone = self._pace * self._times.time(kernel, anchor)
+        # what it takes in the model and not alone is the memory's doing, so it follows the memory that is touched
+        return max(alone + self._excess[item] * kernel.elements / anchor.elements, self._least[item] * alone)
+
+
+def _size(shape: Sequence[Dim], counts: Mapping[Axis, int]) -> int:
+    return math.prod(axes.count(dim, counts) for dim in shape)
+
+
+class _Item:
+    """A contraction whose widths may change, and its time in the unpruned model."""
+
+    def __init__(self, contraction: Contraction, ms: float, places: Mapping[Dim, int]) -> None:
+        self.contraction, self.ms = contraction, ms
+        dims = {dim for pair in contraction.widths.values() for part in pair for dim in part}
+        self.places = {dim: places[axes.resolve(dim)] for dim in dims}
+        self.axes = {axis for dim in dims for axis in axes.leaves(dim)}
+
+
+def _open(item: Contraction) -> list[str]:
+    """The widths of a contraction that have an axis which may be pruned."""
+    return [
+        name
+        for name, pair in item.widths.items()
+        if any(axes.is_open(axes.resolve(dim)) for part in pair for dim in part)
+    ]
+
+
+Key = tuple[int | str, ...]
+
+
+def _assigned(nodes: Sequence[NodeTime], work: Workload) -> list[Share]:
+    """The nodes of a profile beside the operations that they are, alike ones together.
+
+    ONNX Runtime fills channels up to whole vectors in its own layout, so what differs by less than that is alike.
+    """
+    contractions: dict[Key, list[Contraction]] = {}
+    for item in work.contractions:
+        for key in _keys(item):
+            contractions.setdefault(key, []).append(item)
+    tensors: dict[Key, list[tuple[Dim, ...]]] = {}
+    for dims in work.tensors:
+        sizes = tuple(dim.size for dim in dims)
+        for key in dict.fromkeys((("tensor", math.prod(sizes)), ("filled", math.prod(_filled(sizes))))):
+            tensors.setdefault(key, []).append(dims)
+    every = [dims for dims in work.tensors if dims]
+    tally: dict[Key, tuple[dict[str, None], list[float]]] = {}
+    for node in nodes:
+        largest = max((*node.inputs, *node.outputs), key=math.prod, default=())
+        candidates = (_key(node), ("tensor", math.prod(largest)), ("filled", math.prod(_filled(largest))))
+        found = next((key for key in candidates if key in contractions or key in tensors), candidates[-1])
+        ops, times = tally.setdefault(found, ({}, []))
+        ops[node.op] = None
+        times.append(node.ms)
+    return [
+        Share(", ".join(ops), len(times), sum(times), tuple(contractions.get(key, ())), tuple(tensors.get(key, every)))
+        for key, (ops, times) in tally.items()
+    ]
+
+
+def _keys(item: Contraction) -> tuple[Key, ...]:
+    """What a contraction may be called in a profile: a convolution also without its weight."""
+    shape = tuple(dim.size for dim in item.result)
+    if isinstance(item.anchor, MatrixProduct):
+        return (_product(shape, item.anchor.input_shape),)
+    weight, source = item.anchor.weight_shape, item.anchor.input_shape
+    return _convolution("weight", shape, weight), _convolution("input", shape, source)
+
+
+def _key(node: NodeTime) -> Key:
+    """What a node that may be a contraction is called; nothing for others. Weights that were packed are missing."""
+    if not node.inputs or not node.outputs:
+        return ()
+    if "Conv" in node.op:
+        source, *others = node.inputs
+        if others and len(others[0]) == len(source):
+            return _convolution("weight", node.outputs[0], others[0])
+        return _convolution("input", node.outputs[0], source)
+    if "MatMul" in node.op or "Gemm" in node.op:
+        return _product(node.outputs[0], node.inputs[0])
+    return ()
+
+
+def _product(result: Sequence[int], source: Sequence[int]) -> Key:
+    return "product", math.prod(result), source[-1] if source else 1
+
+
+def _convolution(by: str, result: Sequence[int], other: Sequence[int]) -> Key:
+    """By its result and its weight, or by its result and its input."""
+    return by, *_filled(result), other[1] if other[1] == 1 else _full(other[1]), *other[2:]
+
+
+def _filled(shape: Sequence[int]) -> tuple[int, ...]:
+    return (shape[0], _full(shape[1]), *shape[2:]) if len(shape) > 2 else tuple(shape)
+
+
+def _full(channels: int) -> int:
+    return VECTOR * math.ceil(channels / VECTOR)
+
+
+def _elementwise(shares: Sequence[Share]) -> tuple[float, list[tuple[Dim, ...]], list[float]]:
+    """Of all that is no contraction: ms that do not depend on widths, and products of dimensions with their weights."""
+    constant = 0.0
+    products: list[tuple[Dim, ...]] = []
+    weights: list[float] = []
+    for share in shares:
+        if share.contractions:
+            continue
+        whole = sum(_size(shape, {}) for shape in share.tensors)
+        fixed = min(share.ms, CALL_MS) if whole else share.ms
+        constant += fixed
+        products += share.tensors
+        weights += [(share.ms - fixed) / max(whole, 1)] * len(share.tensors)
+    return constant, products, weights
+
+
+# ---------------------------------------------------------------------------------- a profile to look at
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """The time of all nodes of one operator, or of several that could not be told apart.
+
+    Attributes:
+        op: ONNX Runtime's operator.
+        nodes: how many nodes.
+        ms: their time in the unpruned model.
+        half_ms: their predicted time where every group keeps half.
+    """
+
+    op: str
+    nodes: int
+    ms: float
+    half_ms: float
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A narrower copy that was exported and timed, to see how good the prediction is.
+
+    Attributes:
+        macs_left: its share of the MACs.
+        predicted: the speed-up predicted before.
+        measured: the speed-up measured.
+    """
+
+    macs_left: float
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class ModelProfile:
+    """Where a model's time goes on this machine.
+
+    Attributes:
+        total_ms: the time of all nodes.
+        threads: ONNX Runtime's threads.
+        operators: the most costly first.
+        kernels: how many kernels are known on this machine, and in what file.
+        file: that file.
+        checks: narrower copies that were timed.
+    """
+
+    total_ms: float
+    threads: int
+    operators: tuple[OperatorTime, ...]
+    kernels: int
+    file: str
+    checks: tuple[Checked, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for `json.dumps`."""
+        return asdict(self)
+
+    def told(self) -> list[str]:
+        """What a table does not say, sentence by sentence."""
+        found = [f"{self.kernels} kernels are known on this machine: {self.file}"]
+        found += [
+            f"At {item.macs_left:.1%} of the MACs: predicted {item.predicted:.2f} times as fast, measured "
+            f"{item.measured:.2f} ({item.predicted / item.measured - 1:+.1%})."
+            for item in self.checks
+        ]
+        return found
+
+
+def profile_model(
+    model: nn.Module, example_inputs: Any, *, threads: int = 1, check: int = 0, seconds: float = 5.0, seed: int = 0
+) -> ModelProfile:
+    """Measure what predictions for a model need, keep it for later, and say where its time goes.
+
+    Args:
+        model: left as it was.
+        example_inputs: a tensor, a tuple, or (tuple, dict).
+        threads: intra-op threads.
+        check: narrower copies, every group of random width, that are exported, timed and compared with the prediction.
+        seconds: how long each of them is timed.
+        seed: of those widths.
+
+    Raises:
+        InputError: an unusable argument.
+        TraceError: the model cannot be exported by torch.
+        ExportError: the model cannot be exported to ONNX, or differs there.
+    """
+    combed = make_comb(model, example_inputs)
+    probe = LatencyProbe(model, example_inputs, threads=threads)
+    nodes, times = probe.profile(), KernelTimes(threads)
+    latency = LatencyModel(combed, nodes, times)
+    half = latency.by_share({group.axis: max(group.minimum, group.size // 2) for group in combed.open})
+    operators: dict[str, list[float]] = {}
+    for share, ms in zip(latency.shares, half, strict=True):
+        entry = operators.setdefault(share.op, [0, 0.0, 0.0])
+        entry[:] = entry[0] + share.nodes, entry[1] + share.ms, entry[2] + ms
+    rows = sorted((OperatorTime(op, int(n), ms, h) for op, (n, ms, h) in operators.items()), key=lambda row: -row.ms)
+    rng, checks = np.random.default_rng(seed), []
+    for _ in range(check):
+        least = rng.uniform(0.25, 0.9)
+        keep = {
+            group.name: range(max(group.minimum, min(group.size, _near(group.size * rng.uniform(least, 1)))))
+            for group in combed.open
+        }
+        plan = combed.plan(keep)
+        counts = {group.axis: len(plan.groups[group.name]) for group in combed.groups}
+        expected = latency.speedup(counts)
+        measured = probe.compare(shrink(copy.deepcopy(model), plan), seconds=seconds, precision=0.01).speedup
+        left = combed.cost(counts).macs / max(combed.cost({}).macs, 1)
+        checks.append(Checked(left, expected, measured))
+    return ModelProfile(latency.original_ms, threads, tuple(rows), len(times), str(times.path), tuple(checks))
+
+
+def _near(width: float) -> int:
+    """A width as selection chooses it: a multiple of 8 where it is wide enough."""
+    return max(8 * round(width / 8), 8) if width >= SPAN else max(round(width), 1)

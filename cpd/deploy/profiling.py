@@ -1,0 +1,105 @@
+"""What ONNX Runtime's own profiler says of a model: the time and the shapes of every node that it runs.
+
+The nodes are those of the optimised graph: batch norms folded, activations and additions fused, layouts changed.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpd.deploy.export import OnnxSource, open_session, run_session
+from cpd.errors import InputError
+
+Shape = tuple[int, ...]
+
+_WARM_UP_RUNS = 2
+_KERNEL = "_kernel_time"  # the event of a node is called so
+
+
+@dataclass(frozen=True)
+class NodeTime:
+    """One node of the optimised graph.
+
+    Attributes:
+        name: its name in that graph.
+        op: its operator, such as `Conv` or `MatMul`.
+        inputs: the shapes of its inputs; weights that were packed beforehand are left out.
+        outputs: the shapes of its outputs.
+        ms: the median time of its kernel, in ms.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[Shape, ...]
+    outputs: tuple[Shape, ...]
+    ms: float
+
+
+def profile_nodes(
+    model: OnnxSource, feeds: Mapping[str, Any], *, threads: int = 1, seconds: float = 1.0, min_runs: int = 5
+) -> list[NodeTime]:
+    """Time every node of a model, in the order in which they run.
+
+    Args:
+        model: a path, bytes or an `onnx.ModelProto`.
+        feeds: {name of an input: array}.
+        threads: intra-op threads.
+        seconds: the runs end after this time, once `min_runs` are in.
+        min_runs: the least number of runs.
+
+    Raises:
+        InputError: if ONNX Runtime cannot open the model, refuses the inputs, or has no folder to write its profile to.
+    """
+    try:
+        folder = tempfile.TemporaryDirectory(prefix="cpd-profile-")
+    except OSError as error:
+        raise InputError(f"ONNX Runtime's profile needs a temporary folder: {error}.") from error
+    with folder as name:
+        session = open_session(model, threads, profile=Path(name, "profile"))
+        runs, start = 0, 0.0
+        while runs < _WARM_UP_RUNS + min_runs or time.perf_counter() - start < seconds:
+            if runs == _WARM_UP_RUNS:
+                start = time.perf_counter()
+            run_session(session, dict(feeds))
+            runs += 1
+        events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    return _nodes(events)
+
+
+def paired(before: Sequence[NodeTime], after: Sequence[NodeTime]) -> list[dict[str, Any]]:
+    """The nodes of two models side by side, by name: name, op, before_ms, after_ms (None where one lacks it)."""
+    rows = {node.name: {"name": node.name, "op": node.op, "before_ms": node.ms, "after_ms": None} for node in before}
+    for node in after:
+        row = rows.setdefault(node.name, {"name": node.name, "op": node.op, "before_ms": None})
+        row["after_ms"] = node.ms
+    return list(rows.values())
+
+
+def _nodes(events: Sequence[Mapping[str, Any]]) -> list[NodeTime]:
+    """One entry a node, of the events of all runs."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+            found.setdefault((event["name"], event["args"].get("node_index", "")), []).append(event)
+    return [
+        NodeTime(
+            name.removesuffix(_KERNEL),
+            every[0]["args"]["op_name"],
+            _shapes(every[0]["args"].get("input_type_shape", ())),
+            _shapes(every[0]["args"].get("output_type_shape", ())),
+            statistics.median(event["dur"] for event in every[_WARM_UP_RUNS:]) / 1e3,
+        )
+        for (name, _), every in found.items()
+    ]
+
+
+def _shapes(entries: Sequence[Mapping[str, Sequence[int]]]) -> tuple[Shape, ...]:
+    """Of entries such as {"float": [1, 64, 56, 56]}."""
+    return tuple(tuple(shape) for entry in entries for shape in entry.values())

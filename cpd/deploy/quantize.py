@@ -1,0 +1,260 @@
+"""Quantize: static INT8 of an ONNX model by ONNX Runtime's own tools, calibrated, compared and timed.
+
+    quantized = quantize_onnx("out/model.onnx", loader, "out/model.int8.onnx", original=model)
+    quantized.parity, quantized.agreement    # against the float model, on the calibration data
+    quantized.latency                        # original, quantized alone, pruned alone, both: in one run
+
+Quantization comes after pruning: it makes each multiplication cheaper, pruning makes them fewer.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from torch import nn
+
+from cpd.deploy.export import OnnxSource, export_bytes, feed, open_session, run_session, writable
+from cpd.deploy.latency import LatencyTable, measure_latency
+from cpd.errors import ExportError, InputError, first_line
+from cpd.model.inputs import Call, batches, evaluated
+from cpd.trace.tracer import quiet
+
+log = logging.getLogger("cpd")
+
+Arrays = dict[str, np.ndarray[Any, Any]]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An INT8 model and how it compares with the float one.
+
+    Attributes:
+        path: the file.
+        parity: the largest difference of the outputs on the calibration data, relative to the largest output.
+        agreement: the share of calibration samples whose largest logit is the same class; None where the first output
+            is no `[N, classes, …]`.
+        metric: `evaluate` of the INT8 model, and of the float one; None without `evaluate`.
+        metric_float: that of the float one.
+        latency: medians and ratios of "original", "original int8" (where the original was given), "float" and "int8".
+        bytes: the size of the file, and of the float model.
+        bytes_float: that of the float one.
+    """
+
+    path: Path
+    parity: float
+    agreement: float | None
+    metric: float | None
+    metric_float: float | None
+    latency: LatencyTable
+    bytes: int
+    bytes_float: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for `json.dumps`."""
+        return {**asdict(self), "path": str(self.path)}
+
+    def told(self) -> str:
+        """Parity, agreement, metrics and size in a sentence."""
+        agreement = "" if self.agreement is None else f", the same class in {self.agreement:.1%} of the samples"
+        metric = "" if self.metric is None else f"; metric {self.metric:.4g} (float {self.metric_float:.4g})"
+        return (
+            f"Outputs differ by {self.parity:.2g} of the largest{agreement}{metric}. {self.path}: "
+            f"{self.bytes / 1e6:.1f} MB (float {self.bytes_float / 1e6:.1f} MB)."
+        )
+
+
+def quantize_onnx(
+    model: OnnxSource,
+    data: Iterable[Any],
+    path: str | os.PathLike[str],
+    *,
+    original: nn.Module | OnnxSource | None = None,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    calibration: str = "minmax",
+    per_channel: bool = True,
+    limit: int = 16,
+    exclude: Iterable[str] = (),
+    threads: int = 1,
+    seconds: float = 20.0,
+) -> Quantized:
+    """Quantize weights and activations of an ONNX model to 8 bits, in QDQ format.
+
+    Args:
+        model: the float model: a path, bytes or an `onnx.ModelProto`; its shapes may be fixed, batch size included.
+        data: batches as `cpd.compress` takes them; what the ranges of activations are taken over.
+        path: where the INT8 model is written; the file appears whole or not at all.
+        original: the unpruned model, for the latency table: it is quantized too, so that pruning alone, quantization
+            alone and both stand beside each other.
+        evaluate: `evaluate(model) -> float`, as `cpd.compress` takes it; called with modules that run the ONNX models.
+        calibration: how ranges are taken: the least and largest value, or ONNX Runtime's entropy or percentile method.
+        per_channel: one scale for each output channel of a weight rather than one for all.
+        limit: batches of `data` that are used at most.
+        exclude: names of ONNX nodes that stay in float.
+        threads: ONNX Runtime's threads when timing.
+        seconds: the timing ends after this time.
+
+    Raises:
+        InputError: if `path` cannot be written, or the data does not fit the model.
+        TrainingError: if there is no batch.
+        ExportError: if ONNX Runtime cannot quantize the model, or cannot run what it made.
+    """
+    target = writable(path)
+    content = _content(model)
+    session = open_session(content)
+    samples = list(_samples(session, data, limit))
+    int8 = _quantized(content, samples, calibration, per_channel, exclude)
+    parity, agreement = _compared(session, int8, samples)
+    models: dict[str, Any] = {"float": content, "int8": int8}
+    call = Call((), {name: torch.from_numpy(array) for name, array in samples[0].items()})
+    if original is not None:
+        first = _positional(session, samples[0])
+        whole = export_bytes(original, first) if isinstance(original, nn.Module) else _content(original)
+        names = [item.name for item in open_session(whole).get_inputs()]
+        renamed = [dict(zip(names, sample.values(), strict=True)) for sample in samples]
+        models = {"original": whole, "original int8": _quantized(whole, renamed, calibration, per_channel, exclude)}
+        models.update({"float": content, "int8": int8})
+        call = first
+    latency = measure_latency(models, call, threads=threads, seconds=seconds)
+    metric, metric_float = (evaluated(evaluate, OnnxModule(source)) for source in (int8, content))
+    draft = target.with_name(f".{target.name}.part")
+    try:
+        draft.write_bytes(int8)
+        os.replace(draft, target)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise InputError(f"{target} cannot be written: {error}.") from error
+    return Quantized(target, parity, agreement, metric, metric_float, latency, len(int8), len(content))
+
+
+class OnnxModule(nn.Module):
+    """An ONNX model as a module, for `evaluate`: it takes batches of any size and runs them in parts of its own.
+
+    Args:
+        model: a path, bytes or an `onnx.ModelProto`.
+        threads: ONNX Runtime's threads; None: one a core.
+    """
+
+    def __init__(self, model: OnnxSource, threads: int | None = None) -> None:
+        super().__init__()
+        self._session = open_session(model, threads or os.cpu_count() or 1)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs on a batch: one tensor, or a tuple of them."""
+        call = Call(args, kwargs)
+        found = [run_session(self._session, feed(self._session, part)) for part in _parts(self._session, call)]
+        outputs = tuple(torch.from_numpy(np.concatenate(arrays)[: call.samples]) for arrays in zip(*found, strict=True))
+        return outputs[0] if len(outputs) == 1 else outputs
+
+
+# ---------------------------------------------------------------------------------- calibration
+
+
+def _samples(session: Any, data: Iterable[Any], limit: int) -> Iterator[Arrays]:
+    """The inputs of the model, batch by batch, in parts as large as its own batch."""
+    for batch in batches(data, limit):
+        for part in _parts(session, batch.call):
+            yield feed(session, part)
+
+
+def _parts(session: Any, call: Call) -> Iterator[Call]:
+    """A batch in parts of the size that the model was exported with; the last one filled up."""
+    size = session.get_inputs()[0].shape[0] if session.get_inputs()[0].shape else None
+    if not isinstance(size, int) or call.samples == size:
+        yield call
+        return
+    for start in range(0, call.samples, size):
+        yield call.slice(start, start + size).resized(size)
+
+
+def _quantized(
+    content: bytes, samples: list[Arrays], calibration: str, per_channel: bool, exclude: Iterable[str]
+) -> bytes:
+    """The INT8 model."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._left = iter(samples)
+
+        def get_next(self) -> Arrays | None:
+            return next(self._left, None)
+
+    methods = {
+        "minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy,
+        "percentile": CalibrationMethod.Percentile,
+    }  # fmt: skip
+    if calibration not in methods:
+        raise InputError(f"Unknown calibration {calibration!r}; known are {', '.join(methods)}.")
+    with tempfile.TemporaryDirectory(prefix="cpd-int8-") as folder:
+        given, prepared, made = (Path(folder, f"{name}.onnx") for name in ("given", "prepared", "int8"))
+        given.write_bytes(content)
+        try:
+            with quiet():
+                quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
+                quantize_static(
+                    str(prepared), str(made), Reader(), quant_format=QuantFormat.QDQ, per_channel=per_channel,
+                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=list(exclude),
+                    calibrate_method=methods[calibration],
+                )  # fmt: skip
+            result = made.read_bytes()
+            open_session(result)
+        except Exception as error:  # its tools raise anything
+            raise ExportError(
+                f"ONNX Runtime cannot quantize the model: {first_line(error)}. Name the nodes that it stumbles over in "
+                "exclude=[…], or deploy the float model."
+            ) from error
+    return result
+
+
+def _compared(session: Any, int8: bytes, samples: list[Arrays]) -> tuple[float, float | None]:
+    """The largest relative difference of the outputs, and the share of samples of the same class."""
+    other = open_session(int8)
+    worst = largest = 0.0
+    same: list[np.ndarray[Any, Any]] = []
+    for sample in samples:
+        expected, found = run_session(session, sample), run_session(other, sample)
+        worst = max(worst, *(float(np.abs(a - b).max(initial=0)) for a, b in zip(expected, found, strict=True)))
+        largest = max(largest, *(float(np.abs(a).max(initial=0)) for a in expected))
+        if expected[0].ndim > 1:
+            same.append((expected[0].argmax(1) == found[0].argmax(1)).reshape(-1))
+    parity = worst / largest if largest else float("inf")
+    if not np.isfinite(parity):
+        raise ExportError("The INT8 model's outputs are not finite. Try calibration='percentile', or exclude nodes.")
+    return parity, float(np.concatenate(same).mean()) if same else None
+
+
+def _content(model: OnnxSource) -> bytes:
+    """An ONNX model as bytes.
+
+    Raises:
+        InputError: if there is no such file.
+    """
+    if isinstance(model, bytes):
+        return model
+    if isinstance(model, onnx.ModelProto):
+        return bytes(model.SerializeToString())
+    try:
+        return bytes(onnx.load(os.fspath(model)).SerializeToString())
+    except Exception as error:  # protobuf's and the operating system's own
+        raise InputError(f"{os.fspath(model)!r} cannot be read as an ONNX model: {first_line(error)}.") from error
+
+
+def _positional(session: Any, sample: Arrays) -> Call:
+    """The inputs in their order, as a model takes them."""
+    return Call(tuple(torch.from_numpy(sample[item.name]) for item in session.get_inputs()), {})

@@ -1,0 +1,488 @@
+"""Distill: a narrower student is trained back against the unpruned teacher, `L = L_task + weight * L_KD`.
+
+Reading order: the settings (`config`), `distill`, and the loop that it runs. The parts of the loss are in `losses`,
+what is restored after a training in `accelerator`. Devices, mixed precision and DDP are left to `accelerate`.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from itertools import islice
+from statistics import fmean
+from types import GeneratorType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from cpd import processes
+from cpd.checkpoint import Checkpoint
+from cpd.distillation.accelerator import (
+    Trainee,
+    accelerating,
+    placed,
+    random_states,
+    random_states_kept,
+    seeded,
+    set_random_states,
+)
+from cpd.distillation.config import DistillConfig, EpochRecord
+from cpd.distillation.kd import Distillation
+from cpd.distillation.losses import LossFunction, task_loss
+from cpd.distillation.optimizers import make_optimizer
+from cpd.errors import CheckpointError, CPDError, InputError, TrainingError
+from cpd.model.inputs import Batch, Call, batches, check_model, evaluating, logits, move
+from cpd.pruner import Pruner
+from cpd.surgery.shrink import named_tensors, restore, state_of
+
+if TYPE_CHECKING:
+    from timm.utils import ModelEmaV3
+
+log = logging.getLogger("cpd")
+
+Evaluate = Callable[[nn.Module], float]
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: Iterable[Any],
+    *,
+    loss: LossFunction | None = None,
+    evaluate: Evaluate | None = None,
+    config: DistillConfig | None = None,
+    pruner: Pruner | None = None,
+    checkpoint: Checkpoint | None = None,
+) -> list[EpochRecord]:
+    """Train `student` in place against `teacher`: `task_loss + kd_weight * kd_loss`.
+
+    Runs wherever `accelerate` puts it: on the GPU if there is one, on several under `accelerate launch`,
+    where each process takes its share of the batches. Afterwards devices, training flags and
+    `requires_grad` of both models, the global random states and accelerate's global state are as before;
+    the student's gradients are cleared. The same seed and data give the same weights on a CPU; on a GPU
+    as far as its kernels are deterministic.
+
+    Args:
+        student: the model to train: its parameters with `requires_grad`.
+        teacher: a model with the same logits; not changed. May be None if `config` has no distillation loss.
+        data: batches as `cpd.model.inputs.as_batch` takes them, in any iterable that can be iterated once an
+            epoch. Without a length, the learning rate stands still in its first epoch.
+        loss: the task's loss; inferred by `task_loss` if None.
+        evaluate: called after each epoch, without gradients, on the student in evaluation mode on the
+            training device (under DDP in every process); its number becomes `EpochRecord.metric`.
+        config: the settings; `DistillConfig()` if None.
+        pruner: of the student, which it shrinks on its schedule meanwhile; its optimizer is set.
+        checkpoint: written at the start, at every shrink, every few minutes and at the end. If it has been read
+            (`Checkpoint.read`), the training goes on from there: `student` and `pruner` are then as they were before
+            its first shrink, and the data must come in the same order (it does, if that depends on the global random
+            generators, on the loader's or on `set_epoch`, all of which are seeded at each epoch).
+
+    Returns:
+        One record an epoch; empty for `epochs=0`, where nothing is read or changed.
+
+    Raises:
+        InputError: if models, targets and outputs do not fit each other, or the machine not the config.
+        TrainingError: if the data is empty, cannot be iterated again, or the loss or a weight is not
+            finite. The student then has the weights from the start of that epoch.
+    """
+    config = config or DistillConfig()
+    _check_models(student, teacher, config)
+    if config.epochs == 0:
+        return []
+    _check_data(data, config)
+    with accelerating(config.mixed_precision) as accelerator, random_states_kept():
+        device, reference = accelerator.device, teacher if config.needs_teacher else None
+        with placed(student, device), placed(reference, device):
+            return _Run(accelerator, student, reference, data, loss, config, pruner, checkpoint).train(evaluate)
+
+
+def _check_models(student: nn.Module, teacher: nn.Module | None, config: DistillConfig) -> None:
+    """Raise `InputError` unless the student can be trained and the teacher, if needed, is another model."""
+    trained = {id(p): name for name, p in check_model(student).named_parameters() if p.requires_grad}
+    if not trained:
+        raise InputError("No parameter of the student has requires_grad: set it on those to be trained.")
+    if not config.needs_teacher:
+        return
+    if teacher is None:
+        raise InputError(f"kd={config.kd!r} needs a teacher: pass the unpruned model, or kd='none'.")
+    shared = [trained[id(p)] for p in check_model(teacher).parameters() if id(p) in trained]
+    if shared:
+        raise InputError(
+            f"Student and teacher share the parameter {shared[0]!r}, so the teacher would change with the "
+            "student. Pass as teacher a copy.deepcopy(model) made before pruning."
+        )
+
+
+def _check_data(data: Iterable[Any], config: DistillConfig) -> None:
+    """Raise before anything is read if the data cannot last as many epochs as are asked for."""
+    if isinstance(data, (GeneratorType, map, filter, zip)) and config.epochs > 1:
+        raise TrainingError(
+            f"The data is a {type(data).__name__}, which can be iterated once only, but epochs is "
+            f"{config.epochs:g}. Pass a DataLoader, a list, or an object whose __iter__ starts afresh."
+        )
+    if config.epochs < 1 and _length(data) is None:
+        raise InputError("A fraction of an epoch needs data with a length (__len__); use epochs=1.")
+
+
+def _length(data: Iterable[Any]) -> int | None:
+    """The number of batches; None if the data does not tell."""
+    try:
+        return len(data)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def steps_per_epoch(data: Iterable[Any], accumulate: int = 1) -> int | None:
+    """Optimizer steps in one pass over the data, with `accumulate` batches a step; None if the data has no length."""
+    length, count = _length(data), processes.count()
+    if length is None:
+        return None
+    return math.ceil((math.ceil(length / count) if _is_shared_out(data) else length // count) / accumulate)
+
+
+def _is_shared_out(data: Iterable[Any]) -> bool:
+    return processes.count() > 1 and isinstance(data, DataLoader)
+
+
+class _Run:
+    """One call of `distill`: both models on the training device, the optimizer, and how far the data goes."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        data: Iterable[Any],
+        loss: LossFunction | None,
+        config: DistillConfig,
+        pruner: Pruner | None,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self.accelerator, self.student, self.teacher = accelerator, student, teacher
+        self.loss, self.config, self.pruner, self.checkpoint = loss, config, pruner, checkpoint
+        state = None if checkpoint is None else checkpoint.state
+        if state is not None:
+            if pruner is not None:
+                pruner.load_state_dict(state["pruner"])
+            _load(student, state["student"])
+        self.inner = make_optimizer(student, config.optimizer, config.peak_lr, config.weight_decay, config.momentum)
+        self.schedule = _lr_schedule(self.inner, config)
+        self.kd: Distillation | None = None
+        if state is not None:
+            if teacher is not None and state["kd"] is not None:
+                self.kd = Distillation(config, student, teacher).to(accelerator.device)
+                self.kd.load(state["kd"])
+                self.add_projections()
+            self.inner.load_state_dict(state["optimizer"])
+        self.trainee, self.optimizer = accelerator.prepare(Trainee(student), self.inner)
+        if pruner is not None:
+            pruner.optimizer = self.inner
+        self.data, self.steps = data, steps_per_epoch(data, config.accumulate)
+        #: Accelerate shares out a DataLoader, so that no process loads what another one takes.
+        self.shard = accelerator.prepare_data_loader(data) if _is_shared_out(data) else processes.Share(data)
+        self.ema = self.averaged()
+        self.mix: Callable[[Any, Any], Any] | None = None
+        #: Where the training stands: epochs behind, steps of this one, its losses, records of those behind.
+        self.epoch, self.done = 0, 0
+        self.sums: dict[str, list[float]] = {}
+        self.records: list[EpochRecord] = []
+
+    def averaged(self) -> ModelEmaV3 | None:
+        """An average of the student's weights, which starts from what they are now."""
+        if self.config.ema is None:
+            return None
+        from timm.utils import ModelEmaV3
+
+        return ModelEmaV3(self.student, decay=self.config.ema)
+
+    # ------------------------------------------------------------------------------ the loop
+
+    def train(self, evaluate: Evaluate | None) -> list[EpochRecord]:
+        """All epochs; what an epoch that fails has done since the last shrink is undone."""
+        wanted = sys.stderr.isatty() if self.config.progress is None else self.config.progress
+        hidden = not (wanted and self.accelerator.is_main_process)
+        state = self.resumed()
+        with Progress(console=Console(stderr=True), disable=hidden) as bar:
+            while self.epoch < math.ceil(self.config.epochs):
+                self.kept = state_of(self.student)
+                try:
+                    with seeded(self.data, self.config.seed + self.epoch):
+                        record = self.one_epoch(bar, state)
+                    _check_weights(self.student, self.kept, self.epoch)
+                except CPDError:
+                    restore(self.student, self.kept)
+                    raise
+                finally:
+                    self.student.zero_grad(set_to_none=True)
+                self.records.append(self.evaluated(record, evaluate))
+                log.info("%s", self.records[-1])
+                self.epoch, self.done, self.sums, state = self.epoch + 1, 0, {}, None
+        if self.ema is not None:
+            restore(self.student, state_of(self.ema.module))
+        self.save()
+        return self.records
+
+    def one_epoch(self, bar: Progress, state: Mapping[str, Any] | None) -> EpochRecord:
+        """One pass over the data, or the fraction of it that is left."""
+        config, sums = self.config, defaultdict[str, list[float]](list, self.sums)
+        self.sums = sums
+        share = min(1.0, config.epochs - self.epoch)
+        limit = max(1, round(share * self.steps)) if self.steps is not None and share < 1 else None
+        task = bar.add_task(f"epoch {self.epoch + 1}", total=limit or self.steps, completed=self.done)
+        self.student.to(self.accelerator.device).train()
+        groups = islice(self.groups(), limit)
+        if state is not None:  # what has been read is read again, as workers count what they have read
+            for _ in islice(groups, self.done):
+                pass
+            set_random_states(state["random"])
+        elif self.epoch == 0:
+            self.save()
+        start, first, aside = time.perf_counter(), self.done, 0.0
+        for group in groups:
+            inside = 0.5 if self.steps is None else min(1.0, (self.done + 0.5) / self.steps)
+            self.set_lr(self.epoch + inside)
+            self.step(group, f"step {self.done + 1} of epoch {self.epoch + 1}")
+            self.done += 1
+            paused = time.perf_counter()
+            shrunk = self.pruner is not None and self.pruner.step()
+            if shrunk:
+                self.shrunk()
+            if self.checkpoint is not None and (shrunk or self.due()):
+                self.save()
+            aside += time.perf_counter() - paused
+            bar.update(task, advance=1, description=f"epoch {self.epoch + 1}  loss {sums['loss'][-1]:.4g}")
+        speed = (self.done - first) / (time.perf_counter() - start - aside)
+        self.steps = self.done if limit is None else self.steps
+        means = {name: fmean(values) for name, values in sums.items()}
+        lr = float(self.inner.param_groups[0]["lr"])
+        return EpochRecord(self.epoch + 1, means["loss"], means.get("task"), means.get("kd"), lr, speed)
+
+    def groups(self) -> Iterator[list[Batch]]:
+        """This process's batches in runs of `accumulate`; the last run may be shorter.
+
+        Where accelerate does not share out a loader, process i of n takes every n-th batch from the i-th on, and an
+        incomplete last round is left out.
+        """
+        mine = batches(self.shard)
+        try:
+            while group := list(islice(mine, self.config.accumulate)):
+                yield group
+        except TrainingError as error:
+            if self.epoch == 0:
+                raise
+            raise TrainingError(
+                f"The data gave batches in epoch 1 but none in epoch {self.epoch + 1}: it can be iterated once "
+                "only. Pass a DataLoader, a list, or an object whose __iter__ starts afresh. The student keeps "
+                "what it learned in the epochs before."
+            ) from error
+
+    def shrunk(self) -> None:
+        """The student is narrower now: wrap it anew, and take what it has become for what is put back."""
+        self.kept = state_of(self.student)
+        self.ema = self.averaged()
+        if self.accelerator.num_processes > 1:  # the buckets of DDP have the old shapes
+            del self.trainee
+            self.accelerator._models.clear()
+            gc.collect()  # as long as it lives, so do the gradients' accumulators, which know the old shapes
+            self.trainee = self.accelerator.prepare_model(Trainee(self.student))
+
+    # ------------------------------------------------------------------------------ one step
+
+    def set_lr(self, epochs: float) -> None:
+        """Set the learning rate of every parameter, so many epochs into the training."""
+        self.schedule.step(epochs)
+        for options in self.inner.param_groups[1:]:
+            if options.get("projection"):
+                options["lr"] = self.inner.param_groups[0]["lr"]
+
+    def step(self, group: list[Batch], where: str) -> None:
+        """One optimizer step on the mean gradient of the group; each batch's losses are added to `sums`."""
+        self.optimizer.zero_grad()
+        for batch in group:
+            with nullcontext() if batch is group[-1] else self.accelerator.no_sync(self.trainee):
+                parts = self.losses(batch)
+                values = self.reduced(parts)
+                if not math.isfinite(values["loss"]):
+                    raise TrainingError(
+                        f"The loss is not finite at {where} ({values}); the student is back at its weights "
+                        f"from the start of the epoch or the last shrink. Check the batch for NaN, or take a lower lr "
+                        f"than {self.config.peak_lr:g} (or another mixed_precision, if any is set)."
+                    )
+                self.accelerator.backward(parts["loss"] / len(group))
+            for name, value in values.items():
+                self.sums[name].append(value)
+        self.share_projections()
+        if self.config.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.trainee.parameters(), self.config.max_grad_norm)
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.student)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The parts of the loss on one batch, `loss` being their weighted sum."""
+        config, device, parts = self.config, self.accelerator.device, dict[str, Tensor]()
+        call, target = batch.call.to(device), move(batch.target, device)
+        if config.mixup or config.cutmix:
+            call, target = self.mixed(call, target)
+        if self.teacher is not None and self.kd is None:
+            self.kd = Distillation(config, self.student, self.teacher, call.part(1)).to(device)
+        reference = None
+        with nullcontext() if self.kd is None else self.kd.watching():
+            if self.teacher is not None:
+                with torch.no_grad(), self.accelerator.autocast():
+                    reference = call.on(self.teacher)
+            output = call.on(self.trainee)
+        task = task_loss(output, target, self.loss)
+        if task is not None:
+            parts["task"], parts["loss"] = task, config.task_weight * task
+        if self.kd is not None:
+            parts["kd"] = self.kd(output, reference, target)
+            self.add_projections()
+            parts["loss"] = config.weight_of_kd * parts["kd"] + parts.get("loss", 0)
+        if "loss" not in parts:
+            raise InputError("A batch has no target and kd is 'none': pass loss=, targets, or kd='kl'.")
+        if not parts["loss"].requires_grad:
+            raise InputError("The loss has no gradient: compute it from the output, without detaching it.")
+        return parts
+
+    def mixed(self, call: Call, target: Any) -> tuple[Call, Any]:
+        """Images mixed in pairs, and their targets as class probabilities."""
+        config = self.config
+        if len(call.args) != 1 or not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
+            raise InputError("mixup and cutmix need batches of (images, class indices [N]).")
+        if self.mix is None:
+            from timm.data import Mixup
+
+            with torch.no_grad(), evaluating(self.student):
+                classes = logits(call.part(1).on(self.student)).shape[1]
+            self.mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)
+        if len(target) == 1:
+            return call, target
+        if len(target) % 2:  # images are mixed in pairs
+            call, target = call.part(len(target) - 1), target[:-1]
+        images, target = self.mix(call.args[0].clone(), target)
+        return Call((images,), call.kwargs), target
+
+    def reduced(self, parts: dict[str, Tensor]) -> dict[str, float]:
+        """The parts as numbers, averaged over the processes: what is not finite is seen by all of them."""
+        values = torch.stack([part.detach().float() for part in parts.values()])
+        return dict(zip(parts, self.accelerator.reduce(values, reduction="mean").tolist(), strict=True))
+
+    def evaluated(self, record: EpochRecord, evaluate: Evaluate | None) -> EpochRecord:
+        """The record with the user's metric; under DDP all processes first take over the buffers of one."""
+        if self.accelerator.num_processes > 1:
+            processes.copy_from_first(self.student.buffers())
+        if evaluate is None:
+            return record
+        model = self.student if self.ema is None else self.ema.module
+        with random_states_kept(), torch.no_grad(), evaluating(model):
+            return replace(record, metric=float(evaluate(model)))
+
+    # ------------------------------------------------------------------------------ distillation's own parameters
+
+    def add_projections(self) -> None:
+        """Let the optimizer train the projections that there are now."""
+        assert self.kd is not None
+        now = list(self.kd.projections.values())
+        for options in self.inner.param_groups:
+            if options.get("projection"):
+                for gone in set(options["params"]) - set(now):
+                    self.inner.state.pop(gone, None)
+                options["params"] = now
+                return
+        if now:
+            first = self.inner.param_groups[0]
+            self.inner.add_param_group({"params": now, "projection": True, "lr": first["lr"], "weight_decay": 0.0})
+
+    def share_projections(self) -> None:
+        """Average the gradients of the projections, which are no part of what DDP wraps."""
+        if self.kd is not None and self.accelerator.num_processes > 1:
+            for value in self.kd.projections.values():
+                if value.grad is not None:
+                    value.grad = processes.total(value.grad) / self.accelerator.num_processes
+
+    # ------------------------------------------------------------------------------ state
+
+    def due(self) -> bool:
+        """Whether it is time for a checkpoint; the first process's clock counts."""
+        assert self.checkpoint is not None
+        return processes.from_first(lambda: self.checkpoint.due)  # type: ignore[union-attr]
+
+    def save(self) -> None:
+        """Write a checkpoint: all that `resumed` takes up."""
+        if self.checkpoint is None:
+            return
+        state = {
+            "epoch": self.epoch,
+            "done": self.done,
+            "sums": dict(self.sums),
+            "records": [record.to_dict() for record in self.records],
+            "student": state_of(self.student),
+            "optimizer": self.inner.state_dict(),
+            "ema": None if self.ema is None else state_of(self.ema.module),
+            "kd": None if self.kd is None else self.kd.state(),
+            "pruner": None if self.pruner is None else self.pruner.state_dict(),
+            "scaler": None if self.accelerator.scaler is None else self.accelerator.scaler.state_dict(),
+            "random": random_states(),
+        }
+        processes.from_first(lambda: self.checkpoint.write(state))  # type: ignore[union-attr]
+
+    def resumed(self) -> dict[str, Any] | None:
+        """Take up the state of the checkpoint, of which models and optimizer have theirs already."""
+        state = None if self.checkpoint is None else self.checkpoint.state
+        if state is None:
+            return None
+        self.epoch, self.done, self.sums = state["epoch"], state["done"], state["sums"]
+        self.records = [EpochRecord(**record) for record in state["records"]]
+        if self.ema is not None and state["ema"] is not None:
+            _load(self.ema.module, state["ema"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        log.info("Resumed in epoch %d after %d steps.", self.epoch + 1, self.done)
+        return state
+
+
+def _lr_schedule(optimizer: torch.optim.Optimizer, config: DistillConfig) -> Any:
+    """A scheduler of timm whose time is in epochs, parts of them too."""
+    from timm.scheduler import create_scheduler_v2  # some seconds to import, hence not at the top
+
+    warmup = config.warmup * config.epochs
+    length: Any = config.epochs - warmup
+    schedule, _ = create_scheduler_v2(
+        optimizer, config.scheduler, num_epochs=length, decay_epochs=length / 3, min_lr=0.0, warmup_lr=0.0,
+        decay_rate=1.0 if config.scheduler == "poly" else 0.1, warmup_epochs=warmup, warmup_prefix=True,
+    )  # fmt: skip
+    return schedule
+
+
+@torch.no_grad()
+def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy a checkpoint's tensors into a model, all of which must fit."""
+    tensors = named_tensors(model)
+    wrong = [name for name, found in tensors.items() if name not in state or state[name].shape != found.shape]
+    if wrong or len(state) != len(tensors):
+        raise CheckpointError(f"The checkpoint is of another model: {(wrong or sorted(set(state) - set(tensors)))[0]}.")
+    restore(model, state)
+
+
+@torch.no_grad()
+def _check_weights(student: nn.Module, kept: dict[str, Tensor], epoch: int) -> None:
+    """Raise `TrainingError` if a value that was finite in `kept` no longer is."""
+    for name, tensor in named_tensors(student).items():
+        if bool((kept[name].isfinite() & ~tensor.isfinite()).any()):
+            raise TrainingError(
+                f"{name!r} holds values that are not finite after epoch {epoch + 1}; the student is back at "
+                "its weights from the start of the epoch. Take a lower lr, or set max_grad_norm."
+            )

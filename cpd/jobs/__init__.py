@@ -1,0 +1,1 @@
+"""Whole runs, each one call: compress, sweep, sensitivity."""

@@ -1,0 +1,201 @@
+"""Sensitivity: what each group's loss alone does to the model, as data and as a picture.
+
+Every group is pruned by itself to several widths, on a copy, by the scores given, and nothing makes up for it. Surgery
+takes milliseconds, so this costs about one evaluation a point.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from cpd.coupling.comb import Comb
+from cpd.criteria.score import score
+from cpd.distillation.losses import task_loss
+from cpd.errors import InputError
+from cpd.model.inputs import batches, check_model, device_of, evaluated, evaluating, move
+from cpd.selection.selector import Limits, Selector
+from cpd.surgery.recovery import logits_error
+from cpd.surgery.shrink import shrink
+
+#: Shares of a group that go.
+RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True)
+class Point:
+    """One group pruned alone.
+
+    Attributes:
+        group: its name.
+        ratio: the share that was to go.
+        kept: how many positions stayed (of this group; ties may have narrowed nothing else).
+        size: how many there were.
+        macs: share of the model's MACs left.
+        error: mean squared change of the logits, relative to their variance.
+        loss: of the task; None without targets.
+        metric: what `evaluate` gave; None without it.
+    """
+
+    group: str
+    ratio: float
+    kept: int
+    size: int
+    macs: float
+    error: float
+    loss: float | None = None
+    metric: float | None = None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What pruning each group alone does.
+
+    Attributes:
+        points: one for each group and ratio.
+        loss: of the unpruned model.
+        metric: of the unpruned model.
+    """
+
+    points: tuple[Point, ...]
+    loss: float | None = None
+    metric: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"loss": self.loss, "metric": self.metric, "points": [asdict(point) for point in self.points]}
+
+    @property
+    def by_group(self) -> dict[str, list[Point]]:
+        """The points of each group, the least that went first."""
+        found: dict[str, list[Point]] = {}
+        for point in self.points:
+            found.setdefault(point.group, []).append(point)
+        return found
+
+    @property
+    def shown(self) -> str:
+        """Which figure of the points is shown: "metric" where there is one, else "loss", else "error"."""
+        return "metric" if self.metric is not None else "loss" if self.loss is not None else "error"
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw a map, groups by ratios, to a file of any format that matplotlib knows: metric, else loss, else error.
+
+        Raises:
+            InputError: if the file's ending names no format, or it cannot be written.
+        """
+        from matplotlib.figure import Figure
+
+        target = check_plot(path)
+        name, groups = self.shown, self.by_group
+        ratios = sorted({point.ratio for point in self.points})
+        found = {(point.group, point.ratio): getattr(point, name) for point in self.points}
+        values = [[found.get((group, ratio), float("nan")) for ratio in ratios] for group in groups]
+        figure = Figure(figsize=(2.5 + 0.6 * len(ratios), 1.5 + 0.22 * len(groups)), layout="constrained")
+        area = figure.add_subplot()
+        image = area.imshow(values, aspect="auto", cmap="viridis" if name == "metric" else "viridis_r")
+        area.set_xticks(range(len(ratios)), [f"{ratio:.0%}" for ratio in ratios])
+        labels = [f"{group} ({points[0].size})" for group, points in groups.items()]
+        area.set_yticks(range(len(groups)), labels, fontsize=7)
+        area.set_xlabel("share of the group that goes, alone")
+        before = getattr(self, name, None)
+        figure.colorbar(image, label=name if before is None else f"{name} (unpruned {before:.4g})")
+        try:
+            figure.savefig(target)
+        except OSError as error:
+            raise InputError(f"The picture cannot be written to {target}: {error}.") from error
+        return target
+
+
+def check_plot(path: str | os.PathLike[str]) -> Path:
+    """The path, if its ending names a format that matplotlib writes.
+
+    Raises:
+        InputError: if it does not.
+    """
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    target, known = Path(path), FigureCanvasBase.get_supported_filetypes()
+    if target.suffix.lstrip(".").lower() not in known:
+        raise InputError(f"{target}: the ending must name a format, one of {', '.join(sorted(known))}.")
+    return target
+
+
+def sensitivity(
+    model: nn.Module,
+    comb: Comb,
+    data: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor] | None = None,
+    *,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    scores: Mapping[str, Tensor] | None = None,
+    ratios: Sequence[float] = RATIOS,
+    limit: int = 4,
+    progress: bool | None = None,
+) -> Sensitivity:
+    """Prune each open group alone, at several ratios, and see what it does.
+
+    Args:
+        model: the unpruned model; left as it was.
+        comb: its comb.
+        data: batches, of which the first few are used.
+        loss: `loss(output, target) -> scalar`; None infers one.
+        evaluate: `evaluate(model) -> float`, higher is better; run once a point.
+        scores: which positions go; "magnitude" if None.
+        ratios: shares of a group that go.
+        limit: batches used.
+        progress: whether a bar is shown on stderr; None: if it is a terminal.
+
+    Returns:
+        A `Sensitivity`: points, `to_dict()`, `plot(path)`.
+
+    Raises:
+        InputError: a ratio out of range, or no loss can be inferred.
+        TrainingError: if there is no data.
+    """
+    check_model(model)
+    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
+        raise InputError(f"ratios must lie between 0 and 1; got {list(ratios)}.")
+    kept = [(batch.call, batch.target) for batch in batches(data, limit)]
+    scores = score(model, comb, criterion="magnitude") if scores is None else scores
+    selector, full = Selector(comb, scores, Limits(round_to=1)), comb.cost({}).macs
+    console, points = Console(stderr=True), []
+
+    def figures(narrow: nn.Module) -> tuple[float | None, float | None]:
+        return _loss(narrow, kept, loss), evaluated(evaluate, narrow)
+
+    before = figures(model)
+    with Progress(console=console, disable=not (console.is_terminal if progress is None else progress)) as bar:
+        for group in bar.track(comb.open, description="sensitivity"):
+            for ratio in ratios:
+                count = max(group.minimum, round(group.size * (1 - ratio)))
+                plan = comb.plan({group.name: sorted(selector.order[group.name][:count].tolist())})
+                narrow = shrink(copy.deepcopy(model), plan)
+                counts = {item.axis: len(plan.groups[item.name]) for item in comb.groups}
+                error = logits_error(narrow, model, kept)
+                macs, left = comb.cost(counts).macs / max(full, 1), len(plan.groups[group.name])
+                points.append(Point(group.name, ratio, left, group.size, macs, error, *figures(narrow)))
+    return Sensitivity(tuple(points), *before)
+
+
+@torch.no_grad()
+def _loss(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None) -> float | None:
+    """The mean loss over the batches; None without targets."""
+    values = []
+    with evaluating(model):
+        for batch in batches(data):
+            device = device_of(model)
+            value = task_loss(batch.call.to(device).on(model), move(batch.target, device), loss)
+            if value is None:
+                return None
+            values.append(float(value))
+    return sum(values) / len(values)

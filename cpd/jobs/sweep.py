@@ -1,0 +1,165 @@
+"""Sweep: one model at several speed-ups, and what accuracy each leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from cpd.errors import ArtifactError, InputError, TargetError
+from cpd.jobs.compress import compress
+from cpd.report.artifacts import PAGE, check_output_dir, read_json, write_files
+from cpd.report.report import Figures, sweep_page
+
+log = logging.getLogger("cpd")
+
+#: The figures of a sweep in its folder.
+NAME = "sweep.json"
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One speed-up that was asked for.
+
+    Attributes:
+        asked: the speed-up asked for.
+        speedup: the one measured; None where it could not be reached.
+        figures: of the result; None likewise.
+        folder: where it was written; None where nothing is.
+        error: why it could not be reached, and what can.
+    """
+
+    asked: float
+    speedup: float | None
+    figures: Figures | None
+    folder: str | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Results of one model at several speed-ups.
+
+    Attributes:
+        original: figures of the unpruned model.
+        points: one a speed-up, in the order asked.
+    """
+
+    original: Figures | None
+    points: tuple[SweepPoint, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, ready for `json.dumps`."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Sweep:
+        """The sweep that `to_dict` wrote.
+
+        Raises:
+            ArtifactError: if a field is missing or is not what `to_dict` writes.
+        """
+        try:
+            original = data["original"] and Figures.from_dict(data["original"])
+            points = [
+                SweepPoint(**{**point, "figures": point["figures"] and Figures.from_dict(point["figures"])})
+                for point in data["points"]
+            ]
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"This is not a sweep that cpd wrote: {error}.") from error
+        return cls(original or None, tuple(points))
+
+    def to_html(self) -> str:
+        """Accuracy against measured latency as one self-contained page, with links to the reports in the folders."""
+        return sweep_page(self.original, self.points)
+
+    def plot(self, path: str | os.PathLike[str]) -> Path:
+        """Draw accuracy (or the share of MACs that is left, where none was evaluated) against measured latency.
+
+        Raises:
+            InputError: if `path` cannot be written as a picture, or no point was reached.
+        """
+        from matplotlib.figure import Figure
+
+        found = [point.figures for point in self.points if point.figures is not None]
+        if self.original is None or not found:
+            raise InputError("No speed-up of the sweep was reached: there is nothing to draw.")
+        every = sorted([self.original, *found], key=lambda item: item.latency_ms or 0.0)
+        measured = self.original.metric is not None
+        times = [item.latency_ms or 0.0 for item in every]
+        values = [item.metric or 0.0 if measured else 100 * item.macs / self.original.macs for item in every]
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        area = figure.add_subplot()
+        area.plot(times, values, "o-", color="#0969da")
+        for item, time, value in zip(every, times, values, strict=True):
+            label = "original" if item is self.original else f"{(self.original.latency_ms or 0.0) / time:.2f}x"
+            area.annotate(label, (time, value), textcoords="offset points", xytext=(6, -10), fontsize=8)
+        area.set(xlabel="latency in ONNX Runtime [ms]", ylabel="metric" if measured else "MACs left [%]")
+        area.set_xlim(0, None)
+        area.grid(alpha=0.3)
+        try:
+            figure.savefig(path)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{os.fspath(path)!r} cannot be written as a picture: {error}.") from error
+        return Path(path)
+
+
+def read_sweep(folder: Path) -> Sweep:
+    """The sweep of a folder.
+
+    Raises:
+        ArtifactError: if it is missing, truncated or foreign.
+    """
+    return Sweep.from_dict(read_json(folder / NAME))
+
+
+def sweep(
+    model: nn.Module,
+    speedups: Iterable[float],
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Sweep:
+    """Compress a model to each of several speed-ups.
+
+    Args:
+        model: a trained model; left as it was.
+        speedups: measured latency of the original over each result's, each at least 1.
+        output_dir: each result goes into a folder of its own here, such as `1.5x`, and the figures of all into
+            `sweep.json` and `report.html`; None writes nothing.
+        options: all other arguments of `cpd.compress`.
+
+    Raises:
+        InputError: no speed-up, or what `cpd.compress` raises for an unusable argument. A speed-up that is out of
+            reach is no error here: its point says so.
+    """
+    asked = list(speedups)
+    if not asked:
+        raise InputError("sweep needs at least one speed-up, as in speedups=[1.5, 2, 3].")
+    folder = None if output_dir is None else check_output_dir(output_dir)
+    original: Figures | None = None
+    points: list[SweepPoint] = []
+    for speedup in asked:
+        place = None if folder is None else folder / f"{speedup:g}x"
+        log.info("Sweep: %g times as fast (%d of %d)", speedup, len(points) + 1, len(asked))
+        try:
+            result = compress(model, target_speedup=speedup, output_dir=place, **options)
+        except TargetError as error:
+            log.warning("%s", error)
+            points.append(SweepPoint(speedup, None, None, error=str(error)))
+        else:
+            original = original or result.report.original
+            points.append(
+                SweepPoint(speedup, result.speedup, result.report.result, None if place is None else str(place))
+            )
+        found = Sweep(original, tuple(points))
+        if folder is not None:
+            figures = json.dumps(found.to_dict(), indent=1)
+            write_files(folder, {NAME: figures.encode(), PAGE: found.to_html().encode()})
+    return found

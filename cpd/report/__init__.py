@@ -1,0 +1,1 @@
+"""What came of a run: records, charts, pages, the folder of a result."""

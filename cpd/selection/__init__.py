@@ -1,0 +1,1 @@
+"""Which channels go, and when: targets, limits, order, scope, search, schedule."""

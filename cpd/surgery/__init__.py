@@ -1,0 +1,1 @@
+"""Narrower models, in place; the masked check; recovery without gradients."""

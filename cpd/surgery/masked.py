@@ -1,0 +1,232 @@
+"""Masked equals shrunk: the check that shrinking did what removing means.
+
+The unpruned graph is run with every removed slice set to zero, statistics (norms, softmax, means) taken over the
+kept positions. Its output must be that of the shrunk model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from cpd.algebra import axes
+from cpd.algebra.axes import Axis, Dim, Mask
+from cpd.coupling.comb import Comb
+from cpd.coupling.exactness import CONTRACTIONS, REDUCTIONS, SUMS
+from cpd.model.inputs import evaluating, plain_attention
+from cpd.plan import Plan
+from cpd.proof.constants import ATTENTION
+from cpd.rules import arguments
+from cpd.rules.base import tensor_inputs
+from cpd.rules.reduce import reduced_dims
+from cpd.surgery.shrink import named_tensors
+from cpd.trace.tracer import OperationGraph, op_name, pair
+
+#: Ops that take the kept positions of what they reduce.
+SUMMARIES = {*REDUCTIONS, *SUMS}
+
+
+class MaskedForward(Interpreter):
+    """Runs the unpruned graph of a comb as if the positions that a plan removes were not there.
+
+    Args:
+        comb: the comb of the unpruned model.
+        plan: what is kept.
+    """
+
+    def __init__(self, comb: Comb, plan: Plan) -> None:
+        super().__init__(comb.operations.module)
+        self.context = comb.context
+        self.masks: dict[Axis, Mask] = {}
+        self.scales = {scale.node: scale for scale in comb.scales if not scale.rows}
+        for group in comb.groups:
+            self.masks[group.axis] = axes.mask(group.axis, {})
+            self.masks[group.axis][:] = False
+            self.masks[group.axis][list(plan.groups[group.name])] = True
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node, on the kept positions alone where it mixes over a dimension."""
+        name = op_name(n)
+        if n.op == "call_function":
+            if name in ("layer_norm", "rms_norm"):
+                return self._layer_norm(n)
+            if name == "group_norm":
+                return self._group_norm(n)
+            if name == "batch_norm" and arguments(n)["training"]:
+                return self._standardised(n)
+            if name == ATTENTION:
+                return self._attention(n)
+            if n in self.scales:
+                return self._rescaled(n)
+            if name in CONTRACTIONS:
+                self._zero_removed(n)
+            if name in ("softmax", "log_softmax", "_softmax") or (name in SUMMARIES and "other" not in arguments(n)):
+                return self._along(n, name)
+        return super().run_node(n)
+
+    def _zero_removed(self, n: Node) -> None:
+        """Let an op that sums over products see zeros at the removed positions."""
+        for source in tensor_inputs(n):
+            value = self.env[source]
+            for index, dim in enumerate(self.context.shape(source)):
+                gone = torch.from_numpy(~axes.mask(dim, self.masks)).nonzero().squeeze(1)
+                value = value.index_fill(index, gone, 0) if len(gone) else value
+            self.env[source] = value
+
+    def _kept(self, dim: Dim) -> Tensor:
+        return torch.from_numpy(axes.mask(dim, self.masks)).nonzero().squeeze(1)
+
+    def _bound(self, n: Node) -> dict[str, Any]:
+        return {key: self.env[v] if isinstance(v, Node) else v for key, v in arguments(n).items()}
+
+    def _layer_norm(self, n: Node) -> Tensor:
+        bound, shape = self._bound(n), self.context.shape(tensor_inputs(n)[0])
+        names = [name for name in ("weight", "bias") if bound.get(name) is not None]
+        dense: Tensor = bound["input"]
+        narrow = dense
+        for offset in range(1, len(bound["normalized_shape"]) + 1):
+            kept = self._kept(shape[-offset])
+            narrow = narrow.index_select(-offset, kept)
+            for name in names:
+                bound[name] = bound[name].index_select(-offset, kept)
+        sizes = list(narrow.shape[len(shape) - len(bound["normalized_shape"]) :])
+        bound["input"], bound["normalized_shape"] = narrow, sizes
+        result: Tensor = _call(n, bound)
+        for offset in range(len(sizes), 0, -1):
+            result = _scatter(result, -offset, self._kept(shape[-offset]), dense.shape[-offset])
+        return result
+
+    def _group_norm(self, n: Node) -> Tensor:
+        bound, shape = self._bound(n), self.context.shape(tensor_inputs(n)[0])
+        groups, _ = axes.split(shape[1], shape[1].size // bound["num_groups"], "group norm")
+        kept, size = self._kept(shape[1]), shape[1].size
+        bound["num_groups"] = len(self._kept(groups))
+        bound["input"] = bound["input"].index_select(1, kept)
+        for name in ("weight", "bias"):
+            bound[name] = None if bound.get(name) is None else bound[name].index_select(0, kept)
+        return _scatter(_call(n, bound), 1, kept, size)
+
+    def _standardised(self, n: Node) -> Tensor:
+        """A batch norm by the statistics of its input, over the kept positions of all dimensions but the channels."""
+        bound, shape = self._bound(n), self.context.shape(tensor_inputs(n)[0])
+        kept = {index: self._kept(dim) for index, dim in enumerate(shape) if index != 1}
+        for index, positions in kept.items():
+            bound["input"] = bound["input"].index_select(index, positions)
+        result: Tensor = _call(n, bound)
+        for index, positions in kept.items():
+            result = _scatter(result, index, positions, shape[index].size)
+        return result
+
+    def _attention(self, n: Node) -> Tensor:
+        """Attention to the kept keys, by the scale that the narrower forward has."""
+        bound, kept = self._bound(n), self._kept(self.context.shape(arguments(n)["key"])[-2])
+        bound["key"], bound["value"] = (bound[name].index_select(-2, kept) for name in ("key", "value"))
+        if bound["attn_mask"] is not None and bound["attn_mask"].shape[-1] > 1:
+            bound["attn_mask"] = bound["attn_mask"].index_select(-1, kept)
+        if n in self.scales:
+            bound["scale"] = (bound["scale"] or bound["query"].shape[-1] ** -0.5) * self._change(n)
+        result: Tensor = _call(n, bound)
+        return result
+
+    def _rescaled(self, n: Node) -> Any:
+        """A constant that follows a width."""
+        result = super().run_node(n)
+        return result / self._change(n) if self.scales[n].inverse else result * self._change(n)
+
+    def _change(self, n: Node) -> float:
+        return self.scales[n].change({axis: int(mask.sum()) for axis, mask in self.masks.items()})
+
+    def _along(self, n: Node, name: str) -> Any:
+        """Softmax, or a reduction, over the kept positions."""
+        source = tensor_inputs(n)[0]
+        bound, shape = self._bound(n), self.context.shape(source)
+        first = next(key for key, value in arguments(n).items() if value is source)
+        for dim in reduced_dims(bound.get("dim"), len(shape)):
+            bound[first] = bound[first].index_select(dim, self._kept(shape[dim]))
+        result = _call(n, bound)
+        if name in SUMMARIES:
+            return result
+        dim = bound["dim"]
+        return _scatter(result, dim, self._kept(shape[dim]), shape[dim].size)
+
+
+def _call(n: Node, bound: Mapping[str, Any]) -> Any:
+    assert callable(n.target)
+    schema = n.target._schema  # type: ignore[attr-defined]
+    positional = [bound[arg.name] for arg in schema.arguments if not arg.kwarg_only]
+    return n.target(*positional, **{arg.name: bound[arg.name] for arg in schema.arguments if arg.kwarg_only})
+
+
+def _scatter(value: Tensor, dim: int, kept: Tensor, size: int) -> Tensor:
+    """Put kept positions back in their places, zeros between them."""
+    shape = list(value.shape)
+    shape[dim] = size
+    return value.new_zeros(shape).index_copy(dim, kept, value)
+
+
+def masked_output(model: nn.Module, comb: Comb, plan: Plan) -> Any:
+    """Output of the unpruned `model` on the comb's example inputs, removed slices zero (flattened to a list)."""
+    aliases = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+    for name, dims in plan.kept.items():
+        for dim, indices in dims.items():
+            gone = torch.ones(aliases[name].shape[dim], dtype=torch.bool)
+            gone[indices] = False
+            aliases[name].index_fill_(dim, gone.nonzero().squeeze(1).to(aliases[name].device), 0)
+    call = iter(pytree.tree_leaves((comb.operations.call.args, comb.operations.call.kwargs)))
+    inputs = [
+        aliases[comb.operations.tensors[node.name]]
+        if node.name in comb.operations.tensors
+        else comb.operations.constants[node.name]
+        if node.name in comb.operations.constants
+        else next(call)
+        for node in comb.operations.nodes
+        if node.op == "placeholder"
+    ]
+    with torch.no_grad():
+        return pytree.tree_leaves(MaskedForward(comb, plan).run(*inputs))
+
+
+def masked_error(model: nn.Module, shrunk: nn.Module, comb: Comb, plan: Plan) -> float:
+    """Largest difference between the shrunk model and the masked unpruned one, relative to the largest output.
+
+    Args:
+        model: the unpruned model.
+        shrunk: the model that `plan` was applied to.
+        comb: the comb of `model`.
+        plan: what is kept.
+    """
+    expected = masked_output(model, comb, plan)
+    with torch.no_grad(), evaluating(shrunk), plain_attention():
+        found = pytree.tree_leaves(comb.operations.call.on(comb.operations.runner(shrunk)))
+    pairs = [(a, b) for a, b in zip(expected, found, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]
+    return max((float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs), default=0.0)
+
+
+def shape_mismatch(comb: Comb, plan: Plan, again: OperationGraph) -> str | None:
+    """The first node whose shape in the shrunk model is not what the comb of the unpruned one predicts.
+
+    Args:
+        comb: the comb of the unpruned model.
+        plan: what is kept.
+        again: the operations of the shrunk model.
+
+    Returns:
+        None where all agree, else a sentence that names the node.
+    """
+    widths = {group.axis: len(plan.groups[group.name]) for group in comb.groups}
+    pairs, odd = pair(comb.operations, again)
+    if odd is not None:
+        return f"{odd.name} has no counterpart in the shrunk model"
+    for before, after in pairs.items():
+        value, found = comb.context.values[before], after.meta.get("val")
+        shapes, tensors = (value, list(found or ())) if isinstance(value, list) else ([value], [found])
+        for shape, tensor in zip(shapes, tensors, strict=True):
+            expected = tuple(axes.count(dim, widths) for dim in shape)
+            if isinstance(tensor, Tensor) and expected != tuple(tensor.shape):
+                return f"{before.name} is {list(tensor.shape)}; predicted {list(expected)}"
+    return None

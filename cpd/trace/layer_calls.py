@@ -1,0 +1,257 @@
+"""Layer calls: what each weight of a running model is applied to, whatever module or function applies it.
+
+A forward may call `self.conv(x)`, `F.linear(x, self.qkv.weight)` or `torch.nn.MultiheadAttention`; in the end a
+weight meets its input in one of a few functions of torch. `LayerCalls` sees each such call, as it happens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from cpd.model.inputs import plain_attention
+
+#: Function -> names of its arguments.
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_TRANSPOSED = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+SIGNATURES: dict[Any, tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    torch.matmul: ("input", "weight"),
+    Tensor.matmul: ("input", "weight"),
+    Tensor.__matmul__: ("input", "weight"),
+    **dict.fromkeys((torch.conv1d, torch.conv2d, torch.conv3d), _CONV),
+    **dict.fromkeys((torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d), _TRANSPOSED),
+}
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One application of a weight to an input.
+
+    A layer is a matrix product once its input is laid out: `responses = features @ matrix(weight)^T + bias`, in each
+    of its groups. (Of a transposed convolution the features are the input's channels and each response is what one
+    input position adds to the output, so that `outputs` are not its responses.)
+
+    Attributes:
+        weight: name of the parameter.
+        kind: "linear", "matmul", "conv" or "transposed".
+        function: that of torch.
+        given: the function's arguments by name.
+        output: what it returned, a tensor; None before the call.
+    """
+
+    weight: str
+    kind: str
+    function: Callable[..., Tensor]
+    given: dict[str, Any]
+    output: Any = None
+
+    @property
+    def input(self) -> Tensor:
+        """What the weight is applied to."""
+        found: Tensor = self.given["input"]
+        return found
+
+    @property
+    def groups(self) -> int:
+        """Groups of a convolution; 1 for all else."""
+        return int(self.given.get("groups", 1))
+
+    @property
+    def channel(self) -> int:
+        """The dimension of the input, and of the output, that the weight works along."""
+        return -1 if self.kind in ("linear", "matmul") else 1 - int(self.given["weight"].dim())
+
+    @property
+    def positions(self) -> int:
+        """In how many places of one sample, or row, the matrix product is taken."""
+        if self.kind in ("linear", "matmul"):
+            return math.prod(self.input.shape[:-1])
+        return math.prod((self.output if self.kind == "conv" else self.input).shape[2:])
+
+    def features(self, index: Tensor | None = None) -> Tensor:
+        """The inputs of the matrix product, [groups, rows, features].
+
+        Args:
+            index: which rows (linear layers) or positions of every sample (convolutions); all if None.
+        """
+        if self.kind in ("linear", "matmul"):
+            rows = self.input.reshape(-1, self.input.shape[-1])
+            return (rows if index is None else rows[index]).unsqueeze(0)
+        x = self.input if self.input.dim() == self.given["weight"].dim() else self.input.unsqueeze(0)
+        patches = self._patches(x, index) if self.kind == "conv" else _at(x.flatten(2), index).unsqueeze(-1)
+        samples, channels, places, kernel = patches.shape
+        inner = channels // self.groups
+        split = patches.reshape(samples, self.groups, inner, places, kernel).permute(1, 0, 3, 2, 4)
+        return split.reshape(self.groups, samples * places, inner * kernel)
+
+    def sample(self, rows: int, generator: torch.Generator) -> Tensor | None:
+        """An index for `features` of about so many rows, drawn at random; None where there are no more than that."""
+        wanted = rows if self.kind in ("linear", "matmul") else max(1, rows // self.input.shape[0])
+        if wanted >= self.positions:
+            return None
+        chosen = torch.randperm(self.positions, generator=generator)[:wanted].sort().values
+        return chosen.to(self.input.device)
+
+    def outputs(self, index: Tensor | None = None, value: Tensor | None = None) -> Tensor:
+        """The rows of the output, or of a tensor like it, that belong to `features`: [groups, rows, outputs]."""
+        y = self.output if value is None else value
+        if self.kind in ("linear", "matmul"):
+            rows = y.reshape(-1, y.shape[-1])
+            return (rows if index is None else rows[index]).unsqueeze(0)
+        y = _at((y if y.dim() == self.given["weight"].dim() else y.unsqueeze(0)).flatten(2), index)
+        samples, channels, places = y.shape
+        split = y.reshape(samples, self.groups, channels // self.groups, places).permute(1, 0, 3, 2)
+        return split.reshape(self.groups, samples * places, channels // self.groups)
+
+    def responses(self, index: Tensor | None = None) -> Tensor:
+        """`features @ matrix(weight)^T`, and the bias where the output holds it by row: [groups, rows, responses]."""
+        if self.kind != "transposed":
+            return self.outputs(index)
+        return self.features(index) @ matrix(self.kind, self.given["weight"], self.groups).transpose(1, 2)
+
+    def without_data(self) -> LayerCall:
+        """The call less input and output: what a hook may hold, lest it keep the graph that holds it alive for ever."""
+        return replace(self, given={name: value for name, value in self.given.items() if name != "input"}, output=None)
+
+    def again(self) -> Tensor:
+        """What the function returns now."""
+        settings = {name: value for name, value in self.given.items() if name not in ("input", "weight")}
+        return self.function(self.given["input"], self.given["weight"], **settings)
+
+    def _patches(self, x: Tensor, index: Tensor | None) -> Tensor:
+        """What the kernel sees at some positions of the output, [samples, channels, positions, kernel]."""
+        kernel, rank = self.given["weight"].shape[2:], x.dim() - 2
+        stride, dilation = (_each(self.given.get(name, 1), rank) for name in ("stride", "dilation"))
+        x = F.pad(x, _padding(self.given.get("padding", 0), kernel, dilation))
+        along = [
+            torch.arange(self.output.shape[-rank:][d], device=x.device)[:, None] * stride[d]
+            + torch.arange(kernel[d], device=x.device) * dilation[d]
+            for d in range(rank)
+        ]
+        place = torch.zeros((1, 1), dtype=torch.long, device=x.device)
+        for d in range(rank):
+            place = place[:, None, :, None] * x.shape[2 + d] + along[d][None, :, None, :]
+            place = place.reshape(place.shape[0] * place.shape[1], -1)
+        place = place if index is None else place[index]
+        return x.flatten(2)[:, :, place.reshape(-1)].reshape(*x.shape[:2], *place.shape)
+
+
+def matrix(kind: str, weight: Tensor, groups: int = 1) -> Tensor:
+    """A layer's weight as matrices, [groups, outputs, features] (`LayerCall.features`)."""
+    grouped = weight.reshape(groups, weight.shape[0] // groups, -1)
+    return grouped.transpose(1, 2) if kind in ("matmul", "transposed") else grouped
+
+
+def from_matrix(kind: str, value: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `matrix`: a weight of the shape of `like`."""
+    return (value.transpose(1, 2) if kind in ("matmul", "transposed") else value).reshape(like.shape)
+
+
+class LayerCalls(TorchFunctionMode):
+    """Within this block every call of a layer whose weight is a parameter of `model` is seen.
+
+    Args:
+        model: whose parameters are looked for.
+        before: given the call that is to be made, returns the input to use instead.
+        after: given the call with its output, returns the output to use instead, or None for its own.
+        norm: told of the arguments of each `batch_norm` that uses running statistics.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        before: Callable[[LayerCall], Tensor] | None = None,
+        after: Callable[[LayerCall], Tensor | None] | None = None,
+        norm: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.before, self.after, self.norm = before, after, norm
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in SIGNATURES:
+            given = {**dict(zip(SIGNATURES[func], args, strict=False)), **kwargs}
+            name = self.names.get(id(given.get("weight", given.get("other"))))
+            if name is not None:
+                return self._layer(func, name, given)
+        elif func is F.batch_norm and self.norm is not None:
+            given = {**dict(zip(_NORM, args, strict=False)), **kwargs}
+            if given.get("running_mean") is not None and not given.get("training"):
+                self.norm(given)
+        elif isinstance(func, FunctionType) and func.__globals__ is vars(F) and func is not F.batch_norm:
+            with self:
+                return opened(func)(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _layer(self, func: Any, name: str, given: dict[str, Any]) -> Tensor:
+        signature = SIGNATURES[func]
+        kind = {_CONV: "conv", _TRANSPOSED: "transposed"}.get(signature, "linear" if "bias" in signature else "matmul")
+        weight = given.setdefault("weight", given.pop("other", None))
+        if weight.dim() < 2 or (kind == "matmul" and weight.dim() > 2):
+            return func(*given.values())  # type: ignore[no-any-return]
+        layer = LayerCall(name, kind, func, given)
+        if self.before is not None:
+            given["input"] = self.before(layer)
+        output = layer.again()
+        replaced = self.after(replace(layer, output=output)) if self.after is not None else None
+        return output if replaced is None else replaced
+
+
+_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+@contextmanager
+def seen(calls: LayerCalls) -> Iterator[None]:
+    """Layer calls seen within a block, those inside `torch.nn.MultiheadAttention` too."""
+    with plain_attention(), calls:
+        yield
+
+
+@cache
+def opened(function: FunctionType) -> Callable[..., Any]:
+    """A function of torch.nn.functional that does not hand itself over to a mode, so that its calls are seen."""
+    never = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _never)
+    names = {**function.__globals__, **never}
+    opened = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    opened.__kwdefaults__ = function.__kwdefaults__
+    return opened
+
+
+def _never(*_: Any) -> bool:
+    return False
+
+
+def _at(flat: Tensor, index: Tensor | None) -> Tensor:
+    return flat if index is None else flat[:, :, index]
+
+
+def _each(setting: Any, rank: int) -> tuple[int, ...]:
+    given = tuple(setting) if isinstance(setting, (tuple, list)) else (setting,)
+    return given * rank if len(given) == 1 else given
+
+
+def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
+    """What `F.pad` takes, of a convolution's padding."""
+    pairs: list[tuple[int, int]]
+    if padding == "valid":
+        pairs = [(0, 0)] * len(kernel)
+    elif padding == "same":  # the odd one is added at the end
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        pairs = [(total // 2, total - total // 2) for total in totals]
+    else:
+        pairs = [(size, size) for size in _each(padding, len(kernel))]
+    return [size for pair in reversed(pairs) for size in pair]
