@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cpd.coupling.comb import Comb
 from cpd.model.inputs import Call, plain_attention
+from cpd.model.tensors import named_tensors
 from cpd.plan import Plan
-from cpd.surgery.shrink import named_tensors
 
 STEPS = "num_batches_tracked"
 

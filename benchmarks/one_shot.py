@@ -34,7 +34,9 @@ import cpd
 from cpd.criteria import CRITERIA
 from cpd.demo import accuracy
 from cpd.model.inputs import as_call
-from cpd.selection.selector import NORMALIZATIONS, SCOPES, Limits, Selector, Weighing
+from cpd.selection.limits import Limits
+from cpd.selection.selector import SCOPES, Selector
+from cpd.selection.weighing import NORMALIZATIONS, Weighing
 from cpd.surgery.batchnorm import recalibrate_batchnorm
 from cpd.surgery.compensation import compensate
 from cpd.surgery.shrink import shrink

@@ -42,12 +42,14 @@ import cpd
 from cpd.coupling.comb import Comb, Group
 from cpd.model import sources
 from cpd.model.inputs import Call, as_call
+from cpd.model.tensors import named_tensors
 from cpd.plan import Plan
 from cpd.report.artifacts import save_result
-from cpd.report.report import Figures, Report
+from cpd.report.records import Figures
+from cpd.report.report import Report
 from cpd.surgery.masked import masked_error, shape_mismatch
-from cpd.surgery.shrink import named_tensors
-from cpd.trace.tracer import op_name, retrace
+from cpd.trace.graph import op_name
+from cpd.trace.tracer import retrace
 
 CHECKS = ("masked", "shapes", "class", "onnx", "again", "train", "reload")
 DEFAULT = [

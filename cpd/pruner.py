@@ -28,26 +28,30 @@ from cpd import processes
 from cpd.algebra.axes import Axis
 from cpd.coupling.comb import Comb
 from cpd.coupling.comb import comb as comb_model
-from cpd.coupling.cost import Figures
+from cpd.coupling.cost import CostFigures
 from cpd.criteria import CRITERIA, DATA_FREE, TARGET_FREE, Criterion
 from cpd.criteria.gates import Gates
 from cpd.criteria.score import score
 from cpd.deploy.kernels import KernelTimes
 from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.latency_model import LatencyModel
-from cpd.distillation.accelerator import random_states_kept, seeded
-from cpd.distillation.losses import LossFunction
-from cpd.distillation.optimizers import narrow_state, narrowed_state
 from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError, TargetError
 from cpd.model.inputs import batches, check_model, device_of
+from cpd.model.skeleton import skeleton
+from cpd.model.task_loss import LossFunction
+from cpd.model.tensors import copy_of, named_tensors
 from cpd.plan import Plan
+from cpd.randomness import random_states_kept, seeded
+from cpd.selection.limits import check_limits, check_ratios
 from cpd.selection.schedule import Schedule
 from cpd.selection.search import predicted, reach
-from cpd.selection.selector import Normalization, Scope, Selector, Weighing, by_capacity, check_ratios
-from cpd.selection.target import check_limits, check_target, copy_of
+from cpd.selection.selector import Scope, Selector
+from cpd.selection.target import check_target
+from cpd.selection.weighing import Normalization, Weighing, by_capacity
 from cpd.surgery.masked import masked_error
+from cpd.surgery.optimizer_state import narrow_state, narrowed_state
 from cpd.surgery.recovery import Recovery, recover
-from cpd.surgery.shrink import named_tensors, shrink, skeleton
+from cpd.surgery.shrink import shrink
 
 log = logging.getLogger("cpd")
 
@@ -330,7 +334,7 @@ class Pruner:
     def _counts(self, plan: Plan) -> dict[Axis, int]:
         return {group.axis: len(plan.groups[group.name]) for group in self.comb.groups}
 
-    def _figure(self, cost: Figures) -> float:
+    def _figure(self, cost: CostFigures) -> float:
         """What the schedule runs in: the target's figure of a cost, MACs for a measured target."""
         return float(cost.macs) if self.target.is_measured else self.target.of(cost)
 

@@ -19,14 +19,22 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cpd.cli.folders import IMAGES, LABELS, has_maps
-from cpd.distillation.losses import IGNORED_CLASS
 from cpd.errors import InputError
 from cpd.model.inputs import batches, device_of, evaluating, logits
+from cpd.model.task_loss import IGNORED_CLASS
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Training images are scaled by a factor of this range before they are cropped.
 SCALES = (0.5, 2.0)
+
+
+#: Where images with label maps lie.
+IMAGES, LABELS = "images", "labels"
+
+
+def has_maps(folder: Path) -> bool:
+    """Whether a folder holds images with label maps."""
+    return (folder / IMAGES).is_dir() and (folder / LABELS).is_dir()
 
 
 class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):

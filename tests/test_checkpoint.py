@@ -19,9 +19,9 @@ from test_pruner import X, loader, net
 
 import cpd
 from cpd.checkpoint import Checkpoint
-from cpd.distillation.accelerator import random_states, set_random_states
 from cpd.distillation.distiller import DistillConfig
 from cpd.errors import CheckpointError, InputError, TrainingError
+from cpd.randomness import random_states, set_random_states
 from cpd.selection.schedule import Schedule
 
 pytestmark = pytest.mark.usefixtures("quick")

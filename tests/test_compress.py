@@ -13,7 +13,8 @@ from cpd import compress as compress_function
 from cpd.criteria import CRITERIA
 from cpd.deploy.latency import LatencyComparison
 from cpd.jobs.compress import _missed, _unusual
-from cpd.selection.selector import Limits, Selector
+from cpd.selection.limits import Limits
+from cpd.selection.selector import Selector
 from cpd.selection.target import Target
 
 

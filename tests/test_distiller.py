@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from cpd.distillation.distiller import DistillConfig, EpochRecord, _lr_schedule, distill
-from cpd.distillation.losses import kl_divergence, task_loss
+from cpd.distillation.losses import kl_divergence
 from cpd.errors import InputError, TrainingError
+from cpd.model.task_loss import task_loss
 from cpd.surgery.batchnorm import recalibrate_batchnorm
 
 CLASSES = 4

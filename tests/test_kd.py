@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from test_distiller import CLASSES, Net, images, make
 from torch import Tensor, nn
 
+from cpd.distillation.config import KD_LOSSES
 from cpd.distillation.distiller import DistillConfig, distill
-from cpd.distillation.kd import KD_LOSSES, Distillation, last_layer
+from cpd.distillation.kd import Distillation, last_layer
 from cpd.distillation.losses import channel_wise, cross_image, feature_error, to_memory
 from cpd.errors import InputError
 from cpd.model.inputs import Call

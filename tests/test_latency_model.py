@@ -25,8 +25,9 @@ from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.latency_model import LatencyModel, _assigned
 from cpd.deploy.profiling import NodeTime, profile_nodes
 from cpd.deploy.workload import workload
+from cpd.selection.limits import Limits
 from cpd.selection.search import reach
-from cpd.selection.selector import Limits, Selector
+from cpd.selection.selector import Selector
 from cpd.selection.target import Target
 
 IMAGE = torch.randn(1, 3, 64, 64)
@@ -248,7 +249,7 @@ def test_predictions_come_near_what_is_measured(quick):
     assert 0.1 < found.operators[0].half_ms / found.operators[0].ms < 0.6
     assert sum(row.ms for row in found.operators) == pytest.approx(found.total_ms)
     assert json.loads(json.dumps(found.to_dict()))["kernels"] == found.kernels > 100
-    assert "known on this machine" in found.told()[0]
+    assert "known on this machine" in found.summary()[0]
 
 
 # ---------------------------------------------------------------------------------- selection and search
@@ -469,7 +470,7 @@ def test_int8_is_near_the_float_model(classifier, tmp_path):
     assert found.path.read_bytes()[:4] != b""
     assert any("Quantize" in node.op_type for node in __import__("onnx").load(found.path).graph.node)
     assert json.loads(json.dumps(found.to_dict()))["path"] == str(found.path)
-    assert "the same class in" in found.told()
+    assert "the same class in" in found.summary()
 
 
 def test_int8_refuses_what_it_cannot_do(classifier, tmp_path):

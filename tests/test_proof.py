@@ -19,7 +19,8 @@ from cpd.coupling.comb import Comb
 from cpd.errors import PlanError, TraceError
 from cpd.plan import Plan
 from cpd.proof.provenance import Place, Traced, integers, places_of, trace_integers
-from cpd.selection.selector import Limits, Selector
+from cpd.selection.limits import Limits
+from cpd.selection.selector import Selector
 from cpd.surgery.masked import masked_error
 from cpd.surgery.shrink import shrink
 

@@ -16,11 +16,12 @@ from zoo import comb, dense, going_on, random_plan, relative_error
 import cpd
 from cpd.criteria import CRITERIA
 from cpd.distillation.distiller import DistillConfig, distill
-from cpd.distillation.optimizers import narrow_state, narrowed_state
 from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError, TrainingError
+from cpd.model.tensors import named_tensors
 from cpd.pruner import Pruner
 from cpd.selection.schedule import Schedule
-from cpd.surgery.shrink import named_tensors, shrink
+from cpd.surgery.optimizer_state import narrow_state, narrowed_state
+from cpd.surgery.shrink import shrink
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -28,10 +28,12 @@ from cpd.cli.arguments import parse_numbers, parse_size
 from cpd.cli.folders import image_folders
 from cpd.errors import ArtifactError, InputError, NothingToPruneError
 from cpd.jobs.sensitivity import RATIOS
-from cpd.jobs.sweep import Sweep, SweepPoint
+from cpd.jobs.sweep import Sweep
 from cpd.model.inputs import as_call
 from cpd.model.sources import ModelSource, default_inputs, identify, image_inputs, resolve
-from cpd.report.report import Figures, GroupRow, LayerRow, Report, _stages, call_text, human
+from cpd.report.charts import _stages
+from cpd.report.records import Figures, GroupRow, LayerRow, SweepPoint
+from cpd.report.report import Report, call_text, human
 
 HOSTILE = '<script src="https://evil.example/x.js">alert(1)</script>'
 LEAKY = pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm's image reader

@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from zoo import comb, dense, group, random_plan, randomize
 
 import cpd
-from cpd.selection.selector import Limits, Selector, Weighing, by_capacity
+from cpd.selection.limits import Limits
+from cpd.selection.selector import Selector
+from cpd.selection.weighing import Weighing, by_capacity
 from cpd.surgery.compensation import compensate
 from cpd.surgery.recovery import logits_error, recover
 

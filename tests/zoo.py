@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from cpd.coupling.comb import Comb
 from cpd.coupling.comb import comb as comb_model
+from cpd.model.tensors import named_tensors
 from cpd.plan import Plan
-from cpd.selection.selector import Limits, Selector
+from cpd.selection.limits import Limits
+from cpd.selection.selector import Selector
 from cpd.surgery.masked import shape_mismatch
-from cpd.surgery.shrink import named_tensors
-from cpd.trace.tracer import op_name
+from cpd.trace.graph import op_name
 
 
 def _load(path: Path) -> ModuleType:

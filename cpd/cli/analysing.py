@@ -25,7 +25,7 @@ from cpd.cli.arguments import (
     opened,
 )  # fmt: skip
 from cpd.cli.command import Output
-from cpd.cli.compressing import told
+from cpd.cli.compressing import report_output
 from cpd.cli.folders import image_folders, load_images
 from cpd.cli.tables import (
     frozen_table,
@@ -129,7 +129,7 @@ def profile(
     from cpd.deploy.latency_model import profile_model
 
     found = profile_model(built, example_inputs, threads=threads, check=check, seed=seed)
-    return Output({"model": model, **found.to_dict()}, (profile_table(found), *found.told()))
+    return Output({"model": model, **found.to_dict()}, (profile_table(found), *found.summary()))
 
 
 def latency(
@@ -172,4 +172,4 @@ def report(
         return Output(swept.to_dict(), (sweep_table(swept), f"Written to {folder / PAGE}"))
     found = read_report(folder)
     write_files(folder, {PAGE: found.to_html().encode()})
-    return told(found, folder)
+    return report_output(found, folder)

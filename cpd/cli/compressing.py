@@ -27,8 +27,9 @@ from cpd.cli.arguments import (
     parse_numbers,
 )  # fmt: skip
 from cpd.cli.command import Output
-from cpd.cli.folders import has_maps, image_folders, load_folder, load_images, load_maps
+from cpd.cli.folders import image_folders, load_folder, load_images, load_maps
 from cpd.cli.tables import figures_table, latency_table, sweep_table
+from cpd.segmentation import has_maps
 
 if TYPE_CHECKING:
     from cpd.report.report import Report
@@ -167,7 +168,7 @@ def compress(
         checkpoint_minutes=checkpoint_minutes,
         **given,
     )  # fmt: skip
-    return told(result.report, output_dir)
+    return report_output(result.report, output_dir)
 
 
 def sweep(
@@ -238,7 +239,7 @@ def quantize(
         folder / "model.onnx", loader, output or folder / "model.int8.onnx", original=original, evaluate=evaluate,
         calibration=calibration, limit=limit, threads=threads, seconds=seconds,
     )  # fmt: skip
-    return Output(found.to_dict(), (latency_table(found.latency), found.told()))
+    return Output(found.to_dict(), (latency_table(found.latency), found.summary()))
 
 
 def demo(output_dir: OutputDir = None, seed: Seed = 0, progress: bool | None = None) -> Output:
@@ -246,10 +247,10 @@ def demo(output_dir: OutputDir = None, seed: Seed = 0, progress: bool | None = N
     from cpd.demo import run_demo
 
     result = run_demo(output_dir=output_dir, seed=seed, progress=progress)
-    return told(result.report, output_dir)
+    return report_output(result.report, output_dir)
 
 
-def told(report: Report, output_dir: Path | None) -> Output:
+def report_output(report: Report, output_dir: Path | None) -> Output:
     """A report as a table, and where the rest of it lies."""
     notes = [f"Note: {note}" for note in report.notes]
     if output_dir is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpd.errors import InputError
+from cpd.segmentation import has_maps
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 TRAIN_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
-#: Where images with label maps lie.
-IMAGES, LABELS = "images", "labels"
 
 
 def image_folders(root: Path) -> tuple[Path, Path | None]:
@@ -38,11 +37,6 @@ def image_folders(root: Path) -> tuple[Path, Path | None]:
     if not any(item.is_dir() for item in train.iterdir()):
         raise InputError(f"--data: {train} holds no folders, one a class, of images, nor images/ and labels/.")
     return train, validation
-
-
-def has_maps(folder: Path) -> bool:
-    """Whether a folder holds images with label maps."""
-    return (folder / IMAGES).is_dir() and (folder / LABELS).is_dir()
 
 
 def load_folder(

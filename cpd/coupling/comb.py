@@ -25,6 +25,7 @@ from cpd.coupling.cost import Cost, FrozenShare
 from cpd.coupling.exactness import Exactness
 from cpd.errors import PlanError
 from cpd.model.inputs import check_model
+from cpd.model.tensors import named_tensors
 from cpd.plan import Plan, Rescale
 from cpd.proof.auxiliary import auxiliary_graph
 from cpd.proof.constants import Scale, attention_scales
@@ -32,8 +33,8 @@ from cpd.proof.proof import Proof, edits
 from cpd.proof.provenance import Place
 from cpd.rules import Context, infer
 from cpd.rules.contraction import KERNEL
-from cpd.surgery.shrink import named_tensors
-from cpd.trace.tracer import OperationGraph, trace
+from cpd.trace.graph import OperationGraph
+from cpd.trace.tracer import trace
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from cpd.algebra.axes import Axis, Dim, Fixed
 from cpd.algebra.polynomials import ProductSums
 from cpd.rules import Context, arguments
 from cpd.rules.contraction import KERNEL, spell
-from cpd.trace.tracer import op_name
+from cpd.trace.graph import op_name
 
 #: Reasons given only where a term has no other: they say little about what to change.
 _PLAIN = ("a single position", "no parameter lies along it")
@@ -50,7 +50,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Figures:
+class CostFigures:
     """The cost of one set of widths.
 
     Attributes:
@@ -66,7 +66,7 @@ class Figures:
 
 
 class Slope(NamedTuple):
-    """What one position more of an axis adds to each figure of `Figures`."""
+    """What one position more of an axis adds to each figure of `CostFigures`."""
 
     parameters: float
     macs: float
@@ -102,10 +102,10 @@ class Cost:
         weights = [(term.parameters, term.macs, term.activations) for term in self._terms]
         self._sums = ProductSums([term.dims for term in self._terms], weights, figures=3)
 
-    def __call__(self, counts: Mapping[Axis, int]) -> Figures:
+    def __call__(self, counts: Mapping[Axis, int]) -> CostFigures:
         """The cost when each axis keeps `counts[axis]` positions (all, if it is not named)."""
         (figures,) = self.many(self._sums.widths(counts)[None])
-        return Figures(*map(int, figures))
+        return CostFigures(*map(int, figures))
 
     @property
     def axes(self) -> list[Axis]:
@@ -156,7 +156,7 @@ class Cost:
             leaves = [axis for dim in term.dims for axis in axes.leaves(dim)]
             if not (parameters or macs) or any(axis.frozen is None for axis in leaves):
                 continue
-            found = _told(axis.frozen for axis in leaves if axis.frozen is not None)
+            found = _by_reason(axis.frozen for axis in leaves if axis.frozen is not None)
             for key, reasons in found.items():
                 told = [(why, place or term.name) for why, place in reasons]
                 rows.setdefault(key, _Tally()).add(told, parameters / len(found), macs / len(found), term.parameters)
@@ -191,7 +191,7 @@ class _Tally:
         return FrozenShare(why, self.parameters / parameters, self.macs / macs, self.tensors, tuple(self.places))
 
 
-def _told(frozen: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
+def _by_reason(frozen: Iterable[str]) -> dict[str, list[tuple[str, str]]]:
     """The reasons worth telling as (why, place), alike ones together."""
     reasons = [reason for reason in dict.fromkeys(frozen) if not reason.startswith(KERNEL)]
     telling = [reason for reason in reasons if not reason.startswith(_PLAIN)] or reasons or [NO_DIMENSION]

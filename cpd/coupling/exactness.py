@@ -18,7 +18,7 @@ from cpd.algebra.axes import Axis, Dim
 from cpd.rules import Context, arguments
 from cpd.rules.base import tensor_inputs
 from cpd.rules.reduce import reduced_dims
-from cpd.trace.tracer import op_name, shape_of
+from cpd.trace.graph import op_name, shape_of
 
 #: Elementwise and spatial ops with f(0) = 0.
 ZERO_PRESERVING = {

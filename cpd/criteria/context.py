@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from cpd.coupling.comb import Comb
 from cpd.criteria.gates import Gates, parameters_of
-from cpd.distillation.losses import task_loss
 from cpd.errors import TrainingError
 from cpd.model.inputs import Batch, batches, device_of, in_mode, move
+from cpd.model.task_loss import task_loss
 
 #: float16 gradients of small losses vanish unless the loss is enlarged (Micikevicius et al., arXiv 1710.03740).
 LOSS_SCALE = 1024.0

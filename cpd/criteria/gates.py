@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cpd.algebra import axes
 from cpd.coupling.comb import Comb, Group, Member
-from cpd.surgery.shrink import named_tensors
+from cpd.model.tensors import named_tensors
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from cpd.errors import ExportError, InputError, first_line
 from cpd.model.inputs import Call, as_call, check_model, device_of, evaluating
-from cpd.trace.tracer import quiet
+from cpd.trace.quiet import quiet
 
 OnnxSource: TypeAlias = bytes | str | os.PathLike[str] | onnx.ModelProto
 """A serialised ONNX model, the path of its file, or the protobuf that `onnx.load` gives."""
@@ -276,7 +276,7 @@ def _export(model: nn.Module, call: Call) -> Any:
             assert program is not None
     except Exception as error:  # whatever the exporter or the traced forward raises; chained, not hidden
         raise ExportError(
-            f"torch.onnx.export failed on {type(model).__name__}: {_told(error)} "
+            f"torch.onnx.export failed on {type(model).__name__}: {_shown(error)} "
             "Targets other than latency (target_macs, target_params) need no export."
         ) from error
     for node in program.model.graph.all_nodes():
@@ -284,7 +284,7 @@ def _export(model: nn.Module, call: Call) -> Any:
     return program
 
 
-def _told(error: BaseException) -> str:
+def _shown(error: BaseException) -> str:
     """Why the export failed, with the op where it is one's fault, and what to do."""
     causes = [error]
     while causes[-1].__cause__ is not None:

@@ -328,7 +328,7 @@ class ModelProfile:
         """All fields, ready for `json.dumps`."""
         return asdict(self)
 
-    def told(self) -> list[str]:
+    def summary(self) -> list[str]:
         """What a table does not say, sentence by sentence."""
         found = [f"{self.kernels} kernels are known on this machine: {self.file}"]
         found += [

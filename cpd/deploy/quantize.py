@@ -26,7 +26,7 @@ from cpd.deploy.export import OnnxSource, export_bytes, feed, open_session, run_
 from cpd.deploy.latency import LatencyTable, measure_latency
 from cpd.errors import ExportError, InputError, first_line
 from cpd.model.inputs import Call, batches, evaluated
-from cpd.trace.tracer import quiet
+from cpd.trace.quiet import quiet
 
 log = logging.getLogger("cpd")
 
@@ -62,7 +62,7 @@ class Quantized:
         """All fields, ready for `json.dumps`."""
         return {**asdict(self), "path": str(self.path)}
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """Parity, agreement, metrics and size in a sentence."""
         agreement = "" if self.agreement is None else f", the same class in {self.agreement:.1%} of the samples"
         metric = "" if self.metric is None else f"; metric {self.metric:.4g} (float {self.metric_float:.4g})"

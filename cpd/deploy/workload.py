@@ -15,7 +15,7 @@ from cpd.algebra.axes import Dim
 from cpd.coupling.cost import CONVOLUTIONS, MATRIX_PRODUCTS, TRANSPOSED
 from cpd.deploy.kernels import Convolution, Kernel, MatrixProduct
 from cpd.rules import Context, arguments
-from cpd.trace.tracer import op_name, owner
+from cpd.trace.graph import op_name, owner
 
 Dims = tuple[Dim, ...]
 

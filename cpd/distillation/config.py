@@ -9,11 +9,17 @@ from numbers import Real
 
 from torch import nn
 
-from cpd.distillation.kd import KD_LOSSES
 from cpd.distillation.optimizers import make_optimizer
 from cpd.errors import InputError
 
 DEFAULT_LR = {"sgd": 0.01, "adamw": 5e-4}
+#: Every distillation loss -> the temperature that is usual for it, and its usual weight beside the task's loss.
+KD_LOSSES: dict[str, tuple[float, float]] = {
+    "kl": (2.0, 1.0),
+    "cwd": (4.0, 3.0),
+    "cirkd": (0.1, 1.0),
+    "mse": (1.0, 1.0),
+}
 #: Schedulers of timm that need nothing but the length of the training.
 SCHEDULERS = ("cosine", "poly", "tanh", "step")
 
@@ -56,7 +62,7 @@ class DistillConfig:
         task_weight: the weight of the task's loss, >= 0; at 0 the student learns from the teacher alone, which is
             best where there are few images.
         kd_weight: the weight of the distillation loss beside the task's, >= 0; 0 is the same as kd="none". None:
-            what is usual for the loss (`cpd.distillation.kd.KD_LOSSES`).
+            what is usual for the loss (`cpd.distillation.config.KD_LOSSES`).
         temperature: by which logits or similarities are divided in the distillation loss, > 0. None: what is usual.
         features: modules by name, or {the student's: the teacher's}, of which the loss compares the outputs, the
             student's through a learned linear map where it is narrower. None: the logits; for "cirkd" and "mse" what

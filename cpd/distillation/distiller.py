@@ -18,7 +18,7 @@ from dataclasses import replace
 from itertools import islice
 from statistics import fmean
 from types import GeneratorType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -29,23 +29,15 @@ from torch.utils.data import DataLoader
 
 from cpd import processes
 from cpd.checkpoint import Checkpoint
-from cpd.distillation.accelerator import (
-    Trainee,
-    accelerating,
-    placed,
-    random_states,
-    random_states_kept,
-    seeded,
-    set_random_states,
-)
+from cpd.distillation.accelerator import Trainee, accelerating, placed
 from cpd.distillation.config import DistillConfig, EpochRecord
 from cpd.distillation.kd import Distillation
-from cpd.distillation.losses import LossFunction, task_loss
 from cpd.distillation.optimizers import make_optimizer
 from cpd.errors import CheckpointError, CPDError, InputError, TrainingError
 from cpd.model.inputs import Batch, Call, batches, check_model, evaluating, logits, move
-from cpd.pruner import Pruner
-from cpd.surgery.shrink import named_tensors, restore, state_of
+from cpd.model.task_loss import LossFunction, task_loss
+from cpd.model.tensors import named_tensors, restore, state_of
+from cpd.randomness import random_states, random_states_kept, seeded, set_random_states
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
@@ -53,6 +45,25 @@ if TYPE_CHECKING:
 log = logging.getLogger("cpd")
 
 Evaluate = Callable[[nn.Module], float]
+
+
+class ShrinksWhileTrained(Protocol):
+    """What `distill` asks of a pruner: `cpd.Pruner` is one.
+
+    Attributes:
+        optimizer: whose state is sliced with the parameters; set by `distill`.
+    """
+
+    optimizer: torch.optim.Optimizer | None
+
+    def step(self) -> bool:
+        """Note one optimizer step; shrink the student if it is time. True if it shrank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that `load_state_dict` needs to go on."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
 
 
 def distill(
@@ -63,7 +74,7 @@ def distill(
     loss: LossFunction | None = None,
     evaluate: Evaluate | None = None,
     config: DistillConfig | None = None,
-    pruner: Pruner | None = None,
+    pruner: ShrinksWhileTrained | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> list[EpochRecord]:
     """Train `student` in place against `teacher`: `task_loss + kd_weight * kd_loss`.
@@ -167,7 +178,7 @@ class _Run:
         data: Iterable[Any],
         loss: LossFunction | None,
         config: DistillConfig,
-        pruner: Pruner | None,
+        pruner: ShrinksWhileTrained | None,
         checkpoint: Checkpoint | None,
     ) -> None:
         self.accelerator, self.student, self.teacher = accelerator, student, teacher

@@ -22,13 +22,7 @@ from cpd.model.inputs import Call, evaluating, logits
 if TYPE_CHECKING:
     from cpd.distillation.config import DistillConfig
 
-#: Every distillation loss -> the temperature that is usual for it, and its usual weight beside the task's loss.
-KD_LOSSES: dict[str, tuple[float, float]] = {
-    "kl": (2.0, 1.0),
-    "cwd": (4.0, 3.0),
-    "cirkd": (0.1, 1.0),
-    "mse": (1.0, 1.0),
-}
+
 #: Positions of an image whose relations are compared at most; larger maps are averaged down.
 POSITIONS = 256
 #: CIRKD's memory: embeddings kept and drawn of pixels, and of regions (the mean over an image's pixels of a class).

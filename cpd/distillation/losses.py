@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cpd.errors import InputError
-from cpd.model.inputs import logits
-
-LossFunction = Callable[[Any, Any], Tensor]  # loss(output, target) -> scalar, on the output as the model gives it
-IGNORED_CLASS = -100  # as in `torch.nn.functional.cross_entropy`
 
 
 def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: float = 1.0) -> Tensor:
@@ -133,57 +127,3 @@ def feature_error(student: Tensor, teacher: Tensor) -> Tensor:
     dtype = torch.promote_types(student.dtype, torch.float32)
     student, teacher = student.to(dtype), teacher.to(dtype)
     return (student - teacher).square().mean() / teacher.square().mean().clamp_min(1e-12)
-
-
-def task_loss(output: Any, target: Any, loss: LossFunction | None = None) -> Tensor | None:
-    """The loss of the task: the user's, else cross-entropy inferred from the target.
-
-    Args:
-        output: the model's output; for an inferred loss `cpd.model.inputs.logits(output)` is taken, `[N, C, ...]`.
-        target: class indices `[N, ...]` of an integer type (-100 is ignored), or class probabilities of
-            the logits' shape; with `loss`, anything that it takes.
-        loss: `loss(output, target) -> scalar`, on the unchanged output.
-
-    Returns:
-        A scalar; None where there is neither target nor loss.
-
-    Raises:
-        InputError: if no loss can be inferred, or `loss` returns no scalar tensor.
-    """
-    if loss is not None:
-        value = loss(output, target)
-        if isinstance(value, Tensor) and value.numel() == 1:
-            return value.reshape(())
-        found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"loss= must return a tensor of one number, not {found}: average over the batch in it.")
-    if target is None:
-        return None
-    prediction = logits(output)
-    _check_target(prediction, target)
-    prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
-    target = target.to(prediction.dtype) if target.is_floating_point() else target.long()
-    return F.cross_entropy(prediction, target, ignore_index=IGNORED_CLASS)
-
-
-def _check_target(prediction: Tensor, target: Any) -> None:
-    """Raise `InputError` unless `target` holds class indices or class probabilities for `prediction`."""
-    shape, found, remedy = prediction.shape, type(target).__name__, "a function (output, target) -> scalar"
-    if isinstance(target, Tensor) and len(shape) >= 2:
-        found = f"{target.dtype} target of shape {list(target.shape)}"
-        if target.is_floating_point() and target.shape == shape:
-            total = target.float().sum(dim=1)
-            if bool((target >= 0).all()) and torch.allclose(total, torch.ones_like(total), atol=1e-2):
-                return
-            found += " that is no distribution over dim 1"
-            remedy = "for instance torch.nn.BCEWithLogitsLoss() for multi-label targets"
-        integral = not (target.is_floating_point() or target.is_complex() or target.dtype == torch.bool)
-        if integral and target.shape == (shape[0], *shape[2:]):
-            wrong = target[(target != IGNORED_CLASS) & ((target < 0) | (target >= shape[1]))]
-            if not wrong.numel():
-                return
-            found += f" that holds the class {int(wrong[0])}"
-            remedy = f"for instance torch.nn.CrossEntropyLoss(ignore_index={int(wrong[0])}) to leave it out"
-    raise InputError(
-        f"No loss can be inferred from an output of shape {list(shape)} and a {found}: cross-entropy needs "
-        f"[N, C, ...] with class indices [N, ...] or class probabilities [N, C, ...]. Pass loss=, {remedy}."
-    )

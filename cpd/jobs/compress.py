@@ -19,6 +19,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -31,16 +32,21 @@ from cpd.deploy.latency import LatencyComparison, LatencyProbe, environment
 from cpd.deploy.profiling import paired
 from cpd.distillation.config import DistillConfig
 from cpd.distillation.distiller import distill, steps_per_epoch
-from cpd.errors import ExportError, InputError
+from cpd.errors import ExportError, InputError, TrainingError
 from cpd.model import sources
-from cpd.model.inputs import Call, check_model, evaluated
+from cpd.model.inputs import Call, as_call, batches, check_model, device_of, evaluated, evaluating, move
+from cpd.model.task_loss import task_loss
+from cpd.model.tensors import copy_of
 from cpd.plan import Plan
 from cpd.pruner import Pruner
 from cpd.report.artifacts import check_output_dir, save_pretrained, save_result
-from cpd.report.report import OBJECTS, Figures, GroupRow, LayerRow, Report
+from cpd.report.records import OBJECTS, Figures, GroupRow, LayerRow
+from cpd.report.report import Report
+from cpd.selection.limits import check_limits
 from cpd.selection.schedule import Schedule
-from cpd.selection.selector import Normalization, Scope
-from cpd.selection.target import Target, check_data, check_limits, check_target, copy_of, example_call
+from cpd.selection.selector import Scope
+from cpd.selection.target import Target, check_target
+from cpd.selection.weighing import Normalization
 
 log = logging.getLogger("cpd")
 
@@ -481,3 +487,40 @@ def _environment() -> dict[str, str]:
     names = ("cpd", "torch", "onnx", "onnxruntime", "timm")
     found = {"python": sys.version.split()[0], **environment()}
     return {**found, **{name: version(name) for name in names}}
+
+
+def example_call(model: nn.Module, example_inputs: Any, data: Iterable[Any] | None) -> Call:
+    """The example inputs: those given, one sample of the data, or what timm and torchvision models take."""
+    if isinstance(data, Iterator):
+        raise InputError("data can be iterated only once (it is an iterator); pass a list or a DataLoader.")
+    if example_inputs is None and data is not None:
+        example_inputs = next(batches(data, 1)).call.part(1)
+    if example_inputs is None:
+        example_inputs = sources.default_inputs(model)
+    if example_inputs is None:
+        raise InputError(
+            f"The input of {type(model).__name__} is not known: pass example_inputs=, a tensor (with its batch "
+            "dimension), a tuple, or (tuple, dict)."
+        )
+    return as_call(example_inputs).to(device_of(model))
+
+
+def check_data(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None) -> None:
+    """The first batch must go through the model and give a finite loss.
+
+    Raises:
+        TrainingError: if there is no batch or the loss is not finite.
+        InputError: if the model fails on the batch, or no loss can be inferred.
+    """
+    batch = next(batches(data, 1))
+    device = device_of(model)
+    with torch.no_grad(), evaluating(model):
+        try:
+            output = batch.call.to(device).on(model)
+        except Exception as error:  # the user's forward may raise anything
+            raise InputError(f"The model fails on the first batch of data: {type(error).__name__}: {error}.") from error
+        value = task_loss(output, move(batch.target, device), loss)
+    if value is not None and not bool(torch.isfinite(value)):
+        raise TrainingError(
+            f"The loss of the unpruned model on the first batch is {float(value)}: check data and loss."
+        )

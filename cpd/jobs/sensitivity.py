@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from cpd.coupling.comb import Comb
 from cpd.criteria.score import score
-from cpd.distillation.losses import task_loss
 from cpd.errors import InputError
 from cpd.model.inputs import batches, check_model, device_of, evaluated, evaluating, move
-from cpd.selection.selector import Limits, Selector
+from cpd.model.task_loss import task_loss
+from cpd.selection.limits import Limits
+from cpd.selection.selector import Selector
 from cpd.surgery.recovery import logits_error
 from cpd.surgery.shrink import shrink
 

@@ -15,31 +15,13 @@ from torch import nn
 from cpd.errors import ArtifactError, InputError, TargetError
 from cpd.jobs.compress import compress
 from cpd.report.artifacts import PAGE, check_output_dir, read_json, write_files
-from cpd.report.report import Figures, sweep_page
+from cpd.report.records import Figures, SweepPoint
+from cpd.report.report import sweep_page
 
 log = logging.getLogger("cpd")
 
 #: The figures of a sweep in its folder.
 NAME = "sweep.json"
-
-
-@dataclass(frozen=True)
-class SweepPoint:
-    """One speed-up that was asked for.
-
-    Attributes:
-        asked: the speed-up asked for.
-        speedup: the one measured; None where it could not be reached.
-        figures: of the result; None likewise.
-        folder: where it was written; None where nothing is.
-        error: why it could not be reached, and what can.
-    """
-
-    asked: float
-    speedup: float | None
-    figures: Figures | None
-    folder: str | None = None
-    error: str | None = None
 
 
 @dataclass(frozen=True)

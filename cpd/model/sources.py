@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from cpd.errors import ArtifactError, InputError
 from cpd.model.inputs import check_model
-from cpd.surgery.shrink import skeleton
+from cpd.model.skeleton import skeleton
 
 Kind = Literal["timm", "torchvision", "factory"]
 
@@ -46,6 +46,10 @@ _TORCHVISION_SIZES = {"Inception3": 299, "VideoResNet": 112}
 #: detection models take.
 _FRAMES, _FLOW_SIZE, _DETECTION_SIZE = 16, 128, 320
 _UNSETTLED = ("training", "grad_checkpointing")
+
+
+BY_NAME = ("timm:", "torchvision:")
+"""Sources that `cpd.load` rebuilds by itself; any other source has to be handed in as a fresh model."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from cpd.coupling.cost import split_reason
 from cpd.errors import ArtifactError, InputError
 from cpd.picture.layout import Box, Layout, Point, layout, rows_of
 from cpd.rules import arguments
-from cpd.trace.tracer import op_name, owner, shape_of
+from cpd.trace.graph import op_name, owner, shape_of
 
 SUFFIXES = (".svg", ".html")
 MARK = "cpd: a picture of coupling groups"

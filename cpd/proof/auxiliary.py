@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cpd.model.inputs import Call, in_mode, plain_attention
+from cpd.model.skeleton import skeleton
+from cpd.model.tensors import named_tensors
 from cpd.proof.replay import culprit
-from cpd.surgery.shrink import named_tensors, skeleton
-from cpd.trace.tracer import OperationGraph, quiet, trace_in_train_mode
+from cpd.trace.graph import OperationGraph
+from cpd.trace.quiet import quiet
+from cpd.trace.tracer import trace_in_train_mode
 
 
-def twice(call: Call) -> Call:
+def doubled_batch(call: Call) -> Call:
     """The call with every tensor twice along its first dimension: batch norm in train mode refuses a single value."""
 
     def repeat(leaf: object) -> object:
@@ -43,7 +46,7 @@ def auxiliary_graph(model: nn.Module, graph: OperationGraph) -> OperationGraph |
     }
     if graph.parts or not unread & _called_in_train_mode(model, graph.call, unread):
         return None
-    return trace_in_train_mode(model, twice(graph.call))
+    return trace_in_train_mode(model, doubled_batch(graph.call))
 
 
 def _called_in_train_mode(model: nn.Module, call: Call, paths: set[str]) -> set[str]:
@@ -63,7 +66,7 @@ def fails_in_train_mode(model: nn.Module, call: Call) -> tuple[str, Exception] |
     with in_mode(model, True), warnings.catch_warnings(), torch.no_grad(), plain_attention(), quiet():
         warnings.simplefilter("ignore")
         try:
-            twice(call.to("meta")).on(model)
+            doubled_batch(call.to("meta")).on(model)
         except Exception as error:  # the user's forward may raise anything
             return culprit(model, error), error
     return None

@@ -19,7 +19,7 @@ from torch.fx import Node
 from cpd.algebra import axes
 from cpd.algebra.axes import Axis, Dim
 from cpd.rules import Context, arguments
-from cpd.trace.tracer import OperationGraph, op_name, owners
+from cpd.trace.graph import OperationGraph, op_name, owners
 
 #: Powers of a width that a forward may multiply or divide by.
 POWERS = (-0.5, 0.5, -1.0, 1.0, -0.25, 0.25)

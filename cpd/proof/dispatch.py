@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cpd.algebra import axes
 from cpd.algebra.axes import Axis
 from cpd.model.inputs import as_exported, evaluating
+from cpd.model.tensors import named_tensors
 from cpd.proof.replay import predicted
 from cpd.rules import Context, arguments
-from cpd.surgery.shrink import named_tensors
+from cpd.trace.quiet import garbage_collection_paused, quiet
 from cpd.trace.standins import StandIns, stand_in
-from cpd.trace.tracer import growing, quiet
 
 #: One call: the op, its arguments with a shape for each tensor, and the shapes of its results.
 Dispatch: TypeAlias = tuple[Any, Any, Any]
@@ -138,7 +138,7 @@ def calls_as_predicted(model: nn.Module, ctx: Context, counts: Mapping[Axis, int
 
 def behaves_as_predicted(model: nn.Module, ctx: Context, counts: Mapping[Axis, int]) -> bool:
     """Whether a copy on the meta device narrowed to `counts` calls exactly what is predicted; False also if unsure."""
-    with warnings.catch_warnings(), torch.no_grad(), growing():
+    with warnings.catch_warnings(), torch.no_grad(), garbage_collection_paused():
         warnings.simplefilter("ignore")
         try:
             return calls_of_model(model, ctx) == calls_as_predicted(model, ctx, counts)

@@ -28,6 +28,7 @@ from cpd.algebra import axes, ties
 from cpd.algebra.axes import Axis, Concat, Dim, Fixed
 from cpd.algebra.ties import Tie
 from cpd.errors import CPDError, first_line
+from cpd.model.skeleton import set_attributes, skeleton
 from cpd.plan import Attribute
 from cpd.proof.auxiliary import fails_in_train_mode
 from cpd.proof.constants import POWERS, Scale, find_scales, formulas, scalars, widths_in_sight
@@ -35,8 +36,9 @@ from cpd.proof.dispatch import behaves_as_predicted
 from cpd.proof.provenance import Place, integers, trace_integers
 from cpd.proof.replay import Observation, culprit, replay
 from cpd.rules import Context, Literal, arguments
-from cpd.surgery.shrink import set_attributes, skeleton
-from cpd.trace.tracer import OperationGraph, growing, owner, owners, pair, retrace, retrace_operations, shape_of
+from cpd.trace.graph import OperationGraph, owner, owners, pair, shape_of
+from cpd.trace.quiet import garbage_collection_paused
+from cpd.trace.tracer import retrace, retrace_operations
 
 Counts: TypeAlias = Mapping[Axis, int]
 Observe: TypeAlias = Callable[[Counts, Mapping["Place", Dim]], Observation]
@@ -187,7 +189,7 @@ class Proof:
             for name, dims in self.dims.items()
             if (shape := tuple(axes.count(dim, counts) for dim in dims)) != tuple(dim.size for dim in dims)
         }
-        with growing():
+        with garbage_collection_paused():
             model = skeleton(self.model, shapes, meta=meta)
         set_attributes(model, edits(self.model, {**self.attributes, **extra}, counts))
         return model

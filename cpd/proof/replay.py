@@ -29,9 +29,10 @@ from cpd.algebra.axes import Axis
 from cpd.model.inputs import as_exported, device_of, evaluating
 from cpd.proof.provenance import Place, places_of
 from cpd.rules import Context, Literal, arguments
-from cpd.trace.layer_calls import opened
+from cpd.trace.graph import op_name, owner
+from cpd.trace.layer_calls import without_function_modes
+from cpd.trace.quiet import garbage_collection_paused, quiet
 from cpd.trace.standins import NAMES as RECURRENT
-from cpd.trace.tracer import growing, op_name, owner, quiet
 
 
 @dataclass
@@ -173,7 +174,7 @@ class _Recorder(TorchFunctionMode):
         queue = self.expected.get((self.path[-1], name)) if read is not None else None
         if read is None and isinstance(func, FunctionType) and func.__globals__ is vars(F):
             with self:
-                return opened(func)(*args, **kwargs)
+                return without_function_modes(func)(*args, **kwargs)
         if read is None or not queue:
             return _run(func, args, kwargs)
         node = queue.popleft()
@@ -302,7 +303,7 @@ def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int], *, meta: 
     with evaluating(model), warnings.catch_warnings(), torch.no_grad(), as_exported():
         warnings.simplefilter("ignore")
         try:
-            with quiet(), growing(), fake, recorder:
+            with quiet(), garbage_collection_paused(), fake, recorder:
                 call.on(ctx.graph.runner(model))
         except Exception as error:  # the user's forward may raise anything
             observation.error, observation.culprit = error, culprit(model, error)

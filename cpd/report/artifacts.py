@@ -248,8 +248,7 @@ def _read_weights(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor
 
 
 def _fresh(document: Mapping[str, Any]) -> nn.Module:
-    from cpd.model.sources import resolve
-    from cpd.report.report import BY_NAME
+    from cpd.model.sources import BY_NAME, resolve
 
     source = document.get("source")
     if not isinstance(source, str) or not source.startswith(BY_NAME):

@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from cpd.rules import contraction, layout, norm, pointwise, recurrent, reduce
 from cpd.rules.base import RULES, Context, Literal, Shape, Value, arguments, find, fixed, tensor_inputs
-from cpd.trace.tracer import op_name
+from cpd.trace.graph import op_name
 
 __all__ = ["RULES", "Context", "Literal", "Shape", "Value", "arguments", "infer"]
 

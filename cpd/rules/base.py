@@ -13,7 +13,7 @@ from torch.fx import Node
 from cpd.algebra import axes
 from cpd.algebra.axes import Dim, Fixed
 from cpd.algebra.ties import Tie
-from cpd.trace.tracer import OperationGraph, line_of, op_name, owner, shape_of
+from cpd.trace.graph import OperationGraph, line_of, op_name, owner, shape_of
 
 Shape: TypeAlias = tuple[Dim, ...]
 #: What a node gives: the dimensions of one tensor, or of several.

@@ -9,7 +9,7 @@ from torch.fx import Node
 from cpd.algebra import axes
 from cpd.algebra.axes import Dim, Fixed
 from cpd.rules.base import Context, Shape, Value, broadcast, rule
-from cpd.trace.tracer import op_name, shape_of
+from cpd.trace.graph import op_name, shape_of
 
 #: Why kernels are frozen; `comb` lists no group for them.
 KERNEL = "kernel of a convolution"

@@ -12,7 +12,7 @@ from cpd.algebra import axes
 from cpd.algebra.axes import Axis, Dim, Fixed
 from cpd.algebra.ties import Tie
 from cpd.rules.base import Context, Shape, Value, fixed, rule, tensor_inputs
-from cpd.trace.tracer import op_name, shape_of
+from cpd.trace.graph import op_name, shape_of
 
 _NO_END = 2**62
 

@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from cpd.algebra.axes import Axis, Fixed
 from cpd.rules.base import Context, Shape, Value, broadcast, fixed, rule, tensor_inputs
-from cpd.trace.tracer import op_name, shape_of
+from cpd.trace.graph import op_name, shape_of
 
 
 @rule(

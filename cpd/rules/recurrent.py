@@ -9,7 +9,7 @@ from torch.fx import Node
 from cpd.algebra import axes
 from cpd.algebra.axes import Dim
 from cpd.rules.base import Context, Shape, Value, rule
-from cpd.trace.tracer import op_name
+from cpd.trace.graph import op_name
 
 _MEETS_FIXED = "summed over together with a dimension that is fixed"
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from cpd.algebra.axes import Fixed
 from cpd.rules.base import Context, Value, broadcast, fixed, rule, tensor_inputs
-from cpd.trace.tracer import op_name, shape_of
+from cpd.trace.graph import op_name, shape_of
 
 
 @rule(

@@ -7,12 +7,10 @@ in steps that hardware likes, stop at a floor, and are raised where a count tie 
 
 from __future__ import annotations
 
-import fnmatch
 import heapq
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,19 +20,18 @@ from torch import Tensor
 from cpd.algebra import axes, ties
 from cpd.algebra.axes import Axis, Dim, Product
 from cpd.coupling.comb import Comb, Group
-from cpd.coupling.cost import Figures
+from cpd.coupling.cost import CostFigures
 from cpd.errors import InputError
 from cpd.plan import Plan
+from cpd.selection.limits import Limits, check_ratios
+from cpd.selection.weighing import Latency, Weighing
 
-Measure = Callable[[Figures], float]
-Normalization = Literal["memory", "macs", "parameters", "latency", "none"]
+Measure = Callable[[CostFigures], float]
+
+
 Scope = Literal["global", "isomorphic", "group"]
 #: Every scope: scores compared over all groups, by rank among groups alike in structure, by rank within each group.
 SCOPES: tuple[Scope, ...] = ("global", "isomorphic", "group")
-#: Every normalization: what a removed position saves, by which its score is divided.
-NORMALIZATIONS: tuple[Normalization, ...] = ("memory", "macs", "parameters", "latency", "none")
-#: Of the MACs and the parameters of a position, the exponents in its capacity (docs/decisions.md).
-CAPACITY = (0.75, 0.25)
 #: Share of a figure that may be saved before what positions save is computed anew.
 REFRESH = 0.01
 #: A target may be exceeded by this share.
@@ -42,84 +39,6 @@ LEAP = 0.005
 #: Positions that a width is raised by at most where that costs no time, and the share of the time of what carries it
 #: that counts as none.
 TOOTH, SAME = 32, 0.01
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a selection may do to a group.
-
-    Attributes:
-        round_to: widths are kept to a multiple of this many positions (of the whole width, where a group is one
-            factor of it: heads of 64 positions go one by one).
-        max_ratio: the largest share of a group that may go.
-        min_width: the fewest positions that a group may keep.
-        ratios: {pattern of group names, as of a shell: share that goes}: groups that take no part in the selection;
-            the first pattern that matches counts.
-    """
-
-    round_to: int = 8
-    max_ratio: float = 0.9
-    min_width: int = 1
-    ratios: Mapping[str, float] = field(default_factory=dict)
-
-    def ratio_of(self, group: Group) -> float | None:
-        """The share of a group that goes in any case; None where selection decides."""
-        matches = (share for pattern, share in self.ratios.items() if fnmatch.fnmatchcase(group.name, pattern))
-        return next(matches, None)
-
-
-class Latency(Protocol):
-    """Predicted latency, as `cpd.deploy.latency_model.LatencyModel` gives it; ms."""
-
-    def milliseconds(self, counts: Mapping[Axis, int]) -> float:
-        """The latency at these widths."""
-
-    def slopes(self, counts: Mapping[Axis, int]) -> Mapping[Axis, float]:
-        """What one position less of each axis saves."""
-
-    def local(self, counts: Mapping[Axis, int]) -> Mapping[Axis, float]:
-        """The latency of the operations that carry each axis."""
-
-
-@dataclass(frozen=True)
-class Weighing:
-    """How scores are weighed against what is saved.
-
-    Attributes:
-        normalization: the figure that scores are divided by what is saved of.
-        exponent: score / saved^exponent. 1 is the best trade where scores are changes of a loss; CPD's lambda.
-        latency: for "latency": predicts it.
-    """
-
-    normalization: Normalization = "macs"
-    exponent: float = 1.0
-    latency: Latency | None = None
-
-    def __post_init__(self) -> None:
-        if self.normalization not in NORMALIZATIONS:
-            raise InputError(f"Unknown normalization {self.normalization!r}; known are {', '.join(NORMALIZATIONS)}.")
-        if self.normalization == "latency" and self.latency is None:
-            raise InputError("normalization='latency' needs a latency=LatencyModel(…).")
-
-    @property
-    def _figure(self) -> str:
-        return {"memory": "activations", "none": "macs"}.get(self.normalization, self.normalization)
-
-    def total(self, comb: Comb, counts: Mapping[Axis, int]) -> float:
-        """The figure at these widths."""
-        if self.latency is not None:
-            return self.latency.milliseconds(counts)
-        return float(getattr(comb.cost(counts), self._figure))
-
-    def saved(self, comb: Comb, counts: Mapping[Axis, int]) -> Mapping[Axis, float]:
-        """What one position less of each axis saves of it, to first order."""
-        if self.latency is not None:
-            return self.latency.slopes(counts)
-        return {axis: float(getattr(slope, self._figure)) for axis, slope in comb.cost.slopes(counts).items()}
-
-    def __call__(self, score: float, saved: float) -> float:
-        """What a position's removal costs for what it saves."""
-        return score if self.normalization == "none" else score / max(saved, 1e-30) ** self.exponent
 
 
 class Selector:
@@ -281,35 +200,6 @@ class Selector:
         """The plan that keeps the best positions of each group at these widths."""
         keep = {group.name: np.sort(self.order[group.name][: counts[group.axis]]) for group in self.comb.open}
         return self.comb.plan(keep)
-
-
-def check_ratios(comb: Comb, limits: Limits) -> None:
-    """Raise `InputError` unless every pattern of `limits.ratios` names an open group, and every share is one."""
-    names = [group.name for group in comb.open]
-    for pattern, share in limits.ratios.items():
-        if not fnmatch.filter(names, pattern):
-            raise InputError(f"No open group is named like {pattern!r}; there are {', '.join(names[:8])}, …")
-        if not 0 <= share < 1:
-            raise InputError(f"The share of {pattern!r} must be at least 0 and below 1; got {share!r}.")
-
-
-def by_capacity(comb: Comb, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scores that come from weights alone, made comparable among groups: score / mean of its group * capacity.
-
-    How large weights are tells positions of one group apart, not groups, whose scale follows from initialisation and
-    fan-in. Capacity is MACs^(3/4) * parameters^(1/4) of one position in the unpruned model.
-
-    Args:
-        comb: the comb.
-        scores: {group name: Tensor[size]}, at least 0; -inf where a position has gone.
-    """
-    slopes, result = comb.cost.slopes({}), {}
-    for group in comb.open:
-        found, saved = scores[group.name].double(), slopes[group.axis]
-        capacity = max(saved.macs, 1.0) ** CAPACITY[0] * max(saved.parameters, 1.0) ** CAPACITY[1]
-        mean = float(found[found.isfinite()].mean()) or 1.0
-        result[group.name] = found / mean * capacity
-    return result
 
 
 def _ranked(comb: Comb, scores: Mapping[str, Tensor], steps: Mapping[str, int], scope: Scope) -> dict[str, Tensor]:

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from cpd.errors import InputError
 from cpd.model.inputs import Call, batches, check_limit, check_model, device_of, evaluating, joined
+from cpd.model.tensors import restore, state_of
 from cpd.plan import Plan
-from cpd.surgery.shrink import restore, state_of
 from cpd.trace.layer_calls import LayerCall, LayerCalls, from_matrix, matrix, seen
 
 #: Bytes that the largest input or output of a layer may take, by which the samples are limited.

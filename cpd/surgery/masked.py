@@ -19,13 +19,13 @@ from cpd.algebra.axes import Axis, Dim, Mask
 from cpd.coupling.comb import Comb
 from cpd.coupling.exactness import CONTRACTIONS, REDUCTIONS, SUMS
 from cpd.model.inputs import evaluating, plain_attention
+from cpd.model.tensors import named_tensors
 from cpd.plan import Plan
 from cpd.proof.constants import ATTENTION
 from cpd.rules import arguments
 from cpd.rules.base import tensor_inputs
 from cpd.rules.reduce import reduced_dims
-from cpd.surgery.shrink import named_tensors
-from cpd.trace.tracer import OperationGraph, op_name, pair
+from cpd.trace.graph import OperationGraph, op_name, pair
 
 #: Ops that take the kept positions of what they reduce.
 SUMMARIES = {*REDUCTIONS, *SUMS}

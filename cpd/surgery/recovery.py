@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from cpd.errors import InputError
 from cpd.model.inputs import batches, device_of, evaluating, logits
+from cpd.model.tensors import restore, state_of
 from cpd.plan import Plan
 from cpd.surgery.batchnorm import recalibrate_batchnorm
 from cpd.surgery.compensation import compensate
-from cpd.surgery.shrink import restore, state_of
 
 
 @dataclass(frozen=True)

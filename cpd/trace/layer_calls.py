@@ -194,7 +194,7 @@ class LayerCalls(TorchFunctionMode):
                 self.norm(given)
         elif isinstance(func, FunctionType) and func.__globals__ is vars(F) and func is not F.batch_norm:
             with self:
-                return opened(func)(*args, **kwargs)
+                return without_function_modes(func)(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _layer(self, func: Any, name: str, given: dict[str, Any]) -> Tensor:
@@ -222,7 +222,7 @@ def seen(calls: LayerCalls) -> Iterator[None]:
 
 
 @cache
-def opened(function: FunctionType) -> Callable[..., Any]:
+def without_function_modes(function: FunctionType) -> Callable[..., Any]:
     """A function of torch.nn.functional that does not hand itself over to a mode, so that its calls are seen."""
     never = dict.fromkeys(("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"), _never)
     names = {**function.__globals__, **never}

@@ -1,0 +1,118 @@
+"""Narrower copies without values, and the widths that modules keep beside their weights."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpd.model.tensors import named_tensors
+from cpd.plan import Attribute
+
+
+def set_attributes(model: nn.Module, attributes: Iterable[Attribute]) -> None:
+    """Set module attributes to their new values, a tuple staying a tuple."""
+    for item in attributes:
+        module = model.get_submodule(item.module)
+        kind = type(getattr(module, item.name))
+        setattr(module, item.name, kind(item.new) if isinstance(item.new, list) else item.new)
+
+
+def skeleton(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, meta: bool = False) -> nn.Module:
+    """A copy of `model` with some tensors of another shape, for tracing only: those hold no values.
+
+    Nothing is read or written in the new tensors, so they take no memory; all other tensors are shared.
+
+    Args:
+        model: the model.
+        shapes: the new shape of each tensor that changes.
+        meta: put every tensor on the meta device.
+    """
+    memo: dict[int, Any] = {}
+    resized = {id(tensor): shapes[name] for name, tensor in named_tensors(model).items() if name in shapes}
+    for tensor in named_tensors(model).values():
+        shape = resized.get(id(tensor), tuple(tensor.shape))
+        if meta or id(tensor) in resized:
+            value = torch.empty(shape, dtype=tensor.dtype, device="meta" if meta else tensor.device)
+        else:
+            value = tensor.detach()
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
+    for module in model.modules():  # a module has a dozen empty dictionaries of hooks, most of the time of a copy
+        memo.update((id(d), OrderedDict()) for d in vars(module).values() if type(d) is OrderedDict and not d)
+    narrow = copy.deepcopy(model, memo)
+    refresh(narrow, shapes)
+    return narrow
+
+
+def _conv(module: Any) -> None:
+    outer, inner = module.weight.shape[:2]
+    if module.transposed:
+        module.in_channels, module.out_channels = outer, inner * module.groups
+    else:
+        module.out_channels, module.in_channels = outer, inner * module.groups
+
+
+def _linear(module: Any) -> None:
+    module.out_features, module.in_features = module.weight.shape
+
+
+def _norm(module: Any) -> None:
+    found = module.weight if module.weight is not None else module.running_mean
+    if found is not None:
+        module.num_features = found.shape[0]
+
+
+def _group_norm(module: Any) -> None:
+    if module.weight is not None:
+        module.num_channels = module.weight.shape[0]
+
+
+def _embedding(module: Any) -> None:
+    module.num_embeddings, module.embedding_dim = module.weight.shape
+
+
+def _prelu(module: Any) -> None:
+    module.num_parameters = module.weight.shape[0]
+
+
+def _attention(module: Any) -> None:
+    fused = module.in_proj_weight is not None
+    module.embed_dim = (module.in_proj_weight if fused else module.q_proj_weight).shape[1]
+    module.kdim, module.vdim = (
+        module.embed_dim if fused else weight.shape[1] for weight in (module.k_proj_weight, module.v_proj_weight)
+    )
+
+
+def _recurrent(module: Any) -> None:
+    module.hidden_size = module.weight_hh_l0.shape[0] // {"LSTM": 4, "GRU": 3}.get(module.mode, 1)
+    module.input_size = module.weight_ih_l0.shape[1]
+    if module.proj_size:
+        module.proj_size = module.weight_hr_l0.shape[0]
+
+
+#: Widths that torch.nn keeps beside its weights. What a forward reads (`groups`, `normalized_shape`,
+#: `num_groups`) is found by the comb like any other attribute and set from the plan before.
+BOOKKEEPING: tuple[tuple[type[nn.Module], Callable[[Any], None]], ...] = (
+    (nn.modules.conv._ConvNd, _conv),
+    (nn.Linear, _linear),
+    (nn.modules.batchnorm._NormBase, _norm),
+    (nn.GroupNorm, _group_norm),
+    (nn.Embedding, _embedding),
+    (nn.PReLU, _prelu),
+    (nn.MultiheadAttention, _attention),
+    (nn.RNNBase, _recurrent),
+)
+
+
+def refresh(model: nn.Module, changed: Iterable[str]) -> None:
+    """Bring the widths that torch.nn's modules keep in line with their weights."""
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in changed):
+        for module in (model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])):
+            for kind, update in BOOKKEEPING:
+                if isinstance(module, kind):
+                    update(module)

@@ -1,0 +1,155 @@
+"""Records: the rows and figures of a report, as plain JSON types and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cpd.errors import ArtifactError
+
+#: Arguments that are objects, which a call holds by their names.
+OBJECTS = ("data", "example_inputs", "loss", "evaluate", "teacher", "latency_inputs")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one model costs and how well it does.
+
+    Attributes:
+        parameters: number of parameters.
+        macs: multiply-accumulates of one forward pass on the example inputs.
+        activations: elements of all intermediate tensors of that pass.
+        latency_ms: median time of that pass in ONNX Runtime, None where it was not measured.
+        metric: what `evaluate` returned, None where none was given.
+    """
+
+    parameters: int
+    macs: int
+    activations: int
+    latency_ms: float | None = None
+    metric: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as plain JSON types."""
+        return plain_fields(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Figures:
+        """The figures that `to_dict` wrote; raises `ArtifactError` if a field is missing."""
+        return cls(**known_fields(cls, data))
+
+
+@dataclass(frozen=True)
+class GroupRow:
+    """One coupling group: how wide it was, how wide it is.
+
+    Attributes:
+        name: the group's name in `comb.groups`.
+        size: positions before.
+        kept: positions after.
+        exact: whether removing a position equals zeroing it.
+        frozen: why nothing could be removed, None if the group is open.
+        members: the dims of parameters and buffers that shrink together.
+    """
+
+    name: str
+    size: int
+    kept: int
+    exact: bool
+    frozen: str | None = None
+    members: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain JSON types."""
+        return plain_fields(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GroupRow:
+        """The row that `to_dict` wrote; raises `ArtifactError` if a field is missing."""
+        known = known_fields(cls, data)
+        return cls(**{**known, "members": tuple(known.get("members", ()))})
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer with weights: how wide it was, how wide it is.
+
+    Attributes:
+        name: the module's name.
+        kind: its class, such as `Conv2d`.
+        before: channels or features that it gave.
+        after: those that it gives now.
+    """
+
+    name: str
+    kind: str
+    before: int
+    after: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain JSON types."""
+        return plain_fields(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> LayerRow:
+        """The row that `to_dict` wrote; raises `ArtifactError` if a field is missing."""
+        return cls(**known_fields(cls, data))
+
+
+def plain_fields(record: Any) -> dict[str, Any]:
+    """The fields of a record as JSON types."""
+    return {field.name: _plain(getattr(record, field.name)) for field in dataclasses.fields(record)}
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON types: any library's numbers to int or float, records to dicts, the rest to `str`."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, (Figures, GroupRow, LayerRow)):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list, set, frozenset)):
+        return [_plain(item) for item in value]
+    return str(value)
+
+
+def known_fields(cls: type[Any], data: Any) -> dict[str, Any]:
+    """The entries of `data` that are fields of `cls`; a missing one without default is an error."""
+    if not isinstance(data, Mapping):
+        raise ArtifactError(f"Expected the dict of a {cls.__name__}, got {type(data).__name__}.")
+    required = {
+        field.name
+        for field in dataclasses.fields(cls)
+        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    }
+    if missing := sorted(required - set(data)):
+        raise ArtifactError(f"The {cls.__name__} lacks {', '.join(missing)}: the file is truncated or foreign.")
+    return {field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data}
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One speed-up that was asked for.
+
+    Attributes:
+        asked: the speed-up asked for.
+        speedup: the one measured; None where it could not be reached.
+        figures: of the result; None likewise.
+        folder: where it was written; None where nothing is.
+        error: why it could not be reached, and what can.
+    """
+
+    asked: float
+    speedup: float | None
+    figures: Figures | None
+    folder: str | None = None
+    error: str | None = None

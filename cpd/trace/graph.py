@@ -1,0 +1,167 @@
+"""The graph of one forward pass, what each of its nodes knows, and its twin at other widths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from cpd.model.inputs import Call
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+@dataclass(frozen=True, eq=False)
+class OperationGraph:
+    """The operations of one forward pass.
+
+    Attributes:
+        module: the exported `GraphModule`; parameters, buffers and constants are its first placeholders.
+        tensors: placeholder name -> name of the parameter or buffer in the model.
+        constants: placeholder name -> the tensor that the forward uses without registering it.
+        inputs: names of the placeholders that are the user's inputs, in order.
+        call: the example inputs; those of each part, where the model cannot be traced whole.
+        parts: paths of the submodules that were traced in the model's place, where it cannot be traced whole.
+        seconds: wall-clock time that the export took.
+    """
+
+    module: GraphModule
+    tensors: dict[str, str]
+    constants: dict[str, Tensor]
+    inputs: tuple[str, ...]
+    call: Call
+    parts: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def runner(self, model: nn.Module) -> nn.Module:
+        """What `call` is a call of: `model` itself, or its parts."""
+        return Parts(model, self.parts) if self.parts else model
+
+    @property
+    def nodes(self) -> list[Node]:
+        """All nodes in the order of execution."""
+        return list(self.module.graph.nodes)
+
+    @property
+    def operations(self) -> list[Node]:
+        """The nodes that compute something."""
+        return [node for node in self.nodes if node.op == "call_function"]
+
+    def constant(self, node: Node) -> Tensor | None:
+        """The value of a node that holds one element and follows from constants alone; None for any other."""
+        value = node.meta.get("val")
+        if node.op == "placeholder":
+            found = self.constants.get(node.name)
+        elif node.op == "get_attr":
+            found = getattr(self.module, str(node.target))
+        elif isinstance(value, Tensor) and value.numel() == 1 and callable(node.target) and node.all_input_nodes:
+            known = {source: self.constant(source) for source in node.all_input_nodes}
+            if any(item is None for item in known.values()):
+                return None
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda source: known[source])
+            found = node.target(*args, **kwargs)
+        else:
+            return None
+        return found.clone() if isinstance(found, Tensor) and found.numel() == 1 else None
+
+    def digraph(self) -> nx.DiGraph:
+        """The graph as `networkx.DiGraph`: a node a name, with `op`, `module`, `shape` and `line`."""
+        graph = nx.DiGraph()
+        for node in self.nodes:
+            name = self.tensors.get(node.name, node.name)
+            graph.add_node(name, op=op_name(node), module=owner(node), shape=shape_of(node), line=line_of(node))
+            for source in node.all_input_nodes:
+                graph.add_edge(self.tensors.get(source.name, source.name), name)
+        return graph
+
+
+MODEL_PREFIX = "model."
+
+
+class Parts(nn.Module):
+    """Runs some submodules of a model, each on its own inputs: what is exported where the whole cannot be.
+
+    Args:
+        model: the model.
+        paths: of the submodules.
+    """
+
+    def __init__(self, model: nn.Module, paths: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.paths = paths
+
+    def forward(self, *calls: tuple[tuple[Any, ...], dict[str, Any]]) -> list[Any]:
+        """The output of each submodule on its own (args, kwargs)."""
+        return [
+            self.model.get_submodule(path)(*args, **kwargs)
+            for path, (args, kwargs) in zip(self.paths, calls, strict=True)
+        ]
+
+
+def is_user_code(filename: str) -> bool:
+    """Whether a file belongs neither to torch nor to cpd."""
+    return not filename.startswith((_TORCH, "<", str(Path(__file__).parents[1])))
+
+
+def op_name(node: Node) -> str:
+    """`conv2d` for `aten.conv2d.default`; the node's kind for placeholders and outputs."""
+    if node.op != "call_function":
+        return node.op
+    packet = getattr(node.target, "overloadpacket", None)
+    return str(packet.__name__ if packet is not None else getattr(node.target, "__name__", node.target))
+
+
+def shape_of(node: Node) -> tuple[int, ...]:
+    """The shape of the node's tensor; `()` where it has none."""
+    value = node.meta.get("val")
+    return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else ()
+
+
+def owners(node: Node) -> list[str]:
+    """Paths of the modules whose forward the node was called in, innermost first; "" is the model."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return paths[::-1] or [""]
+
+
+def owner(node: Node) -> str:
+    """Path of the innermost module that called the node."""
+    return owners(node)[0]
+
+
+def line_of(node: Node) -> str:
+    """`file:line` of the innermost line of the user's code that called the node."""
+    trace_lines = (node.meta.get("stack_trace") or "").splitlines()
+    places = []
+    for text in trace_lines:
+        if text.strip().startswith('File "'):
+            filename, number = text.strip().split('"')[1], text.split("line ")[1].split(",")[0]
+            places.append((filename, number))
+    mine = [place for place in places if is_user_code(place[0])] or places
+    return f"{Path(mine[-1][0]).name}:{mine[-1][1]}" if mine else "unknown line"
+
+
+#: Ops that compute nothing: left out where a tensor is laid out so already, which may depend on a width, or kept as
+#: the edge of a sub-graph.
+_IDLE = {"contiguous", "_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_assert_tensor_metadata"}
+
+
+def pair(old: OperationGraph, new: OperationGraph) -> tuple[dict[Node, Node], Node | None]:
+    """Each operation of one graph beside its twin in the graph of the same model at other widths.
+
+    Returns:
+        The pairs, and the first operation of `old` that has no twin; None where all have one.
+    """
+    left, right = ([n for n in graph.operations if op_name(n) not in _IDLE] for graph in (old, new))
+    pairs: dict[Node, Node] = {}
+    for before, after in zip(left, right, strict=False):
+        if op_name(before) != op_name(after):
+            return pairs, before
+        pairs[before] = after
+    return pairs, None if len(left) == len(right) else left[min(len(left), len(right)) - 1]
