@@ -39,7 +39,7 @@ def measured(name: str, kd: str, options: argparse.Namespace) -> dict[str, Any]:
     epochs = options.epochs
     pruner = cpd.Pruner(
         model, data[0][0][:1], target_macs=1 / options.fewer, steps=epochs * len(data), data=data,
-        schedule=cpd.Schedule("linear", warmup=1 / 3, end=2 / 3, interval=options.interval), criterion="magnitude",
+        schedule=cpd.Schedule("linear", start=1 / 3, end=2 / 3, interval=options.interval), criterion="magnitude",
         compensation=False,
     )  # fmt: skip
     records = distill(model, teacher, data, config=cpd.DistillConfig(epochs=epochs, lr=0.01, kd=kd), pruner=pruner)

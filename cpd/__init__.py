@@ -15,14 +15,11 @@ Step by step, one tiny model through the pipeline:
     cpd.compare_latency(original, model, inputs).speedup  # exported, checked, timed in turn
 """
 
-from cpd.coupling.comb import Comb, Group, comb
-from cpd.criteria.score import score
-from cpd.deploy.export import export_onnx
-from cpd.deploy.latency import LatencyComparison, LatencyTable, compare_latency, measure_latency
-from cpd.deploy.latency_model import ModelProfile, profile_model
-from cpd.deploy.quantize import OnnxModule, Quantized, quantize_onnx
-from cpd.distillation.config import DistillConfig
-from cpd.distillation.distiller import distill
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from cpd.errors import (
     ArtifactError,
     CheckpointError,
@@ -36,18 +33,82 @@ from cpd.errors import (
     TraceError,
     TrainingError,
 )
-from cpd.jobs.compress import Result, compress
-from cpd.jobs.sensitivity import Sensitivity, sensitivity
-from cpd.jobs.sweep import Sweep, sweep
-from cpd.plan import Plan
-from cpd.pruner import Pruner
-from cpd.report.artifacts import from_pretrained, load
-from cpd.report.report import Report
-from cpd.selection.schedule import Schedule
-from cpd.surgery.compensation import compensate
-from cpd.surgery.shrink import shrink
+
+if TYPE_CHECKING:
+    from cpd.config import PruneConfig
+    from cpd.coupling.comb import Comb, Group, comb
+    from cpd.criteria.score import score
+    from cpd.deploy.export import export_onnx
+    from cpd.deploy.latency import LatencyComparison, LatencyTable, compare_latency, measure_latency
+    from cpd.deploy.latency_model import ModelProfile, profile_model
+    from cpd.deploy.quantize import OnnxModule, Quantized, quantize_onnx
+    from cpd.distillation.config import DistillConfig
+    from cpd.distillation.distiller import distill
+    from cpd.jobs.compress import compress
+    from cpd.jobs.outcome import Result
+    from cpd.jobs.sensitivity import Sensitivity, sensitivity
+    from cpd.jobs.sweep import Sweep, sweep
+    from cpd.plan import Plan
+    from cpd.pruner import Pruner
+    from cpd.report.artifacts import from_pretrained, load
+    from cpd.report.report import Report
+    from cpd.selection.schedule import Schedule
+    from cpd.surgery.compensation import compensate
+    from cpd.surgery.shrink import shrink
 
 __version__ = "0.1.0"
+
+#: Where the other public names come from. They are imported when they are first used, as torch takes seconds to import.
+_ROOMS = {
+    "cpd.config": ("PruneConfig",),
+    "cpd.coupling.comb": (
+        "Comb",
+        "Group",
+        "comb",
+    ),
+    "cpd.criteria.score": ("score",),
+    "cpd.deploy.export": ("export_onnx",),
+    "cpd.deploy.latency": (
+        "LatencyComparison",
+        "LatencyTable",
+        "compare_latency",
+        "measure_latency",
+    ),
+    "cpd.deploy.latency_model": (
+        "ModelProfile",
+        "profile_model",
+    ),
+    "cpd.deploy.quantize": (
+        "OnnxModule",
+        "Quantized",
+        "quantize_onnx",
+    ),
+    "cpd.distillation.config": ("DistillConfig",),
+    "cpd.distillation.distiller": ("distill",),
+    "cpd.jobs.compress": ("compress",),
+    "cpd.jobs.outcome": ("Result",),
+    "cpd.jobs.sensitivity": (
+        "Sensitivity",
+        "sensitivity",
+    ),
+    "cpd.jobs.sweep": (
+        "Sweep",
+        "sweep",
+    ),
+    "cpd.plan": ("Plan",),
+    "cpd.pruner": ("Pruner",),
+    "cpd.report.artifacts": (
+        "from_pretrained",
+        "load",
+    ),
+    "cpd.report.report": ("Report",),
+    "cpd.selection.schedule": ("Schedule",),
+    "cpd.surgery.compensation": ("compensate",),
+    "cpd.surgery.shrink": ("shrink",),
+}
+_HOMES = {name: module for module, names in _ROOMS.items() for name in names}
+#: Modules that users reach as attributes.
+_MODULES = ("cli", "criteria", "demo", "lightning", "picture", "rules", "segmentation")
 
 __all__ = [
     "ArtifactError",
@@ -65,6 +126,7 @@ __all__ = [
     "OnnxModule",
     "Plan",
     "PlanError",
+    "PruneConfig",
     "Pruner",
     "Quantized",
     "Report",
@@ -92,3 +154,18 @@ __all__ = [
     "shrink",
     "sweep",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name in _MODULES:
+        return importlib.import_module(f"cpd.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cpd' has no attribute {name!r}")
+    found = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__, *_MODULES])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from cpd.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 NAME = "checkpoint.safetensors"
 #: Keys of JSON objects that stand for what JSON has no word for.
 _TENSOR, _TUPLE, _ITEMS, _DTYPE = "__tensor__", "__tuple__", "__items__", "__dtype__"
@@ -77,7 +78,7 @@ class Checkpoint:
             former = f"The former checkpoint {self.path} is whole" if self.path.is_file() else "There was none before"
             raise CheckpointError(
                 f"The checkpoint cannot be written to {self.path.parent}: {error}. {former}. Make room, or make the "
-                "folder writable, and start again with resume=True (--resume)."
+                "folder writable, and start again with resume=True."
             ) from error
         self._written = time.monotonic()
 
@@ -95,17 +96,17 @@ class Checkpoint:
             with safetensors.safe_open(self.path, framework="pt") as file:
                 found = json.loads(file.metadata()["cpd"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if found["format"] != FORMAT:
-                raise CheckpointError(f"{self.path} is of format {found['format']}; this version reads {FORMAT}.")
+            if found["format"] not in (1, FORMAT):
+                raise CheckpointError(f"{self.path} is of format {found['format']}; this version reads 1 and {FORMAT}.")
+            then = _settings_of_format_1(found["key"]) if found["format"] == 1 else found["key"]
             state: dict[str, Any] = _unpacked(found["state"], tensors)
         except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.path} is no checkpoint that cpd wrote ({type(error).__name__}: {error}). It is left as it is."
             ) from error
-        keys = {**self.key, **found["key"]}
-        other = [key for key in keys if self.key.get(key) != found["key"].get(key)]
+        other = [key for key in {**self.key, **then} if self.key.get(key) != then.get(key)]
         if other:
-            told = "; ".join(f"{key}: {found['key'].get(key)!r} then, {self.key.get(key)!r} now" for key in other)
+            told = "; ".join(f"{key}: {then.get(key)!r} then, {self.key.get(key)!r} now" for key in other)
             raise CheckpointError(
                 f"{self.path} is of a run with other settings ({told}). Give those, or another folder."
             )
@@ -115,6 +116,21 @@ class Checkpoint:
     def remove(self) -> None:
         """Delete the file, once there is a result in its place."""
         self.path.unlink(missing_ok=True)
+
+
+def _settings_of_format_1(key: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are written now: there the schedule was one text, and what was said of the training twice."""
+    if "schedule" not in key:  # not of `compress`
+        return dict(key)
+    text = str(key["schedule"])
+    parts = dict(re.findall(r"(\w+)=([^,)]+)", text))
+    return {
+        **{name: value for name, value in key.items() if name != "training"},
+        "schedule": parts.get("kind", text).strip("'"),
+        "prune_from": float(parts.get("warmup", 0.0)),
+        "prune_until": float(parts.get("end", 0.5)),
+        "interval": None if (interval := parts.get("interval", "None")) == "None" else int(interval),
+    }
 
 
 def _packed(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from cpd.model.inputs import evaluating
 
 if TYPE_CHECKING:
-    from cpd.jobs.compress import Result
+    from cpd.jobs.outcome import Result
 
 SIDE = 16
 """Pixels that a digit measures after upsampling (8 as it comes), so that convolutions carry real cost."""

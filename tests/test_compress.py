@@ -12,7 +12,7 @@ import cpd
 from cpd import compress as compress_function
 from cpd.criteria import CRITERIA
 from cpd.deploy.latency import LatencyComparison
-from cpd.jobs.compress import _missed, _unusual
+from cpd.jobs.outcome import call_record, missed
 from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 from cpd.selection.target import Target
@@ -107,20 +107,25 @@ def test_folder_is_whole_and_loads_to_the_bit(result):
 
 
 def test_a_report_keeps_the_arguments_that_are_not_usual(tmp_path):
-    usual = {"target_macs": 0.5, "seed": 0, "round_to": 8, "training": {}, "schedule": cpd.Schedule("one-shot")}
-    assert _unusual(usual) == {"target_macs": 0.5, "seed": 0}
-    found = _unusual({"schedule": cpd.Schedule("cubic", end=0.6), "output_dir": tmp_path, "threads": 2})
-    assert found == {"threads": 2, "output_dir": str(tmp_path), "schedule": {"kind": "cubic", "end": 0.6}}
-    assert _unusual({"schedule": "linear"}) == {"schedule": {"kind": "linear"}}
+    usual = cpd.PruneConfig(target_macs=0.5, round_to=8, schedule=cpd.Schedule("one-shot"))
+    assert call_record(usual, cpd.DistillConfig(), {"data": None}, None) == {"target_macs": 0.5, "seed": 0}
+    other = cpd.PruneConfig(schedule=cpd.Schedule("cubic", end=0.6), threads=2, latency_inputs=(INPUT,))
+    found = call_record(other, cpd.DistillConfig(epochs=2, kd="cwd"), {"data": []}, tmp_path)
+    assert found == {
+        "schedule": "cubic", "prune_until": 0.6, "threads": 2, "seed": 0, "epochs": 2, "training": {"kd": "cwd"},
+        "output_dir": str(tmp_path), "data": "data", "latency_inputs": "latency_inputs",
+    }  # fmt: skip
+    linear = cpd.PruneConfig(schedule="linear")
+    assert call_record(linear, cpd.DistillConfig(), {}, None) == {"schedule": "linear", "seed": 0}
 
 
 def test_a_last_timing_outside_the_tolerance_is_told():
     found = LatencyComparison(1.5, 3.0, 2.0, 1.49, 1.51, 3.1, 2.1, 30, 1, {})
-    assert _missed(Target("target_speedup", 1.55), found, 0.05) is None
-    assert "target_speedup=1.7, the last timing found 1.50 times" in _missed(Target("target_speedup", 1.7), found, 0.05)
-    assert _missed(Target("target_latency_ms", 2.05), found, 0.05) is None
-    assert "2 ms" in _missed(Target("target_latency_ms", 1.8), found, 0.05)
-    assert _missed(Target("target_macs", 0.5), found, 0.05) is None
+    assert missed(Target("target_speedup", 1.55), found, 0.05) is None
+    assert "target_speedup=1.7, the last timing found 1.50 times" in missed(Target("target_speedup", 1.7), found, 0.05)
+    assert missed(Target("target_latency_ms", 2.05), found, 0.05) is None
+    assert "2 ms" in missed(Target("target_latency_ms", 1.8), found, 0.05)
+    assert missed(Target("target_macs", 0.5), found, 0.05) is None
 
 
 def test_report_tells_of_layers_nodes_and_shrinks(result):
@@ -347,7 +352,7 @@ def test_selection_meets_the_cost_in_multiples():
 
 def test_public_names():
     assert set(cpd.__all__) == {
-        "ArtifactError", "CPDError", "Comb", "DistillConfig", "ExportError", "Group", "InputError", "LatencyComparison",
+        "ArtifactError", "CPDError", "Comb", "PruneConfig", "DistillConfig", "ExportError", "Group", "InputError", "LatencyComparison",
         "NothingToPruneError", "Plan", "PlanError", "Pruner", "Report", "Result", "Schedule", "Sensitivity",
         "ShrinkError", "TargetError", "CheckpointError",
         "TraceError", "TrainingError", "comb", "compare_latency", "compensate", "compress", "distill", "export_onnx",

@@ -572,14 +572,10 @@ def test_compress_prints_before_and_after(fakes: Fakes, run: Any, tmp_path: Path
     assert call.pop("model").fc.out_features == 10
     assert call.pop("example_inputs").shape == (1, 3, 224, 224)
     assert call.pop("training") == cpd.DistillConfig()
-    assert call.pop("schedule") == cpd.Schedule("one-shot")
-    assert (call.pop("resume"), call.pop("checkpoint_minutes")) == (False, 10.0)
+    assert (call.pop("resume"), call.pop("checkpoint_minutes"), call.pop("progress")) == (False, 10.0, None)
     assert call == {
-        "target_speedup": 2.0,
+        "config": cpd.PruneConfig(target_speedup=2.0),
         "output_dir": tmp_path,
-        "seed": 0,
-        "threads": 1,
-        "round_to": 8,
         "source": "timm:resnet18,num_classes=10",
     }
 
@@ -596,15 +592,16 @@ def test_compress_passes_its_options(fakes: Fakes, run: Any) -> None:
     assert result.exit_code == 0, result.stderr
     assert Report.from_dict(json.loads(result.stdout)) == fakes.report
     (call,) = fakes.calls
-    assert "target_speedup" not in call
-    assert (call["target_macs"], call["epochs"], call["threads"], call["seed"]) == (0.5, 0, 2, 7)
-    assert call["round_to"] == 4
-    assert call["schedule"] == cpd.Schedule("cubic", warmup=0.1, end=0.6, interval=20)
-    assert (call["resume"], call["checkpoint_minutes"], call["criterion"]) == (True, 2.0, "taylor")
+    config = call["config"]
+    assert config.target_speedup is None
+    assert (config.target_macs, call["training"].epochs, config.threads, config.seed) == (0.5, 0, 2, 7)
+    assert config.round_to == 4
+    assert config.when == cpd.Schedule("cubic", start=0.1, end=0.6, interval=20)
+    assert (call["resume"], call["checkpoint_minutes"], config.criterion) == (True, 2.0, "taylor")
     assert call["training"] == cpd.DistillConfig(
-        optimizer="adamw", lr=1e-3, weight_decay=0.05, kd="cwd", kd_weight=2.0, temperature=3.0, ema=0.99, mixup=0.2,
+        epochs=0, seed=7, optimizer="adamw", lr=1e-3, weight_decay=0.05, kd="cwd", kd_weight=2.0, temperature=3.0, ema=0.99, mixup=0.2,
         cutmix=1.0, mixed_precision="bf16", accumulate=2, scheduler="poly", task_weight=0.5,
-        features=["layer2", "layer3"],
+        features=("layer2", "layer3"),
     )  # fmt: skip
     assert call["example_inputs"].shape == (1, 3, 64, 32)
 
@@ -833,7 +830,8 @@ def test_a_recipe_holds_any_option(fakes: Fakes, run: Any, tmp_path: Path) -> No
     result = run("compress", "--config", recipe, "--seed", "4", "--output-dir", out)
     assert result.exit_code == 0, result.stderr
     (call,) = fakes.calls
-    assert (call["target_macs"], call["seed"], call["training"].kd) == (0.5, 4, "cwd")  # the command line comes first
+    found = (call["config"].target_macs, call["config"].seed, call["training"].kd)
+    assert found == (0.5, 4, "cwd")  # the command line comes first
     assert list(call["training"].features) == ["layer2", "layer3"]
     fakes.calls.clear()
     written = out / "recipe.yaml"

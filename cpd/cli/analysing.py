@@ -26,7 +26,6 @@ from cpd.cli.arguments import (
 )  # fmt: skip
 from cpd.cli.command import Output
 from cpd.cli.compressing import report_output
-from cpd.cli.folders import image_folders, load_images
 from cpd.cli.tables import (
     frozen_table,
     group_dict,
@@ -93,9 +92,11 @@ def sensitivity(
     progress: bool | None = None,
 ) -> Output:
     """Prune each group alone, 10 to 90 % of it, and show what that does to the loss."""
-    from cpd.jobs.sensitivity import check_plot
+    from cpd.cli.folders import image_folders, load_images
 
     if plot is not None:
+        from cpd.jobs.sensitivity import check_plot
+
         check_plot(plot)
     folders = image_folders(data)
     _, built, example_inputs = build(model, input_size, pretrained)

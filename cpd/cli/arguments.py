@@ -39,7 +39,20 @@ Pretrained = Annotated[bool, typer.Option(help="Start from the library's own wei
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a step.")]
 Threads = Annotated[int, typer.Option(min=1, help="ONNX Runtime threads that latency is measured on.")]
 Seconds = Annotated[float, typer.Option(min=0, help="The timing ends after so long.")]
-RoundTo = Annotated[int, typer.Option(min=1, help="Widths are kept to multiples of this.")]
+Teacher = Annotated[
+    str | None,
+    typer.Option(
+        help="What the student learns from instead of the unpruned model: a model named like MODEL, or a folder that "
+        "cpd compress wrote.",
+        rich_help_panel="Training",
+    ),
+]
+AutoAugment = Annotated[
+    str | None, typer.Option(help="timm's policy of augmentation, as rand-m9-mstd0.5.", rich_help_panel="Training")
+]
+RandomErasing = Annotated[
+    float, typer.Option(min=0, max=1, help="Chance that a patch of an image is erased.", rich_help_panel="Training")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 WORKERS = min(4, os.cpu_count() or 1)
 Workers = Annotated[
@@ -88,6 +101,23 @@ def build(name: str, input_size: str | None, pretrained: bool) -> tuple[ModelSou
     if inputs is None:
         raise InputError(f"The input of {name} is not known: give its image size in pixels, --input-size H[,W].")
     return source, model, inputs
+
+
+def build_teacher(name: str, pretrained: bool) -> nn.Module:
+    """A teacher: a model by its name, or a result by its folder; in eval mode.
+
+    Raises:
+        InputError: if there is no such model.
+        ArtifactError: if the folder holds no result.
+    """
+    if Path(name).is_dir():
+        from cpd.report.artifacts import load
+
+        return load(name)
+    from cpd.model import sources
+
+    source = sources.resolve(name)
+    return source.build(pretrained=pretrained and source.by_name).eval()
 
 
 def opened(name: str, input_size: str | None, inputs: Any) -> tuple[Any, Any]:

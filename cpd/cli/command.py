@@ -93,7 +93,8 @@ def register(app: typer.Typer, function: Callable[..., Output], *examples: str) 
         examples: arguments that a user might give, for the help.
     """
     signature = inspect.signature(function, eval_str=True)
-    own = [item for name, item in signature.parameters.items() if name != "progress"]
+    hidden = inspect.Parameter.VAR_KEYWORD
+    own = [item for name, item in signature.parameters.items() if name != "progress" and item.kind is not hidden]
 
     def run(context: typer.Context, **given: Any) -> None:
         shown = {name: given.pop(name) for name in SHOWN}

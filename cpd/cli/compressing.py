@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from cpd.cli.arguments import (
     WORKERS,
+    AutoAugment,
     BatchSize,
     Data,
     InputSize,
@@ -18,197 +20,162 @@ from cpd.cli.arguments import (
     OutputDir,
     Plot,
     Pretrained,
-    RoundTo,
+    RandomErasing,
     Seconds,
     Seed,
+    Teacher,
     Threads,
     Workers,
     build,
+    build_teacher,
     parse_numbers,
 )  # fmt: skip
 from cpd.cli.command import Output
-from cpd.cli.folders import image_folders, load_folder, load_images, load_maps
+from cpd.cli.options import takes, values
 from cpd.cli.tables import figures_table, latency_table, sweep_table
-from cpd.segmentation import has_maps
+from cpd.config import PruneConfig
+from cpd.distillation.config import DistillConfig
+from cpd.selection.target import TARGETS
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from cpd.report.report import Report
 
 DEFAULT_SPEEDUP = 2.0
 PRUNE, TRAIN = "Pruning", "Training"
+#: Options of the training that are shared with pruning, or are none of a command.
+SHARED = ("seed", "progress")
+KD_BY_DATA = "kl; cwd for label maps"
 
 log = logging.getLogger("cpd.cli")
 
 
+@takes(PruneConfig, PRUNE)
+@takes(DistillConfig, TRAIN, SHARED, kd=KD_BY_DATA)
 def compress(
     model: Model,
-    target_speedup: Annotated[
-        float | None,
-        typer.Option(help="ONNX Runtime latency, original over result (2, unless another target is given)."),
-    ] = None,
-    target_latency_ms: Annotated[float | None, typer.Option(help="ONNX Runtime latency of the result, in ms.")] = None,
-    target_macs: Annotated[float | None, typer.Option(help="MACs kept: a share up to 1, or a number of them.")] = None,
-    target_params: Annotated[
-        float | None, typer.Option(help="Parameters kept: a share up to 1, or a number of them.")
-    ] = None,
     data: Data = None,
     output_dir: OutputDir = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=0, help="Training epochs; 0 prunes without a gradient step.")
-    ] = None,
     batch_size: BatchSize = 64,
     workers: Workers = WORKERS,
-    threads: Threads = 1,
-    seed: Seed = 0,
     pretrained: Pretrained = True,
     input_size: InputSize = None,
-    round_to: RoundTo = 8,
-    criterion: Annotated[
-        str | None, typer.Option(help="Scores: a name in cpd.criteria.CRITERIA (obs with data).", rich_help_panel=PRUNE)
-    ] = None,
-    schedule: Annotated[
-        str, typer.Option(help="one-shot, or while training: linear, cubic.", rich_help_panel=PRUNE)
-    ] = "one-shot",
-    prune_from: Annotated[
-        float, typer.Option(help="Share of the training before which nothing goes.", rich_help_panel=PRUNE)
-    ] = 0.0,
-    prune_until: Annotated[
-        float, typer.Option(help="Share of the training by which all is gone.", rich_help_panel=PRUNE)
-    ] = 0.5,
-    interval: Annotated[
-        int | None, typer.Option(help="Steps from one shrink to the next.", rich_help_panel=PRUNE)
-    ] = None,
-    optimizer: Annotated[
-        str, typer.Option(help="A name of timm.optim.list_optimizers().", rich_help_panel=TRAIN)
-    ] = "sgd",
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", rich_help_panel=TRAIN)] = None,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay.", rich_help_panel=TRAIN)] = 1e-4,
-    scheduler: Annotated[
-        str, typer.Option(help="Of the rate: cosine, poly, tanh, step.", rich_help_panel=TRAIN)
-    ] = "cosine",
-    kd: Annotated[
-        str | None,
-        typer.Option(help="Distillation: kl, cwd, cirkd, mse, none (kl; cwd for label maps).", rich_help_panel=TRAIN),
-    ] = None,
-    task_weight: Annotated[float, typer.Option(help="Weight of the task's loss.", rich_help_panel=TRAIN)] = 1.0,
-    features: Annotated[
-        list[str] | None, typer.Option(help="Modules whose outputs are compared.", rich_help_panel=TRAIN)
-    ] = None,
-    kd_weight: Annotated[
-        float | None, typer.Option(help="Its weight beside the task's loss.", rich_help_panel=TRAIN)
-    ] = None,
-    temperature: Annotated[float | None, typer.Option(help="Its temperature.", rich_help_panel=TRAIN)] = None,
-    ema: Annotated[
-        float | None, typer.Option(help="Decay of an average of the weights.", rich_help_panel=TRAIN)
-    ] = None,
-    mixup: Annotated[float, typer.Option(help="Alpha of mixup.", rich_help_panel=TRAIN)] = 0.0,
-    cutmix: Annotated[float, typer.Option(help="Alpha of CutMix.", rich_help_panel=TRAIN)] = 0.0,
-    auto_augment: Annotated[
-        str | None, typer.Option(help="timm's policy, as rand-m9-mstd0.5.", rich_help_panel=TRAIN)
-    ] = None,
-    random_erasing: Annotated[
-        float, typer.Option(min=0, max=1, help="Chance of an erased patch.", rich_help_panel=TRAIN)
-    ] = 0.0,
-    mixed_precision: Annotated[str, typer.Option(help="no, bf16 or fp16.", rich_help_panel=TRAIN)] = "no",
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.", rich_help_panel=TRAIN)] = 1,
+    teacher: Teacher = None,
+    auto_augment: AutoAugment = None,
+    random_erasing: RandomErasing = 0.0,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the checkpoint in --output-dir.", rich_help_panel=TRAIN)
+        bool, typer.Option("--resume", help="Resume from the checkpoint in --output-dir.", rich_help_panel=TRAIN)
     ] = False,
     checkpoint_minutes: Annotated[
-        float, typer.Option(help="Between two checkpoints at most.", rich_help_panel=TRAIN)
+        float, typer.Option(help="Minutes between two checkpoints at most.", rich_help_panel=TRAIN)
     ] = 10.0,
     progress: bool | None = None,
+    **options: Any,
 ) -> Output:
-    """Make a model faster, train it back, measure it, and write what came of it."""
-    folders = None if data is None else image_folders(data)
-    maps = folders is not None and has_maps(folders[0])
-    source, built, example_inputs = build(model, input_size, pretrained)
-    options: dict[str, Any] = {
-        "target_speedup": target_speedup,
-        "target_latency_ms": target_latency_ms,
-        "target_macs": target_macs,
-        "target_params": target_params,
-        "epochs": epochs,
-        "output_dir": output_dir,
-        "criterion": criterion,
-        "lr": lr,
-        "progress": progress,
-    }
-    if all(target is None for target in (target_speedup, target_latency_ms, target_macs, target_params)):
+    """Make a model faster, train it back, measure it, and write what came of it. Without a target: twice as fast."""
+    if not any(options[name] for name in TARGETS):
         options["target_speedup"] = DEFAULT_SPEEDUP
-    if folders is not None:
-        loading = {"batch_size": batch_size, "workers": workers, "seed": seed}
-        if maps:
-            options["data"], options["evaluate"] = load_maps(built, folders, example_inputs, **loading)
-        else:
-            augmentation = {"auto_augment": auto_augment, "re_prob": random_erasing}
-            options["data"], options["evaluate"] = load_images(
-                built, folders, example_inputs, **loading, augmentation=augmentation
-            )
-    given = {key: value for key, value in options.items() if value is not None}
+    config, training = _configs(options, data)
+    images = Images(data, batch_size, workers, config.seed, auto_augment, random_erasing)
+    source, given = _prepared(model, input_size, pretrained, images, teacher)
 
     import cpd
 
     result = cpd.compress(
-        built,
-        example_inputs=example_inputs,
-        seed=seed,
-        threads=threads,
-        round_to=round_to,
-        source=str(source),
-        schedule=cpd.Schedule(schedule, warmup=prune_from, end=prune_until, interval=interval),
-        training=cpd.DistillConfig(
-            optimizer=optimizer, lr=lr, weight_decay=weight_decay, scheduler=scheduler,
-            kd=kd or ("cwd" if maps else "kl"), kd_weight=kd_weight,
-            task_weight=task_weight, features=features or (),
-            temperature=temperature, ema=ema, mixup=mixup, cutmix=cutmix, mixed_precision=mixed_precision,
-            accumulate=accumulate,
-        ),
-        resume=resume,
-        checkpoint_minutes=checkpoint_minutes,
-        **given,
+        **given, config=config, training=training, source=source, output_dir=output_dir, resume=resume,
+        checkpoint_minutes=checkpoint_minutes, progress=progress,
     )  # fmt: skip
     return report_output(result.report, output_dir)
 
 
+@takes(PruneConfig, PRUNE, TARGETS)
+@takes(DistillConfig, TRAIN, SHARED, kd=KD_BY_DATA)
 def sweep(
     model: Model,
     speedups: Annotated[str, typer.Option(help="ONNX Runtime latency, original over result; commas between.")],
     data: Data = None,
     output_dir: OutputDir = None,
     plot: Plot = None,
-    epochs: Annotated[int | None, typer.Option(min=0, help="Training epochs of each.")] = None,
     batch_size: BatchSize = 64,
     workers: Workers = WORKERS,
-    threads: Threads = 1,
-    seed: Seed = 0,
     pretrained: Pretrained = True,
     input_size: InputSize = None,
-    round_to: RoundTo = 8,
+    teacher: Teacher = None,
+    auto_augment: AutoAugment = None,
+    random_erasing: RandomErasing = 0.0,
     progress: bool | None = None,
+    **options: Any,
 ) -> Output:
     """Compress a model to several speed-ups: one table, and one picture of accuracy against measured latency."""
-    from cpd.jobs.sensitivity import check_plot
-
-    if plot is not None:
-        check_plot(plot)
     asked = parse_numbers(speedups)
-    source, built, example_inputs = build(model, input_size, pretrained)
-    options: dict[str, Any] = {} if epochs is None else {"epochs": epochs}
-    if data is not None:
-        options["data"], options["evaluate"] = load_folder(
-            built, image_folders(data), example_inputs, batch_size=batch_size, workers=workers, seed=seed
-        )
+    config, training = _configs(options, data)
+    if plot is not None:
+        from cpd.jobs.sensitivity import check_plot
+
+        check_plot(plot)
+    images = Images(data, batch_size, workers, config.seed, auto_augment, random_erasing)
+    source, given = _prepared(model, input_size, pretrained, images, teacher)
 
     import cpd
 
     found = cpd.sweep(
-        built, asked, output_dir=output_dir, example_inputs=example_inputs, threads=threads, seed=seed,
-        round_to=round_to, source=str(source), progress=progress, **options,
+        **given, speedups=asked, config=config, training=training, source=source, output_dir=output_dir,
+        progress=progress,
     )  # fmt: skip
     if plot is not None:
         log.info("picture written to %s", found.plot(plot))
     return Output({"model": model, **found.to_dict()}, (sweep_table(found),))
+
+
+@dataclass(frozen=True)
+class Images:
+    """Where the images come from, and how they are loaded."""
+
+    folder: Path | None
+    batch_size: int
+    workers: int
+    seed: int
+    auto_augment: str | None
+    random_erasing: float
+
+    def load(self, model: nn.Module, example_inputs: Any) -> dict[str, Any]:
+        """`data`, and `evaluate` where there are images to validate on; nothing without a folder."""
+        if self.folder is None:
+            return {}
+        from cpd.cli.folders import image_folders, load_images, load_maps
+        from cpd.segmentation import has_maps
+
+        folders = image_folders(self.folder)
+        loading = {"batch_size": self.batch_size, "workers": self.workers, "seed": self.seed}
+        if has_maps(folders[0]):
+            loader, evaluate = load_maps(model, folders, example_inputs, **loading)
+        else:
+            augmentation = {"auto_augment": self.auto_augment, "re_prob": self.random_erasing}
+            loader, evaluate = load_images(model, folders, example_inputs, **loading, augmentation=augmentation)
+        return {"data": loader} if evaluate is None else {"data": loader, "evaluate": evaluate}
+
+
+def _configs(options: dict[str, Any], data: Path | None) -> tuple[PruneConfig, DistillConfig]:
+    """What was given of the options of pruning and of the training; checked before anything is loaded."""
+    if options["kd"] is None and data is not None:
+        from cpd.cli.folders import image_folders
+        from cpd.segmentation import has_maps
+
+        options["kd"] = "cwd" if has_maps(image_folders(data)[0]) else "kl"
+    training = DistillConfig(**values(DistillConfig, {**options, "seed": options["seed"]}))
+    return PruneConfig(**values(PruneConfig, options)), training
+
+
+def _prepared(
+    model: str, input_size: str | None, pretrained: bool, images: Images, teacher: str | None
+) -> tuple[str, dict[str, Any]]:
+    """The source of a model, and what `cpd.compress` is given of objects."""
+    source, built, example_inputs = build(model, input_size, pretrained)
+    given = {"model": built, "example_inputs": example_inputs, **images.load(built, example_inputs)}
+    if teacher is not None:
+        given["teacher"] = build_teacher(teacher, pretrained)
+    return str(source), given
 
 
 def quantize(
@@ -224,12 +191,12 @@ def quantize(
     seed: Seed = 0,
 ) -> Output:
     """Bring a compressed model to INT8, compare it with the float one, and time pruning, quantization and both."""
-    folders = image_folders(data)
-
     import cpd
+    from cpd.cli.folders import image_folders, load_folder
     from cpd.model import sources
     from cpd.report.artifacts import read_document
 
+    folders = image_folders(data)
     pruned = cpd.load(folder)
     source = sources.resolve(str(read_document(folder)["source"]))
     original = source.build().eval()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpd.errors import InputError
-from cpd.segmentation import has_maps
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -43,6 +42,8 @@ def load_folder(
     model: nn.Module, folders: tuple[Path, Path | None], example_inputs: Any, **loading: Any
 ) -> tuple[DataLoader[Any], Callable[[nn.Module], float] | None]:
     """`load_maps` where there are label maps, else `load_images`; arguments and errors are theirs."""
+    from cpd.segmentation import has_maps
+
     load = load_maps if has_maps(folders[0]) else load_images
     return load(model, folders, example_inputs, **loading)
 

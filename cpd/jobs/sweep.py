@@ -12,11 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from cpd.config import PruneConfig
 from cpd.errors import ArtifactError, InputError, TargetError
 from cpd.jobs.compress import compress
+from cpd.options import takes_options
 from cpd.report.artifacts import PAGE, check_output_dir, read_json, write_files
 from cpd.report.records import Figures, SweepPoint
 from cpd.report.report import sweep_page
+from cpd.selection.target import TARGETS
 
 log = logging.getLogger("cpd")
 
@@ -101,6 +104,7 @@ def read_sweep(folder: Path) -> Sweep:
     return Sweep.from_dict(read_json(folder / NAME))
 
 
+@takes_options(PruneConfig, leave_out=TARGETS, others=True)
 def sweep(
     model: nn.Module,
     speedups: Iterable[float],
@@ -115,7 +119,7 @@ def sweep(
         speedups: measured latency of the original over each result's, each at least 1.
         output_dir: each result goes into a folder of its own here, such as `1.5x`, and the figures of all into
             `sweep.json` and `report.html`; None writes nothing.
-        options: all other arguments of `cpd.compress`.
+        options: all other arguments of `cpd.compress` but for its targets, those of `cpd.PruneConfig` among them:
 
     Raises:
         InputError: no speed-up, or what `cpd.compress` raises for an unusable argument. A speed-up that is out of
@@ -124,6 +128,9 @@ def sweep(
     asked = list(speedups)
     if not asked:
         raise InputError("sweep needs at least one speed-up, as in speedups=[1.5, 2, 3].")
+    for name in TARGETS:
+        if options.get(name) is not None:
+            raise InputError(f"sweep takes its targets from speedups; leave {name} out.")
     folder = None if output_dir is None else check_output_dir(output_dir)
     original: Figures | None = None
     points: list[SweepPoint] = []

@@ -189,6 +189,28 @@ def as_call(example_inputs: Any) -> Call:
     )
 
 
+def of_shape(given: Any, like: Call) -> Call:
+    """Example inputs, or random values of a shape.
+
+    Args:
+        given: what `as_call` takes, or a shape as `(8, 3, 224, 224)`.
+        like: inputs of the same model, whose type and device the random values have.
+
+    Raises:
+        InputError: if it is neither, or a shape is given for a model of several inputs or of integers.
+    """
+    if not (isinstance(given, (tuple, list)) and given and all(isinstance(size, int) for size in given)):
+        return as_call(given)
+    shape = "x".join(map(str, given))
+    first = like.args[0] if len(like.args) == 1 and not like.kwargs else None
+    if not isinstance(first, Tensor) or not first.is_floating_point():
+        raise InputError(f"The shape {shape} says too little of this model's inputs: give the inputs themselves.")
+    if len(given) != first.dim() or min(given) < 1:
+        raise InputError(f"The shape {shape} must have {first.dim()} sizes above 0, as {list(first.shape)} has.")
+    values = torch.randn(*given, generator=torch.Generator().manual_seed(0))
+    return Call((values.to(first.device, first.dtype),), {})
+
+
 def as_batch(batch: Any) -> Batch:
     """Bring one item of a loader to a `Batch`.
 

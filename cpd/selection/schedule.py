@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 from cpd.errors import InputError
 
@@ -25,28 +26,33 @@ class Schedule:
 
     Attributes:
         kind: "one-shot" (all at once), "linear" or "cubic" (fast at first).
-        warmup: share of the training, in [0, 1), before which nothing goes.
-        end: share of the training, above `warmup` and at most 1, at which the last positions go; the rest is
-            fine-tuning. Not for "one-shot", whose shrink comes at the end of the warm-up.
+        start: fraction of the training, in [0, 1), before the first pruning step.
+        end: fraction of the training, above `start` and at most 1, at which pruning is complete; the rest is
+            fine-tuning. Not for "one-shot", whose only shrink comes at `start`.
         interval: optimizer steps from one shrink to the next; None makes ten shrinks.
+        warmup: the former name of `start`.
 
     Raises:
         InputError: if a value is out of range.
     """
 
     kind: str = "cubic"
-    warmup: float = field(default=0.0, kw_only=True)
+    start: float = field(default=0.0, kw_only=True)
     end: float = field(default=0.5, kw_only=True)
     interval: int | None = field(default=None, kw_only=True)
+    warmup: InitVar[float | None] = field(default=None, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, warmup: float | None) -> None:
         """Check every field."""
+        if warmup is not None:
+            warnings.warn("Schedule(warmup=…) is called start=… now.", DeprecationWarning, stacklevel=3)
+            object.__setattr__(self, "start", warmup)
         if self.kind not in KINDS:
             raise InputError(f"Unknown schedule {self.kind!r}; known are {', '.join(KINDS)}.")
-        if not (0 <= self.warmup < 1 and (self.kind == "one-shot" or self.warmup < self.end <= 1)):
+        if not (0 <= self.start < 1 and (self.kind == "one-shot" or self.start < self.end <= 1)):
             raise InputError(
-                f"A schedule starts at a share of the training (warmup={self.warmup!r}) below the one that it ends "
-                f"at (end={self.end!r}), both from 0 to 1."
+                "Pruning starts at a fraction of the training below the one at which it ends, both from 0 to 1; got "
+                f"{self.start!r} and {self.end!r}."
             )
         if self.interval is not None and not (isinstance(self.interval, int) and self.interval >= 1):
             raise InputError(f"interval must be an integer of at least 1, or None; got {self.interval!r}.")
@@ -65,16 +71,20 @@ class Schedule:
         Raises:
             InputError: if the training is too short for a shrink.
         """
-        first = round(self.warmup * steps)
+        first = round(self.start * steps)
         if self.kind == "one-shot":
             return [(first, 1.0)]
         last = round(self.end * steps)
         count = min(SHRINKS, last - first) if self.interval is None else (last - first) // self.interval
         if count < 1:
             raise InputError(
-                f"{self} has no room for a shrink in a training of {steps} steps: train longer, let it end later, or "
-                "take a shorter interval."
+                f"{self} has no room for a shrink in a training of {steps} steps: train longer, let pruning end later, "
+                "or take a shorter interval."
             )
         span = (last - first) / count if self.interval is None else self.interval
         times = range(1, count + 1)
         return [(first + round(time * span), KINDS[self.kind](time / count)) for time in times]
+
+
+# The constructor alone takes it; the default that dataclasses leave on the class would be read as a value.
+del Schedule.warmup  # type: ignore[attr-defined]

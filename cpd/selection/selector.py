@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Mapping
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +23,11 @@ from cpd.coupling.cost import CostFigures
 from cpd.errors import InputError
 from cpd.plan import Plan
 from cpd.selection.limits import Limits, check_ratios
-from cpd.selection.weighing import Latency, Weighing
+from cpd.selection.weighing import SCOPES, Latency, Scope, Weighing
 
 Measure = Callable[[CostFigures], float]
 
 
-Scope = Literal["global", "isomorphic", "group"]
-#: Every scope: scores compared over all groups, by rank among groups alike in structure, by rank within each group.
-SCOPES: tuple[Scope, ...] = ("global", "isomorphic", "group")
 #: Share of a figure that may be saved before what positions save is computed anew.
 REFRESH = 0.01
 #: A target may be exceeded by this share.

@@ -1,16 +1,20 @@
-"""Request: what `compress` was asked for, checked before any work is done."""
+"""Target: what pruning has to reach."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from cpd.coupling.cost import CostFigures
-from cpd.deploy.latency import LatencyComparison
-from cpd.errors import InputError, TargetError
+from cpd.errors import TargetError
 
-#: Targets that a stop watch decides.
+if TYPE_CHECKING:  # torch takes seconds to import
+    from cpd.coupling.cost import CostFigures
+    from cpd.deploy.latency import LatencyComparison
+
+#: Targets that are measured, and those that are computed with the figure that they speak of.
 MEASURED = ("target_speedup", "target_latency_ms")
+COMPUTED = {"target_macs": "macs", "target_params": "parameters", "target_memory": "activations"}
+TARGETS = (*MEASURED, *COMPUTED)
 
 
 @dataclass(frozen=True)
@@ -48,36 +52,8 @@ class Target:
 
     def of(self, figures: CostFigures) -> float:
         """The figure of a cost that the target speaks of."""
-        names = {"target_macs": "macs", "target_params": "parameters", "target_memory": "activations"}
-        return float(getattr(figures, names[self.name]))
+        return float(getattr(figures, COMPUTED[self.name]))
 
     def absolute(self, full: CostFigures) -> float:
         """The target as a number: a share up to 1 is one of the original's figure."""
         return self.value * self.of(full) if self.value <= 1 else self.value
-
-
-def check_target(*values: float | None) -> Target:
-    """The one target that was given.
-
-    Raises:
-        InputError: if it is not exactly one, not a number, or out of range.
-    """
-    names = (*MEASURED, "target_macs", "target_params", "target_memory")
-    given = [Target(name, value) for name, value in zip(names, values, strict=True) if value is not None]
-    if len(given) != 1:
-        raise InputError(
-            f"Give exactly one target of {', '.join(names)}; got {[item.name for item in given] or 'none'}."
-        )
-    (target,) = given
-    if isinstance(target.value, bool) or not isinstance(target.value, (int, float)) or not math.isfinite(target.value):
-        raise InputError(f"{target.name} must be a number; got {target.value!r}.")
-    if target.name == "target_speedup" and target.value < 1:
-        raise InputError(
-            f"target_speedup is original over compressed latency, so at least 1; got {target.value:g}. "
-            "For half the latency ask for 2."
-        )
-    if target.name == "target_latency_ms" and target.value <= 0:
-        raise InputError(f"target_latency_ms must be above 0; got {target.value:g}.")
-    if target.value <= 0:
-        raise InputError(f"{target.name} must be above 0: a share up to 1, or a number; got {target.value:g}.")
-    return target

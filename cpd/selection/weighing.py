@@ -1,20 +1,24 @@
-"""Weighing: scores against what is saved."""
+"""Weigh: among what scores are compared, and what they are divided by."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from torch import Tensor
-
-from cpd.algebra.axes import Axis
-from cpd.coupling.comb import Comb
 from cpd.errors import InputError
 
+if TYPE_CHECKING:  # torch takes seconds to import
+    from torch import Tensor
+
+    from cpd.algebra.axes import Axis
+    from cpd.coupling.comb import Comb
+
 Normalization = Literal["memory", "macs", "parameters", "latency", "none"]
+Scope = Literal["global", "isomorphic", "group"]
 
-
+#: Every scope: scores compared over all groups, by rank among groups alike in structure, by rank within each group.
+SCOPES: tuple[Scope, ...] = ("global", "isomorphic", "group")
 #: Every normalization: what a removed position saves, by which its score is divided.
 NORMALIZATIONS: tuple[Normalization, ...] = ("memory", "macs", "parameters", "latency", "none")
 #: Of the MACs and the parameters of a position, the exponents in its capacity (docs/decisions.md).

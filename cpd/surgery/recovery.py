@@ -38,7 +38,7 @@ class Recovery:
 
     def __str__(self) -> str:
         tried = ", ".join(f"{name} {error:.3g}" for name, error in self.errors.items())
-        return f"Without training: {self.chosen} (squared error of the logits relative to their variance: {tried})."
+        return f"Recovery without training: kept {self.chosen!r}. Relative squared error of the logits: {tried}."
 
 
 def recover(

@@ -1,0 +1,220 @@
+"""Every option of pruning, once: `compress`, `Pruner`, `sweep`, the command line and recipes take theirs from here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from cpd.errors import InputError
+from cpd.options import (
+    Check,
+    check_names,
+    check_options,
+    choice,
+    flag,
+    integer,
+    number,
+    option,
+    options_of,
+    plain,
+    with_help,
+)
+from cpd.selection.limits import Limits
+from cpd.selection.schedule import KINDS, Schedule
+from cpd.selection.target import TARGETS, Target
+from cpd.selection.weighing import NORMALIZATIONS, SCOPES, Normalization, Scope
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from cpd.criteria import Criterion
+
+#: The options that a `Schedule` holds too, and what it calls them.
+SCHEDULED = {"prune_from": "start", "prune_until": "end", "interval": "interval"}
+
+
+def _read_ratios(texts: Sequence[str]) -> dict[str, float]:
+    """`PATTERN=SHARE` as a mapping."""
+    try:
+        return {pattern: float(share) for pattern, _, share in (text.rpartition("=") for text in texts)}
+    except ValueError:
+        raise InputError(f"ratios takes PATTERN=SHARE, as in 'layer4*=0.5'; got {', '.join(texts)}.") from None
+
+
+def _read_shapes(texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """`8x3x224x224` as a shape."""
+    try:
+        return tuple(tuple(int(size) for size in text.lower().split("x")) for text in texts)
+    except ValueError:
+        raise InputError(f"latency_inputs takes shapes, as in 8x3x224x224; got {', '.join(texts)}.") from None
+
+
+def _are_shares(value: Any) -> bool:
+    share = number("", lambda item: 0 <= item < 1)
+    return isinstance(value, Mapping) and all(isinstance(name, str) and share.accepts(value[name]) for name in value)
+
+
+_AMOUNT = number("above 0: a share up to 1, or an amount", lambda value: value > 0)
+_SPEEDUP = number("of at least 1 (original over result: for half the latency, 2)", lambda value: value >= 1)
+_FRACTION = number("from 0 to 1", lambda value: 0 <= value <= 1)
+_INSIDE = number("between 0 and 1", lambda value: 0 < value < 1)
+_CRITERION = Check(
+    "a name in cpd.criteria.CRITERIA, or a callable", lambda value: isinstance(value, str) or callable(value)
+)
+_SCHEDULE = Check(f"one of {', '.join(KINDS)}, or a Schedule", lambda value: isinstance(value, str) and value in KINDS)
+_RATIOS = Check(
+    "a mapping from patterns of group names to shares of at least 0 and below 1", _are_shares, read=_read_ratios
+)
+_INPUTS = Check("a sequence of inputs or shapes", lambda value: isinstance(value, (list, tuple)), read=_read_shapes)
+
+
+@with_help
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """Every option of pruning, checked on construction.
+
+    Functions take them by name; a config holds them together, to be used several times or changed:
+
+        config = cpd.PruneConfig(round_to=16, max_ratio=0.8)
+        cpd.compress(model, target_speedup=2, data=loader, config=config)
+
+    Options:
+        Each may be read as an attribute.
+
+    Raises:
+        InputError: if a value is out of range (the message gives the range), or there are two targets.
+    """
+
+    target_speedup: float | None = option(
+        None, _SPEEDUP,
+        "Latency of the original over that of the result, measured in ONNX Runtime on this machine; at least 1.",
+    )  # fmt: skip
+    target_latency_ms: float | None = option(
+        None,
+        number("above 0", lambda value: value > 0),
+        "Latency of the result in ms for one run, measured in ONNX Runtime.",
+    )
+    target_macs: float | None = option(
+        None, _AMOUNT, "Multiply-accumulates that are kept: a share up to 1, or a number of them."
+    )
+    target_params: float | None = option(
+        None, _AMOUNT, "Parameters that are kept: a share up to 1, or a number of them."
+    )
+    target_memory: float | None = option(
+        None, _AMOUNT, "Elements of all intermediate tensors that are kept: a share up to 1, or a number of them."
+    )
+    criterion: str | Criterion | None = option(
+        None, _CRITERION,
+        "Importance of a channel: a name in cpd.criteria.CRITERIA (Python: or a callable). Default: obs with data, "
+        "magnitude without; taylor for a Pruner without data, from the training's own gradients.",
+    )  # fmt: skip
+    normalization: Normalization | None = option(
+        None, choice(*NORMALIZATIONS),
+        "What a removed channel saves, by which its score is divided: memory, macs, parameters, latency (predicted "
+        "for this machine) or none. Default: macs for scores from data; else latency for measured targets, none for "
+        "others.",
+    )  # fmt: skip
+    exponent: float = option(
+        1.0, number("of at least 0", lambda value: value >= 0), "Scores are divided by the saving to this power."
+    )
+    scope: Scope | None = option(
+        None, choice(*SCOPES),
+        "Among which channels scores are compared: global, isomorphic (groups of one structure) or group. Default: "
+        "global; for measured targets with data, group is tried too and the better one is kept.",
+    )  # fmt: skip
+    compensation: bool = option(
+        True, flag(), "Refit the layers that read removed channels, in closed form, where there is data."
+    )
+    score_batches: int = option(
+        16, integer(1), "Batches of the data that scores, compensation and recalibration use at most."
+    )
+    schedule: str | Schedule = option(
+        "one-shot", _SCHEDULE,
+        "When channels are removed: one-shot (all at once, before the training), or gradually during the training: "
+        "linear or cubic (Python: or a Schedule).",
+    )  # fmt: skip
+    prune_from: float = option(0.0, _FRACTION, "Fraction of the training before the first pruning step.")
+    prune_until: float = option(
+        0.5, _FRACTION, "Fraction of the training at which pruning is complete, of a gradual schedule."
+    )
+    interval: int | None = option(
+        None, integer(1), "Optimizer steps between two pruning steps of a gradual schedule. Default: ten pruning steps."
+    )
+    round_to: int = option(8, integer(1), "Widths are kept to multiples of this.")
+    max_ratio: float = option(0.9, _INSIDE, "Largest share of a group that may be removed.")
+    min_width: int = option(1, integer(1), "Fewest channels that a group keeps.")
+    ratios: Mapping[str, float] | None = option(
+        None, _RATIOS,
+        "Groups that you decide on: the share that is removed, by a shell pattern of group names; 0 keeps all. On the "
+        "command line PATTERN=SHARE, any number of times.",
+    )  # fmt: skip
+    tolerance: float = option(0.05, _INSIDE, "Relative distance from a measured target at which the search may end.")
+    threads: int = option(1, integer(1), "Threads of ONNX Runtime when latency is measured.")
+    latency_inputs: Sequence[Any] = option(
+        (), _INPUTS,
+        "Further inputs (other batch or image sizes) for which a measured target must hold: the slowest counts. "
+        "Inputs, or their shapes; on the command line shapes as 8x3x224x224, any number of times.",
+    )  # fmt: skip
+    seed: int = option(0, integer(0, 2**31), "Seed of every random choice.")
+
+    def __post_init__(self) -> None:
+        """Take a `Schedule` apart; check every field."""
+        if isinstance(self.schedule, Schedule):
+            for item in options_of(self):
+                if item.name in SCHEDULED and getattr(self, item.name) != item.default:
+                    raise InputError(f"{item.name} is part of the Schedule that is given: say it there.")
+            for name, attribute in SCHEDULED.items():
+                object.__setattr__(self, name, getattr(self.schedule, attribute))
+            object.__setattr__(self, "schedule", self.schedule.kind)
+        check_options(self)
+        if len(self._targets) > 1:
+            raise InputError(f"Give exactly one target; got {', '.join(item.name for item in self._targets)}.")
+        _ = self.when
+
+    @classmethod
+    def of(cls, config: PruneConfig | None, given: Mapping[str, Any], what: str) -> PruneConfig:
+        """A config, or the defaults, with the options that are given.
+
+        Args:
+            config: the config; None: all defaults.
+            given: {option: value}.
+            what: the function that takes them, for the message.
+
+        Raises:
+            InputError: an unknown option, or a value out of range.
+        """
+        if config is not None and not isinstance(config, PruneConfig):
+            raise InputError(f"config must be a cpd.PruneConfig; got {type(config).__name__}.")
+        defaults = {item.name: item.default for item in options_of(cls)}
+        check_names(given, defaults, what)
+        start = {name: defaults[name] for name in SCHEDULED if isinstance(given.get("schedule"), Schedule)}
+        return replace(config or cls(), **{**start, **given})
+
+    @property
+    def _targets(self) -> list[Target]:
+        values = {name: getattr(self, name) for name in TARGETS}
+        return [Target(name, value) for name, value in values.items() if value is not None]
+
+    @property
+    def target(self) -> Target:
+        """The target.
+
+        Raises:
+            InputError: if none is given.
+        """
+        if not self._targets:
+            raise InputError(f"Give exactly one target of {', '.join(TARGETS)}; got none.")
+        return self._targets[0]
+
+    @property
+    def when(self) -> Schedule:
+        """The schedule."""
+        return Schedule(str(self.schedule), start=self.prune_from, end=self.prune_until, interval=self.interval)
+
+    @property
+    def limits(self) -> Limits:
+        """What a selection may do to a group."""
+        return Limits(self.round_to, self.max_ratio, self.min_width, dict(self.ratios or {}))
+
+    def settings(self) -> dict[str, Any]:
+        """All options as JSON types but for the inputs, as a checkpoint keeps them."""
+        return {name: plain(value) for name, value in vars(self).items() if name != "latency_inputs"}

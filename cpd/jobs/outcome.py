@@ -1,0 +1,196 @@
+"""What a compression gives: the result, its report, and the folder it is saved to."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from cpd.config import PruneConfig
+from cpd.deploy.latency import LatencyComparison, environment
+from cpd.distillation.config import DistillConfig
+from cpd.model import sources
+from cpd.options import changed, plain
+from cpd.plan import Plan
+from cpd.pruner import Pruner
+from cpd.report.artifacts import check_output_dir, save_pretrained, save_result
+from cpd.report.records import Figures, GroupRow, LayerRow
+from cpd.report.report import Report
+from cpd.selection.target import Target
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """What `compress` gives.
+
+    Attributes:
+        model: the compressed model, of the same class as the one given, in eval mode.
+        report: the numbers of every stage.
+        plan: what was kept of the original.
+    """
+
+    model: nn.Module
+    report: Report
+    plan: Plan
+    _onnx: bytes | None = field(default=None)
+
+    def __repr__(self) -> str:
+        """The figures before and after."""
+        return repr(self.report).replace(type(self.report).__name__, type(self).__name__, 1)
+
+    @property
+    def speedup(self) -> float | None:
+        """Measured latency of the original over the result's in ONNX Runtime; None where it was not exported."""
+        return self.report.speedup
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Write weights, plan, ONNX model, report and model card to a folder that `cpd.load` reads.
+
+        Raises:
+            InputError: if `directory` is a file or cannot be written to.
+            ArtifactError: if a file cannot be written.
+        """
+        target = check_output_dir(directory)
+        save_result(target, self.model, self.plan, self.report, self._onnx)
+        return target
+
+    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+        """Write `config.json`, `model.safetensors` and a model card to a folder that `cpd.from_pretrained` reads.
+
+        Raises:
+            InputError: if `directory` is a file or cannot be written to.
+            ArtifactError: if a file cannot be written.
+        """
+        target = check_output_dir(directory)
+        save_pretrained(target, self.model, self.plan, self.report)
+        return target
+
+
+def call_record(
+    config: PruneConfig, training: DistillConfig, objects: Mapping[str, Any], output_dir: Path | None
+) -> dict[str, Any]:
+    """The call as a report keeps it: what is not the default, and the seed; of objects their names alone."""
+    learned = {name: value for name, value in changed(training).items() if name not in ("seed", "progress")}
+    own: dict[str, Any] = {name: learned.pop(name) for name in ("epochs", "lr") if name in learned}
+    pruned = {name: plain(value) for name, value in changed(config).items() if name != "latency_inputs"}
+    return {
+        **pruned,
+        "seed": config.seed,
+        **own,
+        **({"training": learned} if learned else {}),
+        **({} if output_dir is None else {"output_dir": os.fspath(output_dir)}),
+        **{name: name for name, value in objects.items() if value is not None},
+        **({"latency_inputs": "latency_inputs"} if config.latency_inputs else {}),
+    }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured of the original and of the result.
+
+    Attributes:
+        latency: the comparison in ONNX Runtime; None where the result was not exported.
+        nodes: one dict an ONNX node, with its time before and after.
+        metrics: of the original and of the result; None without `evaluate`.
+    """
+
+    latency: LatencyComparison | None
+    nodes: tuple[dict[str, Any], ...]
+    metrics: tuple[float | None, float | None]
+
+
+def report_of(
+    model: nn.Module,
+    pruner: Pruner,
+    measured: Measured,
+    *,
+    call: dict[str, Any],
+    source: str | None,
+    per_epoch: int,
+    history: list[dict[str, Any]],
+    seconds: dict[str, float],
+) -> Report:
+    """Every stage of a run in numbers.
+
+    Args:
+        model: the original.
+        pruner: holds the result, and how it came about.
+        measured: latency and metrics of both.
+        call: as `call_record` gives it.
+        source: how a fresh model is built by name; None: found out.
+        per_epoch: optimizer steps an epoch.
+        history: one dict an epoch.
+        seconds: of each stage.
+    """
+    comb, groups, latency = pruner.comb, pruner.plan.groups, measured.latency
+    kept = {group.axis: len(groups[group.name]) for group in comb.groups}
+    times = (latency.original_ms, latency.candidate_ms) if latency else (None, None)
+    before, after = (
+        Figures(cost.parameters, cost.macs, cost.activations, time_ms, metric)
+        for cost, time_ms, metric in zip((comb.cost({}), comb.cost(kept)), times, measured.metrics, strict=True)
+    )
+    return Report(
+        call=call,
+        model_class=f"{type(model).__module__}.{type(model).__qualname__}",
+        source=source or (str(found) if (found := sources.identify(model)) else None),
+        criterion=pruner.criterion_name,
+        criterion_reason=pruner.why,
+        normalization=pruner.normalization,
+        original=before,
+        result=after,
+        latency=None if latency is None else latency.to_dict(),
+        groups=tuple(_row(group, len(groups[group.name])) for group in comb.groups),
+        layers=_layers(model, pruner.model),
+        nodes=measured.nodes,
+        shrinks=tuple({"epoch": item.step / max(per_epoch, 1), **asdict(item)} for item in pruner.shrinks),
+        checks=pruner.checks,
+        history=tuple(history),
+        search=tuple(pruner.search),
+        seconds=seconds,
+        environment=_environment(),
+        notes=tuple(pruner.notes),
+    )
+
+
+def missed(target: Target, found: LatencyComparison, tolerance: float) -> str | None:
+    """What to say where the last timing lies outside the tolerance."""
+    if not target.is_measured or abs(target.attained(found) - 1) <= tolerance:
+        return None
+    return (
+        f"Asked for {target.name}={target.value:g}, the last timing found {found.speedup:.2f} times as fast "
+        f"({found.candidate_ms:.3g} ms), more than {tolerance:.0%} from it: widths go in steps, and other work on this "
+        "machine moves the figures. Time both again on a quiet one (cpd latency)."
+    )
+
+
+def _layers(original: nn.Module, result: nn.Module) -> tuple[LayerRow, ...]:
+    """The width of every layer that has a matrix or a kernel of weights, before and after."""
+
+    def width(module: nn.Module, weight: Tensor) -> int:
+        names = ("out_channels", "out_features", "embedding_dim")
+        return next((found for name in names if isinstance(found := getattr(module, name, None), int)), len(weight))
+
+    rows = []
+    for name, module in original.named_modules():
+        weights = [(key, weight) for key, weight in module.named_parameters(recurse=False) if weight.dim() >= 2]
+        if weights:
+            (key, weight), narrower = weights[0], result.get_submodule(name)
+            after = width(narrower, narrower.get_parameter(key))
+            rows.append(LayerRow(name, type(module).__name__, width(module, weight), after))
+    return tuple(rows)
+
+
+def _row(group: Any, kept: int) -> GroupRow:
+    return GroupRow(group.name, group.size, kept, group.exact, group.frozen, tuple(map(str, group.members)))
+
+
+def _environment() -> dict[str, str]:
+    names = ("cpd", "torch", "onnx", "onnxruntime", "timm")
+    found = {"python": sys.version.split()[0], **environment()}
+    return {**found, **{name: version(name) for name in names}}

@@ -1,0 +1,124 @@
+"""What a run is given, checked before any work is done."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cpd.checkpoint import Checkpoint
+from cpd.config import PruneConfig
+from cpd.distillation.config import DistillConfig
+from cpd.distillation.distiller import steps_per_epoch
+from cpd.errors import InputError, TrainingError
+from cpd.model import sources
+from cpd.model.inputs import Call, as_call, batches, device_of, evaluating, move
+from cpd.model.task_loss import LossFunction, task_loss
+
+log = logging.getLogger("cpd")
+
+
+def example_call(model: nn.Module, example_inputs: Any, data: Iterable[Any] | None) -> Call:
+    """The example inputs: those given, one sample of the data, or what timm and torchvision models take."""
+    if isinstance(data, Iterator):
+        raise InputError("data can be iterated only once (it is an iterator); pass a list or a DataLoader.")
+    if example_inputs is None and data is not None:
+        example_inputs = next(batches(data, 1)).call.part(1)
+    if example_inputs is None:
+        example_inputs = sources.default_inputs(model)
+    if example_inputs is None:
+        raise InputError(
+            f"The input of {type(model).__name__} is not known: pass example_inputs=, a tensor (with its batch "
+            "dimension), a tuple, or (tuple, dict)."
+        )
+    return as_call(example_inputs).to(device_of(model))
+
+
+def check_data(model: nn.Module, data: Iterable[Any], loss: LossFunction | None) -> None:
+    """The first batch must go through the model and give a finite loss.
+
+    Raises:
+        TrainingError: if there is no batch or the loss is not finite.
+        InputError: if the model fails on the batch, or no loss can be inferred.
+    """
+    batch = next(batches(data, 1))
+    device = device_of(model)
+    with torch.no_grad(), evaluating(model):
+        try:
+            output = batch.call.to(device).on(model)
+        except Exception as error:  # the user's forward may raise anything
+            raise InputError(f"The model fails on the first batch of data: {type(error).__name__}: {error}.") from error
+        value = task_loss(output, move(batch.target, device), loss)
+    if value is not None and not bool(torch.isfinite(value)):
+        raise TrainingError(
+            f"The loss of the unpruned model on the first batch is {float(value)}: check data and loss."
+        )
+
+
+def training_settings(
+    training: DistillConfig | None, epochs: float | None, lr: float | None, seed: int, progress: bool | None
+) -> DistillConfig:
+    """The settings of the training, with those that a run is given by name."""
+    settings = training or DistillConfig()
+    given: dict[str, Any] = {"epochs": epochs, "lr": lr, "progress": progress}
+    return replace(settings, seed=seed, **{name: value for name, value in given.items() if value is not None})
+
+
+def steps_an_epoch(config: PruneConfig, training: DistillConfig, data: Iterable[Any] | None) -> int:
+    """Optimizer steps in one pass over the data; 0 where there is none, or its length is not known.
+
+    Raises:
+        InputError: a schedule that needs a training, or the length of its data.
+    """
+    gradual = config.schedule != "one-shot"
+    if gradual and (data is None or not training.epochs):
+        raise InputError(
+            f"schedule={config.schedule!r} prunes during the training: pass data=loader and epochs above 0, or take "
+            "schedule='one-shot'."
+        )
+    if data is None:
+        return 0
+    found = steps_per_epoch(data, training.accumulate)
+    if found is None and (gradual or config.prune_from):
+        raise InputError(f"schedule={config.schedule!r} needs data with a length (__len__), to know when to prune.")
+    return found or 0
+
+
+def checkpoint_of(
+    folder: Path | None,
+    resume: bool,
+    minutes: float,
+    config: PruneConfig,
+    training: DistillConfig,
+    model: nn.Module,
+) -> Checkpoint | None:
+    """The checkpoint of a run, read if it is to be resumed.
+
+    Raises:
+        InputError: nowhere to resume from, or a checkpoint that would be overwritten.
+    """
+    if folder is None:
+        if resume:
+            raise InputError("resume=True needs the output_dir of the run that is to go on.")
+        return None
+    if not minutes > 0:
+        raise InputError(f"checkpoint_minutes must be above 0; got {minutes!r}.")
+    shapes = sorted((name, *tensor.shape) for name, tensor in model.state_dict().items())
+    model_key = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
+    key = {**config.settings(), **vars(training), "model": model_key}
+    del key["progress"]
+    checkpoint = Checkpoint(folder, key, minutes)
+    if resume and checkpoint.read() is None:
+        log.info("There is no checkpoint in %s yet: the run starts at its beginning.", folder)
+    if not resume and checkpoint.path.exists():
+        raise InputError(
+            f"{checkpoint.path} is of a run that did not end. Pass resume=True to go on with it, or delete it to start "
+            "again."
+        )
+    return checkpoint
