@@ -24,8 +24,10 @@ from cpd.cli import app
 from cpd.coupling.comb import Comb
 from cpd.coupling.cost import Cost, FrozenShare, split_reason
 from cpd.errors import InputError
-from cpd.picture.drawing import GREY, MARK, colours, contract, draw, render
+from cpd.picture.drawing import MARK, draw, render
+from cpd.picture.graph import contract
 from cpd.picture.layout import layout, rows_of
+from cpd.picture.scene import GREY, colours
 from cpd.rules.contraction import KERNEL
 
 SVG = "{http://www.w3.org/2000/svg}"
