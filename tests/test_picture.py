@@ -256,6 +256,9 @@ def test_tooltips_and_legend_give_reasons(convnet: Comb) -> None:
     legend = next(g for g in ET.fromstring(svg).iter(f"{SVG}g") if g.get("class") == "legend")
     listed = {reference for g in legend for reference in g.get("data-groups", "").split()}
     assert listed == {f"g{index}" for index in range(len(convnet.groups))}
+    details = [text(g) for g in legend if g.get("data-groups")]
+    assert "stem 8 channels, 4 members, exact" in details
+    assert "position" not in svg
 
 
 @pytest.mark.parametrize("name", ["convnet", "attention", "frozen"])

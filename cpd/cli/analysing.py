@@ -82,7 +82,7 @@ def sensitivity(
     model: Model,
     data: NeededData,
     plot: Plot = None,
-    criterion: Annotated[str, typer.Option(help="Which positions go: a name in cpd.criteria.CRITERIA.")] = "magnitude",
+    criterion: Annotated[str, typer.Option(help="Which channels go: a name in cpd.criteria.CRITERIA.")] = "magnitude",
     batch_size: BatchSize = 64,
     limit: Annotated[int, typer.Option(min=1, help="Batches of training images used.")] = 4,
     workers: Workers = WORKERS,

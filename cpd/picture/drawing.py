@@ -23,7 +23,7 @@ from cpd.coupling.comb import Comb, Group
 from cpd.coupling.cost import split_reason
 from cpd.errors import ArtifactError, InputError
 from cpd.picture.graph import contract
-from cpd.picture.scene import GREY, arrange, colours, details, references, sentence
+from cpd.picture.scene import GREY, arrange, colours, counted, details, references, sentence
 
 SUFFIXES = (".svg", ".html")
 MARK = "cpd: a picture of coupling groups"
@@ -135,7 +135,7 @@ def _legend(groups: Sequence[Group], palette: Sequence[str]) -> list[Entry]:
     for indices in frozen.values():
         first = groups[indices[0]]
         if len(indices) == 1:
-            name, detail = first.name, f"{first.size} positions, frozen: {first.frozen}"
+            name, detail = first.name, f"{counted(first.size, 'channel')}, frozen: {first.frozen}"
         else:
             name = f"{first.name} and {len(indices) - 1} more"
             detail = f"frozen: {first.frozen} and {len(indices) - 1} more places"

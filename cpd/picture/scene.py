@@ -5,7 +5,7 @@ from __future__ import annotations
 import colorsys
 import itertools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -239,7 +239,7 @@ def details(group: Group) -> str:
     """How large a group is, whether it is frozen or exact, and what it is tied to."""
     state = f"frozen: {group.frozen}" if group.frozen is not None else _exactness(group)
     state = "; ".join([state, *_tied(group.ties)])
-    return f"{group.size} positions, {_count(group.members, 'member')}, {state}"
+    return f"{counted(group.size, 'channel')}, {counted(len(group.members), 'member')}, {state}"
 
 
 def _exactness(group: Group) -> str:
@@ -253,13 +253,15 @@ def _tied(ties: Sequence[str]) -> list[str]:
         why, place = split_reason(tie)
         places.setdefault(why, {})[place] = None
     return [
-        f"tied: {why}" + (f" [{next(iter(at))}]" if len(at) == 1 and "" not in at else f" ({_count(at, 'place')})")
+        f"tied: {why}"
+        + (f" [{next(iter(at))}]" if len(at) == 1 and "" not in at else f" ({counted(len(at), 'place')})")
         for why, at in places.items()
     ]
 
 
-def _count(things: Collection[object], word: str) -> str:
-    return f"{len(things)} {word}{'' if len(things) == 1 else 's'}"
+def counted(number: int, word: str) -> str:
+    """A number of things, such as "1 channel" or "64 channels"."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def _colour(own: Sequence[int], groups: Sequence[Group], palette: Sequence[str]) -> str:
