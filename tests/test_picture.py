@@ -24,8 +24,10 @@ from cpd.cli import app
 from cpd.coupling.comb import Comb
 from cpd.coupling.cost import Cost, FrozenShare, split_reason
 from cpd.errors import InputError
-from cpd.picture.drawing import GREY, MARK, colours, contract, draw, render
+from cpd.picture.drawing import MARK, draw, render
+from cpd.picture.graph import contract
 from cpd.picture.layout import layout, rows_of
+from cpd.picture.scene import GREY, colours
 from cpd.rules.contraction import KERNEL
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -254,6 +256,9 @@ def test_tooltips_and_legend_give_reasons(convnet: Comb) -> None:
     legend = next(g for g in ET.fromstring(svg).iter(f"{SVG}g") if g.get("class") == "legend")
     listed = {reference for g in legend for reference in g.get("data-groups", "").split()}
     assert listed == {f"g{index}" for index in range(len(convnet.groups))}
+    details = [text(g) for g in legend if g.get("data-groups")]
+    assert "stem 8 channels, 4 members, exact" in details
+    assert "position" not in svg
 
 
 @pytest.mark.parametrize("name", ["convnet", "attention", "frozen"])

@@ -49,7 +49,7 @@ def comb(
 ) -> Output:
     """List a model's coupling groups (size, members, exact, frozen and why) and what the frozen ones hold."""
     if plot is not None:
-        from cpd.picture.drawing import check_path
+        from cpd.picture import check_path
 
         check_path(plot)
     _, built, example_inputs = build(model, input_size, pretrained=False)
@@ -59,7 +59,7 @@ def comb(
     combed = cpd.comb(built, example_inputs)
     share: dict[str, float] = combed.open_share
     if plot is not None:
-        from cpd.picture.drawing import draw
+        from cpd.picture import draw
 
         log.info("picture written to %s", draw(combed, plot))
     open_count = sum(group.frozen is None for group in combed.groups)
@@ -81,7 +81,7 @@ def sensitivity(
     model: Model,
     data: NeededData,
     plot: Plot = None,
-    criterion: Annotated[str, typer.Option(help="Which positions go: a name in cpd.criteria.CRITERIA.")] = "magnitude",
+    criterion: Annotated[str, typer.Option(help="Which channels go: a name in cpd.criteria.CRITERIA.")] = "magnitude",
     batch_size: BatchSize = 64,
     limit: Annotated[int, typer.Option(min=1, help="Batches of training images used.")] = 4,
     workers: Workers = WORKERS,

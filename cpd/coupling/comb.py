@@ -168,6 +168,16 @@ class Comb:
         Raises:
             PlanError: a group is unknown, frozen or emptied, a position is out of range, or, if `strict`,
                 a tie or a minimum is broken.
+
+        Examples:
+            >>> from torch import nn
+            >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+            >>> comb = cpd.comb(model, torch.randn(1, 3, 8, 8))
+            >>> plan = comb.plan({"0": range(8)})  # of the 16 channels of layer 0
+            >>> plan
+            Plan(3 tensors narrower, 3 groups, 0 attributes)
+            >>> len(plan.kept["0.weight"][0]), len(plan.kept["3.weight"][1])  # 36 features a channel, after the flatten
+            (8, 288)
         """
         named = {group.name: group for group in self.groups}
         masks = {named[name].axis: _mask(named, name, positions) for name, positions in keep.items() if name in named}
@@ -254,6 +264,24 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
     Raises:
         InputError: if `model` is no module, or fails on `example_inputs`.
         TraceError: if the model cannot be exported.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+        >>> comb = cpd.comb(model, torch.randn(1, 3, 8, 8))
+        >>> comb
+        Comb(Sequential: 3 groups, 1 of them open)
+        >>> for member in comb.open[0].members:
+        ...     print(member)
+        0.weight dim 0
+        0.bias dim 0
+        1.weight dim 0
+        1.bias dim 0
+        4.weight dim 1
+        1.running_mean dim 0
+        1.running_var dim 0
+        >>> comb.groups[-1].frozen
+        "the model's output [linear in 4, ...]"
     """
     check_model(model)
     graph = trace(model, example_inputs)

@@ -54,6 +54,18 @@ def score(
     Raises:
         InputError: an unknown criterion or precision, or one that does not score every group.
         TrainingError: no data where it is needed, no batch, or a loss that is not finite.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+        >>> comb = cpd.comb(model, torch.randn(1, 3, 8, 8))
+        >>> data = [(torch.randn(32, 3, 8, 8), torch.randint(10, (32,)))]
+        >>> scores = cpd.score(model, comb, data, criterion="taylor")
+        >>> scores["0"].shape
+        torch.Size([16])
+        >>> plan = comb.plan({"0": scores["0"].topk(8).indices})
+        >>> cpd.shrink(model, plan)[0]
+        Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
     """
     check_model(model)
     if isinstance(criterion, str) and criterion not in CRITERIA:

@@ -93,6 +93,17 @@ def export_onnx(
     Raises:
         InputError: if `path` cannot be written, or an argument is unusable. Raised before the export.
         ExportError: if the export fails, or the outputs differ by more than `tolerance`.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+        >>> images = torch.randn(1, 3, 8, 8)
+        >>> path = cpd.export_onnx(model, images, "model.onnx")
+        >>> import onnxruntime
+        >>> session = onnxruntime.InferenceSession(path)
+        >>> (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        >>> logits.shape
+        (1, 10)
     """
     call = as_call(example_inputs)
     check_model(model)

@@ -103,6 +103,14 @@ def compare_latency(
     Raises:
         InputError: if an argument is unusable, or an ONNX model does not open or take these inputs.
         ExportError: if a module cannot be exported, or its outputs differ from PyTorch's.
+
+    Examples:
+        >>> from torch import nn
+        >>> wide = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+        >>> narrow = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 64, 3))
+        >>> latency = cpd.compare_latency(wide, narrow, torch.randn(1, 3, 32, 32), seconds=1)
+        >>> latency.speedup_low > 1  # the lower end of the 95 % confidence interval
+        True
     """
     _check_timing(seconds, min_runs, precision, threads)
     probe = LatencyProbe(original, example_inputs, threads=threads, tolerance=tolerance)
@@ -190,6 +198,16 @@ def measure_latency(
     Raises:
         InputError: if an argument is unusable, or a backend cannot open or run a model.
         ExportError: if a module cannot be exported, or its outputs differ from PyTorch's.
+
+    Examples:
+        >>> from torch import nn
+        >>> wide = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+        >>> narrow = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 64, 3))
+        >>> table = cpd.measure_latency({"wide": wide, "narrow": narrow}, torch.randn(1, 3, 32, 32), seconds=1)
+        >>> [row.name for row in table.rows]
+        ['wide', 'narrow']
+        >>> table["narrow"].speedup > 1
+        True
     """
     _check_timing(seconds, min_runs, precision, threads)
     if not models:

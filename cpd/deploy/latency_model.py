@@ -356,6 +356,16 @@ def profile_model(
         InputError: an unusable argument.
         TraceError: the model cannot be exported by torch.
         ExportError: the model cannot be exported to ONNX, or differs there.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+        >>> profile = cpd.profile_model(model, torch.randn(1, 3, 32, 32))
+        >>> costly = profile.operators[0]
+        >>> costly.op
+        'Conv'
+        >>> costly.half_ms < costly.ms  # predicted, at half of every width that can change
+        True
     """
     combed = make_comb(model, example_inputs)
     probe = LatencyProbe(model, example_inputs, threads=threads)

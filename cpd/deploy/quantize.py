@@ -106,6 +106,17 @@ def quantize_onnx(
         InputError: if `path` cannot be written, or the data does not fit the model.
         TrainingError: if there is no batch.
         ExportError: if ONNX Runtime cannot quantize the model, or cannot run what it made.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2304, 10))
+        >>> images = torch.randn(8, 3, 8, 8)
+        >>> onnx_model = cpd.export_onnx(model, images)
+        >>> quantized = cpd.quantize_onnx(onnx_model, [images], "int8.onnx", seconds=1)
+        >>> quantized.bytes < quantized.bytes_float / 2
+        True
+        >>> quantized.parity < 0.1
+        True
     """
     target = writable(path)
     content = _content(model)

@@ -107,6 +107,18 @@ def distill(
         InputError: if models, targets and outputs do not fit each other, or the machine not the config.
         TrainingError: if the data is empty, cannot be iterated again, or the loss or a weight is not
             finite. The student then has the weights from the start of that epoch.
+
+    Examples:
+        >>> from copy import deepcopy
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+        >>> comb = cpd.comb(model, torch.randn(1, 3, 8, 8))
+        >>> data = [torch.randn(32, 3, 8, 8)]
+        >>> student = cpd.shrink(deepcopy(model), comb.plan({"0": range(8)}))
+        >>> config = cpd.DistillConfig(epochs=5, task_weight=0)  # to learn from the teacher alone takes no labels
+        >>> epochs = cpd.distill(student, model, data, config=config)
+        >>> epochs[-1].kd_loss < epochs[0].kd_loss
+        True
     """
     config = config or DistillConfig()
     _check_models(student, teacher, config)

@@ -162,6 +162,20 @@ def sensitivity(
     Raises:
         InputError: a ratio out of range, or no loss can be inferred.
         TrainingError: if there is no data.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+        >>> comb = cpd.comb(model, torch.randn(1, 3, 8, 8))
+        >>> data = [(torch.randn(32, 3, 8, 8), torch.randint(10, (32,)))]
+        >>> found = cpd.sensitivity(model, comb, data, ratios=(0.25, 0.5, 0.75))
+        >>> for point in found.points:
+        ...     print(f"{point.group}: {point.kept} of {point.size} channels, {point.macs:.0%} of the MACs")
+        0: 12 of 16 channels, 75% of the MACs
+        0: 8 of 16 channels, 50% of the MACs
+        0: 4 of 16 channels, 25% of the MACs
+        >>> found.points[0].error < found.points[-1].error
+        True
     """
     check_model(model)
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):

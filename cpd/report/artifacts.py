@@ -151,6 +151,19 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
     Raises:
         ArtifactError: if a file is missing, truncated or foreign, or no name was saved and no model given.
             A model that was given is then as it was.
+
+    Examples:
+        >>> from torch import nn
+        >>> def build():
+        ...     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+        >>> images = torch.randn(1, 3, 8, 8)
+        >>> result = cpd.compress(build(), target_macs=0.5, example_inputs=images)
+        >>> folder = result.save("out")
+        >>> model = cpd.load(folder, build())
+        >>> model[0]
+        Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+        >>> torch.equal(model(images), result.model(images))
+        True
     """
     folder = Path(directory)
     document = read_document(folder)

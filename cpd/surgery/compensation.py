@@ -85,6 +85,19 @@ def compensate(
     Raises:
         InputError: if the models do not run alike on the data; `model` is then as it was before.
         TrainingError: if there is no data.
+
+    Examples:
+        >>> from copy import deepcopy
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3))
+        >>> images = torch.randn(32, 3, 8, 8)
+        >>> plan = cpd.comb(model, images).plan({"0": range(8)})
+        >>> narrow = cpd.shrink(deepcopy(model), plan)
+        >>> refit = cpd.compensate(narrow, model, plan, [images])[-1]
+        >>> refit.weight  # of the layer that reads the channels that are left
+        '2.weight'
+        >>> refit.after < refit.before
+        True
     """
     check_limit(limit)
     calls = [batch.call for batch in batches(data, limit)]

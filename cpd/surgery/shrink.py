@@ -27,6 +27,19 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises:
         ShrinkError: if the plan does not fit; the model is then left as it was.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+        >>> comb = cpd.comb(model, torch.randn(1, 3, 8, 8))
+        >>> cpd.shrink(model, comb.plan({"0": range(8)}))
+        Sequential(
+          (0): Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
+          (1): BatchNorm2d(8, ...)
+          (2): ReLU()
+          (3): Flatten(start_dim=1, end_dim=-1)
+          (4): Linear(in_features=288, out_features=10, bias=True)
+        )
     """
     check_model(model)
     tensors = named_tensors(model)
