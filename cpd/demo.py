@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from cpd.errors import needs_extra
 from cpd.model.inputs import evaluating
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def digits(batch_size: int = 64, seed: int = 0) -> tuple[AugmentedLoader, Tensor
     Returns:
         The training loader, the test images `[600, 1, 16, 16]` in [0, 1], and the test labels `[600]`.
     """
-    from sklearn.datasets import load_digits
+    with needs_extra("demo", "The demo"):
+        from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)
     images = torch.as_tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16

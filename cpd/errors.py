@@ -7,6 +7,8 @@ anything of the user's is changed.
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class CPDError(Exception):
@@ -51,6 +53,21 @@ class ExportError(CPDError):
 
 class ArtifactError(CPDError):
     """A saved result is missing, truncated, foreign, or cannot be written."""
+
+
+@contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """Name the extra of `cpd` to install, where a block imports a package that is not.
+
+    Raises:
+        InputError: in the place of `ImportError`.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            f'{what} needs {error.name or "a package"}, which is not installed: pip install "cpd[{extra}]".'
+        ) from error
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-
-from cpd.errors import InputError
+from cpd.errors import InputError, needs_extra
 from cpd.pruner import Pruner
+
+with needs_extra("lightning", "cpd.lightning"):
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class PrunerCallback(Callback):

@@ -110,6 +110,28 @@ class Pruner:
         InputError: an unusable argument.
         TraceError: the model cannot be exported.
         NothingToPruneError: no group can be pruned; the message says why, group by group.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+        >>> images, labels = torch.randn(32, 3, 8, 8), torch.randint(10, (32,))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        >>> pruner = cpd.Pruner(
+        ...     model, images, target_macs=0.5, steps=10, schedule="linear", optimizer=optimizer, round_to=1
+        ... )
+        >>> for step in range(10):
+        ...     optimizer.zero_grad()
+        ...     nn.functional.cross_entropy(model(images), labels).backward()
+        ...     optimizer.step()
+        ...     if pruner.step():  # it is time for some channels to go
+        ...         print(f"after step {step}: {model[0].out_channels} channels")
+        after step 0: 14 channels
+        after step 1: 12 channels
+        after step 2: 11 channels
+        after step 3: 9 channels
+        after step 4: 8 channels
+        >>> pruner.done
+        True
     """
 
     def __init__(

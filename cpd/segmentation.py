@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cpd.errors import InputError
+from cpd.errors import InputError, needs_extra
 from cpd.model.inputs import batches, device_of, evaluating, logits
 from cpd.model.task_loss import IGNORED_CLASS
 
@@ -105,7 +105,8 @@ def mean_iou(model: nn.Module, data: Iterable[Any], classes: int) -> float:
         data: batches of images and label maps; pixels labelled -100 are left out.
         classes: how many there are; those that neither occur nor are predicted are left out of the mean.
     """
-    from torchmetrics.classification import MulticlassJaccardIndex
+    with needs_extra("segmentation", "The mean intersection over union"):
+        from torchmetrics.classification import MulticlassJaccardIndex
 
     device = device_of(model)
     metric = MulticlassJaccardIndex(classes, ignore_index=IGNORED_CLASS).to(device)

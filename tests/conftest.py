@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-import cpd  # noqa: F401  (whose modules a fixture changes)
+from cpd.deploy import kernels, latency
+from cpd.jobs import compress
+from cpd.selection import search
 
 #: pytest-xdist runs a process a core; more threads than cores spin at each other's barriers (a float64 depthwise
 #: convolution takes seconds then).
@@ -20,10 +21,10 @@ def short_timings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Models and kernels are timed for a moment; kernels are kept in a folder of the test run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CPD_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
-        patch.setattr(sys.modules["cpd.deploy.kernels"], "SECONDS", 0.02)
+        patch.setattr(kernels, "SECONDS", 0.02)
         for name in ("_BLOCK_MS", "_LEAD_MS"):
-            patch.setattr(sys.modules["cpd.deploy.latency"], name, 3.0)
-        patch.setattr(sys.modules["cpd.jobs.compress"], "PROFILE_SECONDS", 0.02)
+            patch.setattr(latency, name, 3.0)
+        patch.setattr(compress, "PROFILE_SECONDS", 0.02)
         yield
 
 
@@ -31,6 +32,6 @@ def short_timings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def quick() -> Iterator[None]:
     """Latencies are timed for half a second: for tests that look at something else."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["cpd.jobs.compress"], "FINAL_SECONDS", 0.5)
-        patch.setattr(sys.modules["cpd.selection.search"], "SECONDS", 0.5)
+        patch.setattr(compress, "FINAL_SECONDS", 0.5)
+        patch.setattr(search, "SECONDS", 0.5)
         yield

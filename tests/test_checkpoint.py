@@ -219,7 +219,8 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 from test_checkpoint import run
 torch.set_num_threads(1)
-sys.modules["cpd.jobs.compress"].FINAL_SECONDS = 0.5
+from cpd.jobs import compress
+compress.FINAL_SECONDS = 0.5
 folder = Path(sys.argv[1])
 result = run(folder, resume=(folder / "checkpoint.safetensors").exists())
 print(result.plan.digest)

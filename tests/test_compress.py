@@ -352,9 +352,9 @@ def test_selection_meets_the_cost_in_multiples():
 
 def test_public_names():
     assert set(cpd.__all__) == {
-        "ArtifactError", "CPDError", "Comb", "PruneConfig", "DistillConfig", "ExportError", "Group", "InputError", "LatencyComparison",
+        "ArtifactError", "CPDError", "Comb", "DistillConfig", "ExportError", "Group", "InputError", "LatencyComparison",
         "NothingToPruneError", "Plan", "PlanError", "Pruner", "Report", "Result", "Schedule", "Sensitivity",
-        "ShrinkError", "TargetError", "CheckpointError",
+        "ShrinkError", "TargetError", "CheckpointError", "PruneConfig",
         "TraceError", "TrainingError", "comb", "compare_latency", "compensate", "compress", "distill", "export_onnx",
         "load", "score", "sensitivity", "shrink", "LatencyTable", "ModelProfile", "OnnxModule", "Quantized", "Sweep",
         "from_pretrained", "measure_latency", "profile_model", "quantize_onnx", "sweep",

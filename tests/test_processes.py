@@ -27,7 +27,8 @@ sys.path.insert(0, sys.argv[2])
 import torch
 torch.set_num_threads(1)
 import test_processes
-sys.modules["cpd.jobs.compress"].FINAL_SECONDS = 0.5
+from cpd.jobs import compress
+compress.FINAL_SECONDS = 0.5
 found = getattr(test_processes, sys.argv[3])(sys.argv[1])
 if os.environ.get("RANK", "0") == "0":
     print("FOUND" + json.dumps(found))

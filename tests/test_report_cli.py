@@ -599,8 +599,8 @@ def test_compress_passes_its_options(fakes: Fakes, run: Any) -> None:
     assert config.when == cpd.Schedule("cubic", start=0.1, end=0.6, interval=20)
     assert (call["resume"], call["checkpoint_minutes"], config.criterion) == (True, 2.0, "taylor")
     assert call["training"] == cpd.DistillConfig(
-        epochs=0, seed=7, optimizer="adamw", lr=1e-3, weight_decay=0.05, kd="cwd", kd_weight=2.0, temperature=3.0, ema=0.99, mixup=0.2,
-        cutmix=1.0, mixed_precision="bf16", accumulate=2, scheduler="poly", task_weight=0.5,
+        epochs=0, seed=7, optimizer="adamw", lr=1e-3, weight_decay=0.05, kd="cwd", kd_weight=2.0, temperature=3.0,
+        ema=0.99, mixup=0.2, cutmix=1.0, mixed_precision="bf16", accumulate=2, scheduler="poly", task_weight=0.5,
         features=("layer2", "layer3"),
     )  # fmt: skip
     assert call["example_inputs"].shape == (1, 3, 64, 32)
@@ -812,7 +812,7 @@ def test_interrupted_runs_say_how_to_resume(
     (tmp_path / "my run" / "checkpoint.safetensors").write_bytes(b"")
     monkeypatch.setattr(sys, "argv", ["cpd", *arguments])
     result = run(*arguments)
-    assert f"go on with: cpd {' '.join(arguments[:-1])} '{tmp_path}/my run' --resume\n" in result.stderr
+    assert f"is intact; resume with: cpd {' '.join(arguments[:-1])} '{tmp_path}/my run' --resume\n" in result.stderr
     assert run(*arguments[:3]).stderr == "interrupted. Nothing was written.\n"
 
 

@@ -2,6 +2,9 @@
 
 command.py     what all commands share: --config, --json, the log, errors and exit codes
 arguments.py   options that several commands have, and how a model is named
+options.py     the options of PruneConfig and DistillConfig as options of commands
+wording.py     messages of the library in the words of the command line
+folders.py     folders of images as data
 compressing.py compress, sweep, quantize, demo
 analysing.py   comb, sensitivity, profile, latency, report
 tables.py      what is printed

@@ -21,6 +21,7 @@ from rich.console import Console, RenderableType
 from rich.logging import RichHandler
 from rich.text import Text
 
+from cpd.cli.wording import in_options
 from cpd.errors import CPDError, InputError, NothingToPruneError, TargetError
 
 FAILED, WRONG, OUT_OF_REACH, INTERRUPTED = 1, 2, 3, 130
@@ -152,7 +153,7 @@ def _running(quiet: bool, verbose: bool, debug: bool, given: Mapping[str, Any]) 
     except CPDError as error:
         if debug:
             raise
-        console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+        console.print(Text(f"error: {in_options(str(error), given)}", style="red"), soft_wrap=True)
         raise typer.Exit(exit_code(error)) from None
     except KeyboardInterrupt:
         if debug:
@@ -175,7 +176,7 @@ def _how_to_resume(given: Mapping[str, Any]) -> str:
     if not path.exists():
         return "There was no checkpoint yet: start it again."
     command = shlex.join(["cpd", *(part for part in sys.argv[1:] if part != "--resume"), "--resume"])
-    return f"{path} is whole; go on with: {command}"
+    return f"The checkpoint {path} is intact; resume with: {command}"
 
 
 def _write_recipe(context: typer.Context, folder: Path) -> None:

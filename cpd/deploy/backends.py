@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from cpd.deploy.export import OnnxSource, check_parity, export_bytes, feed, open_session, run_session
-from cpd.errors import InputError, first_line
+from cpd.errors import InputError, first_line, needs_extra
 from cpd.model.inputs import Call, check_model, device_of
 
 Model = nn.Module | OnnxSource
@@ -155,10 +155,8 @@ class OpenVINO:
 
     def open(self, model: Model, call: Call) -> Run:
         """An inference request of the compiled model."""
-        try:
+        with needs_extra("openvino", "The backend 'openvino'"):
             import openvino
-        except ImportError as error:
-            raise InputError("The backend 'openvino' needs its package: pip install openvino.") from error
         source = exported(model, call, self.tolerance)
         arrays = feed(open_session(source), call)
         read = os.fspath(source) if isinstance(source, (str, os.PathLike)) else _serialised(source)

@@ -101,6 +101,18 @@ def compress(
         TrainingError: an empty loader, or a loss that is not finite.
         ExportError: the ONNX export fails or differs from PyTorch.
         CheckpointError: the checkpoint cannot be written or read, or is of a run of other settings.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+        >>> data = [(torch.randn(32, 3, 8, 8), torch.randint(10, (32,)))]  # or a DataLoader
+        >>> result = cpd.compress(model, target_macs=0.5, data=data, epochs=0)  # epochs=10 trains it, too
+        >>> result.model[0], model[0]  # the same class, narrower; the model given is as it was
+        (Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1)), Conv2d(3, 16, kernel_size=(3, 3), stride=(1, 1)))
+        >>> result.report.result.macs / result.report.original.macs
+        0.5
+        >>> sorted(file.name for file in result.save("out").iterdir())
+        ['README.md', 'model.onnx', 'model.safetensors', 'plan.json', 'report.html', 'report.json']
     """
     check_model(model)
     processes.start()

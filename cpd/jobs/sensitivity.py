@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from cpd.coupling.comb import Comb
 from cpd.criteria.score import score
-from cpd.errors import InputError
+from cpd.errors import InputError, needs_extra
 from cpd.model.inputs import batches, check_model, device_of, evaluated, evaluating, move
 from cpd.model.task_loss import task_loss
 from cpd.selection.limits import Limits
@@ -94,7 +94,8 @@ class Sensitivity:
         Raises:
             InputError: if the file's ending names no format, or it cannot be written.
         """
-        from matplotlib.figure import Figure
+        with needs_extra("plot", "A picture"):
+            from matplotlib.figure import Figure
 
         target = check_plot(path)
         name, groups = self.shown, self.by_group
@@ -123,7 +124,8 @@ def check_plot(path: str | os.PathLike[str]) -> Path:
     Raises:
         InputError: if it does not.
     """
-    from matplotlib.backend_bases import FigureCanvasBase
+    with needs_extra("plot", "A picture"):
+        from matplotlib.backend_bases import FigureCanvasBase
 
     target, known = Path(path), FigureCanvasBase.get_supported_filetypes()
     if target.suffix.lstrip(".").lower() not in known:

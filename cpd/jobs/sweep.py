@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from cpd.config import PruneConfig
-from cpd.errors import ArtifactError, InputError, TargetError
+from cpd.errors import ArtifactError, InputError, TargetError, needs_extra
 from cpd.jobs.compress import compress
 from cpd.options import takes_options
 from cpd.report.artifacts import PAGE, check_output_dir, read_json, write_files
@@ -70,7 +70,8 @@ class Sweep:
         Raises:
             InputError: if `path` cannot be written as a picture, or no point was reached.
         """
-        from matplotlib.figure import Figure
+        with needs_extra("plot", "A picture"):
+            from matplotlib.figure import Figure
 
         found = [point.figures for point in self.points if point.figures is not None]
         if self.original is None or not found:
@@ -124,6 +125,15 @@ def sweep(
     Raises:
         InputError: no speed-up, or what `cpd.compress` raises for an unusable argument. A speed-up that is out of
             reach is no error here: its point says so.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
+        >>> found = cpd.sweep(model, [1.5, 2], example_inputs=torch.randn(1, 3, 32, 32), tolerance=0.3)
+        >>> [point.asked for point in found.points]
+        [1.5, 2]
+        >>> found.points[0].figures.macs < found.original.macs
+        True
     """
     asked = list(speedups)
     if not asked:
