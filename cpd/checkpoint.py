@@ -75,7 +75,7 @@ class Checkpoint:
         except (OSError, safetensors.SafetensorError) as error:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
-            former = f"The former checkpoint {self.path} is whole" if self.path.is_file() else "There was none before"
+            former = f"The former checkpoint {self.path} is intact" if self.path.is_file() else "There was none before"
             raise CheckpointError(
                 f"The checkpoint cannot be written to {self.path.parent}: {error}. {former}. Make room, or make the "
                 "folder writable, and start again with resume=True."

@@ -1,4 +1,4 @@
-"""`Plan`: which positions of which tensors stay, and what else must change with them. Immutable.
+"""`Plan`: which channels of which tensors stay, and what else must change with them. Immutable.
 
 A plan needs nothing but itself to be applied to a model of the original architecture: `cpd.shrink(model, plan)`.
 """
@@ -60,7 +60,7 @@ class Plan:
 
     Attributes:
         kept: {parameter or buffer name: {dim: LongTensor of kept indices, ascending}}; only what changes.
-        groups: {group name: kept positions}, for every group.
+        groups: {group name: kept channels}, for every group.
         shapes: shape in the unpruned model of every tensor in `kept`.
         attributes: module attributes that change with the widths.
         rescales: rows whose scale changes so that the function does not.
@@ -81,7 +81,7 @@ class Plan:
         object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
 
     def __repr__(self) -> str:
-        """How much it changes; the positions themselves are in `groups` and `kept`."""
+        """How much it changes; the channels themselves are in `groups` and `kept`."""
         return f"Plan({len(self.kept)} tensors narrower, {len(self.groups)} groups, {len(self.attributes)} attributes)"
 
     def since(self, earlier: Plan) -> Plan:
@@ -138,7 +138,7 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of every position kept: equal for plans that make the same model."""
+        """SHA-256 of every channel kept: equal for plans that make the same model."""
         return hashlib.sha256(json.dumps(self.to_dict() | {"adjusted": []}, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,5 +194,5 @@ def _within(left: Tensor, kept: Tensor, what: str) -> Tensor:
     """
     index = torch.searchsorted(left, kept).clamp_max(len(left) - 1)
     if not torch.equal(left[index], kept):
-        raise PlanError(f"This plan keeps positions of {what} that the earlier one has removed.")
+        raise PlanError(f"This plan keeps channels of {what} that the earlier one has removed.")
     return index

@@ -92,7 +92,7 @@ def test_what_cannot_be_written_leaves_the_former_one(tmp_path: Path, monkeypatc
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"No space left.*former checkpoint .* is whole.*--resume"):
+    with pytest.raises(CheckpointError, match=r"No space left.*former checkpoint .* is intact.*resume=True"):
         checkpoint.write({"step": 2})
     monkeypatch.undo()
     assert checkpoint.read()["step"] == 1

@@ -74,7 +74,7 @@ def checked(model: nn.Module, x: Tensor) -> Comb:
 
 # ---------------------------------------------------------------- golden groups
 
-FIXED_INPUT, OUTPUT = "summed over together with a dimension that is fixed", "the model's output"
+FIXED_INPUT, OUTPUT = "contracted with a fixed dimension (for example the image's input channels)", "the model's output"
 
 
 def test_groups_of_resnet18() -> None:

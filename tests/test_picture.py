@@ -166,8 +166,8 @@ def test_reasons_are_shared_merged_and_told_apart() -> None:
     dims: dict[str, tuple[Any, ...]] = {
         "open.weight": (Axis(5), held(4, "x [add in a, net.py:1]")),
         "two.weight": (held(6, "needs 6 [view in a, net.py:1]"), held(5, "the output [add in b, net.py:2]")),
-        "one.weight": (held(10, "needs 10 [view in c, net.py:3]"), held(1, "a single position"), held(3, space)),
-        "single": (held(1, "a single position"),),
+        "one.weight": (held(10, "needs 10 [view in c, net.py:3]"), held(1, "a single channel"), held(3, space)),
+        "single": (held(1, "a single channel"),),
         "kernel": (held(2, space), held(2, space)),
         "scalar": (),
     }
@@ -183,7 +183,7 @@ def test_reasons_are_shared_merged_and_told_apart() -> None:
         FrozenShare("the output", 15 / total, 0, 1, ("add in b, net.py:2",)),
         FrozenShare("not read by the forward pass", 14 / total, 0, 1, ("unread",)),
         FrozenShare("no removable dimension", 5 / total, 0, 2, ("kernel", "scalar")),
-        FrozenShare("a single position", 1 / total, 0, 1, ("single",)),
+        FrozenShare("a single channel", 1 / total, 0, 1, ("single",)),
     )
 
 
@@ -191,7 +191,7 @@ def test_split_reason() -> None:
     assert split_reason("fixed [conv2d in a.b, net.py:3]") == ("fixed", "conv2d in a.b, net.py:3")
     assert split_reason("is [1, 2] [add in the model, x.py:1]") == ("is [1, 2]", "add in the model, x.py:1")
     assert split_reason("is [1, 2]") == ("is [1, 2]", "")
-    assert split_reason("a single position") == ("a single position", "")
+    assert split_reason("a single channel") == ("a single channel", "")
 
 
 # ------------------------------------------------------------------------------------------ picture

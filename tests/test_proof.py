@@ -579,7 +579,7 @@ def test_parts_are_found_and_what_lies_between_them_is_frozen(caplog: pytest.Log
         combed = parts_checked(Detector(), MAP)
     assert combed.operations.parts == ("body", "head")
     assert "torch.export cannot trace Detector at" in caplog.text
-    assert "What can be traced of it is combed: body, head." in caplog.text
+    assert "Falling back to the submodules that can be exported: body, head." in caplog.text
     assert sizes(combed) == {"body.a": 8, "head.hidden": 10}
     assert "the model's output" in frozen(combed)["body.b"]
     assert "head.score" in frozen(combed)

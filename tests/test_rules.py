@@ -296,7 +296,7 @@ def test_topk_freezes_what_it_picks_from() -> None:
         end=conv(6, 5),
     )
     assert sizes(combed) == {"b": 6}
-    assert "single positions are picked, ordered or written to [topk in the model" in frozen(combed)["a"]
+    assert "single channels are picked, ordered or written to [topk in the model" in frozen(combed)["a"]
 
 
 def test_grid_sample_reads_space_and_leaves_channels_open() -> None:

@@ -97,15 +97,17 @@ def figures_table(report: Report) -> Table:
 
 
 def groups_table(groups: Sequence[Any]) -> Table:
-    """One row a group: size, members, exact, frozen and why."""
+    """One row a group: size, members, exact, prunable or why not."""
     table = Table()
     table.add_column("group", overflow="fold")
     table.add_column("size", justify="right")
     table.add_column("members", overflow="fold")
     table.add_column("exact")
-    table.add_column("frozen", overflow="fold")
+    table.add_column("prunable", overflow="fold")
     for group in groups:
-        frozen = Text("no" if group.frozen is None else group.frozen, style="" if group.frozen is None else "yellow")
+        frozen = Text(
+            "yes" if group.frozen is None else f"no: {group.frozen}", style="" if group.frozen is None else "yellow"
+        )
         demands = [f"tied: {', '.join(group.ties)}"] if group.ties else []
         demands += [f"at least {group.minimum}"] if group.minimum > 1 else []
         ties = Text("".join(f"; {demand}" for demand in demands), style="dim")

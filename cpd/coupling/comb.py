@@ -57,14 +57,14 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Positions that are removed together from every member.
+    """Channels that are removed together from every member.
 
     Attributes:
         name: the layer that gives the channels, with a number where it gives several groups.
-        size: number of positions.
-        minimum: how many positions must stay.
+        size: number of channels.
+        minimum: how many channels must stay.
         frozen: None if prunable, else the reason why not.
-        exact: whether removing a position gives what zeroing it gives in the unpruned model.
+        exact: whether removing a channel gives what zeroing it gives in the unpruned model.
         inexact: if not exact, the op that mixes over the group.
         members: every dimension of a tensor that the group lies along.
         ties: for each count tie that the group takes part in, its reason.
@@ -110,7 +110,7 @@ class Comb:
 
     @property
     def ties(self) -> tuple[Tie, ...]:
-        """Pairs of dimensions that must keep equally many positions."""
+        """Pairs of dimensions that must keep equally many channels."""
         return tuple(self.context.ties)
 
     @property
@@ -159,14 +159,14 @@ class Comb:
         return replace(self, groups=groups, dims=dims, model=model)
 
     def plan(self, keep: Mapping[str, Any], *, strict: bool = False) -> Plan:
-        """Make a plan that keeps the given positions.
+        """Make a plan that keeps the given channels.
 
         Args:
-            keep: {group name: positions kept, as indices}; groups not named keep everything.
+            keep: {group name: channels kept, as indices}; groups not named keep everything.
             strict: raise where a tie or a minimum demands that more is kept, rather than keeping more.
 
         Raises:
-            PlanError: a group is unknown, frozen or emptied, a position is out of range, or, if `strict`,
+            PlanError: a group is unknown, frozen or emptied, a channel is out of range, or, if `strict`,
                 a tie or a minimum is broken.
 
         Examples:
@@ -188,7 +188,7 @@ class Comb:
         return self._build(masks, adjusted)
 
     def _honour_ties(self, masks: dict[Axis, Mask], strict: bool) -> tuple[dict[Axis, Mask], list[str]]:
-        """Keep more where a tie or a minimum demands it: the first of the removed positions come back."""
+        """Keep more where a tie or a minimum demands it: the first of the removed channels come back."""
         counts = {group.axis: int(masks[group.axis].sum()) for group in self.open if group.axis in masks}
         counts.update({group.axis: group.size for group in self.open if group.axis not in masks})
         needed = ties.repair(counts, self.context.ties)
@@ -237,13 +237,13 @@ class Comb:
 
 
 def _mask(named: Mapping[str, Group], name: str, positions: Any) -> Mask:
-    """The kept positions of a group as a mask, checked."""
+    """The kept channels of a group as a mask, checked."""
     group = named[name]
     index = np.asarray(positions.tolist() if isinstance(positions, Tensor) else list(positions))
     if index.size == 0:
-        raise PlanError(f"The plan empties {name}; keep at least one of its {group.size} positions.")
+        raise PlanError(f"The plan empties {name}; keep at least one of its {group.size} channels.")
     if index.dtype.kind not in "iu" or index.min() < 0 or index.max() >= group.size:
-        raise PlanError(f"Positions of {name} must be integers from 0 to {group.size - 1}; got {index.tolist()[:8]}.")
+        raise PlanError(f"Channels of {name} must be integers from 0 to {group.size - 1}; got {index.tolist()[:8]}.")
     mask = np.zeros(group.size, dtype=np.bool_)
     mask[index] = True
     if group.frozen is not None and not mask.all():
@@ -347,7 +347,7 @@ def _propagate(ctx: Context, model: nn.Module, tensors: dict[str, tuple[Dim, ...
                     axes.freeze(axis, "no parameter lies along it")
     for axis in own:
         if axis.size == 1:
-            axes.freeze(axis, "a single position")
+            axes.freeze(axis, "a single channel")
     for name, shared in aliases.items():
         if shared in tensors:
             tensors[name] = tensors[shared]

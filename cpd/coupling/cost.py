@@ -24,7 +24,7 @@ from cpd.rules.contraction import KERNEL, spell
 from cpd.trace.graph import op_name
 
 #: Reasons given only where a term has no other: they say little about what to change.
-_PLAIN = ("a single position", "no parameter lies along it")
+_PLAIN = ("a single channel", "no parameter lies along it")
 NO_DIMENSION = "no removable dimension"
 UNREAD = "not read by the forward pass"
 

@@ -1,4 +1,4 @@
-"""Criteria: how much the loss would miss each position of each group. One file a criterion, one table of names.
+"""Criteria: how much the loss would miss each channel of each group. One file a criterion, one table of names.
 
 A criterion is a callable `(Setting) -> {group name: Tensor[size]}`; the higher the score, the more it is kept.
 """

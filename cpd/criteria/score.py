@@ -1,4 +1,4 @@
-"""Score: one number for every position of every open group; the lowest go first."""
+"""Score: one number for every channel of every open group; the lowest go first."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def score(
     precision: str | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Score every position of every open group; `cpd.selection.selector` weighs scores against what a position saves.
+    """Score every channel of every open group; `cpd.selection.selector` weighs scores against what a channel saves.
 
     Args:
         model: the unpruned model; left as it was.

@@ -255,7 +255,10 @@ def random_inputs(model: OnnxSource) -> Call:
     found = {}
     for item in open_session(model).get_inputs():
         if item.type != "tensor(float)":
-            raise InputError(f"The input {item.name!r} is a {item.type}: its values cannot be made up.")
+            raise InputError(
+                f"The input {item.name!r} is a {item.type}: cannot generate example values for it. Pass "
+                "example_inputs=(…) from Python."
+            )
         shape = [size if isinstance(size, int) else 1 for size in item.shape]
         found[item.name] = torch.randn(shape, generator=generator)
     return Call((), found)

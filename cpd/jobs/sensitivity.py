@@ -39,7 +39,7 @@ class Point:
     Attributes:
         group: its name.
         ratio: the share that was to go.
-        kept: how many positions stayed (of this group; ties may have narrowed nothing else).
+        kept: how many channels stayed (of this group; ties may have narrowed nothing else).
         size: how many there were.
         macs: share of the model's MACs left.
         error: mean squared change of the logits, relative to their variance.
@@ -153,7 +153,7 @@ def sensitivity(
         data: batches, of which the first few are used.
         loss: `loss(output, target) -> scalar`; None infers one.
         evaluate: `evaluate(model) -> float`, higher is better; run once a point.
-        scores: which positions go; "magnitude" if None.
+        scores: which channels go; "magnitude" if None.
         ratios: shares of a group that go.
         limit: batches used.
         progress: whether a bar is shown on stderr; None: if it is a terminal.

@@ -49,9 +49,9 @@ class GroupRow:
 
     Attributes:
         name: the group's name in `comb.groups`.
-        size: positions before.
-        kept: positions after.
-        exact: whether removing a position equals zeroing it.
+        size: channels before.
+        kept: channels after.
+        exact: whether removing a channel equals zeroing it.
         frozen: why nothing could be removed, None if the group is open.
         members: the dims of parameters and buffers that shrink together.
     """

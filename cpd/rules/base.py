@@ -161,6 +161,6 @@ def broadcast(ctx: Context, node: Node, shapes: Sequence[Shape]) -> Shape:
                 result[-offset] = ctx.unify(ours, theirs, node, "coupled elementwise with a dimension that is fixed")
                 continue
             single, wide = (ours, theirs) if ours.size == 1 else (theirs, ours)
-            ctx.freeze(single, node, "a single position is broadcast")
+            ctx.freeze(single, node, "a single channel is broadcast")
             result[-offset] = wide
     return tuple(result)

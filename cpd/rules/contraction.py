@@ -13,7 +13,7 @@ from cpd.trace.graph import op_name, shape_of
 
 #: Why kernels are frozen; `comb` lists no group for them.
 KERNEL = "kernel of a convolution"
-_MEETS_FIXED = "summed over together with a dimension that is fixed"
+_MEETS_FIXED = "contracted with a fixed dimension (for example the image's input channels)"
 
 
 def _bias(ctx: Context, node: Node, args: dict[str, Any], dim: Dim) -> Dim:

@@ -256,7 +256,7 @@ def unbind(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """One tensor for each position of a dimension: that dimension cannot shrink."""
     shape = ctx.shape(args["self"])
     axis = args["dim"] % len(shape)
-    ctx.freeze(shape[axis], node, "taken apart position by position")
+    ctx.freeze(shape[axis], node, "taken apart channel by channel")
     return [(*shape[:axis], *shape[axis + 1 :]) for _ in range(shape[axis].size)]
 
 
@@ -265,7 +265,7 @@ def select(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """One position of a dimension, named by its index: that dimension cannot shrink."""
     shape = ctx.shape(args["self"])
     axis = args["dim"] % len(shape)
-    ctx.freeze(shape[axis], node, "one position is picked by its index")
+    ctx.freeze(shape[axis], node, "one channel is picked by its index")
     return (*shape[:axis], *shape[axis + 1 :])
 
 
@@ -276,7 +276,7 @@ def narrow(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     axis = args["dim"] % len(shape)
     start, length = args["start"], args["length"]
     if not isinstance(start, int) or start < 0:
-        ctx.freeze(shape[axis], node, "positions are picked by their index")
+        ctx.freeze(shape[axis], node, "channels are picked by their index")
         return (*shape[:axis], Fixed(length), *shape[axis + 1 :])
     before, rest = axes.cut(shape[axis], start)
     kept, _ = axes.cut(rest, length)
@@ -292,7 +292,7 @@ def slice_(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     axis = args["dim"] % len(shape)
     dim, size = shape[axis], shape_of(node)[axis]
     if args.get("step", 1) != 1:
-        ctx.freeze(dim, node, "positions are picked by their index")
+        ctx.freeze(dim, node, "channels are picked by their index")
         return (*shape[:axis], Fixed(size), *shape[axis + 1 :])
     start, end = args["start"] or 0, args["end"]
     end = _NO_END if end is None else end
@@ -315,7 +315,7 @@ def roll(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Positions change places: the dimension cannot shrink."""
     shape = ctx.shape(args["self"])
     for dim in args["dims"] or range(len(shape)):
-        ctx.freeze(shape[dim], node, "positions change places")
+        ctx.freeze(shape[dim], node, "channels change places")
     return shape
 
 
@@ -377,7 +377,7 @@ def ordered(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Positions of one dimension are told apart by their order or index: that dimension cannot shrink."""
     shape = list(ctx.shape(args["self"]))
     axis = args["dim"] % len(shape)
-    ctx.freeze(shape[axis], node, "positions are told apart by their order or index")
+    ctx.freeze(shape[axis], node, "channels are told apart by their order or index")
     for source in tensor_inputs(node)[1:]:
         for dim in ctx.shape(source):
             ctx.freeze(dim, node, "used as an index")
@@ -392,7 +392,7 @@ def indexed(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Single positions are picked, ordered or written to: nothing of these tensors is removed."""
     for source in tensor_inputs(node):
         for dim in ctx.shape(source):
-            ctx.freeze(dim, node, "single positions are picked, ordered or written to")
+            ctx.freeze(dim, node, "single channels are picked, ordered or written to")
     return fixed(node)
 
 

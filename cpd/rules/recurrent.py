@@ -11,7 +11,7 @@ from cpd.algebra.axes import Dim
 from cpd.rules.base import Context, Shape, Value, rule
 from cpd.trace.graph import op_name
 
-_MEETS_FIXED = "summed over together with a dimension that is fixed"
+_MEETS_FIXED = "contracted with a fixed dimension (for example the image's input channels)"
 _GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 

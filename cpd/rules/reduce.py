@@ -34,7 +34,7 @@ def extremum(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     if "other" in args:
         return broadcast(ctx, node, [ctx.shape(source) for source in tensor_inputs(node)])
     if any(op_name(user) == "getitem" and user.args[1] == 1 and user.users for user in node.users):
-        ctx.freeze(ctx.shape(args["self"])[args["dim"]], node, "positions are told by their index")
+        ctx.freeze(ctx.shape(args["self"])[args["dim"]], node, "channels are told apart by their index")
     return reduce(ctx, node, args)
 
 
@@ -50,7 +50,7 @@ def arg_extremum(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Positions are told by their index."""
     shape = ctx.shape(args["self"])
     for index in reduced_dims(args["dim"], len(shape)):
-        ctx.freeze(shape[index], node, "positions are told by their index")
+        ctx.freeze(shape[index], node, "channels are told apart by their index")
     return reduce(ctx, node, args)
 
 

@@ -1,7 +1,7 @@
 """Search: the widths whose *measured* speed-up in ONNX Runtime is the one asked for.
 
 The latency model says which widths to try; each candidate is shrunk, exported and timed beside the original, and what
-was measured corrects the model. A stop watch has the last word.
+was measured corrects the model. The measurement decides.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def reach(
 
     Args:
         model: the unpruned model; left as it was.
-        selector: gives the order in which positions go.
+        selector: gives the order in which channels go.
         probe: times candidates beside the original.
         latency: predicts; corrected by what is measured.
         target: the speed-up or latency asked for.

@@ -1,4 +1,4 @@
-"""Select: the positions that stay, given scores and a target cost.
+"""Select: the channels that stay, given scores and a target cost.
 
 Greedy: what goes next is the step, of any group, whose score is least for what it saves, and what a step saves is
 computed anew as the widths change. One order of steps serves every target: a target is a point along it. Widths move
@@ -28,7 +28,7 @@ from cpd.selection.weighing import SCOPES, Latency, Scope, Weighing
 Measure = Callable[[CostFigures], float]
 
 
-#: Share of a figure that may be saved before what positions save is computed anew.
+#: Share of a figure that may be saved before what channels save is computed anew.
 REFRESH = 0.01
 #: A target may be exceeded by this share.
 LEAP = 0.005
@@ -38,7 +38,7 @@ TOOTH, SAME = 32, 0.01
 
 
 class Selector:
-    """Selects among the positions of a comb's open groups.
+    """Selects among the channels of a comb's open groups.
 
     Args:
         comb: the comb.
@@ -46,7 +46,7 @@ class Selector:
         limits: what may be done to a group.
         scope: among what scores are compared.
         weighing: how they are weighed against what is saved; ranks (of any scope but "global") are not.
-        start: {group name: width} to go on from, where some positions have gone; those have a score of -inf, and
+        start: {group name: width} to go on from, where some channels have gone; those have a score of -inf, and
             no width is above it.
 
     Raises:
@@ -76,7 +76,7 @@ class Selector:
         self._path = self._walk()
 
     def floor(self, group: Group) -> int:
-        """The fewest positions that a group keeps: its minimum, and what the limits say, up to a whole step."""
+        """The fewest channels that a group keeps: its minimum, and what the limits say, up to a whole step."""
         share = self.limits.ratio_of(group)
         ratio = self.limits.max_ratio if share is None else share
         least = max(group.minimum, min(self.limits.min_width, group.size), round(group.size * (1 - ratio) + 1e-9, 6))
@@ -117,7 +117,7 @@ class Selector:
         return max(floor, size * ((width - 1) // size))
 
     def _price(self, index: int, width: int, floor: int, saved: float) -> float:
-        """The mean score, for what it saves, of the positions that go in a group's next step."""
+        """The mean score, for what it saves, of the channels that go in a group's next step."""
         group = self.comb.open[index]
         narrower = self._next(index, width, floor)
         going = self._ascending[group.name][group.size - width : group.size - narrower]
@@ -193,7 +193,7 @@ class Selector:
         )
 
     def plan(self, counts: Mapping[Axis, int]) -> Plan:
-        """The plan that keeps the best positions of each group at these widths."""
+        """The plan that keeps the best channels of each group at these widths."""
         keep = {group.name: np.sort(self.order[group.name][: counts[group.axis]]) for group in self.comb.open}
         return self.comb.plan(keep)
 
@@ -239,7 +239,7 @@ def step(comb: Comb, group: Group, round_to: int) -> int:
 
 
 def _inner_width(dim: Dim, axis: Axis) -> int:
-    """The removable width inside one position of `axis`, where `axis` is a factor of a product."""
+    """The removable width inside one channel of `axis`, where `axis` is a factor of a product."""
     dim = axes.resolve(dim)
     if not isinstance(dim, Product) or axis not in dim.factors:
         return 1

@@ -19,9 +19,9 @@ Scope = Literal["global", "isomorphic", "group"]
 
 #: Every scope: scores compared over all groups, by rank among groups alike in structure, by rank within each group.
 SCOPES: tuple[Scope, ...] = ("global", "isomorphic", "group")
-#: Every normalization: what a removed position saves, by which its score is divided.
+#: Every normalization: what a removed channel saves, by which its score is divided.
 NORMALIZATIONS: tuple[Normalization, ...] = ("memory", "macs", "parameters", "latency", "none")
-#: Of the MACs and the parameters of a position, the exponents in its capacity (docs/decisions.md).
+#: Of the MACs and the parameters of a channel, the exponents in its capacity (docs/decisions.md).
 CAPACITY = (0.75, 0.25)
 
 
@@ -32,7 +32,7 @@ class Latency(Protocol):
         """The latency at these widths."""
 
     def slopes(self, counts: Mapping[Axis, int]) -> Mapping[Axis, float]:
-        """What one position less of each axis saves."""
+        """What one channel less of each axis saves."""
 
     def local(self, counts: Mapping[Axis, int]) -> Mapping[Axis, float]:
         """The latency of the operations that carry each axis."""
@@ -69,25 +69,25 @@ class Weighing:
         return float(getattr(comb.cost(counts), self._figure))
 
     def saved(self, comb: Comb, counts: Mapping[Axis, int]) -> Mapping[Axis, float]:
-        """What one position less of each axis saves of it, to first order."""
+        """What one channel less of each axis saves of it, to first order."""
         if self.latency is not None:
             return self.latency.slopes(counts)
         return {axis: float(getattr(slope, self._figure)) for axis, slope in comb.cost.slopes(counts).items()}
 
     def __call__(self, score: float, saved: float) -> float:
-        """What a position's removal costs for what it saves."""
+        """What a channel's removal costs for what it saves."""
         return score if self.normalization == "none" else score / max(saved, 1e-30) ** self.exponent
 
 
 def by_capacity(comb: Comb, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Scores that come from weights alone, made comparable among groups: score / mean of its group * capacity.
 
-    How large weights are tells positions of one group apart, not groups, whose scale follows from initialisation and
-    fan-in. Capacity is MACs^(3/4) * parameters^(1/4) of one position in the unpruned model.
+    How large weights are tells channels of one group apart, not groups, whose scale follows from initialisation and
+    fan-in. Capacity is MACs^(3/4) * parameters^(1/4) of one channel in the unpruned model.
 
     Args:
         comb: the comb.
-        scores: {group name: Tensor[size]}, at least 0; -inf where a position has gone.
+        scores: {group name: Tensor[size]}, at least 0; -inf where a channel has gone.
     """
     slopes, result = comb.cost.slopes({}), {}
     for group in comb.open:

@@ -53,7 +53,7 @@ def trace(model: nn.Module, example_inputs: Any) -> OperationGraph:
         if not parts:
             raise explained from error
         reason = str(explained).removesuffix(_REMEDY)
-        log.warning("%s What can be traced of it is combed: %s.", reason, ", ".join(parts))
+        log.warning("%s Falling back to the submodules that can be exported: %s.", reason, ", ".join(parts))
         graph = trace_parts(model, tuple(parts), Call(tuple(parts.values()), {}))
     return dataclasses.replace(graph, seconds=time.perf_counter() - start)
 
@@ -248,7 +248,7 @@ def _inline_regions(module: GraphModule) -> None:
         module.recompile()
 
 
-_REMEDY = " Nor any part of it alone: comb a submodule that can be traced, e.g. cpd.comb(model.backbone, …)."
+_REMEDY = " No submodule exports either. Call cpd.comb on one that does, e.g. cpd.comb(model.backbone, …)."
 
 
 def _explain(model: nn.Module, call: Call, error: Exception) -> InputError | TraceError:
@@ -259,7 +259,7 @@ def _explain(model: nn.Module, call: Call, error: Exception) -> InputError | Tra
             call.on(model)
     except Exception as own:
         return InputError(
-            f"The model fails on the example inputs of shape {shapes}: {type(own).__name__}: {own}. "
+            f"The model fails on the example inputs of shape {shapes}: {type(own).__name__}: {first_line(own)}. "
             "Pass example_inputs=(…) on which model(*example_inputs) runs."
         )
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if is_user_code(frame.filename)]
