@@ -15,6 +15,7 @@ from cpd.criteria.apoz import apoz
 from cpd.criteria.context import Setting
 from cpd.criteria.first_order import snip, taylor
 from cpd.criteria.fisher import fisher
+from cpd.criteria.gates import Gates
 from cpd.criteria.hessian import frobenius, trace
 from cpd.criteria.magnitude import bn_scale, fpgm, lamp, magnitude
 from cpd.criteria.obs import obs
@@ -43,4 +44,4 @@ DATA_FREE = frozenset({"magnitude", "magnitude-l1", "bn_scale", "fpgm", "lamp", 
 #: Criteria that need data, but no target.
 TARGET_FREE = frozenset({"obs", "apoz"}) | DATA_FREE
 
-__all__ = ["CRITERIA", "DATA_FREE", "TARGET_FREE", "Criterion", "Setting"]
+__all__ = ["CRITERIA", "DATA_FREE", "TARGET_FREE", "Criterion", "Gates", "Setting"]
