@@ -128,7 +128,7 @@ class Constants:
         return all(scale.explains(*numbers[key], counts) for counts, numbers in self.seen if key in numbers)
 
     def telling(self, drawn: Iterable[Mapping[Axis, int]]) -> Mapping[Axis, int] | None:
-        """Of some widths those at which formulas that explain one constant so far differ most; None if they nowhere do.
+        """Of some widths those at which the formulas that explain a constant so far differ most; None if they never do.
 
         Args:
             drawn: the widths; none is drawn where every constant has a single formula.

@@ -6,7 +6,7 @@ what may explain it is tried (`cpd.proof.remedies`) and accepted only if the for
 
 1. *attribute*: an integer attribute of the calling module (or of one around it) that had the old width;
 2. *tie*: the width is computed from another dimension's, so the two must keep equally many positions;
-3. *minimum*: at a few positions more the forward does not fail.
+3. *minimum*: the forward gets further once twice as many positions stay.
 
 Where nothing does, the group is frozen (`cpd.proof.freezing`): not prunable, for a reason that says which line asks for
 which width. At last a narrower copy is compared with the prediction op by op: operations, shapes, integers, constants.
@@ -41,7 +41,7 @@ MAX_ROUNDS = 200
 
 
 class Proof:
-    """Tries narrower copies until all behave as predicted, with what that takes: attributes, ties, minimums, freezing.
+    """Tries narrower copies until all behave as predicted; finds the attributes, ties and minimums which that takes.
 
     Args:
         model: the unpruned model; never changed.
@@ -51,6 +51,11 @@ class Proof:
 
     Attributes:
         attributes: integers that must follow a width.
+        draws: the widths that are tried.
+        constants: the numbers of the copies compared, and the formulas that explain them.
+        freezer: freezes what nothing explains.
+        copies: makes narrower copies, and observes them.
+        remedies: what is tried where a copy does not behave as predicted.
     """
 
     def __init__(
