@@ -18,7 +18,9 @@ from cpd.trace.tracer import trace
 def proof_of(model: nn.Module, x: Tensor) -> Proof:
     """The proof of a comb as it ended."""
     combed = comb(model, x)
-    return Proof(model, combed.context, combed.dims, attributes=dict(combed.attributes))
+    proof = Proof(model, combed.context, combed.dims)
+    proof.attributes.update(combed.attributes)
+    return proof
 
 
 MODELS = {
@@ -32,9 +34,9 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_narrower_copy_calls_what_the_graph_does_at_its_widths(name):
     proof = proof_of(MODELS[name]().eval(), torch.randn(1, 3, 224 if "sequencer" in name else 160, 224))
-    counts = proof.draw(done=0)
+    counts = proof.draws.draw(done=0)
     assert any(kept < axis.size for axis, kept in counts.items())
-    narrow = proof.narrow(counts, {}, meta=True)
+    narrow = proof.copies.narrow(counts, meta=True)
     assert len(calls_of_model(narrow, proof.ctx)) >= len(proof.ctx.graph.operations) // 2
     assert behaves_as_predicted(narrow, proof.ctx, counts)
     other = {axis: axis.size for axis in counts}
@@ -72,5 +74,5 @@ def test_other_calls_other_numbers_and_another_order_are_seen(extra, alike):
     assert axis.frozen is None
     proof = Proof(model, ctx, dims)
     for kept in (12, 7):
-        narrow = proof.narrow({axis: kept}, {}, meta=True)
+        narrow = proof.copies.narrow({axis: kept}, meta=True)
         assert behaves_as_predicted(narrow, ctx, {axis: kept}) is (alike or kept == 12)

@@ -327,6 +327,24 @@ def test_a_minimum_of_the_whole_width_freezes_it() -> None:
     assert group(combed, "b").frozen is None
 
 
+def test_a_width_whose_ties_allow_no_smaller_one_is_frozen() -> None:
+    def forward(net: Sketch, x: Tensor) -> Tensor:
+        first, second = net.a(x).chunk(2, 1)
+        return torch.cat((net.b(second), first + x), 1).mean((2, 3))
+
+    combed = checked(Sketch(forward, a=conv(3, 6), b=conv(3, 5)), MAP)
+    assert "coupled elementwise with a dimension that is fixed" in frozen(combed)["a"]
+    assert frozen(combed)["a#2"] == "tied to other widths, and no smaller width satisfies all of them"
+
+
+def test_a_proof_that_comes_to_no_end_freezes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cpd.proof.proof.MAX_ROUNDS", 2)
+    net = Sketch(lambda net, x: net.b(net.a(x)).mean((2, 3)), a=conv(3, 6), b=conv(6, 5))
+    combed = cpd.comb(dense(net), MAP.double())
+    assert combed.open == ()
+    assert frozen(combed)["a"] == "verification did not converge after 2 rounds: please report this model"
+
+
 # ---------------------------------------------------------------- torch.nn's attention
 
 

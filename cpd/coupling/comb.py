@@ -28,8 +28,9 @@ from cpd.model.inputs import check_model
 from cpd.model.tensors import named_tensors
 from cpd.plan import Plan, Rescale
 from cpd.proof.auxiliary import auxiliary_graph
-from cpd.proof.constants import Scale, attention_scales
-from cpd.proof.proof import Proof, edits
+from cpd.proof.constants import Scale
+from cpd.proof.copies import edits
+from cpd.proof.proof import Proof
 from cpd.proof.provenance import Place
 from cpd.rules import Context, infer
 from cpd.rules.contraction import KERNEL
@@ -294,7 +295,6 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
     dims = {name: tensors[name] for name in named if name in tensors}
     _freeze_tables(ctx, dims, named)
     proof = Proof(model, ctx, dims, in_train_mode=auxiliary is not None)
-    proof.formulas.update({(scale.node, "scale"): [scale] for scale in attention_scales(ctx)})
     proof.run()
     inexact = Exactness(ctx).inexact
     for scale in proof.scales:

@@ -8,9 +8,9 @@ rows of the parameter that feeds it: multiplying a tensor by r is multiplying th
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from cpd.algebra import axes
 from cpd.algebra.axes import Axis, Dim
 from cpd.rules import Context, arguments
 from cpd.trace.graph import OperationGraph, op_name, owners
+
+#: A number that is passed to an op: the op and the argument's name.
+Number: TypeAlias = tuple[Node, str]
 
 #: Powers of a width that a forward may multiply or divide by.
 POWERS = (-0.5, 0.5, -1.0, 1.0, -0.25, 0.25)
@@ -66,6 +69,77 @@ class Scale:
     def factor(self, counts: Mapping[Axis, int]) -> float:
         """What the rows are multiplied by so that the op gives what it gave."""
         return self.change(counts) if self.inverse else 1 / self.change(counts)
+
+
+@dataclass(frozen=True)
+class Constants:
+    """The numbers of every copy compared so far, and the formulas by which some of them follow a width.
+
+    Attributes:
+        ctx: the result of the algebra.
+        formulas: for each constant that depends on a width, the formulas that explain it in every copy seen.
+        seen: the widths of each copy that was compared, and the numbers of the unpruned model beside its own.
+    """
+
+    ctx: Context
+    formulas: dict[Number, list[Scale]] = field(default_factory=dict)
+    seen: list[tuple[Mapping[Axis, int], Mapping[Number, tuple[float, float]]]] = field(default_factory=list)
+
+    @property
+    def scales(self) -> list[Scale]:
+        """The formula of each constant that depends on a width: the simplest of those that explain it."""
+
+        def simplicity(scale: Scale) -> tuple[int, int]:
+            return len(list(axes.leaves(scale.dim))), POWERS.index(scale.power)
+
+        return [min(found, key=simplicity) for found in self.formulas.values()]
+
+    def adopt_attention(self) -> None:
+        """The default scale of attention is known to follow its head_dim."""
+        self.formulas.update({(scale.node, "scale"): [scale] for scale in attention_scales(self.ctx)})
+
+    def named(self) -> bool:
+        """Whether the forward itself gives one of the constants, rather than leave it to an op's default."""
+        return any(arguments(node).get(name) is not None for node, name in self.formulas)
+
+    def note(
+        self, counts: Mapping[Axis, int], numbers: Mapping[Number, tuple[float, float]]
+    ) -> dict[Number, list[Dim]]:
+        """Note the numbers of a copy, and keep the formulas that explain them there too.
+
+        Returns:
+            Each number that depends on a width in a way that no rows make up for, with the widths that explain it.
+        """
+        self.seen.append((counts, numbers))
+        unexplained: dict[Number, list[Dim]] = {}
+        for key, (before, after) in numbers.items():
+            if before == after and key not in self.formulas:
+                continue
+            candidates = self.formulas.get(key) or find_scales(self.ctx, key[0])
+            self.formulas[key] = [scale for scale in candidates if self._explains(scale, key)]
+            if not self.formulas[key]:
+                del self.formulas[key]
+                found = formulas(self.ctx, key[0])
+                unexplained[key] = [scale.dim for scale in found if self._explains(scale, key)]
+        return unexplained
+
+    def _explains(self, scale: Scale, key: Number) -> bool:
+        """Whether a formula gives the number of every copy seen."""
+        return all(scale.explains(*numbers[key], counts) for counts, numbers in self.seen if key in numbers)
+
+    def telling(self, drawn: Iterable[Mapping[Axis, int]]) -> Mapping[Axis, int] | None:
+        """Of some widths those at which the formulas that explain a constant so far differ most; None if they never do.
+
+        Args:
+            drawn: the widths; none is drawn where every constant has a single formula.
+        """
+        several = [found for found in self.formulas.values() if len(found) > 1]
+
+        def kinds(counts: Mapping[Axis, int]) -> int:
+            return sum(len({round(scale.change(counts), 9) for scale in found}) - 1 for found in several)
+
+        best = max(drawn if several else (), key=kinds, default=None)
+        return best if best is not None and kinds(best) else None
 
 
 def scalars(

@@ -46,6 +46,7 @@ class Observation:
         culprit: path of the module whose forward it ended in.
         steps: how many calls of torch it reached.
         places: for each literal whose integer a module keeps or computes from what it keeps, where it is kept.
+        compared: whether the copy was compared with the prediction op by op, beyond the widths that it asks for.
     """
 
     counts: Mapping[Axis, int]
@@ -54,6 +55,11 @@ class Observation:
     culprit: str = ""
     steps: int = 0
     places: dict[Literal, frozenset[Place]] = field(default_factory=dict)
+    compared: bool = False
+
+    def as_predicted(self) -> bool:
+        """Whether nothing ended the run early, and every integer is the predicted width."""
+        return self.error is None and not self.wrong()
 
     def wrong(self) -> list[Literal]:
         """The literals whose integer is not the predicted width."""
@@ -62,6 +68,10 @@ class Observation:
     def agrees(self, item: Literal) -> bool:
         """Whether a literal was reached and is as predicted."""
         return item in self.asked and self.asked[item] == predicted(item, self.counts)
+
+    def failing(self) -> str:
+        """Path of the module in which the run ended early, or which asked for another width than predicted."""
+        return self.culprit if self.error is not None else owner(self.wrong()[0].node)
 
 
 def predicted(item: Literal, counts: Mapping[Axis, int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,14 @@ def owners(node: Node) -> list[str]:
 def owner(node: Node) -> str:
     """Path of the innermost module that called the node."""
     return owners(node)[0]
+
+
+def enclosing(path: str) -> Iterator[str]:
+    """The path of a module and those of the modules around it, innermost first; the last is "", the model."""
+    yield path
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def line_of(node: Node) -> str:

@@ -1,0 +1,142 @@
+"""Candidates: what could explain a width that a forward names or checks; integers that modules keep, other widths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+
+from torch.fx import Node
+
+from cpd.algebra import axes
+from cpd.algebra.axes import Concat, Dim, Fixed
+from cpd.algebra.ties import Tie
+from cpd.proof.constants import widths_in_sight
+from cpd.proof.copies import Copies
+from cpd.proof.draws import Counts
+from cpd.proof.provenance import Place, integers
+from cpd.proof.replay import Observation
+from cpd.rules import Literal
+from cpd.trace.graph import owner, owners
+
+#: Modules inside the calling one whose attributes are tried.
+MAX_INNER = 16
+#: Ties tried where a forward checks a width and refuses.
+MAX_PAIRS = 32
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Finds, for a width, the attributes that may have to follow it and the ties that may hold for it.
+
+    Attributes:
+        copies: of the model in question.
+    """
+
+    copies: Copies
+
+    # ------------------------------------------------------------ what a module sees
+
+    def widths_of(self, path: str) -> list[Dim]:
+        """The removable dimensions, and parts of them, of what a module sees and of the parameters that it keeps."""
+        ctx = self.copies.ctx
+        nodes = [node for node in ctx.graph.operations if owner(node) == path]
+        own = [shape for name, shape in self.copies.dims.items() if name.rpartition(".")[0] == path]
+        kept = [axes.resolve(dim) for shape in own for dim in shape if any(True for _ in axes.leaves(dim))]
+        whole = [*(widths_in_sight(ctx, nodes[0]) if nodes else ()), *kept]
+        return list(dict.fromkeys(part for dim in whole for part in _parts_of(dim)))
+
+    # ------------------------------------------------------------ attributes
+
+    def followed(self, item: Literal) -> list[tuple[Place, Dim]]:
+        """The integers that the literal was seen to be computed from, each with the widths that it is as large as."""
+        places = sorted(self.copies.places.get(item, ()))
+        modules = dict.fromkeys(place.module for place in places)
+        kept = {place: value for path in modules for place, value in integers(self.copies.model, path)}
+        return [(place, dim) for dim in self._widths_around(item) for place in places if kept[place] == dim.size]
+
+    def around(self, item: Literal) -> list[tuple[Place, Dim]]:
+        """Integers that the modules around the literal keep, each with the widths that it is as large as.
+
+        Those named like the op's argument come first, then those of the whole width, then the innermost module's.
+        """
+        kept = [one for path in self._modules_around(item.node) for one in integers(self.copies.model, path)]
+        found = [(place, dim) for dim in self._widths_around(item) for place, value in kept if value == dim.size]
+        return sorted(found, key=lambda candidate: candidate[0].name != item.argument)
+
+    def checked(self, culprit: str, path: str, counts: Counts) -> Iterator[tuple[Place, Dim]]:
+        """Integers of the module at `path`, each with the narrower widths that the module `culprit` sees."""
+        for dim in self.widths_of(culprit):
+            for place, value in integers(self.copies.model, path):
+                if value == dim.size != axes.count(dim, counts) and place not in self.copies.attributes:
+                    yield place, dim
+
+    def _widths_around(self, item: Literal) -> list[Dim]:
+        """The literal's width, parts of it (`B * self.num_heads`, `self.dim * 3`), and those around (`dim - part`)."""
+        around = (dim for node in [*item.node.all_input_nodes, item.node] for dim in self.copies.ctx.dims_of(node))
+        removable = (dim for dim in around if any(True for _ in axes.leaves(dim)))
+        return list(dict.fromkeys([*_parts_of(item.dim), *removable]))
+
+    def _modules_around(self, node: Node) -> Iterator[str]:
+        """The module that calls a node, those inside it (whose methods it may have called), those around it."""
+        path, *outer = owners(node)
+        yield path
+        inner = [name for name, _ in self.copies.model.get_submodule(path).named_modules() if name]
+        yield from (f"{path}.{name}" if path else name for name in inner[:MAX_INNER])
+        yield from outer
+
+    # ------------------------------------------------------------ ties
+
+    def ties(self, item: Literal, seen: Observation) -> list[Tie]:
+        """Dimensions in the same module as wide as the literal's, or as a run of its neighbours' product.
+
+        Those come first from whose width the integer follows that the forward asked for.
+        """
+        ctx, counts, asked = self.copies.ctx, seen.counts, seen.asked.get(item)
+        module = owner(item.node)
+        named = [axes.resolve(dim) for place, dim in self.copies.attributes.items() if place.module == module]
+        in_sight = list(dict.fromkeys([*named, *widths_in_sight(ctx, item.node)]))
+        blocks = list(dict.fromkeys(axes.resolve(dim) for dim in (item.dim, *self._blocks_around(item))))
+        found = [
+            Tie(block, dim, ctx.reason(item.node, "a width is computed from another"))
+            for block in blocks
+            for dim in in_sight
+            if dim.size == block.size and dim != block and axes.is_open(dim) and axes.is_open(block)
+        ]
+
+        def follows(tie: Tie) -> bool:
+            rest = axes.count(tie.left, counts) // axes.count(item.dim, counts)
+            return asked is not None and rest * asked <= axes.count(tie.right, counts) < rest * (asked + 1)
+
+        return sorted(found, key=lambda tie: not follows(tie))
+
+    def checked_ties(self, path: str) -> list[Tie]:
+        """The open dimensions of equal size that the module at `path` sees, in pairs."""
+        in_sight = [dim for dim in self.widths_of(path) if axes.is_open(dim)]
+        pairs = [(left, right) for left, right in combinations(in_sight, 2) if left.size == right.size]
+        why = f"the forward checks a width [{path or 'the model'}]"
+        return [Tie(left, right, why) for left, right in pairs[:MAX_PAIRS]]
+
+    def _blocks_around(self, item: Literal) -> Iterator[Dim]:
+        """Products of neighbouring dimensions of the literal's node that contain its own."""
+        value = self.copies.ctx.values[item.node]
+        if not isinstance(value, tuple) or not any(dim is item.dim for dim in value):
+            return
+        place = next(index for index, dim in enumerate(value) if dim is item.dim)
+        for start in range(place, -1, -1):
+            for end in range(place + 1, len(value) + 1):
+                block = axes.product(value[start:end])
+                if end - start > 1 and not any(axis.frozen for axis in axes.leaves(block)):
+                    yield block
+
+
+def _parts_of(dim: Dim) -> Iterator[Dim]:
+    """A dimension, its factors but for the fixed ones, and each removable factor and segment of it."""
+    dim = axes.resolve(dim)
+    yield dim
+    factors = [factor for factor in axes.factors_of(dim) if not isinstance(factor, Fixed)]
+    if factors:
+        yield axes.product(factors)
+    for part in (*factors, *(dim.segments if isinstance(dim, Concat) else ())):
+        if part != dim and not isinstance(part, Fixed):
+            yield from _parts_of(part)

@@ -1,0 +1,169 @@
+"""Copies: narrower copies of a model, without values: run alone, or compared with the prediction op by op."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from cpd.algebra import axes
+from cpd.algebra.axes import Dim
+from cpd.errors import CPDError
+from cpd.model.skeleton import set_attributes, skeleton
+from cpd.plan import Attribute
+from cpd.proof.constants import Constants, Number, scalars
+from cpd.proof.dispatch import behaves_as_predicted
+from cpd.proof.draws import Counts
+from cpd.proof.freezing import Freezer
+from cpd.proof.provenance import Place, trace_integers
+from cpd.proof.replay import Observation, culprit, replay
+from cpd.rules import Context, Literal, arguments
+from cpd.trace.graph import OperationGraph, owner, pair, shape_of
+from cpd.trace.quiet import garbage_collection_paused
+from cpd.trace.tracer import retrace, retrace_operations
+
+
+@dataclass
+class Copies:
+    """Makes narrower copies of a model, and observes what they do.
+
+    Attributes:
+        model: the unpruned model; never changed.
+        ctx: the result of the algebra.
+        dims: the dimensions of every parameter and buffer.
+        attributes: integers that follow a width; every copy has them set.
+        constants: the numbers of the copies that were compared.
+        freezer: freezes what differs from the prediction in a copy that was compared, and cannot be repaired.
+    """
+
+    model: nn.Module
+    ctx: Context
+    dims: Mapping[str, tuple[Dim, ...]]
+    attributes: dict[Place, Dim]
+    constants: Constants
+    freezer: Freezer
+
+    @cached_property
+    def places(self) -> dict[Literal, frozenset[Place]]:
+        """For each literal, where the integers are kept that it is computed from, as far as can be followed."""
+        traced = skeleton(self.model, {}, meta=True)
+        trace_integers(traced)
+        return replay(self.ctx, traced, {}, meta=True).places
+
+    @cached_property
+    def runs_on_meta(self) -> bool:
+        """Whether the unpruned model runs on the meta device, so that a failure there is one of other widths."""
+        return replay(self.ctx, skeleton(self.model, {}, meta=True), {}, meta=True).error is None
+
+    def narrow(self, counts: Counts, extra: Mapping[Place, Dim] | None = None, *, meta: bool = False) -> nn.Module:
+        """A copy of the model with these widths, its attributes and some extra ones set, without values."""
+        shapes = {
+            name: shape
+            for name, dims in self.dims.items()
+            if (shape := tuple(axes.count(dim, counts) for dim in dims)) != tuple(dim.size for dim in dims)
+        }
+        with garbage_collection_paused():
+            model = skeleton(self.model, shapes, meta=meta)
+        set_attributes(model, edits(self.model, {**self.attributes, **(extra or {})}, counts))
+        return model
+
+    def observe(
+        self, counts: Counts, extra: Mapping[Place, Dim] | None = None, *, compare: bool = False
+    ) -> Observation:
+        """Run a narrower copy, or compare it with the prediction.
+
+        Args:
+            counts: the width of each axis.
+            extra: integers that follow a width for this copy alone.
+            compare: whether to compare it: every op that it calls, beyond the widths that its forward asks for.
+        """
+        return self.compare(counts, extra) if compare else self.replay(counts, extra)
+
+    def replay(self, counts: Counts, extra: Mapping[Place, Dim] | None = None) -> Observation:
+        """Run a narrower copy on the meta device; where nothing runs there, with fake tensors, which keep theirs."""
+        observation = replay(self.ctx, self.narrow(counts, extra, meta=True), counts, meta=True)
+        if observation.error is not None and not self.runs_on_meta:
+            observation = replay(self.ctx, self.narrow(counts, extra), counts)
+        return observation
+
+    def compare(self, counts: Counts, extra: Mapping[Place, Dim] | None = None) -> Observation:
+        """Compare a narrower copy with the prediction: what both call, or, where that differs, an export of it."""
+        observation = Observation(counts, compared=True)
+        if not self.constants.named() and behaves_as_predicted(self.narrow(counts, extra, meta=True), self.ctx, counts):
+            return observation
+        model = self.narrow(counts, extra)
+        graph = retrace_operations(model, self.ctx.graph)
+        twins, odd = pair(self.ctx.graph, graph) if graph is not None else ({}, None)
+        if graph is None or odd is not None:
+            try:
+                graph = retrace(model, self.ctx.graph)
+            except CPDError as error:
+                observation.error = error
+                observation.culprit = culprit(model, error.__cause__ or error)
+                return observation
+            twins, odd = pair(self.ctx.graph, graph)
+        if odd is not None:
+            observation.culprit = owner(odd)
+            observation.error = CPDError(f"at {odd.name} the forward calls another operation at another width")
+            return observation
+        self._compare_literals(twins, observation)
+        if not observation.wrong():
+            self._compare_shapes(twins, observation)
+        if observation.as_predicted():
+            self._compare_constants(twins, graph, observation)
+        return observation
+
+    def _compare_literals(self, twins: Mapping[Node, Node], observation: Observation) -> None:
+        """Note the integer that the copy passes for each literal."""
+        for item in self.ctx.literals:
+            value = arguments(twins[item.node])[item.argument]
+            observation.asked[item] = int(value[item.index] if isinstance(value, (list, tuple)) else value)
+
+    def _compare_shapes(self, twins: Mapping[Node, Node], observation: Observation) -> None:
+        """Freeze the first op whose result has another shape than predicted."""
+        for node, twin in twins.items():
+            value = self.ctx.values.get(node)
+            if not isinstance(value, tuple) or not isinstance(node.meta.get("val"), Tensor):
+                continue
+            if tuple(axes.count(dim, observation.counts) for dim in value) != shape_of(twin):
+                why = f"is {list(shape_of(twin))} in a narrower copy, against the prediction"
+                self.freezer.freeze_node(node, why)
+                observation.error = CPDError(f"{node.name} {why}")
+                return
+
+    def _compare_constants(self, twins: Mapping[Node, Node], graph: OperationGraph, observation: Observation) -> None:
+        """A number that changed with a width is compensated if one formula explains it in every copy, else frozen."""
+        literals = {(item.node, item.argument) for item in self.ctx.literals}
+        numbers: dict[Number, tuple[float, float]] = {
+            (node, name): (before, after)
+            for node, twin in twins.items()
+            for name, before, after in scalars(node, self.ctx.graph, twin, graph)
+            if (node, name) not in literals
+        }
+        for key, widths in self.constants.note(observation.counts, numbers).items():
+            why = f"the number {numbers[key][0]} depends on this width"
+            self.freezer.freeze_number(key[0], widths, why)
+            observation.error = CPDError(f"{key[0].name}: {why}")
+
+
+def edits(model: nn.Module, attributes: Mapping[Place, Dim], counts: Counts) -> list[Attribute]:
+    """The attributes of `model` that change at these widths."""
+    values: dict[tuple[str, str], list[int] | int] = {}
+    for place, dim in sorted(attributes.items(), key=lambda item: (item[0].module, item[0].name, item[0].index or 0)):
+        width, key = axes.count(dim, counts), (place.module, place.name)
+        if place.index is None:
+            values[key] = width
+        else:
+            current = values.setdefault(key, list(getattr(model.get_submodule(place.module), place.name)))
+            assert isinstance(current, list)
+            current[place.index] = width
+    found = []
+    for (module, name), new in values.items():
+        value = getattr(model.get_submodule(module), name)
+        old = list(value) if isinstance(value, (tuple, list)) else value
+        if old != new:
+            found.append(Attribute(module, name, old, new))
+    return found
