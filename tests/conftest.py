@@ -10,6 +10,8 @@ import torch
 
 import cpd  # noqa: F401  (whose modules a fixture changes)
 
+pytest.register_assert_rewrite("helpers")  # so that what they assert is told with its values
+
 #: pytest-xdist runs a process a core; more threads than cores spin at each other's barriers (a float64 depthwise
 #: convolution takes seconds then).
 torch.set_num_threads(1)

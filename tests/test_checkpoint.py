@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from test_pruner import X, loader, net
 
 import cpd
 from cpd.checkpoint import Checkpoint
@@ -23,6 +22,7 @@ from cpd.distillation.distiller import DistillConfig
 from cpd.errors import CheckpointError, InputError, TrainingError
 from cpd.randomness import random_states, set_random_states
 from cpd.selection.schedule import Schedule
+from test_pruner import X, loader, net
 
 pytestmark = pytest.mark.usefixtures("quick")
 

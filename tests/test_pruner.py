@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from zoo import comb, dense, going_on, random_plan, relative_error
 
 import cpd
 from cpd.criteria import CRITERIA
@@ -22,6 +21,7 @@ from cpd.pruner import Pruner
 from cpd.selection.schedule import Schedule
 from cpd.surgery.optimizer_state import narrow_state, narrowed_state
 from cpd.surgery.shrink import shrink
+from helpers.zoo import comb, dense, going_on, random_plan, relative_error
 
 pytestmark = pytest.mark.usefixtures("quick")
 

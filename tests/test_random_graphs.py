@@ -21,12 +21,12 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, assume, given, note, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from zoo import assert_shapes_as_predicted, comb, dense, going_on, random_plan, relative_error, snapshot, zeroed
 
 from cpd.coupling.comb import Comb
 from cpd.plan import Plan
 from cpd.surgery.masked import masked_error
 from cpd.surgery.shrink import shrink
+from helpers.zoo import assert_shapes_as_predicted, comb, dense, going_on, random_plan, relative_error, snapshot, zeroed
 
 EXAMPLES = int(os.environ.get("CPD_EXAMPLES", "150"))
 SEED = os.environ.get("CPD_SEED")

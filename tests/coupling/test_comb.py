@@ -14,7 +14,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
-from zoo import (
+
+import cpd
+from cpd.coupling.comb import Comb
+from cpd.errors import InputError, PlanError
+from cpd.surgery.masked import masked_error
+from cpd.surgery.shrink import shrink
+from helpers.zoo import (
     comb,
     conv,
     dense,
@@ -28,12 +34,6 @@ from zoo import (
     snapshot,
     zeroed,
 )
-
-import cpd
-from cpd.coupling.comb import Comb
-from cpd.errors import InputError, PlanError
-from cpd.surgery.masked import masked_error
-from cpd.surgery.shrink import shrink
 
 MAP = torch.randn(2, 3, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
 TOKENS = torch.randn(2, 5, 12, dtype=torch.double, generator=torch.Generator().manual_seed(0))

@@ -10,9 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_rules import MAP, TOKENS, Sketch, checked, sketch
 from torch import Tensor, nn
-from zoo import conv, dense, frozen, group, random_plan, sizes
 
 import cpd
 from cpd.coupling.comb import Comb
@@ -23,6 +21,8 @@ from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 from cpd.surgery.masked import masked_error
 from cpd.surgery.shrink import shrink
+from helpers.sketches import MAP, TOKENS, Sketch, checked, sketch
+from helpers.zoo import conv, dense, frozen, group, random_plan, sizes
 
 
 def new_attributes(plan: Plan) -> dict[str, object]:

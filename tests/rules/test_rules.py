@@ -10,86 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo import comb, conv, dense, frozen, group, random_plan, relative_error, sizes, zeroed
 
-from cpd.coupling.comb import Comb
-from cpd.surgery.masked import masked_error
 from cpd.surgery.shrink import shrink
-
-
-def random(*shape: int) -> Tensor:
-    """The same random numbers for the same shape, in float64."""
-    return torch.randn(*shape, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-
-
-MAP, TOKENS = random(2, 3, 8, 8), random(2, 5, 12)
-
-
-class Sketch(nn.Module):
-    """A module whose forward is a function of itself and its inputs."""
-
-    def __init__(self, function: Callable[..., Tensor], **attributes: object) -> None:
-        super().__init__()
-        for name, value in attributes.items():
-            setattr(self, name, value)
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(self, *inputs)
-
-
-def checked(model: nn.Module, *inputs: Tensor, batched: bool = True, train: bool = False) -> Comb:
-    """The comb of a model whose open groups have been shrunk at two depths, and found equal to their oracles.
-
-    Args:
-        model: the model; made dense in place.
-        inputs: what it is combed on.
-        batched: the inputs' first dimension is the batch, and the model treats its entries alike.
-        train: the shrunk model also takes a training step.
-    """
-    model = dense(model)
-    combed = comb(model, *inputs)
-    for share in (0.3, 0.6):
-        plan = random_plan(combed, share, at_least=1)
-        assert bool(plan.kept) == bool(combed.open)
-        shrunk = shrink(copy.deepcopy(model), plan)
-        assert masked_error(model, shrunk, combed, plan) <= 1e-9
-        exact = random_plan(combed, share, at_least=1, exact=True)
-        narrow = shrink(copy.deepcopy(model), exact)
-        with torch.no_grad():
-            assert relative_error(narrow(*inputs), zeroed(model, exact)(*inputs)) <= 1e-9
-        if batched:
-            longer = [torch.cat([x, x.flip(0)[:1]]) for x in inputs]
-            with torch.no_grad():
-                assert relative_error(shrunk(*longer)[: len(inputs[0])], shrunk(*inputs)) <= 1e-9
-    if train:
-        train_step(shrunk, *inputs)
-    return combed
-
-
-def train_step(model: nn.Module, *inputs: Tensor) -> None:
-    """One step of SGD: every parameter gets a finite gradient, and every weight moves."""
-    model.train()
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
-    model(*inputs).square().mean().backward()
-    optimizer.step()
-    for old, parameter in zip(before, model.parameters(), strict=True):
-        assert parameter.grad is not None
-        assert parameter.grad.shape == parameter.shape
-        assert torch.isfinite(parameter).all()
-        assert parameter.dim() < 2 or not torch.equal(old, parameter)  # the bias of a key has no gradient
-
-
-def sketch(function: Callable[..., Tensor], x: Tensor = MAP, **attributes: object) -> Comb:
-    """The checked comb of a sketch."""
-    return checked(Sketch(function, **attributes), x)
-
-
-def between(mix: Callable[[Tensor], Tensor], outputs: int = 8, x: Tensor = MAP, **attributes: object) -> Comb:
-    """The checked comb of an op between two convolutions, the first of 8 channels, the second reading `outputs`."""
-    return sketch(lambda self, x: self.out(mix(self.a(x))), x, a=conv(3, 8), out=conv(outputs, 5), **attributes)
-
+from helpers.sketches import MAP, TOKENS, Sketch, between, checked, random, sketch
+from helpers.zoo import conv, frozen, group, sizes
 
 # ---------------------------------------------------------------- recurrent layers
 
@@ -206,7 +130,7 @@ def test_windows_along_space_leave_channels_open_and_windows_over_channels_do_no
     assert sizes(between(lambda y: y.unfold(2, 4, 2).sum(-1))) == {"a": 8}
     combed = between(lambda y: y.unfold(1, 4, 4).sum(-1), outputs=2)
     assert sizes(combed) == {}
-    assert "cut into windows [unfold in the model, test_rules.py:" in frozen(combed)["a"]
+    assert "cut into windows [unfold in the model, sketches.py:" in frozen(combed)["a"]
 
 
 # ---------------------------------------------------------------- repeated, gated, shuffled channels
@@ -345,7 +269,7 @@ def test_a_created_tensor_of_a_literal_width_freezes() -> None:
     )
     assert sizes(combed) == {}
     assert "the forward names the width 8" in frozen(combed)["a"]
-    assert "[zeros in the model, test_rules.py:" in frozen(combed)["a"]
+    assert "[zeros in the model, sketches.py:" in frozen(combed)["a"]
 
 
 # ---------------------------------------------------------------- unequal pieces
@@ -425,7 +349,7 @@ def test_other_kernels_freeze_their_space_for_a_visible_reason(options: dict) ->
         out=nn.Linear(8 // mix.stride[0], 4),
     )
     assert sizes(combed) == {}
-    assert "the space of a convolution [conv1d in mix, test_rules.py:" in frozen(combed)["a"]
+    assert "the space of a convolution [conv1d in mix, sketches.py:" in frozen(combed)["a"]
 
 
 # ---------------------------------------------------------------- norms
@@ -514,7 +438,7 @@ def _(x: Tensor) -> Tensor:
 def test_an_unknown_op_freezes_what_it_touches_and_is_listed() -> None:
     combed = sketch(lambda self, x: self.out(self.b(twist(self.a(x)))), a=conv(3, 8), b=conv(8, 6), out=conv(6, 5))
     assert combed.unknown == ("cpd_test_rules.twist.default",)
-    assert "no rule for cpd_test_rules.twist.default [twist in the model, test_rules.py:" in frozen(combed)["a"]
+    assert "no rule for cpd_test_rules.twist.default [twist in the model, sketches.py:" in frozen(combed)["a"]
     assert sizes(combed) == {"b": 6}
 
 

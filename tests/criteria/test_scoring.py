@@ -12,7 +12,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo import comb, dense, randomize
 
 import cpd
 from cpd.criteria import CRITERIA, DATA_FREE, Setting
@@ -20,6 +19,7 @@ from cpd.criteria.gates import Gates
 from cpd.criteria.hessian import epsilon
 from cpd.criteria.magnitude import magnitude
 from cpd.trace.layer_calls import LayerCalls, from_matrix, matrix, seen
+from helpers.zoo import comb, dense, randomize
 
 
 class Net(nn.Module):

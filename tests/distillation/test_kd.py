@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_distiller import CLASSES, Net, images, make
 from torch import Tensor, nn
 
 from cpd.distillation.config import KD_LOSSES
@@ -19,6 +18,7 @@ from cpd.errors import InputError
 from cpd.model.inputs import Call
 from cpd.pruner import Pruner
 from cpd.selection.schedule import Schedule
+from helpers.teaching import CLASSES, Net, images, make
 
 
 def maps(*shape: int, seed: int = 0) -> Tensor:

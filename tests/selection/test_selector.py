@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import comb, dense, group, random_plan, randomize
 
 import cpd
 from cpd.selection.limits import Limits
@@ -21,6 +20,7 @@ from cpd.selection.selector import Selector
 from cpd.selection.weighing import Weighing, by_capacity
 from cpd.surgery.compensation import compensate
 from cpd.surgery.recovery import logits_error, recover
+from helpers.zoo import comb, dense, group, random_plan, randomize
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo import comb, randomize, snapshot
 
 import cpd.surgery.shrink
 from cpd.errors import InputError, ShrinkError
 from cpd.plan import Attribute, Plan, Rescale
 from cpd.surgery.shrink import shrink
+from helpers.zoo import comb, randomize, snapshot
 
 X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -34,7 +34,7 @@ def _load(path: Path) -> ModuleType:
     return module
 
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 models = _load(BENCHMARKS / "models.py")
 randomize, random_plan, resnet56 = models.randomize, models.random_plan, models.resnet56
 

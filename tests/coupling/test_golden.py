@@ -1,6 +1,6 @@
 """The coupling groups of well-known models, as they were when read against the models' source.
 
-`CPD_GOLDEN=write pytest tests/test_golden.py` writes the files anew.
+`CPD_GOLDEN=write pytest tests/coupling/test_golden.py` writes the files anew.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 
 import pytest
-from zoo import MODELS, comb, dense, images
 
 from cpd.coupling.comb import Comb, Group
+from helpers.zoo import MODELS, comb, dense, images
 
 FOLDER = Path(__file__).parent / "golden"
 NAMES = ["resnet18", "mobilenetv2_100", "densenet121", "vit_tiny_patch16_224", "convnext_atto", "swin_t"]

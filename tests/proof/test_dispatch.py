@@ -5,7 +5,6 @@ import timm
 import torch
 import torchvision
 from torch import Tensor, nn
-from zoo import comb, dense
 
 from cpd.algebra import axes
 from cpd.coupling.comb import _propagate
@@ -13,6 +12,7 @@ from cpd.proof.dispatch import behaves_as_predicted, calls_as_predicted, calls_o
 from cpd.proof.proof import Proof
 from cpd.rules import Context
 from cpd.trace.tracer import trace
+from helpers.zoo import comb, dense
 
 
 def proof_of(model: nn.Module, x: Tensor) -> Proof:

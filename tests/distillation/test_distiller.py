@@ -19,8 +19,8 @@ from cpd.distillation.losses import kl_divergence
 from cpd.errors import InputError, TrainingError
 from cpd.model.task_loss import task_loss
 from cpd.surgery.batchnorm import recalibrate_batchnorm
+from helpers.teaching import CLASSES, Net, images, make
 
-CLASSES = 4
 BRIEF = DistillConfig(epochs=1, lr=0.05, warmup=0.0)
 
 
@@ -30,34 +30,6 @@ def one_thread():
     torch.set_num_threads(1)  # tiny models; on a busy machine more threads take ten times as long
     yield
     torch.set_num_threads(threads)
-
-
-class Net(nn.Module):
-    def __init__(self, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.bn = nn.BatchNorm2d(8)
-        self.drop = nn.Dropout(dropout)
-        self.head = nn.Linear(8, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.drop(torch.relu(self.bn(self.conv(x))).mean((2, 3))))
-
-
-def make(seed: int = 0, dropout: float = 0.0) -> Net:
-    torch.manual_seed(seed)
-    return Net(dropout)
-
-
-def images(count: int = 6, size: int = 16, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [
-        (
-            torch.randn(size, 3, 6, 6, generator=generator) + 0.5,
-            torch.randint(CLASSES, (size,), generator=generator),
-        )
-        for _ in range(count)
-    ]
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
