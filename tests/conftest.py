@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import cpd  # noqa: F401  (whose modules a fixture changes)
+from cpd.cli import app
+from cpd.report.report import Report
 
 pytest.register_assert_rewrite("helpers")  # so that what they assert is told with its values
 
@@ -36,3 +40,19 @@ def quick() -> Iterator[None]:
         patch.setattr(sys.modules["cpd.jobs.compress"], "FINAL_SECONDS", 0.5)
         patch.setattr(sys.modules["cpd.selection.search"], "SECONDS", 0.5)
         yield
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The command line, called in this process."""
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("NO_COLOR", "1")
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def report() -> Report:
+    """A report in which every stage has something to tell."""
+    from helpers.pages import example_report
+
+    return example_report()

@@ -16,11 +16,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typer.testing import CliRunner
 
 import cpd
 from cpd.algebra.axes import Axis
-from cpd.cli import app
 from cpd.coupling.comb import Comb
 from cpd.coupling.cost import Cost, FrozenShare, split_reason
 from cpd.errors import InputError
@@ -407,13 +405,6 @@ def test_bad_paths_are_refused(convnet: Comb, tmp_path: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ command line
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setenv("COLUMNS", "160")
-    monkeypatch.setenv("NO_COLOR", "1")
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("name", ["a.png", "no/such/a.svg", "folder.html"])
