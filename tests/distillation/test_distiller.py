@@ -1,4 +1,4 @@
-"""Distillation: the loss parts against formulas by hand, `distill` and its promises, BatchNorm recalibration."""
+"""Distillation: its settings, and `distill` and its promises."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from cpd.distillation.distiller import DistillConfig, EpochRecord, _lr_schedule, distill
 from cpd.distillation.losses import kl_divergence
 from cpd.errors import InputError, TrainingError
-from cpd.model.task_loss import task_loss
 from cpd.surgery.batchnorm import recalibrate_batchnorm
-from helpers.teaching import CLASSES, Net, images, make
+from helpers.teaching import CLASSES, Net, images, make, same, state
 
 BRIEF = DistillConfig(epochs=1, lr=0.05, warmup=0.0)
 
@@ -32,96 +31,12 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(model: nn.Module, kept: dict[str, Tensor]) -> bool:
-    return all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
-
-
 def damaged(teacher: nn.Module) -> nn.Module:
     student = copy.deepcopy(teacher)
     with torch.no_grad():
         student.conv.weight[::2] = 0
         student.head.weight.mul_(-0.5)
     return student
-
-
-# Loss parts
-
-
-def test_kl_equals_the_formula() -> None:
-    torch.manual_seed(0)
-    student, teacher = torch.randn(2, 5, CLASSES, dtype=torch.float64)
-    expected = 0.0
-    for row in range(5):
-        p = [math.exp(value / 3) for value in teacher[row].tolist()]
-        q = [math.exp(value / 3) for value in student[row].tolist()]
-        expected += sum(a / sum(p) * math.log((a / sum(p)) / (b / sum(q))) for a, b in zip(p, q, strict=True))
-    assert kl_divergence(student, teacher, 3.0).item() == pytest.approx(9 * expected / 5, rel=1e-12)
-
-
-def test_kl_of_equal_logits_is_zero_and_its_gradient_too() -> None:
-    student = torch.randn(5, CLASSES, requires_grad=True)
-    value = kl_divergence(student, student.detach().clone(), 2.0)
-    value.backward()
-    assert value.item() == 0
-    assert student.grad is not None
-    assert student.grad.abs().max().item() < 1e-7
-
-
-def test_kl_averages_over_space() -> None:
-    student, teacher = torch.randn(2, 3, CLASSES, 2, 5)
-    rows = [logits.permute(0, 2, 3, 1).reshape(-1, CLASSES) for logits in (student, teacher)]
-    torch.testing.assert_close(kl_divergence(student, teacher, 2.0), kl_divergence(*rows, 2.0))
-
-
-def test_kl_of_half_precision_is_computed_in_float32() -> None:
-    student, teacher = torch.randn(2, 3, CLASSES, dtype=torch.bfloat16)
-    assert kl_divergence(student, teacher).dtype == torch.float32
-
-
-@pytest.mark.parametrize("shapes", [((2, 3), (2, 4)), ((2, 1), (2, 1)), ((3,), (3,))])
-def test_kl_refuses_shapes(shapes: tuple[tuple[int, ...], ...]) -> None:
-    with pytest.raises(InputError, match="two classes"):
-        kl_divergence(torch.zeros(shapes[0]), torch.zeros(shapes[1]))
-
-
-def test_task_loss_is_inferred() -> None:
-    logits = torch.randn(5, CLASSES)
-    target = torch.tensor([0, 1, 2, 3, -100])
-    expected = -torch.log_softmax(logits, 1)[range(4), range(4)].mean()
-    torch.testing.assert_close(task_loss(logits, target), expected)
-    torch.testing.assert_close(task_loss({"logits": logits}, target.int()), expected)
-    soft = torch.softmax(torch.randn(5, CLASSES), 1)
-    torch.testing.assert_close(task_loss(logits, soft), -(soft * torch.log_softmax(logits, 1)).sum(1).mean())
-    assert task_loss(logits, None) is None
-    assert task_loss(logits, "anything", lambda output, target: output.sum()) == logits.sum()
-
-
-@pytest.mark.parametrize(
-    ("target", "match"),
-    [
-        (torch.zeros(5, 7).long(), "shape"),
-        (torch.zeros(5, CLASSES), "BCEWithLogitsLoss"),
-        (torch.zeros(5), "class indices"),
-        (torch.zeros(5, dtype=torch.bool), "torch.bool"),
-        (torch.full((5,), 255), r"ignore_index=255"),
-        ({"boxes": torch.zeros(3)}, "dict"),
-    ],
-)
-def test_task_loss_that_cannot_be_inferred(target: object, match: str) -> None:
-    with pytest.raises(InputError, match=match) as caught:
-        task_loss(torch.zeros(5, CLASSES), target)
-    assert "loss=" in str(caught.value)
-
-
-def test_task_loss_must_be_a_scalar() -> None:
-    with pytest.raises(InputError, match="one number"):
-        task_loss(torch.zeros(5, CLASSES), None, lambda output, target: output)
-    with pytest.raises(InputError, match="not float"):
-        task_loss(torch.zeros(5, CLASSES), None, lambda output, target: 0.5)
 
 
 # Settings
@@ -466,88 +381,3 @@ def test_record_is_plain() -> None:
         "steps_per_second",
         "metric",
     ]
-
-
-# BatchNorm
-
-
-def test_recalibration_equals_statistics_by_hand() -> None:
-    model, data = make(0, dropout=0.5).train(), images(5, size=8)
-    model.bn.eval()
-    model.bn.momentum = 0.3
-    model.bn.running_mean.fill_(7.0)
-    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    assert recalibrate_batchnorm(model, data, limit=4) == 1
-    values = [model.conv(x).detach().transpose(0, 1).flatten(1) for x, _ in data[:4]]
-    torch.testing.assert_close(model.bn.running_mean, torch.stack([value.mean(1) for value in values]).mean(0))
-    torch.testing.assert_close(model.bn.running_var, torch.stack([value.var(1) for value in values]).mean(0))
-    assert model.bn.num_batches_tracked == 4
-    assert model.bn.momentum == 0.3
-    assert not model.bn.training
-    assert model.drop.training
-    assert all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
-
-
-def test_dropout_stays_off_while_recalibrating() -> None:
-    class Before(nn.Module):
-        def __init__(self, rate: float) -> None:
-            super().__init__()
-            self.drop = nn.Dropout(rate)
-            self.bn = nn.BatchNorm2d(3)
-            self.bn.act = nn.Dropout(rate)  # as timm's BatchNormAct2d, a child of its own
-
-        def forward(self, x: Tensor) -> Tensor:
-            assert not self.bn.act.training
-            return self.bn(self.drop(x))
-
-    models = [Before(0.0), Before(0.9).train()]
-    for model in models:
-        assert recalibrate_batchnorm(model, [x for x, _ in images()]) == 1
-    assert same(models[1], state(models[0]))
-    assert models[1].bn.act.training
-
-
-@pytest.mark.parametrize("kind", ["empty", "nan", "crash"])
-def test_failed_recalibration_keeps_the_old_statistics(kind: str) -> None:
-    model, data = make(0), images(2)
-    model.bn.running_mean.normal_()
-    model.bn.num_batches_tracked.fill_(11)
-    kept = state(model)
-    if kind == "empty":
-        data = []
-    if kind == "nan":
-        data[1][0][0, 0, 0, 0] = math.nan
-    if kind == "crash":
-        data[1] = (torch.zeros(2, 5, 6, 6), data[1][1])
-    with pytest.raises(RuntimeError if kind == "crash" else TrainingError):
-        recalibrate_batchnorm(model, data)
-    assert same(model, kept)
-    assert model.bn.momentum == 0.1
-    assert all(module.training for module in model.modules())
-
-
-def test_untracked_and_unreached_layers_are_left_alone() -> None:
-    model = make(0)
-    model.unused = nn.BatchNorm2d(3)
-    model.unused.running_var.fill_(5.0)
-    model.unused.num_batches_tracked.fill_(3)
-    assert recalibrate_batchnorm(model, images()) == 1
-    assert model.unused.running_var.tolist() == [5.0] * 3
-    assert model.unused.num_batches_tracked == 3
-
-    untracked = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.GroupNorm(1, 3))
-    kept = state(untracked)
-
-    def never():
-        raise AssertionError("the data was read")
-        yield
-
-    assert recalibrate_batchnorm(untracked, never()) == 0
-    assert same(untracked, kept)
-
-
-def test_recalibration_limit_is_checked() -> None:
-    with pytest.raises(InputError, match="limit"):
-        recalibrate_batchnorm(make(0), images(), limit=0)
-    with pytest.raises(InputError, match=r"nn\.Module"):
-        recalibrate_batchnorm("resnet18", images())

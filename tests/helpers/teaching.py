@@ -34,3 +34,13 @@ def images(count: int = 6, size: int = 16, seed: int = 1) -> list[tuple[Tensor, 
         )
         for _ in range(count)
     ]
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """Its tensors as they are now."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def same(model: nn.Module, kept: dict[str, Tensor]) -> bool:
+    """Whether they still are, to the bit."""
+    return all(torch.equal(tensor, kept[name]) for name, tensor in model.state_dict().items())
