@@ -17,7 +17,7 @@ from torch import nn
 
 import cpd
 from cpd import processes
-from test_pruner import X, loader, net
+from helpers.training import X, loader, net
 
 HERE = Path(__file__).parent
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from torch import Tensor
+import torchvision
+from torch import Tensor, nn
 
 import cpd
 from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 from cpd.selection.weighing import Weighing, by_capacity
 from helpers.layers import Net, batches
-from helpers.zoo import comb, group, randomize
+from helpers.training import X, net
+from helpers.zoo import comb, going_on, group, random_plan, randomize
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -37,6 +39,16 @@ class AsMacs:
         return {axis: 2e-9 * slope.macs for axis, slope in self.cost.slopes(counts).items()}
 
     def local(self, counts):
+        return {}
+
+
+class AsFast:
+    """A latency that no width changes."""
+
+    def milliseconds(self, counts) -> float:
+        return 1.0
+
+    def local(self, counts) -> dict:
         return {}
 
 
@@ -137,3 +149,26 @@ def test_the_same_seed_gives_the_same_plan_to_the_byte():
         plan = selector.plan(selector.meet(lambda figures: figures.macs, 0.5 * combed.cost({}).macs))
         plans.append(repr(plan.to_dict()))
     assert plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("round_to", [1, 8])
+@pytest.mark.parametrize("name", ["net", "vit_tiny_patch16_224", "shufflenet_v2_x0_5", "attention"])
+def test_what_is_selected_later_keeps_nothing_that_has_gone(name: str, round_to: int) -> None:
+    """Neither a tie nor a width that is as fast brings back a position: the next shrink starts from the last."""
+    if name == "net":
+        model, x = net(), X
+    elif name == "attention":
+        model, x = nn.TransformerEncoderLayer(24, 6, 48, batch_first=True), torch.randn(1, 5, 24)
+    elif name.startswith("vit"):
+        model, x = timm.create_model(name), torch.randn(1, 3, 224, 224)
+    else:
+        model, x = torchvision.models.get_model(name, weights=None), torch.randn(1, 3, 64, 64)
+    combed = comb(model.eval(), x)
+    for seed in range(3):
+        first = random_plan(combed, 0.3, seed=seed, at_least=1)
+        selector = going_on(combed, first, seed, round_to)
+        assert selector.plan(selector.counts(0)).groups == first.groups
+        for steps in range(0, len(selector._path), 1 + len(selector._path) // 7):
+            counts = selector.counts(steps)
+            selector.plan(counts).since(first)
+            selector.plan(selector.widened(counts, AsFast())).since(first)
