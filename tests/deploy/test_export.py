@@ -1,50 +1,20 @@
-"""ONNX export, its parity with PyTorch, and the latency comparison."""
+"""ONNX export, and its parity with PyTorch."""
 
-import json
 import math
 import os
 import warnings
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
 from torch import nn
 
 from cpd.deploy.export import export_bytes, export_onnx, onnx_parity, open_session
-from cpd.deploy.latency import LatencyComparison, LatencyProbe, _rank, compare_latency, median_interval
+from cpd.deploy.latency import compare_latency
 from cpd.errors import ExportError, InputError
 from cpd.model.inputs import as_call
-
-
-def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Weights at which errors show: random norm weights, biases and running statistics."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(tensor: torch.Tensor, low: float, high: float) -> None:
-        tensor.copy_(torch.rand(tensor.shape, generator=generator) * (high - low) + low)
-
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                uniform(module.weight, 0.5, 1.5)
-                uniform(module.bias, -0.5, 0.5)
-                uniform(module.running_mean, -0.5, 0.5)
-                uniform(module.running_var, 0.5, 2.0)
-            elif isinstance(module, (nn.Conv2d, nn.Linear)):
-                fan_in = module.weight[0].numel()
-                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) / math.sqrt(fan_in))
-                uniform(module.bias, -0.5, 0.5)
-    return model
-
-
-def conv_net(width: int, depth: int = 2) -> nn.Module:
-    layers: list[nn.Module] = [nn.Conv2d(3, width, 3, stride=2, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-    for _ in range(depth):
-        layers += [nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
-    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(width, 5)]
-    return randomise(nn.Sequential(*layers, *head))
+from helpers.exports import BehavesOtherwiseWhenExported, conv_net, randomise
 
 
 class Structured(nn.Module):
@@ -69,30 +39,10 @@ class ReadsDict(nn.Module):
         return batch["a"] - 2 * batch["b"]
 
 
-class BehavesOtherwiseWhenExported(nn.Module):
-    def forward(self, image):
-        return image * 1.1 if torch.compiler.is_exporting() else image
-
-
 class BranchesOnValues(nn.Module):
     def forward(self, image):
         warnings.warn("seen by nobody", stacklevel=2)
         return image if image.sum() > 0 else -image
-
-
-@pytest.fixture(scope="module")
-def image() -> torch.Tensor:
-    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def net() -> nn.Module:
-    return conv_net(16)
-
-
-@pytest.fixture(scope="module")
-def exported(net: nn.Module, image: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_onnx(net, image, tmp_path_factory.mktemp("onnx") / "net.onnx")
 
 
 def perturbed(path: Path) -> onnx.ModelProto:
@@ -242,72 +192,3 @@ def test_parity_refuses_what_does_not_fit(exported: Path, net: nn.Module, image:
         onnx_parity(net, b"no model", image)
     with pytest.raises(ExportError, match=r"shapes \[\(2, 5\)\], PyTorch \[\(2, 16\)\]"):
         onnx_parity(net[:-1], exported, image)
-
-
-# --------------------------------------------------------------------------------------------- latency
-
-
-def check_consistent(result: LatencyComparison) -> None:
-    assert result.speedup_low <= result.speedup <= result.speedup_high
-    assert 0 < result.original_ms <= result.original_p90_ms
-    assert 0 < result.candidate_ms <= result.candidate_p90_ms
-    assert result.environment.keys() == {"cpu", "cores", "platform", "onnxruntime", "torch"}
-    assert all(result.environment.values())
-
-
-def test_probe_tells_the_faster_from_the_slower(exported: Path, image: torch.Tensor):
-    large = export_onnx(conv_net(64, depth=3), image)
-    probe = LatencyProbe(large, image)
-    faster = probe.compare(exported, seconds=0.5, precision=0.2)
-    check_consistent(faster)
-    assert faster.speedup_low > 2
-    slower = compare_latency(exported, large, image, seconds=0.2, threads=2)
-    check_consistent(slower)
-    assert slower.speedup < 0.7
-    assert slower.threads == 2
-
-
-def test_a_model_is_as_fast_as_itself(exported: Path, image: torch.Tensor):
-    result = compare_latency(exported, exported, image, seconds=1.0, min_runs=40, precision=0.02)
-    check_consistent(result)
-    assert 0.8 < result.speedup < 1.25
-
-
-def test_timing_ends_by_precision_or_by_time(exported: Path, image: torch.Tensor):
-    content = exported.read_bytes()
-    probe = LatencyProbe(exported, image)
-    assert probe.compare(content, seconds=60.0, min_runs=8, precision=5.0).runs == 8
-    assert probe.compare(content, seconds=1e-9, min_runs=11, precision=1e-9).runs == 11
-    longer = probe.compare(onnx.load(exported), seconds=0.5, min_runs=6, precision=1e-9)
-    assert longer.runs > 6
-    assert json.loads(json.dumps(longer.to_dict())) == longer.to_dict()
-
-
-def test_latency_checks_each_module_against_pytorch(exported: Path, image: torch.Tensor):
-    probe = LatencyProbe(exported, image)
-    with pytest.raises(ExportError, match="differ from PyTorch's"):
-        probe.compare(BehavesOtherwiseWhenExported())
-
-
-def test_latency_refuses_bad_arguments(exported: Path, image: torch.Tensor):
-    for wrong in ({"seconds": 0}, {"precision": 0}, {"min_runs": 5}, {"threads": 0}):
-        with pytest.raises(InputError, match=next(iter(wrong))):
-            compare_latency(exported, exported, image, **wrong)
-    with pytest.raises(InputError, match=r"torch\.nn\.Module"):
-        compare_latency(3, exported, image)
-    with pytest.raises(InputError, match="has shape"):
-        compare_latency(exported, exported, image[:1])
-
-
-def test_ranks_are_the_published_ones():
-    # Ranks of the 95 % sign-test interval, as in tables of the binomial distribution.
-    assert [_rank(count) for count in (5, 6, 9, 10, 20, 25, 50, 100)] == [0, 1, 2, 2, 6, 8, 18, 40]
-
-
-def test_interval_covers_the_median():
-    generator = np.random.default_rng(0)
-    hits = 0
-    for _ in range(2000):
-        low, high = median_interval(generator.exponential(size=25))
-        hits += low <= math.log(2) <= high
-    assert 0.94 < hits / 2000 < 0.98  # exact coverage at n = 25 is 95.7 %
