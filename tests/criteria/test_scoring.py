@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import math
 from functools import partial
 
 import pytest
@@ -18,7 +17,8 @@ from cpd.criteria import CRITERIA, DATA_FREE, Setting
 from cpd.criteria.gates import Gates
 from cpd.criteria.hessian import epsilon
 from cpd.criteria.magnitude import magnitude
-from cpd.trace.layer_calls import LayerCalls, from_matrix, matrix, seen
+from cpd.trace.layer_calls import LayerCalls, seen
+from helpers.tiny import INPUT, Tiny, loader
 from helpers.zoo import comb, dense, randomize
 
 
@@ -308,45 +308,24 @@ def test_gates_multiply_what_is_read(net, combed):
     assert torch.equal(scaled["conv2.weight"], 2 * net.conv2.weight)
 
 
-class Layers(nn.Module):
-    """Every way in which a weight meets its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 6, 3, 2, 1, dilation=2, groups=2)
-        self.same, self.back = nn.Conv1d(6, 8, 5, padding="same"), nn.ConvTranspose1d(8, 6, 3, 2, groups=2)
-        self.linear, self.bare = nn.Linear(6, 5), nn.Parameter(torch.randn(5, 7))
-        self.attention = nn.MultiheadAttention(7, 1, batch_first=True)
-        self.deep = nn.Conv3d(1, 2, (1, 3, 2), padding=(0, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.back(self.same(self.conv(x).flatten(2)))
-        x = F.linear(x.transpose(1, 2), weight=self.linear.weight, bias=self.linear.bias) @ self.bare
-        return self.deep(self.attention(x, x, x)[0][:, None, None])
+def test_scores_leave_the_model_as_it_was():
+    torch.manual_seed(0)
+    model = Tiny().requires_grad_(False)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    comb = cpd.comb(model, INPUT)
+    for criterion in CRITERIA:
+        scores = cpd.score(model, comb, loader(), criterion=criterion)
+        assert {group.name: group.size for group in comb.open} == {name: len(s) for name, s in scores.items()}
+        assert all((score >= 0).all() and score.max() > 0 for score in scores.values()), criterion
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("share", [1.0, 0.4])
-def test_layer_calls_are_matrix_products(share):
-    model, seen_calls = Layers().double().eval(), []
-    weights = dict(model.named_parameters())
-
-    def after(layer):
-        count = max(1, math.ceil(share * layer.positions))
-        index = None if share == 1 else torch.randperm(layer.positions)[:count]
-        weight = weights[layer.weight]
-        products = layer.features(index) @ matrix(layer.kind, weight, layer.groups).transpose(1, 2)
-        if layer.kind != "transposed" and layer.given.get("bias") is not None:
-            products = products + layer.given["bias"].view(layer.groups, 1, -1)
-        assert torch.allclose(products, layer.responses(index)), layer.weight
-        assert torch.equal(from_matrix(layer.kind, matrix(layer.kind, weight, layer.groups), weight), weight)
-        seen_calls.append(layer.weight)
-
-    x = torch.randn(3, 4, 9, 11, dtype=torch.double)
-    with torch.no_grad(), seen(LayerCalls(model, after=after)):
-        found = model(x)
+def test_a_dead_channel_scores_lowest():
+    torch.manual_seed(0)
+    model = Tiny()
     with torch.no_grad():
-        assert torch.allclose(found, model(x))
-    assert seen_calls == [
-        "conv.weight", "same.weight", "back.weight", "linear.weight", "bare", "attention.in_proj_weight",
-        "attention.out_proj.weight", "deep.weight",
-    ]  # fmt: skip
+        model.conv2.weight[:, 5] = 0
+    comb = cpd.comb(model, INPUT)
+    for criterion in ("obs", "hessian", "fisher", "taylor", "snip"):
+        assert int(cpd.score(model, comb, loader(), criterion=criterion)["conv1"].argmin()) == 5

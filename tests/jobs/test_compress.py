@@ -1,8 +1,4 @@
-"""The whole path on tiny models: what comes out, what is refused, and what a saved folder gives back."""
-
-import json
-import subprocess
-import sys
+"""The whole path on tiny models: what comes out, and what is refused."""
 
 import pytest
 import torch
@@ -10,42 +6,15 @@ from torch import nn
 
 import cpd
 from cpd import compress as compress_function
-from cpd.criteria import CRITERIA
 from cpd.deploy.latency import LatencyComparison
 from cpd.jobs.compress import _missed, _unusual
-from cpd.selection.limits import Limits
-from cpd.selection.selector import Selector
 from cpd.selection.target import Target
-
-
-class Tiny(nn.Module):
-    """A residual convnet of 12 classes on 16 x 16 images."""
-
-    def __init__(self, width=32):
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
-        self.head = nn.Linear(width, 12)
-
-    def forward(self, x):
-        x = self.bn(self.stem(x)).relu()
-        x = x + self.conv2(self.conv1(x).relu())
-        return self.head(x.mean((2, 3)))
+from helpers.tiny import INPUT, Tiny, compressed, loader
 
 
 class Fixed(nn.Module):
     def forward(self, x):
         return x * 2
-
-
-def loader(seed=0, batches=3):
-    g = torch.Generator().manual_seed(seed)
-    return [(torch.randn(8, 3, 16, 16, generator=g), torch.randint(12, (8,), generator=g)) for _ in range(batches)]
-
-
-INPUT = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -57,9 +26,7 @@ def result(quick, tmp_path_factory):
     model = Tiny()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     folder = tmp_path_factory.mktemp("out") / "new"
-    found = cpd.compress(
-        model, target_macs=0.5, data=loader(), epochs=1, evaluate=lambda m: float(m.training), output_dir=folder
-    )
+    found = compressed(model, folder)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert model.training
     return model, found, folder
@@ -96,16 +63,6 @@ def test_report_says_what_was_done(result):
     assert found.report.original.metric == 0.0  # evaluated in eval mode
 
 
-def test_folder_is_whole_and_loads_to_the_bit(result):
-    _, found, folder = result
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"model.safetensors", "plan.json", "model.onnx", "report.json", "report.html", "README.md"}
-    rebuilt = cpd.load(folder, model=Tiny())
-    with torch.no_grad():
-        assert torch.equal(rebuilt(INPUT), found.model(INPUT))
-    assert json.loads((folder / "report.json").read_text())["criterion"] == "obs"
-
-
 def test_a_report_keeps_the_arguments_that_are_not_usual(tmp_path):
     usual = {"target_macs": 0.5, "seed": 0, "round_to": 8, "training": {}, "schedule": cpd.Schedule("one-shot")}
     assert _unusual(usual) == {"target_macs": 0.5, "seed": 0}
@@ -136,69 +93,6 @@ def test_report_tells_of_layers_nodes_and_shrinks(result):
     assert sum(node["before_ms"] or 0 for node in report.nodes) > 0
     assert sum(node["after_ms"] or 0 for node in report.nodes) > 0
     assert [(row["epoch"], row["share"]) for row in report.shrinks] == [(0.0, 1.0)]
-
-
-def test_pretrained_folder_loads_to_the_bit(result, tmp_path, monkeypatch):
-    _, found, _ = result
-    folder = found.save_pretrained(tmp_path / "hub")
-    assert {path.name for path in folder.iterdir()} == {"config.json", "model.safetensors", "README.md"}
-    asked = {}
-
-    def snapshot_download(name, **options):
-        asked.update(name=name, **options)
-        return str(folder)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    for place in (folder, "somebody/tiny"):
-        rebuilt = cpd.from_pretrained(place, model=Tiny())
-        with torch.no_grad():
-            assert torch.equal(rebuilt(INPUT), found.model(INPUT))
-    assert (asked["name"], "model.safetensors" in asked["allow_patterns"]) == ("somebody/tiny", True)
-
-    def fails(name, **options):
-        raise OSError("no network")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
-    with pytest.raises(cpd.ArtifactError, match=r"somebody/tiny is no folder here.*no network"):
-        cpd.from_pretrained("somebody/tiny")
-    (folder / "config.json").write_text('{"architectures": []}')
-    with pytest.raises(cpd.ArtifactError, match=r"config\.json is not of the format"):
-        cpd.from_pretrained(folder, model=Tiny())
-
-
-class Versioned(Tiny):
-    """Asks its state dict for a version, as torchvision's MNASNet does."""
-
-    _version = 2
-
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *others):
-        assert local_metadata.get("version") == 2
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
-
-
-def test_modules_that_ask_for_the_version_of_their_state(result):
-    _, found, folder = result
-    with torch.no_grad():
-        assert torch.equal(cpd.load(folder, model=Versioned())(INPUT), found.model(INPUT))
-
-
-def test_loads_by_name_in_a_fresh_process(tmp_path):
-    import timm
-
-    model = timm.create_model("resnet18", num_classes=7).eval()
-    found = cpd.compress(model, target_macs=0.3, example_inputs=torch.randn(1, 3, 64, 64))
-    assert found.report.criterion == "magnitude"
-    assert any("No data" in note for note in found.report.notes)
-    found.save(tmp_path / "out")
-    x = torch.randn(2, 3, 64, 64)
-    torch.save(x, tmp_path / "x.pt")
-    code = (
-        "import torch, cpd, sys; m = cpd.load(sys.argv[1] + '/out'); x = torch.load(sys.argv[1] + '/x.pt');"
-        "torch.save(m(x).detach(), sys.argv[1] + '/y.pt')"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
-    with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "y.pt"), found.model(x))
 
 
 def test_same_seed_same_plan():
@@ -279,70 +173,6 @@ def test_unreachable_cost_gives_the_best_figure():
 def test_unreachable_speedup_gives_the_best_figure():
     with pytest.raises(cpd.TargetError, match=r"cannot be reached.*times as fast"):
         cpd.compress(Tiny(), target_speedup=1000, example_inputs=INPUT)
-
-
-@pytest.mark.parametrize("name", ["plan.json", "model.safetensors"])
-def test_truncated_artifacts(result, tmp_path, name):
-    _, found, _ = result
-    found.save(tmp_path)
-    content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content[: len(content) // 2])
-    fresh = Tiny()
-    before = {key: tensor.clone() for key, tensor in fresh.state_dict().items()}
-    with pytest.raises(cpd.ArtifactError, match="truncated"):
-        cpd.load(tmp_path, model=fresh)
-    assert all(torch.equal(tensor, before[key]) for key, tensor in fresh.state_dict().items())
-
-
-def test_foreign_artifacts(result, tmp_path):
-    _, found, _ = result
-    with pytest.raises(cpd.ArtifactError, match="missing"):
-        cpd.load(tmp_path, model=Tiny())
-    found.save(tmp_path)
-    with pytest.raises(cpd.ArtifactError, match="model=fresh"):
-        cpd.load(tmp_path)
-    with pytest.raises(cpd.ArtifactError, match="stem"):
-        cpd.load(tmp_path, model=Tiny(width=16))
-    (tmp_path / "plan.json").write_text('{"format": "other"}')
-    with pytest.raises(cpd.ArtifactError, match="not of the format"):
-        cpd.load(tmp_path, model=Tiny())
-
-
-def test_scores_leave_the_model_as_it_was():
-    torch.manual_seed(0)
-    model = Tiny().requires_grad_(False)
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    comb = cpd.comb(model, INPUT)
-    for criterion in CRITERIA:
-        scores = cpd.score(model, comb, loader(), criterion=criterion)
-        assert {group.name: group.size for group in comb.open} == {name: len(s) for name, s in scores.items()}
-        assert all((score >= 0).all() and score.max() > 0 for score in scores.values()), criterion
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_a_dead_channel_scores_lowest():
-    torch.manual_seed(0)
-    model = Tiny()
-    with torch.no_grad():
-        model.conv2.weight[:, 5] = 0
-    comb = cpd.comb(model, INPUT)
-    for criterion in ("obs", "hessian", "fisher", "taylor", "snip"):
-        assert int(cpd.score(model, comb, loader(), criterion=criterion)["conv1"].argmin()) == 5
-
-
-def test_selection_meets_the_cost_in_multiples():
-    torch.manual_seed(0)
-    model = Tiny(width=64)
-    comb = cpd.comb(model, INPUT)
-    selector = Selector(comb, cpd.score(model, comb, criterion="magnitude"), Limits(round_to=8, max_ratio=0.75))
-    full = comb.cost({}).macs
-    counts = selector.meet(lambda figures: figures.macs, 0.5 * full)
-    assert 0.4 < comb.cost(counts).macs / full <= 0.5
-    assert all(width % 8 == 0 and width >= 16 for width in counts.values())
-    plan = selector.plan(counts)
-    kept = {group.name: len(plan.groups[group.name]) for group in comb.open}
-    assert kept == {group.name: counts[group.axis] for group in comb.open}
 
 
 def test_public_names():

@@ -13,6 +13,7 @@ from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 from cpd.selection.weighing import Weighing, by_capacity
 from helpers.layers import Net, batches
+from helpers.tiny import INPUT, Tiny
 from helpers.training import X, net
 from helpers.zoo import comb, going_on, group, random_plan, randomize
 
@@ -172,3 +173,17 @@ def test_what_is_selected_later_keeps_nothing_that_has_gone(name: str, round_to:
             counts = selector.counts(steps)
             selector.plan(counts).since(first)
             selector.plan(selector.widened(counts, AsFast())).since(first)
+
+
+def test_selection_meets_the_cost_in_multiples():
+    torch.manual_seed(0)
+    model = Tiny(width=64)
+    comb = cpd.comb(model, INPUT)
+    selector = Selector(comb, cpd.score(model, comb, criterion="magnitude"), Limits(round_to=8, max_ratio=0.75))
+    full = comb.cost({}).macs
+    counts = selector.meet(lambda figures: figures.macs, 0.5 * full)
+    assert 0.4 < comb.cost(counts).macs / full <= 0.5
+    assert all(width % 8 == 0 and width >= 16 for width in counts.values())
+    plan = selector.plan(counts)
+    kept = {group.name: len(plan.groups[group.name]) for group in comb.open}
+    assert kept == {group.name: counts[group.axis] for group in comb.open}
