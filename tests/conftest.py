@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from cpd.cli import app
 from cpd.deploy import kernels, latency
 from cpd.jobs import compress
+from cpd.report.report import Report
 from cpd.selection import search
+
+pytest.register_assert_rewrite("helpers")  # so that what they assert is told with its values
 
 #: pytest-xdist runs a process a core; more threads than cores spin at each other's barriers (a float64 depthwise
 #: convolution takes seconds then).
@@ -35,3 +41,19 @@ def quick() -> Iterator[None]:
         patch.setattr(compress, "FINAL_SECONDS", 0.5)
         patch.setattr(search, "SECONDS", 0.5)
         yield
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """The command line, called in this process."""
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("NO_COLOR", "1")
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def report() -> Report:
+    """A report in which every stage has something to tell."""
+    from helpers.pages import example_report
+
+    return example_report()

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from test_pruner import X, loader, net
 
 import cpd
 from cpd.checkpoint import Checkpoint
 from cpd.distillation.distiller import DistillConfig
 from cpd.errors import CheckpointError, InputError, TrainingError
 from cpd.randomness import random_states, set_random_states
-from cpd.selection.schedule import Schedule
+from helpers.runs import OPTIONS, Interrupted, Shuffled, run
+from helpers.training import net
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -102,48 +102,6 @@ def test_what_cannot_be_written_leaves_the_former_one(tmp_path: Path, monkeypatc
 # ---------------------------------------------------------------- runs that end early
 
 
-class Interrupted(Exception):
-    pass
-
-
-OPTIONS = {
-    "target_macs": 0.5,
-    "example_inputs": X[:1],
-    "epochs": 3,
-    "lr": 1e-2,
-    "round_to": 1,
-    "schedule": Schedule("linear", end=0.8, interval=3),
-    "checkpoint_minutes": 1e-6,
-}
-
-
-def run(folder: Path | None, *, stop: int | None = None, resume: bool = False, **options) -> cpd.Result:
-    """A run that is interrupted at a call of its loss."""
-    calls = 0
-
-    def loss(output, target):
-        nonlocal calls
-        calls += 1
-        if calls == stop:
-            raise Interrupted
-        return torch.nn.functional.cross_entropy(output, target)
-
-    return cpd.compress(net(), data=Shuffled(), loss=loss, output_dir=folder, resume=resume, **{**OPTIONS, **options})
-
-
-class Shuffled:
-    """Batches in an order that the global generator decides."""
-
-    def __len__(self) -> int:
-        return 6
-
-    def __iter__(self):
-        items = loader()
-        for index in torch.randperm(6).tolist():
-            x, y = items[index]
-            yield x + 0.1 * torch.randn(x.shape), y
-
-
 @pytest.fixture(scope="module")
 def undisturbed(quick: None) -> cpd.Result:
     return run(None)
@@ -217,7 +175,7 @@ SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
-from test_checkpoint import run
+from helpers.runs import run
 torch.set_num_threads(1)
 from cpd.jobs import compress
 compress.FINAL_SECONDS = 0.5

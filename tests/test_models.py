@@ -13,7 +13,13 @@ from functools import cached_property
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import (
+
+from cpd.coupling.comb import Comb
+from cpd.deploy.export import export_onnx, onnx_parity
+from cpd.plan import Plan
+from cpd.surgery.masked import masked_error
+from cpd.surgery.shrink import shrink
+from helpers.zoo import (
     MODELS,
     assert_shapes_as_predicted,
     comb,
@@ -25,12 +31,6 @@ from zoo import (
     relative_error,
     zeroed,
 )
-
-from cpd.coupling.comb import Comb
-from cpd.deploy.export import export_onnx, onnx_parity
-from cpd.plan import Plan
-from cpd.surgery.masked import masked_error
-from cpd.surgery.shrink import shrink
 
 
 @dataclass

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_pruner import X, loader, net
 from torch import nn
 
 import cpd
 from cpd import processes
+from helpers.training import X, loader, net
 
 HERE = Path(__file__).parent
 

@@ -1,4 +1,4 @@
-"""Pruner: schedules, nested plans, the optimizer's state, and a training of one's own around it."""
+"""Pruner: a training of one's own around it, and `distill` and `compress` on a schedule."""
 
 from __future__ import annotations
 
@@ -6,156 +6,24 @@ import copy
 import sys
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import Tensor, nn
-from zoo import comb, dense, going_on, random_plan, relative_error
 
 import cpd
 from cpd.criteria import CRITERIA
 from cpd.distillation.distiller import DistillConfig, distill
-from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError, TrainingError
+from cpd.errors import CheckpointError, InputError, NothingToPruneError, TrainingError
 from cpd.model.tensors import named_tensors
 from cpd.pruner import Pruner
 from cpd.selection.schedule import Schedule
-from cpd.surgery.optimizer_state import narrow_state, narrowed_state
 from cpd.surgery.shrink import shrink
+from helpers.training import X, loader, net
+from helpers.zoo import comb, random_plan
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-
-
-class Net(nn.Module):
-    """Residual, with attention: widths, heads and an attribute."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.bn = nn.BatchNorm2d(16)
-        self.conv = nn.Conv2d(16, 16, 3, padding=1)
-        self.heads = 4
-        self.qkv = nn.Linear(16, 48)
-        self.proj = nn.Linear(16, 16)
-        self.head = nn.Linear(16, 6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.bn(self.stem(x)).relu()
-        x = F.avg_pool2d(x + self.conv(x), 4).flatten(2).transpose(1, 2)
-        b, n, _ = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
-        return self.head((x + self.proj(y)).mean(1))
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    return dense(Net()).float()
-
-
-def loader(batches: int = 6) -> list[tuple[Tensor, Tensor]]:
-    g = torch.Generator().manual_seed(0)
-    return [(torch.randn(8, 3, 16, 16, generator=g), torch.randint(6, (8,), generator=g)) for _ in range(batches)]
-
-
-# ---------------------------------------------------------------- schedules
-
-
-def test_schedules_end_at_everything_and_rise_as_they_say() -> None:
-    linear = Schedule("linear", start=0.1, end=0.5).events(100)
-    cubic = Schedule("cubic", start=0.1, end=0.5, interval=8).events(100)
-    assert [step for step, _ in linear] == [14, 18, 22, 26, 30, 34, 38, 42, 46, 50]
-    assert [share for _, share in linear] == pytest.approx([k / 10 for k in range(1, 11)])
-    assert cubic == [(18, pytest.approx(1 - 0.8**3)), (26, pytest.approx(1 - 0.6**3)), (34, pytest.approx(1 - 0.4**3)),
-                     (42, pytest.approx(1 - 0.2**3)), (50, 1.0)]  # fmt: skip
-    assert Schedule("one-shot", start=0.25).events(40) == [(10, 1.0)]
-    assert [step for step, _ in Schedule("linear", end=1.0).events(4)] == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: Schedule("exponential"),
-        lambda: Schedule("cubic", start=0.6),
-        lambda: Schedule("cubic", end=1.5),
-        lambda: Schedule("cubic", interval=0),
-        lambda: Schedule("cubic", interval=30).events(50),
-    ],
-)
-def test_a_schedule_that_makes_no_sense_is_refused(make) -> None:
-    with pytest.raises(InputError):
-        make()
-
-
-# ---------------------------------------------------------------- plans one after the other
-
-
-@pytest.mark.parametrize("name", ["net", "vit_tiny_patch16_224", "regnety_002"])
-def test_two_steps_of_a_plan_make_the_same_model_as_one(name: str) -> None:
-    """The difference of two nested plans, applied to the result of the first, is the second."""
-    if name == "net":
-        model, x = dense(Net()), X.double()
-    else:
-        model, x = dense(timm.create_model(name)), torch.randn(1, 3, 224, 224, dtype=torch.float64)
-    combed = comb(copy.deepcopy(model), x)
-    first = random_plan(combed, 0.3, at_least=1)
-    narrower = {name: list(positions)[: max(1, len(positions) // 2)] for name, positions in first.groups.items()}
-    keep = {group.name: narrower[group.name] for group in combed.open}
-    second = combed.plan({**keep, **_raised(combed.plan(keep), first)})
-    stepwise = shrink(shrink(copy.deepcopy(model), first), second.since(first))
-    at_once = shrink(copy.deepcopy(model), second)
-    for (key, found), expected in zip(named_tensors(stepwise).items(), named_tensors(at_once).values(), strict=True):
-        assert found.shape == expected.shape, key
-        if found.is_floating_point() and found.numel():
-            assert torch.allclose(found, expected, rtol=1e-12, atol=0), key
-    with torch.no_grad():
-        assert relative_error(stepwise(x), at_once(x)) < 1e-12
-    with pytest.raises(PlanError, match="has removed"):
-        first.since(second)
-
-
-class AsFast:
-    """A latency that no width changes."""
-
-    def milliseconds(self, counts) -> float:
-        return 1.0
-
-    def local(self, counts) -> dict:
-        return {}
-
-
-@pytest.mark.parametrize("round_to", [1, 8])
-@pytest.mark.parametrize("name", ["net", "vit_tiny_patch16_224", "shufflenet_v2_x0_5", "attention"])
-def test_what_is_selected_later_keeps_nothing_that_has_gone(name: str, round_to: int) -> None:
-    """Neither a tie nor a width that is as fast brings back a position: the next shrink starts from the last."""
-    if name == "net":
-        model, x = net(), X
-    elif name == "attention":
-        model, x = nn.TransformerEncoderLayer(24, 6, 48, batch_first=True), torch.randn(1, 5, 24)
-    elif name.startswith("vit"):
-        model, x = timm.create_model(name), torch.randn(1, 3, 224, 224)
-    else:
-        model, x = torchvision.models.get_model(name, weights=None), torch.randn(1, 3, 64, 64)
-    combed = comb(model.eval(), x)
-    for seed in range(3):
-        first = random_plan(combed, 0.3, seed=seed, at_least=1)
-        selector = going_on(combed, first, seed, round_to)
-        assert selector.plan(selector.counts(0)).groups == first.groups
-        for steps in range(0, len(selector._path), 1 + len(selector._path) // 7):
-            counts = selector.counts(steps)
-            selector.plan(counts).since(first)
-            selector.plan(selector.widened(counts, AsFast())).since(first)
-
-
-def _raised(plan: cpd.Plan, within: cpd.Plan) -> dict[str, list[int]]:
-    """Where ties have brought back what `within` lacks: as many of its positions."""
-    return {
-        name: list(within.groups[name])[: len(positions)]
-        for name, positions in plan.groups.items()
-        if not set(positions) <= set(within.groups[name])
-    }
+# ---------------------------------------------------------------- the comb of a narrower model
 
 
 @pytest.mark.parametrize("criterion", ["magnitude", "taylor", "hessian", "fisher", "obs", "bn_scale"])
@@ -174,42 +42,6 @@ def test_the_narrowed_comb_scores_as_a_comb_of_the_narrower_model(criterion: str
 
 
 # ---------------------------------------------------------------- optimizers
-
-
-@pytest.mark.parametrize(
-    ("make", "keys"),
-    [
-        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), {"momentum_buffer"}),
-        (lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True), {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}),
-        (lambda p: torch.optim.AdamW(p, lr=0.1), {"exp_avg", "exp_avg_sq"}),
-        (lambda p: torch.optim.RMSprop(p, lr=0.1), {"square_avg"}),
-    ],
-)
-def test_the_state_of_an_optimizer_is_that_of_the_parameters_kept(make, keys: set[str]) -> None:
-    model = net()
-    optimizer = make(model.parameters())
-    for x, y in loader(2):
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    plan = random_plan(comb(copy.deepcopy(model), X), 0.5, at_least=1)
-    before = {name: {k: v.clone() for k, v in optimizer.state[p].items()} for name, p in model.named_parameters()}
-    entries = narrowed_state(optimizer, model, plan)
-    shrink(model, plan)
-    narrow_state(entries)
-    narrower = 0
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            expected = before[name][key]
-            for dim, index in plan.kept.get(name, {}).items() if key in keys else ():
-                expected = expected.index_select(dim, index)
-                narrower += 1
-            assert torch.equal(value, expected), (name, key)
-            assert key not in keys or value.shape == parameter.shape
-    assert narrower > 8
-    optimizer.zero_grad()
-    F.cross_entropy(model(X), torch.tensor([1, 2])).backward()
-    optimizer.step()
 
 
 def test_an_optimizer_that_cannot_be_sliced_is_refused_and_nothing_changes() -> None:

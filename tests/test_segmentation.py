@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typer.testing import CliRunner
-from zoo import comb, dense, random_plan
 
 import cpd
 from cpd.cli import app
@@ -22,6 +21,7 @@ from cpd.errors import InputError
 from cpd.segmentation import EncoderDecoder, SegmentationFolder, mean_iou
 from cpd.surgery.masked import masked_error
 from cpd.surgery.shrink import shrink
+from helpers.zoo import comb, dense, random_plan
 
 pytestmark = pytest.mark.usefixtures("quick")
 

@@ -1,0 +1,268 @@
+"""The commands: what they pass on, print and write, and what an error looks like."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+import cpd
+from cpd.errors import ArtifactError, NothingToPruneError
+from cpd.jobs.sensitivity import RATIOS
+from cpd.jobs.sweep import Sweep
+from cpd.report.records import SweepPoint
+from cpd.report.report import Report
+from helpers.fakes import Fakes
+from helpers.folders import LEAKY, write_images
+from helpers.pages import Page
+
+
+def test_compress_prints_before_and_after(fakes: Fakes, run: Any, tmp_path: Path) -> None:
+    result = run("compress", "timm:resnet18,num_classes=10", "--no-pretrained", "--output-dir", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert "2.04× faster" in result.stdout
+    assert "11.18 M" in result.stdout
+    assert "BatchNorm statistics were measured anew" in result.stdout
+    (call,) = fakes.calls
+    assert call.pop("model").fc.out_features == 10
+    assert call.pop("example_inputs").shape == (1, 3, 224, 224)
+    assert call.pop("training") == cpd.DistillConfig()
+    assert (call.pop("resume"), call.pop("checkpoint_minutes"), call.pop("progress")) == (False, 10.0, None)
+    assert call == {
+        "config": cpd.PruneConfig(target_speedup=2.0),
+        "output_dir": tmp_path,
+        "source": "timm:resnet18,num_classes=10",
+    }
+
+
+def test_compress_passes_its_options(fakes: Fakes, run: Any) -> None:
+    options = (
+        "--target-macs 0.5 --epochs 0 --threads 2 --seed 7 --round-to 4 --input-size 64,32 --no-pretrained "
+        "--schedule cubic --prune-from 0.1 --prune-until 0.6 --interval 20 --criterion taylor --optimizer adamw "
+        "--lr 1e-3 --weight-decay 0.05 --kd cwd --kd-weight 2 --temperature 3 --ema 0.99 --mixup 0.2 --cutmix 1 "
+        "--mixed-precision bf16 --accumulate 2 --scheduler poly --task-weight 0.5 --features layer2 --features layer3 "
+        "--resume --checkpoint-minutes 2"
+    )
+    result = run("compress", "timm:resnet18", *options.split(), "--json")
+    assert result.exit_code == 0, result.stderr
+    assert Report.from_dict(json.loads(result.stdout)) == fakes.report
+    (call,) = fakes.calls
+    config = call["config"]
+    assert config.target_speedup is None
+    assert (config.target_macs, call["training"].epochs, config.threads, config.seed) == (0.5, 0, 2, 7)
+    assert config.round_to == 4
+    assert config.when == cpd.Schedule("cubic", start=0.1, end=0.6, interval=20)
+    assert (call["resume"], call["checkpoint_minutes"], config.criterion) == (True, 2.0, "taylor")
+    assert call["training"] == cpd.DistillConfig(
+        epochs=0, seed=7, optimizer="adamw", lr=1e-3, weight_decay=0.05, kd="cwd", kd_weight=2.0, temperature=3.0,
+        ema=0.99, mixup=0.2, cutmix=1.0, mixed_precision="bf16", accumulate=2, scheduler="poly", task_weight=0.5,
+        features=("layer2", "layer3"),
+    )  # fmt: skip
+    assert call["example_inputs"].shape == (1, 3, 64, 32)
+
+
+@LEAKY
+def test_sensitivity_of_a_folder(run: Any, tmp_path: Path) -> None:
+    write_images(tmp_path / "train", classes=2)
+    options = f"--no-pretrained --input-size 32 --batch-size 2 --workers 0 --data {tmp_path / 'train'}"
+    result = run(
+        "sensitivity", "timm:test_resnet,num_classes=2", *options.split(), "--plot", tmp_path / "m.png", "--json"
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert {point["ratio"] for point in found["points"]} == set(RATIOS)
+    assert all(point["loss"] > 0 for point in found["points"])
+    assert (tmp_path / "m.png").stat().st_size > 1000
+    result = run("sensitivity", "timm:test_resnet,num_classes=2", *options.split(), "--accuracy")
+    assert "validation images" in result.output
+
+
+SMALL = "timm:test_resnet,num_classes=2"
+
+
+def test_profile_shows_where_the_time_goes(run: Any) -> None:
+    result = run("profile", SMALL, "--input-size", "32", "--check", "1")
+    assert result.exit_code == 0, result.output
+    assert "Conv" in result.stdout
+    assert "kernels are known on this machine" in result.stdout
+    assert "of the MACs: predicted" in result.stdout
+    found = json.loads(run("profile", SMALL, "--input-size", "32", "--json", "-q").stdout)
+    assert sum(row["ms"] for row in found["operators"]) == pytest.approx(found["total_ms"])
+
+
+@LEAKY
+def test_sweep_then_quantize_then_latency(run: Any, tmp_path: Path, quick: None) -> None:
+    for part in ("train", "val"):
+        write_images(tmp_path / "data" / part, classes=2)
+    out, name = tmp_path / "out", "timm:test_vit,num_classes=2"
+    options = f"--no-pretrained --speedups 1.2,400 --output-dir {out} --plot {tmp_path / 's.svg'} --round-to 4"
+    result = run("sweep", name, *options.split())
+    assert result.exit_code == 0, result.output
+    assert "out of reach" in result.stdout
+    assert "original" in result.stdout
+    assert (tmp_path / "s.svg").stat().st_size > 1000
+    saved = out / "1.2x"
+    options = f"--data {tmp_path / 'data'} --batch-size 2 --workers 0 --seconds 0.2"
+    result = run("quantize", saved, *options.split())
+    assert result.exit_code == 0, result.output
+    assert "original int8" in result.stdout
+    assert "the same class in" in result.stdout
+    assert (saved / "model.int8.onnx").exists()
+    result = run("latency", saved, saved / "model.int8.onnx", "--seconds", "0.2", "--json", "-q")
+    assert result.exit_code == 0, result.output
+    assert [row["name"] for row in json.loads(result.stdout)["rows"]] == [str(saved), str(saved / "model.int8.onnx")]
+    result = run("latency", SMALL, "--input-size", "32", "--batch-size", "2", "--seconds", "0.2")
+    assert "2 sample(s) a run" in result.stdout
+
+
+def test_comb_lists_groups(fakes: Fakes, run: Any) -> None:
+    result = run("comb", "torchvision:shufflenet_v2_x0_5")
+    assert result.exit_code == 0, result.stderr
+    for text in ("open[1]", "5:", "layer2.weight dim 0", "and 2 more", "an output", "tied: heads"):
+        assert text in result.stdout
+    assert "layer3.weight" not in result.stdout
+    assert "1 of 2 groups are open: they hold 98.7% of the parameters and 50.0% of the MACs." in result.stdout
+
+
+def test_comb_as_json(fakes: Fakes, run: Any) -> None:
+    result = run("comb", "torch.nn:Identity", "--input-size", "8", "--json")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    assert data["open_share"] == {"parameters": 0.987, "macs": 0.5}
+    assert [group["frozen"] for group in data["groups"]] == [None, "an output"]
+    assert len(data["groups"][0]["members"]) == 5
+    assert fakes.calls[0]["example_inputs"].shape == (1, 3, 8, 8)
+
+
+def test_demo(report: Report, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def run_demo(**kwargs: Any) -> Any:
+        given.update(kwargs)
+        return SimpleNamespace(report=report)
+
+    monkeypatch.setitem(sys.modules, "cpd.demo", SimpleNamespace(run_demo=run_demo))
+    result = run("demo", "--output-dir", tmp_path, "--seed", "3", "--quiet")
+    assert result.exit_code == 0, result.stderr
+    assert given == {"output_dir": tmp_path, "seed": 3, "progress": False}
+    assert "0.9270" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("comb", "timm:resnet81"), "error: timm has no model 'resnet81'."),
+        (("compress", "nothing"), "error: A model is named timm:NAME"),
+        (("comb", "torch.nn:Identity"), "--input-size H[,W]"),
+        (("comb", "timm:resnet18", "--input-size", "big"), "error: --input-size takes H or H,W"),
+        (("compress", "timm:resnet18", "--data", "/no/such"), "error: --data /no/such is not a folder"),
+    ],
+)
+def test_errors_are_one_line(fakes: Fakes, run: Any, arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert result.stdout == ""
+    assert not fakes.calls
+
+
+def test_library_errors_and_debug(fakes: Fakes, run: Any) -> None:
+    fakes.error = NothingToPruneError("no group [of 3] can be pruned")
+    arguments = ("compress", "timm:resnet18", "--no-pretrained")
+    result = run(*arguments)
+    assert (result.exit_code, result.stderr) == (3, "error: no group [of 3] can be pruned\n")
+    result = run(*arguments, "--debug")
+    assert result.exception is fakes.error
+    fakes.error = ArtifactError("the disk is full")
+    assert run(*arguments).exit_code == 1
+
+
+def test_interrupted_runs_say_how_to_resume(
+    fakes: Fakes, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes.error = KeyboardInterrupt()
+    arguments = ["compress", "timm:resnet18", "--no-pretrained", "--output-dir", str(tmp_path / "my run")]
+    result = run(*arguments)
+    assert (result.exit_code, result.stderr) == (130, "interrupted. There was no checkpoint yet: start it again.\n")
+    (tmp_path / "my run").mkdir()
+    (tmp_path / "my run" / "checkpoint.safetensors").write_bytes(b"")
+    monkeypatch.setattr(sys, "argv", ["cpd", *arguments])
+    result = run(*arguments)
+    assert f"is intact; resume with: cpd {' '.join(arguments[:-1])} '{tmp_path}/my run' --resume\n" in result.stderr
+    assert run(*arguments[:3]).stderr == "interrupted. Nothing was written.\n"
+
+
+def test_report_is_written_anew_from_the_figures(report: Report, run: Any, tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(report.to_dict()))
+    result = run("report", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert (tmp_path / "report.html").read_text() == report.to_html()
+    assert "2.04× faster" in result.stdout
+    (tmp_path / "report.json").write_text("{")
+    before = (tmp_path / "report.html").read_text()
+    result = run("report", tmp_path)
+    assert (result.exit_code, "truncated" in result.stderr) == (1, True)
+    assert (tmp_path / "report.html").read_text() == before
+    assert "no folder that result.save wrote" in run("report", tmp_path / "none").stderr
+
+
+def test_report_of_a_sweep(report: Report, run: Any, tmp_path: Path) -> None:
+    points = (
+        SweepPoint(2.0, 2.04, report.result, str(tmp_path / "2x")),
+        SweepPoint(40.0, None, None, error="too fast <b>"),
+    )
+    swept = Sweep(report.original, points)
+    assert Sweep.from_dict(json.loads(json.dumps(swept.to_dict()))) == swept
+    (tmp_path / "sweep.json").write_text(json.dumps(swept.to_dict()))
+    result = run("report", tmp_path)
+    assert result.exit_code == 0, result.stderr
+    assert "out of reach" in result.stdout
+    page = Page((tmp_path / "report.html").read_text())
+    assert not page.open
+    assert page.count("circle") == 2
+    assert [found["href"] for tag, found in page.tags if tag == "a"] == ["2x/report.html"]
+    assert "too fast <b>" in page.text
+    (tmp_path / "sweep.json").write_text("{}")
+    assert run("report", tmp_path).exit_code == 1
+    assert not Page(Sweep(None, points[1:]).to_html()).open
+
+
+def test_log_is_shown_and_quietened(fakes: Fakes, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import logging
+
+    def compress(model: nn.Module, **kwargs: Any) -> Any:
+        logging.getLogger("cpd.selection.search").info("combing [1]")
+        return fakes.compress(model, **kwargs)
+
+    monkeypatch.setattr(cpd, "compress", compress, raising=False)
+    arguments = ("compress", "timm:resnet18", "--no-pretrained", "--json")
+    result = run(*arguments)
+    assert "combing [1]" in result.stderr
+    json.loads(result.stdout)
+    assert run(*arguments, "--quiet").stderr == ""
+    assert logging.getLogger("cpd").handlers == []
+
+
+def test_version_and_help(run: Any) -> None:
+    version = run("--version")
+    assert version.exit_code == 0
+    assert re.fullmatch(r"cpd (\d+\.\d+\.\d+.*|\(not installed\))\n", version.stdout)
+    assert all(command in run("--help").stdout for command in ("compress", "comb", "demo"))
+
+
+def test_python_m_and_lazy_imports() -> None:
+    code = (
+        "import sys, cpd; before = set(sys.modules); import cpd.cli; new = set(sys.modules) - before\n"
+        "assert not new & {'torch', 'timm', 'torchvision', 'onnx', 'accelerate'}, new"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-m", "cpd", "--version"], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith("cpd ")

@@ -1,0 +1,78 @@
+"""Many models and several backends timed in one run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import cpd
+from cpd.deploy.latency import LatencyProbe
+
+IMAGE = torch.randn(1, 3, 64, 64)
+
+
+def test_many_models_are_timed_in_one_run():
+    small, large = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Conv2d(3, 64, 3), nn.Conv2d(64, 64, 3))
+    found = cpd.measure_latency(
+        {"large": large, "small": small, "again": large}, IMAGE, backends=["onnxruntime", "torch"], batch_size=2,
+        seconds=0.3, min_runs=6,
+    )  # fmt: skip
+    assert [(row.name, row.backend) for row in found.rows] == [
+        (name, backend) for backend in ("onnxruntime", "torch") for name in ("large", "small", "again")
+    ]
+    assert found.samples == 2
+    assert found["large"].speedup == 1.0
+    assert found["small"].speedup_low > 2
+    assert 0.5 < found["again"].speedup < 2
+    assert json.loads(json.dumps(found.to_dict()))["runs"] == found.runs >= 6
+
+
+def test_a_backend_is_twenty_lines():
+    class Sleepy:
+        name = "sleepy"
+
+        def open(self, model: Any, call: Any) -> Callable[[], object]:
+            return lambda: sum(range(10_000 * model))
+
+    found = cpd.measure_latency({"a": 4, "b": 1}, IMAGE, backends=[Sleepy()], seconds=0.1, min_runs=6)
+    assert found["b"].speedup > 2
+
+
+def test_compiled_models_are_timed():
+    found = cpd.measure_latency({"a": nn.Linear(8, 8)}, torch.randn(2, 8), backends=["torch.compile"], seconds=0.1,
+                                min_runs=6)  # fmt: skip
+    assert found["a"].median_ms > 0
+
+
+def test_backends_that_are_not_there_say_so(monkeypatch):
+    model = nn.Conv2d(3, 8, 3)
+    with pytest.raises(cpd.InputError, match="Unknown backend 'tpu'"):
+        cpd.measure_latency({"a": model}, IMAGE, backends=["tpu"])
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(cpd.InputError, match="pip install openvino"):
+        cpd.measure_latency({"a": model}, IMAGE, backends=["openvino"])
+    with pytest.raises(cpd.InputError, match="no CUDAExecutionProvider"):
+        cpd.measure_latency({"a": model}, IMAGE, backends=["cuda"])
+    with pytest.raises(cpd.InputError, match="at least one model"):
+        cpd.measure_latency({}, IMAGE)
+    with pytest.raises(cpd.InputError, match="batch size"):
+        cpd.measure_latency({"a": model}, IMAGE, batch_size=0)
+    with pytest.raises(cpd.InputError, match=r"runs torch\.nn\.Modules"):
+        cpd.measure_latency({"a": b""}, IMAGE, backends=["torch"])
+
+
+def test_of_several_batches_the_slowest_counts(quick):
+    """At 64 pixels half of the width saves much, at 4 pixels next to nothing."""
+    large, small = nn.Conv2d(3, 256, 3, padding=1), nn.Conv2d(3, 16, 3, padding=1)
+    probe = LatencyProbe(large, IMAGE, others=[torch.randn(1, 3, 4, 4)])
+    both = probe.compare(small, seconds=0.4, min_runs=6)
+    alone = LatencyProbe(large, IMAGE).compare(small, seconds=0.2, min_runs=6)
+    assert both.speedup < alone.speedup
+    largest = probe.compare(small, seconds=0.4, min_runs=6, slowest=lambda found: -found.candidate_ms)
+    assert largest.speedup > both.speedup

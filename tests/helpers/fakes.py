@@ -1,0 +1,38 @@
+"""Stand-ins for what the command line calls."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from cpd.report.report import Report
+
+
+class Fakes:
+    """Stand-ins for the library's functions, which record what they were given."""
+
+    def __init__(self, report: Report) -> None:
+        self.report = report
+        self.calls: list[dict[str, Any]] = []
+        self.error: BaseException | None = None
+
+    def compress(self, model: nn.Module, **kwargs: Any) -> Any:
+        if self.error is not None:
+            raise self.error
+        self.calls.append({"model": model, **kwargs})
+        return SimpleNamespace(report=self.report, speedup=self.report.speedup, model=model)
+
+    def comb(self, model: nn.Module, example_inputs: Any) -> Any:
+        self.calls.append({"model": model, "example_inputs": example_inputs})
+        members = tuple(f"layer{i}.weight dim 0" for i in range(5))
+        groups = (
+            SimpleNamespace(
+                name="open[1]", size=64, minimum=2, frozen=None, exact=True, members=members, ties=("heads",)
+            ),
+            SimpleNamespace(
+                name="fc", size=10, minimum=1, frozen="an output", exact=False, members=members[:1], ties=()
+            ),
+        )
+        return SimpleNamespace(groups=groups, open_share={"parameters": 0.987, "macs": 0.5}, frozen_share=())

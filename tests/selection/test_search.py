@@ -1,0 +1,116 @@
+"""The search that ends on a measured target, however wrong the prediction."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cpd
+from cpd.selection.limits import Limits
+from cpd.selection.search import reach
+from cpd.selection.selector import Selector
+from cpd.selection.target import Target
+
+IMAGE = torch.randn(1, 3, 64, 64)
+
+
+class Stopwatch:
+    """Latencies from a formula, off from the prediction by a power, for a search without exports."""
+
+    def __init__(self, combed: Any, power: float) -> None:
+        self.combed, self.power, self.full = combed, power, combed.cost({}).macs
+        self.observed: list[tuple[float, float]] = [(0.0, 0.0)]
+        self.exports = 0
+
+    def raw(self, counts: Any) -> float:
+        return math.log(self.full / self.combed.cost(counts).macs)
+
+    # what the search asks of the latency model
+    def speedup(self, counts: Any) -> float:
+        found, real = zip(*sorted(self.observed), strict=True)
+        raw = self.raw(counts)
+        return math.exp(np.interp(raw, found, real) if raw < found[-1] else raw + real[-1] - found[-1])
+
+    def observe(self, counts: Any, speedup: float) -> None:
+        self.observed.append((self.raw(counts), math.log(speedup)))
+
+    def milliseconds(self, counts: Any) -> float:
+        return 10 / self.speedup(counts)
+
+    def local(self, counts: Any) -> dict[Any, float]:
+        return {}
+
+    # and of the probe
+    def compare(self, model: nn.Module, **_: Any) -> Any:
+        self.exports += 1
+        macs = cpd.comb(model, IMAGE).cost({}).macs
+        speedup = (self.full / macs) ** self.power
+        return SimpleNamespace(speedup=speedup, original_ms=10.0, candidate_ms=10.0 / speedup)
+
+
+@pytest.fixture(scope="module")
+def selector() -> Selector:
+    torch.manual_seed(0)
+    layers = [part for width in (3, 64, 128, 96, 64, 128) for part in (nn.LazyConv2d(2 * width, 3), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.LazyConv2d(4, 1)).eval()
+    model(IMAGE)
+    combed = cpd.comb(model, IMAGE)
+    return Selector(combed, cpd.score(model, combed, criterion="magnitude"), Limits(round_to=8))
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("target", [Target("target_speedup", 2.0), Target("target_latency_ms", 5.0)])
+def test_the_search_ends_on_target_however_wrong_the_prediction(selector, power, target):
+    watch = Stopwatch(selector.comb, power)
+    best, tried = reach(selector.comb.model, selector, watch, watch, target, 10.0)
+    assert abs(best.attained - 1) < 0.05
+    assert best.speedup == pytest.approx(2, rel=0.05)
+    assert len(tried) == watch.exports <= 4
+
+
+def test_a_target_out_of_reach_says_what_can_be(selector):
+    watch = Stopwatch(selector.comb, 0.1)
+    with pytest.raises(cpd.TargetError, match=r"target_speedup=9 cannot be reached.*times as fast.*Ask for 1\.\d"):
+        reach(selector.comb.model, selector, watch, watch, Target("target_speedup", 9.0), 10.0)
+    with pytest.raises(cpd.TargetError, match="nothing to do"):
+        reach(selector.comb.model, selector, watch, watch, Target("target_latency_ms", 11.0), 10.0)
+
+
+def test_a_leap_over_the_target_is_taken_back(selector):
+    """A figure that leaps by one step: other groups come back, as far as it goes."""
+    combed, cost, full = selector.comb, selector.comb.cost, selector.comb.cost({}).macs
+    stem = combed.open[0]
+
+    def figure(counts: Any) -> float:
+        return full / cost(counts).macs * (1.5 if counts[stem.axis] < stem.size else 1.0)
+
+    steps = [figure(selector.counts(step)) for step in range(len(selector._path))]
+    index = next(i for i, (a, b) in enumerate(itertools.pairwise(steps)) if b / a > 1.4)
+    target = steps[index] * 1.2
+    counts = selector.reach(figure, target)
+    assert target <= figure(counts) < steps[index + 1]
+    assert cost(counts).macs > cost(selector.counts(index + 1)).macs
+
+
+def test_a_wider_layer_that_is_as_fast_is_kept_wide(selector):
+    class Teeth:
+        """Vectors of 32."""
+
+        def milliseconds(self, counts: Any) -> float:
+            return sum(math.ceil(width / 32) for axis, width in counts.items() if axis in axes)
+
+        def local(self, counts: Any) -> dict[Any, float]:
+            return {axis: math.ceil(counts[axis] / 32) for axis in axes}
+
+    groups = selector.comb.open[1:3]
+    axes = {group.axis for group in groups}
+    counts = {group.axis: group.size for group in selector.comb.groups} | {group.axis: 40 for group in groups}
+    found = selector.widened(counts, Teeth())
+    assert [found[group.axis] for group in groups] == [64, 64]

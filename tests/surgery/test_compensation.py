@@ -1,0 +1,114 @@
+"""Compensation and recovery against what they promise."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import cpd
+from cpd.surgery.compensation import compensate
+from cpd.surgery.recovery import logits_error, recover
+from helpers.layers import Net, batches
+from helpers.zoo import comb, dense, random_plan, randomize
+
+
+def narrowed(model: nn.Module, share: float = 0.4) -> tuple[nn.Module, cpd.Plan]:
+    combed = comb(model, batches()[0][0][:1].to(next(model.parameters()).dtype))
+    plan = random_plan(combed, share, at_least=1)
+    return cpd.shrink(copy.deepcopy(model), plan), plan
+
+
+def test_compensation_brings_the_outputs_back():
+    model = randomize(Net().eval(), 0)
+    narrow, plan = narrowed(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    held_out = batches(seed=9)
+    error = logits_error(narrow, model, held_out)
+    refits = compensate(narrow, model, plan, batches(samples=256))
+    assert {item.weight for item in refits} == {n for n, p in model.named_parameters() if p.dim() > 1}
+    assert all(item.after <= item.before for item in refits)
+    assert logits_error(narrow, model, held_out) < 0.1 * error
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_channel_that_others_hold_is_made_up_for_exactly():
+    """Channel 4 is the sum of 1 and 2: removing it changes nothing once its reader has been refitted."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 5)).double()
+    with torch.no_grad():
+        model[0].weight[4] = model[0].weight[1] + model[0].weight[2]
+        model[0].bias[4] = model[0].bias[1] + model[0].bias[2] + 0.3
+    x = torch.randn(400, 6, dtype=torch.double)
+    combed = comb(model, x[:1])
+    plan = combed.plan({"0": [i for i in range(8) if i != 4]})
+    narrow = cpd.shrink(copy.deepcopy(model), plan)
+    before = logits_error(narrow, model, [(x, None)])
+    compensate(narrow, model, plan, [(x, None)])
+    assert before > 0.05
+    assert logits_error(narrow, model, [(x, None)]) < 1e-6
+
+
+def test_an_unpruned_model_is_left_alone():
+    model = randomize(Net().eval(), 0)
+    copied = copy.deepcopy(model)
+    compensate(copied, model, comb(model, batches()[0][0][:1]).plan({}), batches())
+    for name, tensor in copied.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_compensation_of_attention():
+    torch.manual_seed(0)
+    model = randomize(timm.create_model("test_vit", img_size=32, patch_size=8, num_classes=5).eval(), 0)
+    data = [(F.interpolate(x, 32), y) for x, y in batches(samples=192)]
+    plan = random_plan(combed := comb(model, data[0][0][:1]), 0.3, at_least=1)
+    assert any(item.frozen is None for item in combed.groups)
+    narrow = cpd.shrink(copy.deepcopy(model), plan)
+    before = logits_error(narrow, model, data)
+    compensate(narrow, model, plan, data)
+    assert logits_error(narrow, model, data) < 0.5 * before
+
+
+class Unsteady(Net):
+    """Runs another way once it is narrower."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.conv1.weight.shape[0] < 16:
+            x = x + 0 * F.linear(x, self.head.weight[:1, :1].expand(x.shape[-1], x.shape[-1]))
+            x = F.pad(x, (0, 1))
+        return super().forward(x)
+
+
+def test_models_that_run_in_another_way_are_refused_and_kept():
+    model = Unsteady().eval()
+    narrow = Unsteady(width=8).eval()
+    before = {name: tensor.clone() for name, tensor in narrow.state_dict().items()}
+    plan = comb(Net().eval(), batches()[0][0][:1]).plan({})
+    with pytest.raises(cpd.InputError, match="run alike"):
+        compensate(narrow, model, plan, batches())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in narrow.state_dict().items())
+    found = recover(narrow, model, plan, batches())
+    assert "compensation" not in found.errors
+    assert found.failure is not None
+
+
+def test_recovery_keeps_what_comes_nearest():
+    model = randomize(Net().eval(), 0)
+    narrow, plan = narrowed(model)
+    data = batches(samples=256)
+    found = recover(narrow, model, plan, data)
+    assert found.chosen == min(found.errors, key=found.errors.get)
+    assert found.errors.keys() == {"nothing", "recalibration", "compensation", "compensation and recalibration"}
+    assert logits_error(narrow, model, data, 16) == pytest.approx(found.errors[found.chosen])
+    assert found.errors[found.chosen] < 0.1 * found.errors["nothing"]
+
+
+def test_dense_models_stay_in_their_precision():
+    model = dense(Net())
+    narrow, plan = narrowed(model)
+    compensate(narrow, model, plan, [(x.double(), y) for x, y in batches()])
+    assert {tensor.dtype for tensor in narrow.parameters()} == {torch.double}
