@@ -55,7 +55,7 @@ def test_nothing_in_it_is_executed(tmp_path: Path) -> None:
         "/tensors/a", "/tensors/b/0", "/tensors/b/1", "/numbered/0/step"
     }  # fmt: skip
     with safetensors.safe_open(checkpoint.path, "pt") as file:
-        assert json.loads(file.metadata()["cpd"])["format"] == 1
+        assert json.loads(file.metadata()["cpd"])["format"] == 2
     with pytest.raises(CheckpointError, match="cannot hold"):
         checkpoint.write({"model": object()})
     assert checkpoint.read() is not None

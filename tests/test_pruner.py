@@ -214,7 +214,7 @@ def test_what_the_data_was_too_short_for_goes_at_the_end() -> None:
         schedule=cpd.Schedule("linear", end=1.0, interval=5), criterion="magnitude",
     )  # fmt: skip
     assert result.report.result.parameters <= 0.5 * result.report.original.parameters
-    assert any("ended before the schedule" in note for note in result.report.notes)
+    assert any("ran out before the pruning schedule" in note for note in result.report.notes)
 
 
 def test_the_report_names_the_training() -> None:
