@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleRenderable, RenderableType
 from rich.logging import RichHandler
 from rich.text import Text
 
@@ -112,7 +112,10 @@ def register(app: typer.Typer, function: Callable[..., Output], *examples: str) 
                 return
             console = Console()
             for item in output.shown:
-                console.print(Text(item) if isinstance(item, str) else item, soft_wrap=isinstance(item, str))
+                if isinstance(item, str):
+                    console.print(Text(in_options(item, given)), soft_wrap=True)
+                else:
+                    console.print(item)
 
     kind = inspect.Parameter.KEYWORD_ONLY
     shared = [inspect.Parameter(name, kind, default=value, annotation=hint) for name, hint, value in _SHARED]
@@ -137,12 +140,24 @@ def exit_code(error: CPDError) -> int:
     return WRONG if isinstance(error, InputError) else FAILED
 
 
+class _Log(RichHandler):
+    """Shows the log in the words of the command line."""
+
+    def __init__(self, given: Mapping[str, Any], **settings: Any) -> None:
+        super().__init__(**settings)
+        self._given = given
+
+    def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
+        """The message as it is shown."""
+        return super().render_message(record, in_options(message, self._given))
+
+
 @contextlib.contextmanager
 def _running(quiet: bool, verbose: bool, debug: bool, given: Mapping[str, Any]) -> Iterator[None]:
     """Show the log of `cpd` on stderr; turn a `CPDError` into one line and an exit code (unless `debug`)."""
     logger = logging.getLogger("cpd")
     console = Console(stderr=True)
-    handler = RichHandler(console=console, show_path=False, log_time_format="%H:%M:%S")
+    handler = _Log(given, console=console, show_path=False, log_time_format="%H:%M:%S")
     level, propagate = logger.level, logger.propagate
     quiet = quiet or not is_first_process()
     logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -266,3 +268,30 @@ def test_python_m_and_lazy_imports() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
     done = subprocess.run([sys.executable, "-m", "cpd", "--version"], check=True, capture_output=True, text=True)
     assert done.stdout.startswith("cpd ")
+
+
+def test_log_and_notes_are_in_the_words_of_the_command_line(
+    fakes: Fakes, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes.report = dataclasses.replace(fakes.report, notes=("Pass data=loader to keep it.",))
+
+    def compress(model: nn.Module, **kwargs: Any) -> Any:
+        logging.getLogger("cpd").info("round_to=8 and [1] are kept")
+        return fakes.compress(model, **kwargs)
+
+    monkeypatch.setattr(cpd, "compress", compress, raising=False)
+    result = run("compress", "timm:test_resnet", "--no-pretrained")
+    assert "Note: Pass --data FOLDER to keep it." in result.stdout
+    assert "--round-to 8 and [1] are kept" in result.stderr
+
+
+def test_a_teacher_by_name(fakes: Fakes, run: Any, tmp_path: Path) -> None:
+    result = run("compress", "timm:test_resnet", "--no-pretrained", "--teacher", "timm:test_vit")
+    assert result.exit_code == 0, result.stderr
+    (call,) = fakes.calls
+    assert (type(call["model"]).__name__, type(call["teacher"]).__name__) == ("ResNet", "VisionTransformer")
+    assert not call["teacher"].training
+    result = run("compress", "timm:test_resnet", "--no-pretrained", "--teacher", tmp_path)
+    assert (result.exit_code, "no folder that result.save wrote" in result.stderr) == (1, True)
+    assert run("compress", "timm:test_resnet", "--no-pretrained", "--teacher", "timm:nothing").exit_code == 2
+    assert len(fakes.calls) == 1
