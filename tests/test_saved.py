@@ -100,13 +100,12 @@ def test_a_recipe_asks_for_the_same_run(
     result = run("compress", "--config", recipe)
     assert result.exit_code == 0, result.stderr
     (call,) = fakes.calls
-    told = {name: call[name] for name in ("target_macs", "epochs", "round_to", "seed", "criterion", "lr", "source")}
-    assert told == {
-        "target_macs": 0.5, "epochs": 2, "round_to": 2, "seed": 3, "criterion": "taylor", "lr": 1e-3,
-        "source": 'timm:test_resnet,num_classes=2,channels=[8,8,8,8],stem_width=8',
-    }  # fmt: skip
-    assert call["schedule"] == cpd.Schedule("cubic", warmup=0.1, end=0.6, interval=1)
-    assert call["training"] == cpd.DistillConfig(optimizer="adamw", lr=1e-3, temperature=2.0, ema=0.9)
+    assert call["source"] == "timm:test_resnet,num_classes=2,channels=[8,8,8,8],stem_width=8"
+    assert call["config"] == cpd.PruneConfig(
+        target_macs=0.5, round_to=2, seed=3, criterion="taylor",
+        schedule=cpd.Schedule("cubic", start=0.1, end=0.6, interval=1),
+    )  # fmt: skip
+    assert call["training"] == cpd.DistillConfig(epochs=2, optimizer="adamw", lr=1e-3, temperature=2.0, ema=0.9, seed=3)
     assert call["example_inputs"].shape == (1, 3, 32, 32)
     before, after = (yaml.safe_load(path.read_text()) for path in (recipe, Path("command_line", "recipe.yaml")))
     assert {key: after[key] for key in before} == before
@@ -118,7 +117,7 @@ def test_a_recipe_asks_for_the_same_run(
 RUNS: dict[str, dict[str, Any]] = {
     "one_shot": {"training": cpd.DistillConfig(optimizer="adamw", ema=0.9)},
     "scheduled": {
-        "schedule": cpd.Schedule("cubic", end=0.6, warmup=0.1),
+        "schedule": cpd.Schedule("cubic", end=0.6, start=0.1),
         "training": cpd.DistillConfig(kd="mse", features=["conv"]),
     },
     "summed": {
