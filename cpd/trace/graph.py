@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from cpd.model.inputs import Call
 
 _TORCH = str(Path(torch.__file__).parent)
+_CPD = str(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +108,7 @@ class Parts(nn.Module):
 
 def is_user_code(filename: str) -> bool:
     """Whether a file belongs neither to torch nor to cpd."""
-    return not filename.startswith((_TORCH, "<", str(Path(__file__).parents[1])))
+    return not filename.startswith((_TORCH, "<", _CPD))
 
 
 def op_name(node: Node) -> str:
