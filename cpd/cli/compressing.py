@@ -158,13 +158,14 @@ class Images:
 
 def _configs(options: dict[str, Any], data: Path | None) -> tuple[PruneConfig, DistillConfig]:
     """What was given of the options of pruning and of the training; checked before anything is loaded."""
-    if options["kd"] is None and data is not None:
+    pruning, training = values(PruneConfig, options), values(DistillConfig, options)
+    if data is not None:
         from cpd.cli.folders import image_folders
         from cpd.segmentation import has_maps
 
-        options["kd"] = "cwd" if has_maps(image_folders(data)[0]) else "kl"
-    training = DistillConfig(**values(DistillConfig, {**options, "seed": options["seed"]}))
-    return PruneConfig(**values(PruneConfig, options)), training
+        maps = has_maps(image_folders(data)[0])
+        training.setdefault("kd", "cwd" if maps else "kl")
+    return PruneConfig(**pruning), DistillConfig(**training)
 
 
 def _prepared(

@@ -140,7 +140,7 @@ def test_a_model_of_which_nothing_can_be_traced_says_what_to_do() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x * self.weight[:, None, None] if x.sum() > 0 else x
 
-    with pytest.raises(TraceError, match=r"cannot trace Opaque at .*test_proof\.py:\d+") as raised:
+    with pytest.raises(TraceError, match=r"cannot trace Opaque at .*test_parts\.py:\d+") as raised:
         cpd.comb(Opaque().double().eval(), MAP)
     assert isinstance(raised.value, cpd.TraceError)
     assert "Call cpd.comb on one that does, e.g. cpd.comb(model.backbone" in str(raised.value)
