@@ -55,7 +55,7 @@ def test_backends_that_are_not_there_say_so(monkeypatch):
     with pytest.raises(cpd.InputError, match="Unknown backend 'tpu'"):
         cpd.measure_latency({"a": model}, IMAGE, backends=["tpu"])
     monkeypatch.setitem(sys.modules, "openvino", None)
-    with pytest.raises(cpd.InputError, match=""cpd\[openvino\]""):
+    with pytest.raises(cpd.InputError, match=r"cpd\[openvino\]"):
         cpd.measure_latency({"a": model}, IMAGE, backends=["openvino"])
     with pytest.raises(cpd.InputError, match="no CUDAExecutionProvider"):
         cpd.measure_latency({"a": model}, IMAGE, backends=["cuda"])
