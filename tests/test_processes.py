@@ -138,7 +138,9 @@ def job_end(folder: str) -> list[str]:
     return threads_of_gloo()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the threads")
+@pytest.mark.skipif(
+    sys.platform != "linux" or torch.__version__ < "2.14", reason="asks /proc for threads, which torch names since 2.14"
+)
 def test_no_thread_outlives_the_program(tmp_path: Path) -> None:
     found, _ = launched("job_end", tmp_path, 2)
     assert found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
@@ -130,6 +131,8 @@ def _plain(attributes: dict) -> dict[str, str]:
     def text(name: str, value: object) -> str:
         if isinstance(value, dict) and (name in ("_parameters", "_buffers", "_modules") or "hooks" in name):
             return repr([(key, id(item)) for key, item in value.items()])
+        if isinstance(value, list) and any(isinstance(item, weakref.ref) for item in value):
+            return repr([id(item and item()) for item in value])  # torch makes the references anew
         return (
             repr(value) if isinstance(value, (int, float, str, tuple, list, dict, set, type(None))) else str(id(value))
         )
