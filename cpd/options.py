@@ -80,10 +80,9 @@ def check_options(config: Any) -> None:
             raise InputError(f"{item.name} must be {item.check.wanted}{', or None' * item.optional}; got {value!r}.")
 
 
-def changed(config: Any, usual: Any = None) -> dict[str, Any]:
-    """The options of a config that differ from the defaults, or from those of another config."""
-    found = {item.name: getattr(usual, item.name, item.default) for item in options_of(config)}
-    return {name: value for name, value in vars(config).items() if value != found[name]}
+def changed(config: Any) -> dict[str, Any]:
+    """The options of a config that differ from the defaults."""
+    return {item.name: value for item in options_of(config) if (value := getattr(config, item.name)) != item.default}
 
 
 def check_names(given: Collection[str], known: Collection[str], what: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import json
 import logging
@@ -23,6 +22,7 @@ from rich.text import Text
 
 from cpd.cli.wording import in_options
 from cpd.errors import CPDError, InputError, NothingToPruneError, TargetError
+from cpd.options import check_names
 
 FAILED, WRONG, OUT_OF_REACH, INTERRUPTED = 1, 2, 3, 130
 #: Where the options of a command are written, beside its result.
@@ -57,13 +57,10 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     if not isinstance(found, Mapping):
         raise typer.BadParameter(f"{path} holds no options: lines such as `target_speedup: 2` are wanted.")
     options = {str(key).replace("-", "_"): value for key, value in found.items()}
-    for key in options:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, 1)
-            meant = f" Is {near[0]} meant?" if near else ""
-            raise typer.BadParameter(
-                f"{path}: {context.command.name} has no option {key}.{meant} It has: {', '.join(sorted(names))}."
-            )
+    try:
+        check_names(options, names, f"{path}: {context.command.name}")
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
     context.default_map = {**(context.default_map or {}), **{k: v for k, v in options.items() if v is not None}}
     return path
 
