@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from cpd.model.inputs import Call
+from cpd.plan import Cache
 
 _TORCH = str(Path(torch.__file__).parent)
 _CPD = str(Path(__file__).parents[1])
@@ -30,6 +31,7 @@ class OperationGraph:
         call: the example inputs; those of each part, where the model cannot be traced whole.
         parts: paths of the submodules that were traced in the model's place, where it cannot be traced whole.
         seconds: wall-clock time that the export took.
+        caches: attributes in which the forward kept tensors.
     """
 
     module: GraphModule
@@ -39,6 +41,7 @@ class OperationGraph:
     call: Call
     parts: tuple[str, ...] = ()
     seconds: float = 0.0
+    caches: tuple[Cache, ...] = ()
 
     def runner(self, model: nn.Module) -> nn.Module:
         """What `call` is a call of: `model` itself, or its parts."""
