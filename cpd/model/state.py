@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType, ModuleType
 from typing import Any, TypeAlias
 
@@ -277,22 +277,49 @@ def cold(model: nn.Module, call: Call) -> tuple[nn.Module, list[Cache]]:
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffers[id(buffer)]
     sites = _sites(base)
-    expected = _ran(base, call, ()) if sites else None
-    without_values = bool(sites) and _ran(base, call, (), meta=True) is not None
+    alone = _calls(base, call, [paths[0] for paths, _ in sites]) if sites else {}
+    expected: _Run | None = None
     emptied: list[Cache] = []
-    for paths, names in sites if expected is not None else ():
+    for paths, names in sites:
         known: set[str] = set()
-        again = {name for name in names if (paths[0], name) in expected.filled}  # type: ignore[union-attr]
-        for trial, concerned in _trials(base, paths, names, again):
-            if not concerned - known or (without_values and not _ran(base, call, [*emptied, *trial], meta=True)):
-                continue  # the second tells at little cost what cannot be
+        for trial, concerned in _trials(base, paths, names):
+            if not concerned - known or not _may_fill(base, paths[0], alone, trial, concerned):
+                continue
+            expected = expected or _ran(base, call, ())
             found = _ran(base, call, [*emptied, *trial])
-            if found is not None and _same(found.output, expected.output):  # type: ignore[union-attr]
+            if expected is not None and found is not None and _same(found.output, expected.output):
                 filled = {name for name in concerned if all((path, name) in found.filled for path in paths)}
+                again = {name for name in filled if (paths[0], name) in expected.filled}  # by every forward
+                filled -= again if len(concerned) > 1 else set()
                 emptied += trial if filled - known else ()
                 known |= filled
     forget(base, emptied)
     return base, emptied
+
+
+def _calls(model: nn.Module, call: Call, paths: Iterable[str]) -> dict[str, Call] | None:
+    """How a forward calls some modules, without values; None where the model needs some."""
+    copy = skeleton(model, {}, meta=True)
+    found: dict[str, Call] = {}
+    for path in paths:
+        copy.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, kwargs, path=path: found.setdefault(path, Call(args, kwargs)) and None, with_kwargs=True
+        )
+    return found if _ran_on(copy, call.to("meta")) is not None else None
+
+
+def _may_fill(
+    model: nn.Module, path: str, calls: dict[str, Call] | None, trial: list[Cache], concerned: set[str]
+) -> bool:
+    """Whether a module alone, without values, fills a buffer again: told at little cost, as many models have some."""
+    if any(name in dict(attributes_of(model.get_submodule(path))) for name in concerned):
+        return True  # rare, and filling it may take values
+    if calls is None or path not in calls:
+        return False
+    module = skeleton(model.get_submodule(path), {}, meta=True)
+    forget(module, [replace(cache, module="") for cache in trial if cache.module == path])
+    run = _ran_on(module, calls[path])
+    return run is not None and any(("", name) in run.filled for name in concerned)
 
 
 def _sites(model: nn.Module) -> list[tuple[list[str], list[str]]]:
@@ -307,9 +334,7 @@ def _sites(model: nn.Module) -> list[tuple[list[str], list[str]]]:
     return [(paths, names) for (_, *names), paths in found.items()]
 
 
-def _trials(
-    model: nn.Module, paths: list[str], names: list[str], again: set[str]
-) -> Iterator[tuple[list[Cache], set[str]]]:
+def _trials(model: nn.Module, paths: list[str], names: list[str]) -> Iterator[tuple[list[Cache], set[str]]]:
     """Ways to empty caches of some modules of one class, each with the attributes that may then be filled again.
 
     First the keys: one that does not fit makes a forward fill anew what it keeps under it. Then each attribute itself.
@@ -318,7 +343,6 @@ def _trials(
         model: the model.
         paths: of the modules.
         names: of the attributes that hold tensors.
-        again: those that every forward fills anew.
     """
     own = dict(attributes_of(model.get_submodule(paths[0])))
     keys = {
@@ -328,7 +352,7 @@ def _trials(
         if type(value) in kinds and name != "training" and value != new
     }
     shapes = {name: None for name, new in keys.items() if new is None}
-    plain = {name for name in names if name in own} - again
+    plain = {name for name in names if name in own}
     for reset in (shapes, *({name: new} for name, new in list(keys.items())[:MAX_KEYS])) if plain else ():
         if reset:
             yield [Cache(path, name, "value", new) for path in paths for name, new in reset.items()], plain
@@ -347,15 +371,20 @@ class _Run:
     filled: set[Site]
 
 
-def _ran(model: nn.Module, call: Call, caches: Iterable[Cache], *, meta: bool = False) -> _Run | None:
+def _ran(model: nn.Module, call: Call, caches: Iterable[Cache]) -> _Run | None:
     """Run a copy of a model with some caches emptied; None where that fails."""
-    trial = skeleton(model, {}, meta=meta)
+    trial = skeleton(model, {})
     forget(trial, caches)
-    snapshot = Snapshot(trial)
-    with code_memory_preserved(trial), torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(trial):
+    return _ran_on(trial, call)
+
+
+def _ran_on(model: nn.Module, call: Call) -> _Run | None:
+    """Run a model that is thrown away; None where that fails."""
+    snapshot = Snapshot(model)
+    with code_memory_preserved(model), torch.random.fork_rng(devices=[]), torch.no_grad(), evaluating(model):
         torch.manual_seed(0)
         try:
-            output = tree_leaves((call.to("meta") if meta else call).on(trial))
+            output = tree_leaves(call.on(model))
         except Exception:  # the user's forward may raise anything
             return None
     return _Run(output, snapshot.filled(snapshot.changed()))
