@@ -23,7 +23,7 @@ from cpd.algebra.axes import Axis, Dim, Fixed, Mask
 from cpd.algebra.ties import Tie
 from cpd.coupling.cost import Cost, FrozenShare
 from cpd.coupling.exactness import Exactness
-from cpd.errors import PlanError
+from cpd.errors import InputError, PlanError
 from cpd.model.inputs import as_call, check_model
 from cpd.model.state import cold, preserved
 from cpd.model.tensors import every_tensor
@@ -31,7 +31,7 @@ from cpd.plan import Cache, Plan, Rescale
 from cpd.proof.auxiliary import auxiliary_graph
 from cpd.proof.constants import Scale
 from cpd.proof.copies import edits
-from cpd.proof.proof import Proof
+from cpd.proof.proof import MAX_COPIES, Proof
 from cpd.proof.provenance import Place
 from cpd.rules import Context, infer
 from cpd.rules.contraction import KERNEL
@@ -255,18 +255,22 @@ def _mask(named: Mapping[str, Group], name: str, positions: Any) -> Mask:
     return mask
 
 
-def comb(model: nn.Module, example_inputs: Any) -> Comb:
+def comb(
+    model: nn.Module, example_inputs: Any, *, proof_copies: int = MAX_COPIES, proof_seconds: float | None = None
+) -> Comb:
     """Find the coupling groups of `model`; the model is never changed.
 
     Args:
         model: any module that `torch.export` can trace in eval mode.
         example_inputs: a tensor, a tuple, or `(tuple, dict)`.
+        proof_copies: how many narrower copies are tried, at least 1; what is not proved by then is frozen.
+        proof_seconds: after how long the same happens; None: never, so that the same model gives the same groups.
 
     Returns:
         A `Comb`: `groups`, `graph`, and `plan(...)`.
 
     Raises:
-        InputError: if `model` is no module, or fails on `example_inputs`.
+        InputError: if `model` is no module, or fails on `example_inputs`, or a bound is not above 0.
         TraceError: if the model cannot be exported.
 
     Examples:
@@ -288,6 +292,8 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
         "the model's output [linear in 4, ...]"
     """
     check_model(model)
+    if not proof_copies >= 1 or not (proof_seconds is None or proof_seconds > 0):
+        raise InputError(f"proof_copies ({proof_copies}) must be at least 1, proof_seconds ({proof_seconds}) above 0.")
     call = as_call(example_inputs)
     with preserved(model):
         new, emptied = cold(model, call)
@@ -300,7 +306,9 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
         named = every_tensor(new)
         dims = {name: tensors[name] for name in named if name in tensors}
         _freeze_tables(ctx, dims, named)
-        proof = Proof(new, ctx, dims, in_train_mode=auxiliary is not None)
+        proof = Proof(
+            new, ctx, dims, in_train_mode=auxiliary is not None, max_copies=proof_copies, max_seconds=proof_seconds
+        )
         proof.run()
     inexact = Exactness(ctx).inexact
     for scale in proof.scales:
