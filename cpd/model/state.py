@@ -128,9 +128,9 @@ class Snapshot:
 
 
 def holds_tensor(value: Any, depth: int = DEPTH, *, values: bool = False) -> bool:
-    """Whether a value is a tensor, or a container of some; if `values`, one that has elements."""
+    """Whether a value is a tensor but no parameter, or a container of some; if `values`, one that has elements."""
     if isinstance(value, Tensor):
-        return not values or value.numel() > 0
+        return not isinstance(value, nn.Parameter) and (not values or value.numel() > 0)
     if depth == 0 or not isinstance(value, (dict, list, tuple, set, deque)):
         return False
     return any(holds_tensor(item, depth - 1, values=values) for item in items_of(value))
@@ -358,9 +358,8 @@ def _trials(model: nn.Module, paths: list[str], names: list[str]) -> Iterator[tu
             yield [Cache(path, name, "value", new) for path in paths for name, new in reset.items()], plain
     for name in names:
         single = isinstance(own.get(name), Tensor) or name not in own
-        for way in ("empty", "value", "absent") if single else ("entries",):
-            if name in own or way != "empty":
-                yield [Cache(path, name, way) for path in paths], {name}
+        for way in ("value", "absent", *(("empty",) if name in own else ())) if single else ("entries",):
+            yield [Cache(path, name, way) for path in paths], {name}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from cpd.model.state import code_memory_preserved
 from cpd.model.tensors import every_tensor
 from cpd.proof.replay import predicted
 from cpd.rules import Context, arguments
+from cpd.trace.graph import writes_state
 from cpd.trace.quiet import garbage_collection_paused, quiet
 from cpd.trace.standins import StandIns, stand_in
 
@@ -126,7 +127,7 @@ def calls_as_predicted(model: nn.Module, ctx: Context, counts: Mapping[Axis, int
                     values[node] = next(leaves)
             elif node.op == "get_attr":
                 values[node] = getattr(graph.module, str(node.target)).to("meta")
-            elif node.op == "call_function":
+            elif node.op == "call_function" and not writes_state(node):
                 args, kwargs = given(node)
                 values[node] = stand_in(node.target)(*args, **kwargs)
                 value, dims = values[node], ctx.values.get(node)

@@ -128,6 +128,11 @@ def shape_of(node: Node) -> tuple[int, ...]:
     return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else ()
 
 
+def writes_state(node: Node) -> bool:
+    """Whether export has added a node at the end of a graph: a buffer takes the value that the forward gave it."""
+    return node.name.startswith("copy__default") and not node.users
+
+
 def owners(node: Node) -> list[str]:
     """Paths of the modules whose forward the node was called in, innermost first; "" is the model."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -171,7 +176,9 @@ def pair(old: OperationGraph, new: OperationGraph) -> tuple[dict[Node, Node], No
     Returns:
         The pairs, and the first operation of `old` that has no twin; None where all have one.
     """
-    left, right = ([n for n in graph.operations if op_name(n) not in _IDLE] for graph in (old, new))
+    left, right = (
+        [n for n in graph.operations if op_name(n) not in _IDLE and not writes_state(n)] for graph in (old, new)
+    )
     pairs: dict[Node, Node] = {}
     for before, after in zip(left, right, strict=False):
         if op_name(before) != op_name(after):

@@ -11,6 +11,7 @@ import logging
 import time
 import traceback
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from cpd.errors import InputError, TraceError, first_line
 from cpd.model.inputs import Call, as_call, as_exported, check_model, evaluating, in_mode, plain_attention
 from cpd.model.state import code_memory_preserved, preserved
-from cpd.model.tensors import plain_tensors
+from cpd.model.tensors import every_tensor, plain_tensors
 from cpd.plan import Cache
-from cpd.trace.graph import MODEL_PREFIX, OperationGraph, Parts, is_user_code, op_name
+from cpd.trace.graph import MODEL_PREFIX, OperationGraph, Parts, is_user_code, op_name, writes_state
 from cpd.trace.quiet import garbage_collection_paused, quiet
 from cpd.trace.standins import StandIns, restore
 
@@ -157,7 +158,18 @@ def _export(model: nn.Module, call: Call, *, training: bool = False) -> Operatio
     restore(program.graph_module)
     _inline_regions(program.graph_module)
     _name_once(program.graph_module, model)
+    _drop_new_buffers(program.graph_module, tensors, every_tensor(model))
     return OperationGraph(program.graph_module, tensors, constants, inputs, call, caches=tuple(caches))
+
+
+def _drop_new_buffers(graph: GraphModule, tensors: dict[str, str], known: Mapping[str, Tensor]) -> None:
+    """Leave out buffers that the forward registers first of all: they are computed, and nothing reads the old ones."""
+    for node in [node for node in graph.graph.nodes if tensors.get(node.name, "") not in ("", *known)]:
+        if all(writes_state(user) for user in node.users):
+            for user in list(node.users):
+                graph.graph.erase_node(user)
+            graph.graph.erase_node(node)
+            del tensors[node.name]
 
 
 def _name_once(graph: GraphModule, model: nn.Module) -> None:
