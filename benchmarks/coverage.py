@@ -256,7 +256,7 @@ def summary(rows: list[dict[str, Any]], options: argparse.Namespace) -> Table:
 def _closed(row: dict[str, Any]) -> bool:
     """Whether a model of a fault has less in open groups than it must."""
     name = row["model"].removeprefix("fault:")
-    return name != row["model"] and row.get("open_parameters", 0) < FAULTS[name].least
+    return name != row["model"] and row.get("open_parameters", 1) < FAULTS[name].least
 
 
 def _pair(row: dict[str, Any]) -> tuple[float, float]:
