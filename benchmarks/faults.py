@@ -452,8 +452,8 @@ class Heads(nn.Module):
         return x.reshape(b, n, heads, c // heads).transpose(1, 2)
 
 
-@fault("sizes in pairs", rows(1, 6), True)
-@fault("sizes in a dict", rows(1, 6), False)
+@fault("sizes in pairs", rows(1, 6), True, least=0.97)
+@fault("sizes in a dict", rows(1, 6), False, least=0.97)
 class SizesInPairs(nn.Module):
     """Attention whose layers to heads know their number by such a table."""
 

@@ -28,6 +28,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ import cpd
 from cpd.coupling.comb import Comb, Group
 from cpd.model import sources
 from cpd.model.inputs import Call, as_call
-from cpd.model.tensors import copy_of, named_tensors
+from cpd.model.tensors import copy_of
 from cpd.plan import Plan
 from cpd.report.artifacts import save_result
 from cpd.report.records import Figures
@@ -301,11 +302,15 @@ def _line(error: BaseException) -> str:
 
 
 def frozen_reasons(comb: Comb) -> list[str]:
-    """The frozen widths with the most parameters along them, and why."""
-    sizes = {name: tensor.numel() for name, tensor in named_tensors(comb.model).items()}
+    """The frozen widths with the most parameters along them that no open group holds, and why."""
+    opened = {member.tensor for group in comb.open for member in group.members}
+
+    def closed(group: Group) -> int:
+        names = {member.tensor for member in group.members} - opened
+        return sum(attrgetter(name)(comb.model).numel() for name in names)
+
     frozen = [group for group in comb.groups if group.frozen is not None and group.size > 1]
-    frozen.sort(key=lambda group: -sum(sizes[member.tensor] for member in group.members))
-    return [f"{group.name}[{group.size}]: {group.frozen}" for group in frozen[:8]]
+    return [f"{group.name}[{group.size}]: {group.frozen}" for group in sorted(frozen, key=closed, reverse=True)[:8]]
 
 
 def passed(row: dict[str, Any]) -> bool:

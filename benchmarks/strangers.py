@@ -442,12 +442,26 @@ def loftr() -> Any:
     return build_backbone(config), normal(1, 1, 64, 64)
 
 
+class Matched(nn.Module):
+    """Descriptors of two images to one width, changed by each other, and compared."""
+
+    def __init__(self, transformer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.embed, self.transformer = nn.Linear(20, width), transformer
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """Scores of descriptors `[B, N, 20]` and `[B, M, 20]`."""
+        x, y = self.transformer(self.embed(x), self.embed(y))
+        return x @ y.transpose(1, 2)
+
+
 @stranger("kornia", "matching")
 def loftr_transformer() -> Any:
     from kornia.feature.loftr.loftr_module import LocalFeatureTransformer
 
     config = {"d_model": 48, "nhead": 4, "layer_names": ["self", "cross"], "attention": "linear"}
-    return LocalFeatureTransformer(config | {"temp_bug_fix": True, "d_ffn": 48}), (normal(1, 20, 48), normal(1, 24, 48))
+    transformer = LocalFeatureTransformer(config | {"temp_bug_fix": True, "d_ffn": 48})
+    return Matched(transformer, 48), (normal(1, 60, 20), normal(1, 64, 20))
 
 
 @stranger("segment-anything", "segmentation")

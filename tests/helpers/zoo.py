@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import weakref
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 
@@ -64,13 +65,13 @@ def going_on(combed: Comb, first: Plan, seed: int, round_to: int) -> Selector:
 def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the unpruned model with every removed slice set to zero: what pruning an exact group means."""
     masked = copy.deepcopy(model)
-    tensors = named_tensors(masked)
     with torch.no_grad():
         for name, dims in plan.kept.items():
+            tensor = attrgetter(name)(masked)
             for dim, kept in dims.items():
-                gone = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
+                gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
                 gone[kept] = False
-                tensors[name].index_fill_(dim, gone.nonzero().squeeze(1), 0)
+                tensor.index_fill_(dim, gone.nonzero().squeeze(1), 0)
     return masked
 
 
