@@ -8,10 +8,10 @@ time series, super resolution, video, characters, faces and EEG. Each runs in a 
 | open | the share of parameters in open groups |
 | error | masked = shrunk in float64, 30 % of every open group removed at random, relative to the largest output |
 | parts | "whole", or the submodules that were combed where the model cannot be exported whole |
-| why not | below 90 %: the reason of the frozen width with the most parameters |
+| why not | below 90 %: the reason of the frozen width along which most parameters lie that are in no open group |
 
-A package that is not installed is a row that says so: `pip install --no-deps` what `PACKAGES` names, so that no package
-brings a torch of its own; what they import beside it is in `ALSO`.
+A package that is not installed is a row that says so. `pip install --no-deps $(python benchmarks/strangers.py --packages)`
+installs all, without their dependencies, so that none brings a torch of its own.
 """
 
 from __future__ import annotations
@@ -40,9 +40,28 @@ import cpd
 from cpd.model.inputs import Call, as_call
 
 #: What the rows were made with.
-PACKAGES = {}
+PACKAGES = """
+asteroid==0.7.0 braindecode==1.8.1 conformer==0.3.2 denoising-diffusion-pytorch==2.3.4 diffusers==0.42.1
+dynamic-network-architectures==0.4.4 easyocr==1.7.2 effdet==0.4.1 encodec==0.1.1 facenet-pytorch==2.6.0
+g-mlp-pytorch==0.1.5 iTransformer==0.8.1 kornia==0.9.0 mambapy==1.2.0 monai==1.6.1 neuraloperator==2.0.0
+open-clip-torch==3.3.0 openunmix==1.3.0 perceiver-pytorch==0.11.0 point-transformer-pytorch==0.1.5
+python-doctr==1.1.0 pytorch-tabnet==4.1.0 pytorch-tcn==1.2.3 pytorchcv==0.0.74 pytorchvideo==0.1.5
+rtdl-revisiting-models==0.0.2 segment-anything==1.0 spandrel==0.4.2 speechbrain==1.1.2
+tab-transformer-pytorch==0.6.1 tabm==0.0.3 timesformer-pytorch==0.4.1 torchaudio==2.11.0 torchsr==1.0.4
+uformer-pytorch==0.0.8 vit-pytorch==1.26.11 vocos==0.1.0 x-transformers==2.31.10
+"""
 #: What those import, and torch, torchvision and timm do not bring.
-ALSO = ""
+ALSO = """
+antlr4-python3-runtime==4.9.3 anyascii asteroid-filterbanks axial-positional-embedding beartype beautifulsoup4
+certifi cffi charset-normalizer colt5-attention configmypy decorator discrete-continuous-embed-readout
+docstring-inheritance einops einx ema-pytorch frozendict ftfy fvcore gateloop-transformer h5py hyper-connections
+hyperpyyaml imageio importlib-metadata iopath julius kornia-rs langdetect lazy-loader
+linear-attention-transformer linear-operator linformer local-attention loguru mne mne-bids omegaconf
+opencv-python-headless opt-einsum pandas pooch portalocker product-key-memory pyclipper pycocotools pycparser
+python-bidi pytz rapidfuzz regex requests rotary-embedding-torch rtdl-num-embeddings ruamel.yaml scikit-image
+sentencepiece shapely six skorch soundfile soupsieve tabulate tensorly tensorly-torch termcolor tifffile
+torch-einops-utils torchinfo urllib3 validators wcwidth x-mlps-pytorch yacs zipp
+"""
 
 
 class Stranger(NamedTuple):
@@ -517,13 +536,6 @@ def craft() -> Any:
     return CRAFT(pretrained=False), normal(1, 3, 64, 64)
 
 
-@stranger("torchreid", "faces")
-def osnet() -> Any:
-    from torchreid.models import build_model
-
-    return build_model("osnet_x0_25", 10, pretrained=False), normal(1, 3, 64, 32)
-
-
 # ---------------------------------------------------------------------------------- super resolution and restoration
 
 
@@ -861,8 +873,12 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=0.3, help="of every open group that goes")
     parser.add_argument("--limit", type=float, default=300, help="seconds a model")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--packages", action="store_true", help="print what to install, and end")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.packages:
+        print(*PACKAGES.split(), *ALSO.split())
+        return 0
     if options.alone:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
