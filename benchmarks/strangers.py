@@ -10,7 +10,7 @@ time series, super resolution, video, characters, faces and EEG. Each runs in a 
 | parts | "whole", or the submodules that were combed where the model cannot be exported whole |
 | why not | below 90 %: the reason of the frozen width along which most parameters lie that are in no open group |
 
-A package that is not installed is a row that says so. All are installed, without their dependencies, so that none brings
+A package that is not installed is a row that says so. All are installed, without their dependencies so that none brings
 a torch of its own, by `pip install --no-deps $(python benchmarks/strangers.py --packages)`.
 """
 
