@@ -794,7 +794,8 @@ def built(name: str) -> tuple[nn.Module, Call]:
         except RuntimeError:
             torch.set_default_dtype(torch.float)
     torch.manual_seed(0)
-    return convert(randomize(STRANGERS[name].make()[0].eval())), call  # one that has never run
+    model, inputs = STRANGERS[name].make()  # a model that has never run, inputs that no forward has changed
+    return convert(randomize(model.eval())), as_call(inputs)
 
 
 def examine(name: str, share: float) -> dict[str, Any]:
