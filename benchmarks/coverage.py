@@ -8,6 +8,9 @@ each, and a run that is started again with the same file goes on where it ended 
 | (none) | the smallest model of every module of the library |
 | `--sample N --seed S` | N more models a module, drawn at random |
 | `--all` | all of them |
+| `--faults` | the small models of what once broke a comb (`benchmarks/faults.py`), through "masked" and "warm" alone |
+
+`--warm` combs each model after forwards too, and compares groups and attributes.
 
 `--peer` runs Torch-Pruning on the same models in the same run (its own graph, group magnitude, uniform ratio 0.5); it
 is installed into a temporary folder. Seconds leave out what the first export of a process imports, as they leave out
@@ -33,6 +36,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from faults import FAULTS
 from oracles import CHECKS, passed, table_of
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -129,7 +133,8 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, str(HERE / "oracles.py"), name, "--share", str(options.share), "--json", str(file)]
         if options.skip:
             command += ["--skip", *options.skip]
-        end = _limited(command, options.limit)
+        command += ["--warm"] * options.warm
+        end = limited(command, options.limit)
         rows = json.loads(file.read_text()) if file.exists() else []
     row = rows[-1] if rows else {"model": name}
     if end is not None or not rows:
@@ -137,7 +142,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     return row
 
 
-def _limited(command: list[str], limit: float, **environment: str) -> str | None:
+def limited(command: list[str], limit: float, **environment: str) -> str | None:
     """Run a command; what went wrong, if anything did: the last line of its errors, or that it did not end."""
     threads = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     variables = {**os.environ, **threads, **environment}
@@ -207,7 +212,7 @@ def _run_peer(name: str, folder: str, limit: float) -> dict[str, Any]:
         file = Path(out) / "row.json"
         command = [sys.executable, str(HERE / "peer.py"), name, str(file)]
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
-        end = _limited(command, limit, PYTHONPATH=os.pathsep.join(paths))
+        end = limited(command, limit, PYTHONPATH=os.pathsep.join(paths))
         row: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
     return row if end is None else {**row, "outcome": end}
 
@@ -246,6 +251,12 @@ def summary(rows: list[dict[str, Any]], options: argparse.Namespace) -> Table:
     unknown = sorted({op for row in done for op in row["unknown"]})
     table.add_row("ops without a rule", ", ".join(unknown) or "none")
     return table
+
+
+def _closed(row: dict[str, Any]) -> bool:
+    """Whether a model of a fault has less in open groups than it must."""
+    name = row["model"].removeprefix("fault:")
+    return name != row["model"] and row.get("open_parameters", 1) < FAULTS[name].least
 
 
 def _pair(row: dict[str, Any]) -> tuple[float, float]:
@@ -306,6 +317,8 @@ def main() -> int:
     parser.add_argument("--skip", nargs="*", default=[], choices=CHECKS)
     parser.add_argument("--limit", type=float, default=600, help="seconds a model")
     parser.add_argument("--jobs", type=int, default=1, help="models at once; timings count with one only")
+    parser.add_argument("--warm", action="store_true", help="comb after forwards too: the groups must be the same")
+    parser.add_argument("--faults", action="store_true", help="what once broke a comb, instead of a library")
     parser.add_argument("--peer", action="store_true", help=f"run {PEER} too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--again", action="store_true", help="do not go on from the JSON file")
@@ -316,17 +329,22 @@ def main() -> int:
     if options.depths:
         console.print(depths(options.share))
         return 0
+    if options.faults:
+        options.library, options.warm, options.at_most = "faults", True, 1.0
+        options.models = options.models or [f"fault:{name}" for name in FAULTS]
+        options.skip = options.skip or [check for check in CHECKS if check not in ("masked", "warm")]
     names = options.models or chosen(options)
     rows = cover(names, options)
     console.print(table_of(rows, f"{options.share:.0%} of every open group removed"))
     for row in rows:
         problems = [f"{check} {row[check]}" for check in CHECKS if str(row.get(check, "")).startswith("FAILED")]
+        problems += [f"open {row['open_parameters']:.1%}"] if _closed(row) else []
         problems += [row["error"]] if "error" in row else []
         problems += [f"left {row['parameters_left']:.1%}"] if row.get("parameters_left", 0) > options.at_most else []
         if problems:
             console.print(f"{row['model']}: {'; '.join(problems)}", highlight=False, markup=False)
     console.print(summary(rows, options))
-    return int(not all(passed(row) for row in rows))
+    return int(not all(passed(row) and not _closed(row) for row in rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Comb, shrink by 30 % at random, and put the result through every oracle: `python benchmarks/oracles.py MODEL …`.
 
-A model is `timm:NAME`, `torchvision:NAME` or `resnet56`; its weights are random, norms and their statistics too.
+A model is `timm:NAME`, `torchvision:NAME`, `resnet56` or `fault:NAME` (`benchmarks/faults.py`); its weights are random,
+norms and their statistics too.
 
 | check | passes if |
 |---|---|
@@ -11,13 +12,13 @@ A model is `timm:NAME`, `torchvision:NAME` or `resnet56`; its weights are random
 | again | the shrunk model can be combed again, finds the same groups at the kept widths, and can be shrunk again |
 | train | forward, backward and an optimizer step run in train mode at another batch size |
 | reload | saved, and loaded in a fresh process, it gives the same outputs to the bit |
+| warm | with `--warm`: the groups are the same after a forward in eval mode (with gradients and without) and in train mode, and comb and export leave every attribute the object that it was, cached tensors too |
 """  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
 import collections
-import copy
 import json
 import resource
 import subprocess
@@ -27,22 +28,25 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
+from faults import FAULTS
 from models import random_plan, randomize, resnet56
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from warm import check_warm
 
 import cpd
 from cpd.coupling.comb import Comb, Group
 from cpd.model import sources
 from cpd.model.inputs import Call, as_call
-from cpd.model.tensors import named_tensors
+from cpd.model.tensors import copy_of
 from cpd.plan import Plan
 from cpd.report.artifacts import save_result
 from cpd.report.records import Figures
@@ -51,7 +55,7 @@ from cpd.surgery.masked import masked_error, shape_mismatch
 from cpd.trace.graph import op_name
 from cpd.trace.tracer import retrace
 
-CHECKS = ("masked", "shapes", "class", "onnx", "again", "train", "reload")
+CHECKS = ("masked", "shapes", "class", "onnx", "again", "train", "reload", "warm")
 DEFAULT = [
     "timm:resnet18", "timm:resnet50", "timm:mobilenetv2_100", "timm:densenet121", "timm:convnext_atto",
     "timm:vit_tiny_patch16_224", "torchvision:swin_t", "torchvision:shufflenet_v2_x1_0", "resnet56",
@@ -62,6 +66,10 @@ def build(name: str) -> tuple[nn.Module, Any]:
     """A model in eval mode with random weights, and an input of batch 1 that it takes."""
     if name == "resnet56":
         return randomize(resnet56()), torch.randn(1, 3, 32, 32)
+    if name.startswith("fault:"):
+        torch.manual_seed(0)
+        fault = FAULTS[name.removeprefix("fault:")]
+        return randomize(fault.make().eval()), fault.inputs()
     source = sources.resolve(name)
     model = randomize(source.build().eval())
     return model, sources.default_inputs(model, source)
@@ -70,7 +78,7 @@ def build(name: str) -> tuple[nn.Module, Any]:
 def double(value: Any) -> Any:
     """A model, or inputs, in float64."""
     if isinstance(value, nn.Module):
-        return copy.deepcopy(value).double()
+        return copy_of(value).double()
     return pytree.tree_map(lambda leaf: leaf.double() if _is_float(leaf) else leaf, value)
 
 
@@ -89,7 +97,7 @@ def outputs_of(model: nn.Module, call: Call) -> list[Tensor]:
 
 def check_masked(dense: nn.Module, comb: Comb, plan: Plan) -> str:
     """Masked equals shrunk, in the dtype that the comb was made in."""
-    shrunk = cpd.shrink(copy.deepcopy(dense), plan)
+    shrunk = cpd.shrink(copy_of(dense), plan)
     error = masked_error(dense, shrunk, comb, plan)
     single = next(dense.parameters()).dtype is torch.float32
     low = single or any(
@@ -149,7 +157,7 @@ def check_again(comb: Comb, plan: Plan, again: Comb, share: float) -> str:
         if kept > 1:
             same = found[_layer(group), kept, True] + found[_layer(group), kept, False] * bool(group.ties)
             assert same, f"{group.name}: {kept} kept, no such open group of this layer the second time"
-    smaller = cpd.shrink(copy.deepcopy(again.model), random_plan(again, share, seed=1, at_least=1))
+    smaller = cpd.shrink(copy_of(again.model), random_plan(again, share, seed=1, at_least=1))
     outputs_of(again.operations.runner(smaller), again.operations.call)
     return "ok"
 
@@ -160,7 +168,7 @@ def _layer(group: Group) -> str:
 
 def check_train(small: nn.Module, call: Call, comb: Comb) -> str:
     """One step of SGD in train mode at batch 3; of the parts alone, where the whole cannot be exported."""
-    model = comb.operations.runner(copy.deepcopy(small)).train()
+    model = comb.operations.runner(copy_of(small)).train()
     if comb.operations.parts:
         call = Call(
             pytree.tree_map(lambda leaf: leaf.float() if _is_float(leaf) else leaf, comb.operations.call.args), {}
@@ -176,7 +184,7 @@ def check_train(small: nn.Module, call: Call, comb: Comb) -> str:
 
 def check_reload(name: str, small: nn.Module, plan: Plan, call: Call) -> str:
     """Saved, and loaded in a fresh process: the same outputs to the bit."""
-    if name == "resnet56":
+    if name == "resnet56" or name.startswith("fault:"):
         return "n/a: has no name to rebuild it by"
     with tempfile.TemporaryDirectory() as folder:
         figures = Figures(0, 0, 0)
@@ -221,9 +229,9 @@ def examine(
     row["build_s"] = time.perf_counter() - start
     dense, call = double(model), as_call(double(inputs))
     try:
-        outputs_of(copy.deepcopy(dense), call)
+        outputs_of(copy_of(dense), call)
     except RuntimeError:  # the forward itself makes tensors of float32
-        dense, call = copy.deepcopy(model), as_call(inputs)
+        dense, call = copy_of(model), as_call(inputs)
     row["dtype"] = str(next(dense.parameters()).dtype).removeprefix("torch.")
     start = time.perf_counter()
     cpd.comb(nn.Linear(2, 2), torch.zeros(1, 2))  # the first export of a process imports torch's compiler
@@ -241,11 +249,11 @@ def examine(
         "open_parameters": comb.open_share["parameters"],
         "open_macs": comb.open_share["macs"],
         "unknown": list(comb.unknown),
-        "reasons": _reasons(comb),
+        "reasons": frozen_reasons(comb),
     }
     plan = random_plan(comb, share, seed=seed, at_least=1)
     start = time.perf_counter()
-    small = cpd.shrink(copy.deepcopy(model), plan)
+    small = cpd.shrink(copy_of(model), plan)
     row["shrink_s"] = time.perf_counter() - start
     row["parameters_left"] = sum(p.numel() for p in small.parameters()) / row["parameters"]
     row["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -254,7 +262,7 @@ def examine(
 
     def second() -> Comb:
         if not again:
-            again.append(cpd.comb(copy.deepcopy(small).to(next(dense.parameters()).dtype), call))
+            again.append(cpd.comb(copy_of(small).to(next(dense.parameters()).dtype), call))
         return again[0]
 
     call32 = as_call(inputs)
@@ -266,6 +274,7 @@ def examine(
         "again": lambda: check_again(comb, plan, second(), share),
         "train": lambda: check_train(small, call32, comb),
         "reload": lambda: check_reload(name, small, plan, call32),
+        "warm": lambda: check_warm(lambda: build(name)[0].to(next(dense.parameters()).dtype), call, comb),
     }
     for stage in CHECKS:
         if stage in skip:
@@ -292,12 +301,16 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0] if text else ''}"[:300]
 
 
-def _reasons(comb: Comb) -> list[str]:
-    """The frozen widths with the most parameters along them, and why."""
-    sizes = {name: tensor.numel() for name, tensor in named_tensors(comb.model).items()}
+def frozen_reasons(comb: Comb) -> list[str]:
+    """The frozen widths with the most parameters along them that no open group holds, and why."""
+    opened = {member.tensor for group in comb.open for member in group.members}
+
+    def closed(group: Group) -> int:
+        names = {member.tensor for member in group.members} - opened
+        return sum(attrgetter(name)(comb.model).numel() for name in names)
+
     frozen = [group for group in comb.groups if group.frozen is not None and group.size > 1]
-    frozen.sort(key=lambda group: -sum(sizes[member.tensor] for member in group.members))
-    return [f"{group.name}[{group.size}]: {group.frozen}" for group in frozen[:8]]
+    return [f"{group.name}[{group.size}]: {group.frozen}" for group in sorted(frozen, key=closed, reverse=True)[:8]]
 
 
 def passed(row: dict[str, Any]) -> bool:
@@ -330,6 +343,7 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=0.3, help="of every open group that goes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip", nargs="*", default=[], choices=CHECKS, help="checks to leave out")
+    parser.add_argument("--warm", action="store_true", help="comb after forwards too")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--reload", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -338,6 +352,7 @@ def main() -> int:
         _reload(options.reload)
         return 0
     torch.set_num_threads(1)
+    skip = (*options.skip, *(() if options.warm else ("warm",)))
     rows: list[dict[str, Any]] = []
 
     def note(row: dict[str, Any]) -> None:
@@ -346,7 +361,7 @@ def main() -> int:
 
     for name in options.models:
         try:
-            row = examine(name, options.share, options.seed, tuple(options.skip), note)
+            row = examine(name, options.share, options.seed, skip, note)
         except Exception as error:
             row = {"model": name, "error": _line(error), "traceback": traceback.format_exc()}
         note(row)

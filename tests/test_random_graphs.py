@@ -21,6 +21,7 @@ from cpd.coupling.comb import Comb
 from cpd.plan import Plan
 from cpd.surgery.masked import masked_error
 from cpd.surgery.shrink import shrink
+from helpers import random_oddities  # noqa: F401 (enters its kinds)
 from helpers.random_models import BATCH, CLASSES, KINDS, SIDE, Net, Step, steps_of_a_model
 from helpers.zoo import assert_shapes_as_predicted, comb, dense, going_on, random_plan, relative_error, snapshot, zeroed
 

@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import weakref
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 
@@ -27,7 +28,7 @@ from cpd.surgery.masked import shape_mismatch
 from cpd.trace.graph import op_name
 
 
-def _load(path: Path) -> ModuleType:
+def load(path: Path) -> ModuleType:
     """A module by its path, under a name that nothing else has."""
     spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
@@ -36,7 +37,7 @@ def _load(path: Path) -> ModuleType:
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-models = _load(BENCHMARKS / "models.py")
+models = load(BENCHMARKS / "models.py")
 randomize, random_plan, resnet56 = models.randomize, models.random_plan, models.resnet56
 
 
@@ -64,13 +65,13 @@ def going_on(combed: Comb, first: Plan, seed: int, round_to: int) -> Selector:
 def zeroed(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the unpruned model with every removed slice set to zero: what pruning an exact group means."""
     masked = copy.deepcopy(model)
-    tensors = named_tensors(masked)
     with torch.no_grad():
         for name, dims in plan.kept.items():
+            tensor = attrgetter(name)(masked)
             for dim, kept in dims.items():
-                gone = torch.ones(tensors[name].shape[dim], dtype=torch.bool)
+                gone = torch.ones(tensor.shape[dim], dtype=torch.bool)
                 gone[kept] = False
-                tensors[name].index_fill_(dim, gone.nonzero().squeeze(1), 0)
+                tensor.index_fill_(dim, gone.nonzero().squeeze(1), 0)
     return masked
 
 
