@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from cpd.algebra import axes
 from cpd.algebra.axes import Dim, Fixed
 from cpd.algebra.ties import Tie
-from cpd.trace.graph import OperationGraph, line_of, op_name, owner, shape_of
+from cpd.trace.graph import OperationGraph, called, line_of, op_name, owner, shape_of
+from cpd.trace.pointwise import is_pointwise
 
 Shape: TypeAlias = tuple[Dim, ...]
 #: What a node gives: the dimensions of one tensor, or of several.
@@ -83,7 +84,7 @@ class Context:
     def reason(self, node: Node, why: str) -> str:
         """`why`, with the op, the module and the line."""
         module = owner(node)
-        return f"{why} [{op_name(node)} in {module or 'the model'}, {line_of(node)}]"
+        return f"{why} [{called(node)} in {module or 'the model'}, {line_of(node)}]"
 
     def literal(self, node: Node, argument: str, index: int, dim: Dim, sign: int = 1) -> None:
         """Note that an integer argument of `node` must equal the width of `dim`."""
@@ -109,17 +110,18 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def find(node: Node) -> Rule | None:
-    """The rule for a node: by name, by the name of its out-of-place twin, or by ATen's own pointwise tag."""
+    """The rule for a node: by name, by the name of its out-of-place twin, or that of ops that are pointwise."""
     name = op_name(node)
     for candidate in (name, name.removesuffix("_")):
         if candidate in RULES:
             return RULES[candidate]
-    for candidate in (name, name.removesuffix("_")):
-        packet = getattr(torch.ops.aten, candidate, None)
-        overloads = packet.overloads() if packet is not None else []
-        if any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in overloads):
-            return RULES["pointwise"]
-    return None
+    return RULES["pointwise"] if works_elementwise(node) else None
+
+
+def works_elementwise(node: Node) -> bool:
+    """Whether a node is an op of torch's of which each element follows from those in its place alone."""
+    target = node.target
+    return isinstance(target, OpOverload) and target.namespace == "aten" and is_pointwise(target)
 
 
 def arguments(node: Node) -> dict[str, Any]:
