@@ -19,6 +19,7 @@ from cpd.algebra import axes
 from cpd.algebra.axes import Axis, Dim
 from cpd.rules import Context, arguments
 from cpd.rules.base import find, tensor_inputs
+from cpd.rules.fourier import TRANSFORMS
 from cpd.rules.pointwise import pointwise
 from cpd.rules.reduce import reduced_dims
 from cpd.trace.graph import op_name, shape_of
@@ -36,8 +37,11 @@ ZERO_PRESERVING = {
     "repeat_interleave", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack",
     "row_stack", "select", "slice", "narrow", "chunk", "unsafe_chunk", "split", "split_with_sizes", "unsafe_split",
     "unbind", "getitem", "roll", "flip", "fliplr", "flipud", "rot90", "pad", "constant_pad_nd", "index", "index_select",
-    "cumsum", "diff", "im2col", "col2im", "unfold", "tril", "triu", "diagonal",
+    "cumsum", "diff", "im2col", "col2im", "unfold", "tril", "triu", "diagonal", "gather", "take_along_dim",
+    "view_as_complex", "view_as_real", "stft", "istft", "roi_align", "max_unpool2d", "max_unpool3d", *TRANSFORMS,
 }  # fmt: skip
+#: Those of them that read the first tensor at places that others tell.
+_READS = {"gather", "take_along_dim", "index", "index_select", "grid_sampler", "roi_align", "stft", "istft"}
 NORMS = {"layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"}
 REDUCTIONS = {
     "mean", "amax", "amin", "var", "std", "logsumexp", "special_logsumexp", "prod", "any", "all", "max", "min",
@@ -48,8 +52,22 @@ SUMS = {
     "sum", "nansum", "norm", "linalg_vector_norm", "frobenius_norm", "linalg_norm", "linalg_matrix_norm",
     "nuclear_norm", "count_nonzero",
 }  # fmt: skip
-CONTRACTIONS = {"linear", "einsum", "matmul", "bmm", "mm", "mv", "dot", "addmm", "baddbmm"}
-SOFTMAX = {"softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "_safe_softmax"}
+CONTRACTIONS = {
+    "linear", "einsum", "matmul", "linalg_matmul", "bmm", "mm", "mv", "dot", "vdot", "addmm", "baddbmm", "addmv",
+    "outer", "ger", "kron", "tensordot", "inner", "linalg_vecdot", "bilinear", "conv_tbc", "deform_conv2d",
+}  # fmt: skip
+SOFTMAX = {
+    "softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "_safe_softmax", "special_softmax",
+    "special_log_softmax",
+}  # fmt: skip
+#: Sums over what two tensors differ in, or are alike in.
+DISTANCES = {"cosine_similarity", "pairwise_distance", "cosine_embedding_loss", "triplet_margin_loss", "dist", "cdist"}
+WEIGHT_NORMS = {"_weight_norm", "_weight_norm_interface"}
+#: Ops that write into one tensor what another holds: zero where both are.
+_WRITES = {
+    "scatter", "scatter_add", "index_add", "index_copy", "slice_scatter", "select_scatter", "diagonal_scatter",
+    "index_put",
+}  # fmt: skip
 CONVOLUTIONS = {f"conv{kind}{rank}d" for kind in ("", "_transpose") for rank in (1, 2, 3)}
 #: Tensors of zeros, whatever they are made like.
 _ZEROS = {"zeros", "zeros_like", "new_zeros", "zero"}
@@ -92,12 +110,14 @@ class Exactness:
         """Whether `node` is zero wherever a removed position of `axis` enters it."""
         return axis in self._axes(node) and axis not in self.dirty[node]
 
-    def _mark(self, dims: Iterable[Dim], node: Node, unless_zero_in: Iterable[Node] = ()) -> None:
+    def _mark(
+        self, dims: Iterable[Dim], node: Node, unless_zero_in: Iterable[Node] = (), why: str = "mixed over"
+    ) -> None:
         sources = list(unless_zero_in)
         for dim in dims:
             for axis in axes.leaves(dim):
                 if axis.frozen is None and not any(self._zero(source, axis) for source in sources):
-                    self.inexact.setdefault(axis, self.ctx.reason(node, "mixed over"))
+                    self.inexact.setdefault(axis, self.ctx.reason(node, why))
 
     def _visit(self, node: Node) -> set[Axis]:
         name = op_name(node).removesuffix("_")
@@ -116,9 +136,22 @@ class Exactness:
             zero = {axis: frozenset(source for source in inputs if self._zero(source, axis)) for axis in own}
             kinds = {sources: _gives_zero(node, sources) for sources in set(zero.values())}
             return {axis for axis, sources in zero.items() if not kinds[sources]}
+        if name in DISTANCES:
+            shifted = name in ("pairwise_distance", "triplet_margin_loss") and bound["eps"] != 0
+            for axis in set().union(*map(self._axes, inputs)) - own:
+                if shifted or not all(self._zero(source, axis) for source in inputs if axis in self._axes(source)):
+                    self._mark([axis], node)
+        if name in WEIGHT_NORMS:
+            rows = [self.ctx.shape(bound["v"])[bound["dim"]]] if bound["dim"] >= 0 else []
+            self._mark(rows, node, why="divided by the norm of what is removed, zero")
+            return own - {axis for axis in own if self._zero(bound["v"], axis)}
+        if name in _WRITES:
+            written = [bound[key] for key in ("self", "src", "source", "values") if isinstance(bound.get(key), Node)]
+            return {axis for axis in own if bound.get("value") or not all(self._zero(s, axis) for s in written)}
         if name in ZERO_PRESERVING and bound.get("value") in (None, 0):
-            sources = [source for source in node.all_input_nodes if source in self.dirty]
-            return own & set().union(*(self.dirty[source] for source in sources))
+            sources = inputs[:1] if name in _READS else node.all_input_nodes
+            carried = set().union(*map(self._axes, sources))
+            return own - carried | own & set().union(*(self.dirty[source] for source in sources))
         return own
 
     def _reduction(self, node: Node, name: str, bound: dict[str, Any], own: set[Axis]) -> set[Axis]:
@@ -133,7 +166,7 @@ class Exactness:
         """Zero where either factor is zero; the axes summed over must be zero in one of them."""
         inputs = tensor_inputs(node)
         factors = [source for source in inputs if source is not bound.get("bias")]
-        if name in ("addmm", "baddbmm"):
+        if name in ("addmm", "baddbmm", "addmv"):
             factors = inputs[1:]
         summed = set().union(*(self._axes(source) for source in factors)) - own
         self._mark(summed, node, unless_zero_in=factors)

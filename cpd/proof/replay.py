@@ -98,6 +98,11 @@ def _one(position: int, name: str, default: int = 0) -> Callable[[tuple[Any, ...
     return read
 
 
+def _named(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Sequence[int]]:
+    """Read an integer that is given by name alone, if it is."""
+    return lambda _, kwargs: (kwargs[name],) if kwargs.get(name) is not None else ()
+
+
 def _bounds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[int]:
     """Start and length of `narrow(x, dim, start, length)`."""
     return (*args[2:4], *(kwargs[name] for name in ("start", "length") if name in kwargs))
@@ -112,6 +117,8 @@ READERS: dict[str, tuple[str, Callable[[tuple[Any, ...], dict[str, Any]], Sequen
     "view": ("view", _sizes(1, "size")),
     "reshape": ("reshape", _sizes(1, "shape")),
     "expand": ("expand", _sizes(1, "size")),
+    "broadcast_to": ("broadcast_to", _sizes(1, "size")),
+    "repeat_interleave": ("repeat_interleave", _named("output_size")),
     "unflatten": ("unflatten", _one(2, "sizes")),
     "split": ("split", _one(1, "split_size_or_sections")),
     "tensor_split": ("tensor_split", _one(1, "indices")),

@@ -47,7 +47,8 @@ class Literal:
 class Context:
     """State of one comb: the dimensions of every node so far, and the demands met on the way.
 
-    `in_sight` keeps, for each module asked about, the nodes whose results its forward sees (`cpd.proof.constants`).
+    `in_sight` keeps, for each module asked about, the nodes whose results its forward sees (`cpd.proof.constants`),
+    `origins` for each node asked about what it is made of.
     """
 
     graph: OperationGraph
@@ -57,6 +58,7 @@ class Context:
     contracted: set[tuple[str, int]] = field(default_factory=set)
     unknown: dict[str, str] = field(default_factory=dict)
     in_sight: dict[str, tuple[Node, ...]] = field(default_factory=dict)
+    origins: dict[Node, frozenset[Node] | None] = field(default_factory=dict)
 
     def dims_of(self, node: Node) -> list[Dim]:
         """The dimensions of all tensors that a node gives, in normal form; none for a node not visited."""
@@ -92,9 +94,31 @@ class Context:
             self.literals.append(Literal(node, argument, index, dim, sign))
 
     def contract(self, weight: object, dim: int) -> None:
-        """Note that `dim` of a parameter is summed over: the consumer's side of a group."""
-        if isinstance(weight, Node) and weight.name in self.graph.tensors:
+        """Note that `dim` of a parameter is summed over: the consumer's side of a group.
+
+        Of a weight that is computed from parameters, such as a normalised one, it is that of those.
+        """
+        if not isinstance(weight, Node):
+            return
+        if weight.name in self.graph.tensors:
             self.contracted.add((self.graph.tensors[weight.name], dim))
+            return
+        wanted = set(axes.leaves(self.shape(weight)[dim]))
+        for source in self.made_of(weight) or ():
+            shape = self.shape(source)
+            places = range(len(shape)) if len(shape) != len(self.shape(weight)) else (dim,)
+            for place in places:
+                if (found := set(axes.leaves(shape[place]))) and found <= wanted:
+                    self.contracted.add((self.graph.tensors[source.name], place))
+
+    def made_of(self, node: Node) -> frozenset[Node] | None:
+        """The parameters and buffers that a node is computed from; None where it also depends on an input."""
+        if node not in self.origins:
+            found = [self.made_of(source) for source in node.all_input_nodes]
+            known = node.op != "placeholder" and all(each is not None for each in found)
+            of_all = frozenset[Node]().union(*(each for each in found if each is not None)) if known else None
+            self.origins[node] = frozenset([node]) if node.name in self.graph.tensors else of_all
+        return self.origins[node]
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:

@@ -17,7 +17,16 @@ from torch.utils import _pytree as pytree
 from cpd.algebra import axes
 from cpd.algebra.axes import Axis, Dim, Mask
 from cpd.coupling.comb import Comb
-from cpd.coupling.exactness import CONTRACTIONS, CONVOLUTIONS, NORMS, REDUCTIONS, SOFTMAX, SUMS
+from cpd.coupling.exactness import (
+    CONTRACTIONS,
+    CONVOLUTIONS,
+    DISTANCES,
+    NORMS,
+    REDUCTIONS,
+    SOFTMAX,
+    SUMS,
+    WEIGHT_NORMS,
+)
 from cpd.model.inputs import evaluating, plain_attention
 from cpd.model.tensors import named_tensors
 from cpd.plan import Plan
@@ -28,7 +37,7 @@ from cpd.rules.base import tensor_inputs
 from cpd.trace.graph import OperationGraph, op_name, pair
 
 #: Ops that mix over a dimension otherwise than by a sum of products: they see its kept positions alone.
-MIXING = {*NORMS, *SOFTMAX, *REDUCTIONS, *SUMS}
+MIXING = {*NORMS, *SOFTMAX, *REDUCTIONS, *SUMS, *DISTANCES, *WEIGHT_NORMS}
 
 
 class MaskedForward(Interpreter):
