@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,11 @@ UNREAD = "not read by the forward pass"
 
 CONVOLUTIONS = {f"conv{rank}d" for rank in (1, 2, 3)}
 TRANSPOSED = {f"conv_transpose{rank}d" for rank in (1, 2, 3)}
-MATRIX_PRODUCTS = {"matmul", "bmm", "mm", "addmm", "baddbmm"}
+MATRIX_PRODUCTS = {"matmul", "linalg_matmul", "bmm", "mm", "mv", "addmm", "baddbmm", "addmv"}
+_MULTIPLYING = {
+    "linear", "bilinear", "deform_conv2d", "conv_tbc", "tensordot", "inner", "scaled_dot_product_attention", "einsum",
+    *CONVOLUTIONS, *TRANSPOSED, *MATRIX_PRODUCTS,
+}  # fmt: skip
 #: Ops that give a view of their input, or do nothing in eval mode: no memory of their own.
 _VIEWS = {
     "view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "expand", "expand_as", "slice",
@@ -243,14 +247,18 @@ def _operation_terms(ctx: Context) -> list[Term]:
 def _macs(ctx: Context, node: Node) -> list[tuple[Dim, ...]]:
     """Products of dimensions whose sum is the op's multiply-accumulates."""
     name = op_name(node)
-    if name not in {"linear", "scaled_dot_product_attention", "einsum", *CONVOLUTIONS, *TRANSPOSED, *MATRIX_PRODUCTS}:
+    if name not in _MULTIPLYING:
         return []
     bound, value = arguments(node), ctx.values[node]
     assert isinstance(value, tuple)
     if name == "linear":
         return [(*value, ctx.shape(bound["weight"])[-1])]
-    if name in CONVOLUTIONS:
+    if name in {"bilinear", "deform_conv2d", *CONVOLUTIONS}:
         return [(*value, *ctx.shape(bound["weight"])[1:])]
+    if name == "conv_tbc":
+        return [(*value, *ctx.shape(bound["weight"])[:2])]
+    if name in {"tensordot", "inner"}:
+        return [_tensordot_macs(ctx, node, bound)]
     if name in TRANSPOSED:
         _, outputs, *kernel = ctx.shape(bound["weight"])
         return [(*ctx.shape(bound["input"]), outputs, *kernel)]
@@ -261,6 +269,12 @@ def _macs(ctx: Context, node: Node) -> list[tuple[Dim, ...]]:
         query, key = ctx.shape(bound["query"]), ctx.shape(bound["key"])
         return [(*query[:-1], key[-2], query[-1]), (*value, key[-2])]
     return [_einsum_macs(ctx, node, bound)]
+
+
+def _tensordot_macs(ctx: Context, node: Node, bound: dict[str, Any]) -> tuple[Dim, ...]:
+    value, left = ctx.values[node], ctx.shape(bound["self"])
+    assert isinstance(value, tuple)
+    return (*value, *(left[dim] for dim in bound.get("dims_self", [-1]) if left))
 
 
 def _einsum_macs(ctx: Context, node: Node, bound: dict[str, object]) -> tuple[Dim, ...]:

@@ -68,6 +68,10 @@ def _linear(module: Any) -> None:
     module.out_features, module.in_features = _weight(module).shape
 
 
+def _bilinear(module: Any) -> None:
+    module.out_features, module.in1_features, module.in2_features = module.weight.shape
+
+
 def _norm(module: Any) -> None:
     found = _weight(module) if _weight(module) is not None else module.running_mean
     if found is not None:
@@ -102,17 +106,23 @@ def _recurrent(module: Any) -> None:
         module.proj_size = module.weight_hr_l0.shape[0]
 
 
+def _recurrent_cell(module: Any) -> None:
+    module.hidden_size, module.input_size = module.weight_hh.shape[1], module.weight_ih.shape[1]
+
+
 #: Widths that torch.nn keeps beside its weights. What a forward reads (`groups`, `normalized_shape`,
 #: `num_groups`) is found by the comb like any other attribute and set from the plan before.
-BOOKKEEPING: tuple[tuple[type[nn.Module], Callable[[Any], None]], ...] = (
+BOOKKEEPING: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable[[Any], None]], ...] = (
     (nn.modules.conv._ConvNd, _conv),
     (nn.Linear, _linear),
+    (nn.Bilinear, _bilinear),
     (nn.modules.batchnorm._NormBase, _norm),
     (nn.GroupNorm, _group_norm),
-    (nn.Embedding, _embedding),
+    ((nn.Embedding, nn.EmbeddingBag), _embedding),
     (nn.PReLU, _prelu),
     (nn.MultiheadAttention, _attention),
     (nn.RNNBase, _recurrent),
+    (nn.RNNCellBase, _recurrent_cell),
 )
 
 

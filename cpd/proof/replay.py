@@ -99,20 +99,28 @@ def _one(position: int, name: str, default: int = 0) -> Callable[[tuple[Any, ...
     return read
 
 
+def _named(name: str) -> Callable[[tuple[Any, ...], dict[str, Any]], Sequence[int]]:
+    """Read an integer that is given by name alone, if it is."""
+    return lambda _, kwargs: (kwargs[name],) if kwargs.get(name) is not None else ()
+
+
 def _bounds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[int]:
     """Start and length of `narrow(x, dim, start, length)`."""
     return (*args[2:4], *(kwargs[name] for name in ("start", "length") if name in kwargs))
 
 
-#: Functions whose result is taken from the prediction: their kernels for tensors without values are slow.
+#: Functions whose result is taken from the prediction: their kernels for tensors without values are slow, or, as that
+#: of `istft`, ask for values.
 _PREDICTED = (
-    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d", *RECURRENT,
+    "upsample_bilinear2d", "upsample_bicubic2d", "upsample_nearest2d", "istft", *RECURRENT,
 )  # fmt: skip
 #: Python name of a function that is given widths -> (name shared with the ATen op, how to read the widths).
 READERS: dict[str, tuple[str, Callable[[tuple[Any, ...], dict[str, Any]], Sequence[int]]]] = {
     "view": ("view", _sizes(1, "size")),
     "reshape": ("reshape", _sizes(1, "shape")),
     "expand": ("expand", _sizes(1, "size")),
+    "broadcast_to": ("broadcast_to", _sizes(1, "size")),
+    "repeat_interleave": ("repeat_interleave", _named("output_size")),
     "unflatten": ("unflatten", _one(2, "sizes")),
     "split": ("split", _one(1, "split_size_or_sections")),
     "tensor_split": ("tensor_split", _one(1, "indices")),
@@ -145,6 +153,8 @@ _ELEMENTWISE = {
     f"{before}{name}{after}" for name in ("add", "sub", "mul", "div", "truediv")
     for before, after in (("", ""), ("", "_"), ("__r", "__"), ("__i", "__"))
 }  # fmt: skip
+#: Modules whose functions are written in Python, and call others that name widths.
+_PYTHON = (F.__name__, torch.functional.__name__)
 _IN_PLACE = re.compile(r"[a-z]\w*[^_]_$|__i\w+__$")
 _SHARED_NAMES = {"split_with_sizes": "split", "constant_pad_nd": "pad"}
 
@@ -183,7 +193,7 @@ class _Recorder(TorchFunctionMode):
             return func(args[0], self._sliced(*args[:2]), args[2])
         name, read = READERS.get(getattr(func, "__name__", ""), ("", None))
         queue = self.expected.get((self.path[-1], name)) if read is not None else None
-        if read is None and isinstance(func, FunctionType) and func.__globals__ is vars(F):
+        if read is None and isinstance(func, FunctionType) and func.__globals__["__name__"] in _PYTHON:
             with self:
                 return without_function_modes(func)(*args, **kwargs)
         if read is None or not queue:
@@ -227,12 +237,13 @@ class _Recorder(TorchFunctionMode):
 
     def _predict(self, node: Node, given: Sequence[Any]) -> Any:
         """Empty tensors of the predicted shapes, on the device of the tensor given, or of the model."""
-        value = self.ctx.values[node]
-        shapes = value if isinstance(value, list) else [value]
-        like = next((item for item in given if isinstance(item, Tensor)), None)
-        options = {"dtype": node.meta["val"].dtype, "device": self.device} if like is None else {}
-        make = torch.empty if like is None else like.new_empty
-        made = [make([axes.count(dim, self.counts) for dim in shape], **options) for shape in shapes]
+        value, traced = self.ctx.values[node], node.meta["val"]
+        shapes, tensors = (value, traced) if isinstance(value, list) else ([value], [traced])
+        device = next((item.device for item in given if isinstance(item, Tensor)), self.device)
+        made = [
+            torch.empty([axes.count(dim, self.counts) for dim in shape], dtype=tensor.dtype, device=device)
+            for shape, tensor in zip(shapes, tensors, strict=True)
+        ]
         return tuple(made) if isinstance(value, list) else made[0]
 
 

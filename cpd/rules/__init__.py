@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from cpd.rules import contraction, layout, norm, pointwise, recurrent, reduce
+from cpd.rules import contraction, fourier, indexing, layout, norm, pointwise, recurrent, reduce, vision
 from cpd.rules.base import RULES, Context, Literal, Shape, Value, arguments, find, fixed, tensor_inputs
 from cpd.trace.graph import op_name
 
 __all__ = ["RULES", "Context", "Literal", "Shape", "Value", "arguments", "infer"]
 
-FAMILIES = (pointwise, layout, contraction, norm, recurrent, reduce)
+FAMILIES = (pointwise, layout, indexing, contraction, norm, recurrent, reduce, fourier, vision)
 
 
 def infer(ctx: Context, node: Node) -> Value:

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Node
 
 from cpd.algebra import axes
 from cpd.algebra.axes import Dim, Fixed
 from cpd.algebra.ties import Tie
-from cpd.trace.graph import OperationGraph, line_of, op_name, owner, shape_of
+from cpd.trace.graph import OperationGraph, called, line_of, op_name, owner, shape_of
+from cpd.trace.pointwise import is_pointwise
 
 Shape: TypeAlias = tuple[Dim, ...]
 #: What a node gives: the dimensions of one tensor, or of several.
@@ -46,7 +47,8 @@ class Literal:
 class Context:
     """State of one comb: the dimensions of every node so far, and the demands met on the way.
 
-    `in_sight` keeps, for each module asked about, the nodes whose results its forward sees (`cpd.proof.constants`).
+    `in_sight` keeps, for each module asked about, the nodes whose results its forward sees (`cpd.proof.constants`),
+    `origins` for each node asked about what it is made of.
     """
 
     graph: OperationGraph
@@ -56,6 +58,7 @@ class Context:
     contracted: set[tuple[str, int]] = field(default_factory=set)
     unknown: dict[str, str] = field(default_factory=dict)
     in_sight: dict[str, tuple[Node, ...]] = field(default_factory=dict)
+    origins: dict[Node, frozenset[Node] | None] = field(default_factory=dict)
 
     def dims_of(self, node: Node) -> list[Dim]:
         """The dimensions of all tensors that a node gives, in normal form; none for a node not visited."""
@@ -83,7 +86,7 @@ class Context:
     def reason(self, node: Node, why: str) -> str:
         """`why`, with the op, the module and the line."""
         module = owner(node)
-        return f"{why} [{op_name(node)} in {module or 'the model'}, {line_of(node)}]"
+        return f"{why} [{called(node)} in {module or 'the model'}, {line_of(node)}]"
 
     def literal(self, node: Node, argument: str, index: int, dim: Dim, sign: int = 1) -> None:
         """Note that an integer argument of `node` must equal the width of `dim`."""
@@ -91,9 +94,31 @@ class Context:
             self.literals.append(Literal(node, argument, index, dim, sign))
 
     def contract(self, weight: object, dim: int) -> None:
-        """Note that `dim` of a parameter is summed over: the consumer's side of a group."""
-        if isinstance(weight, Node) and weight.name in self.graph.tensors:
+        """Note that `dim` of a parameter is summed over: the consumer's side of a group.
+
+        Of a weight that is computed from parameters, such as a normalised one, it is that of those.
+        """
+        if not isinstance(weight, Node):
+            return
+        if weight.name in self.graph.tensors:
             self.contracted.add((self.graph.tensors[weight.name], dim))
+            return
+        wanted = set(axes.leaves(self.shape(weight)[dim]))
+        for source in self.made_of(weight) or ():
+            shape = self.shape(source)
+            places = range(len(shape)) if len(shape) != len(self.shape(weight)) else (dim,)
+            for place in places:
+                if (found := set(axes.leaves(shape[place]))) and found <= wanted:
+                    self.contracted.add((self.graph.tensors[source.name], place))
+
+    def made_of(self, node: Node) -> frozenset[Node] | None:
+        """The parameters and buffers that a node is computed from; None where it also depends on an input."""
+        if node not in self.origins:
+            found = [self.made_of(source) for source in node.all_input_nodes]
+            known = node.op != "placeholder" and all(each is not None for each in found)
+            of_all = frozenset[Node]().union(*(each for each in found if each is not None)) if known else None
+            self.origins[node] = frozenset([node]) if node.name in self.graph.tensors else of_all
+        return self.origins[node]
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -109,17 +134,18 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def find(node: Node) -> Rule | None:
-    """The rule for a node: by name, by the name of its out-of-place twin, or by ATen's own pointwise tag."""
+    """The rule for a node: by name, by the name of its out-of-place twin, or that of ops that are pointwise."""
     name = op_name(node)
     for candidate in (name, name.removesuffix("_")):
         if candidate in RULES:
             return RULES[candidate]
-    for candidate in (name, name.removesuffix("_")):
-        packet = getattr(torch.ops.aten, candidate, None)
-        overloads = packet.overloads() if packet is not None else []
-        if any(torch.Tag.pointwise in getattr(packet, overload).tags for overload in overloads):
-            return RULES["pointwise"]
-    return None
+    return RULES["pointwise"] if works_elementwise(node) else None
+
+
+def works_elementwise(node: Node) -> bool:
+    """Whether a node is an op of torch's of which each element follows from those in its place alone."""
+    target = node.target
+    return isinstance(target, OpOverload) and target.namespace == "aten" and is_pointwise(target)
 
 
 def arguments(node: Node) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from cpd.algebra import axes
 from cpd.algebra.axes import Dim, Fixed
-from cpd.rules.base import Context, Shape, Value, broadcast, rule
+from cpd.rules.base import Context, Shape, Value, broadcast, fixed, rule, tensor_inputs
 from cpd.trace.graph import op_name, shape_of
 
 #: Why kernels are frozen; `comb` lists no group for them.
@@ -43,17 +43,22 @@ def conv(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     steps through one by one stays what it is.
     """
     weight, shape = ctx.shape(args["weight"]), ctx.shape(args["input"])
-    outputs, inputs, *kernel = weight
+    kernel = list(weight[2:])
     *batch, channels = shape[: len(shape) - len(kernel)]
     space = _space(ctx, node, args, kernel, shape[len(shape) - len(kernel) :])
+    return (*batch, grouped(ctx, node, args, channels), *space)
+
+
+def grouped(ctx: Context, node: Node, args: dict[str, Any], channels: Dim) -> Dim:
+    """The output channels of a convolution, which sums over its input channels within each group."""
+    outputs, inputs, *_ = ctx.shape(args["weight"])
     groups_in, inner = ctx.split(channels, inputs.size, node, "groups of a convolution")
     groups_out, outputs = ctx.split(outputs, outputs.size // args["groups"], node, "groups of a convolution")
     ctx.unify(inner, inputs, node, _MEETS_FIXED)
     groups = ctx.unify(groups_in, groups_out, node, "groups of a convolution over a dimension that is fixed")
     ctx.contract(args["weight"], 1)
     ctx.literal(node, "groups", 0, groups)
-    result = _bias(ctx, node, args, axes.product([groups, outputs]))
-    return (*batch, result, *space)
+    return _bias(ctx, node, args, axes.product([groups, outputs]))
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
@@ -91,7 +96,7 @@ def _at(setting: Any, index: int) -> Any:
     return setting[min(index, len(setting) - 1)] if isinstance(setting, (list, tuple)) else setting
 
 
-@rule("matmul", "bmm", "mm", "mv", "dot")
+@rule("matmul", "linalg_matmul", "bmm", "mm", "mv", "dot", "vdot")
 def matmul(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """[*, M, K] @ [*, K, N]: K is summed over, M and N stay, the leading dimensions broadcast."""
     left, right = (ctx.shape(source) for source in node.all_input_nodes * (3 - len(node.all_input_nodes)))
@@ -103,14 +108,96 @@ def matmul(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return (*batch, *left[-2:-1], *(() if vector else right[-1:]))
 
 
-@rule("addmm", "baddbmm")
+@rule("addmm", "baddbmm", "addmv")
 def addmm(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """A bias plus a matrix product."""
-    names = ("mat1", "mat2") if op_name(node) == "addmm" else ("batch1", "batch2")
+    names = {"addmm": ("mat1", "mat2"), "addmv": ("mat", "vec")}.get(
+        op_name(node).removesuffix("_"), ("batch1", "batch2")
+    )
     left, right = (ctx.shape(args[name]) for name in names)
-    ctx.unify(left[-1], right[-2], node, _MEETS_FIXED)
-    ctx.contract(args[names[1]], len(right) - 2)
-    return broadcast(ctx, node, [ctx.shape(args["self"]), (*left[:-1], right[-1])])
+    summed = max(len(right) - 2, 0)
+    ctx.unify(left[-1], right[summed], node, _MEETS_FIXED)
+    ctx.contract(args[names[1]], summed)
+    return broadcast(ctx, node, [ctx.shape(args["self"]), (*left[:-1], *right[summed + 1 :])])
+
+
+@rule("outer", "ger", "kron")
+def outer(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Every position of one tensor times every one of the other; of matrices, rows by rows and columns by columns."""
+    left, right = (ctx.shape(args[name]) for name in (("self", "vec2") if "vec2" in args else ("self", "other")))
+    if op_name(node) != "kron":
+        return (*left, *right)
+    rank = max(len(left), len(right))
+    pairs = zip(*((*(Fixed(1),) * (rank - len(shape)), *shape) for shape in (left, right)), strict=True)
+    return tuple(axes.product(pair) for pair in pairs)
+
+
+@rule("tensordot", "inner", "linalg_vecdot")
+def tensordot(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Some dimensions of one tensor are summed over with as many of the other."""
+    sources = (args["x"], args["y"]) if "x" in args else (args["self"], args["other"])
+    left, right = (ctx.shape(source) for source in sources)
+    if "x" in args:  # along one dimension, beside the others
+        both = broadcast(ctx, node, [left, right])
+        for source in sources:
+            ctx.contract(source, args["dim"] % len(both) - len(both) + len(ctx.shape(source)))
+        return tuple(dim for index, dim in enumerate(both) if index != args["dim"] % len(both))
+    if not left or not right:
+        return (*left, *right)
+    pairs = [(args.get("dims_self", [-1])), (args.get("dims_other", [-1]))]
+    summed = [[dim % len(shape) for dim in dims] for dims, shape in zip(pairs, (left, right), strict=True)]
+    for ours, theirs in zip(*summed, strict=True):
+        ctx.unify(left[ours], right[theirs], node, _MEETS_FIXED)
+        ctx.contract(sources[0], ours)
+        ctx.contract(sources[1], theirs)
+    return tuple(
+        dim for shape, gone in zip((left, right), summed, strict=True)
+        for index, dim in enumerate(shape) if index not in gone
+    )  # fmt: skip
+
+
+@rule("bilinear")
+def bilinear(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """[*, I] and [*, J] with weight [O, I, J]: I and J are summed over, O is fresh."""
+    weight = ctx.shape(args["weight"])
+    inputs = [ctx.shape(args[name]) for name in ("input1", "input2")]
+    for index, shape in enumerate(inputs):
+        ctx.unify(shape[-1], weight[1 + index], node, _MEETS_FIXED)
+        ctx.contract(args["weight"], 1 + index)
+    return (*broadcast(ctx, node, [shape[:-1] for shape in inputs]), _bias(ctx, node, args, weight[0]))
+
+
+@rule("conv_tbc")
+def conv_tbc(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """[T, N, I] with weight [kernel, I, O]: I is summed over, O is fresh."""
+    time, batch, channels = ctx.shape(args["self"])
+    kernel, inputs, outputs = ctx.shape(args["weight"])
+    ctx.freeze(kernel, node, KERNEL)
+    ctx.freeze(time, node, "the space of a convolution")
+    ctx.unify(channels, inputs, node, _MEETS_FIXED)
+    ctx.contract(args["weight"], 1)
+    return (Fixed(shape_of(node)[0]), batch, _bias(ctx, node, args, outputs))
+
+
+@rule("cosine_similarity", "pairwise_distance", "cosine_embedding_loss", "triplet_margin_loss", "dist")
+def distance(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Two tensors of one shape are compared over one dimension, or over all: it is summed over."""
+    sources = [source for source in tensor_inputs(node) if source is not args.get("target")]
+    shape = broadcast(ctx, node, [ctx.shape(source) for source in sources])
+    if op_name(node) not in ("cosine_similarity", "pairwise_distance"):
+        for dim in shape[:-1]:
+            ctx.freeze(dim, node, "compared as a whole")
+        return tuple(Fixed(size) for size in shape_of(node))
+    axis = args.get("dim", -1) % len(shape)
+    return (*shape[:axis], *((Fixed(1),) if args.get("keepdim") else ()), *shape[axis + 1 :])
+
+
+@rule("cdist")
+def cdist(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """[*, P, M] and [*, R, M] to [*, P, R]: M is summed over."""
+    left, right = ctx.shape(args["x1"]), ctx.shape(args["x2"])
+    ctx.unify(left[-1], right[-1], node, _MEETS_FIXED)
+    return (*broadcast(ctx, node, [left[:-2], right[:-2]]), left[-2], right[-2])
 
 
 @rule("einsum")
@@ -177,3 +264,16 @@ def embedding(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     rows, width = ctx.shape(args["weight"])
     ctx.freeze(rows, node, "rows of a table read by index")
     return (*ctx.shape(args["indices"]), width)
+
+
+@rule("embedding_bag")
+def embedding_bag(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Rows of a table, summed by bag: the rows cannot shrink, their width is fresh."""
+    rows, width = ctx.shape(args["weight"])
+    ctx.freeze(rows, node, "rows of a table read by index")
+    for source in tensor_inputs(node)[1:]:
+        for dim in ctx.shape(source):
+            ctx.freeze(dim, node, "used as an index")
+    value = fixed(node)
+    assert isinstance(value, list)
+    return [(*value[0][:1], width), *value[1:]]

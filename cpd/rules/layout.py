@@ -11,7 +11,7 @@ from torch.fx import Node
 from cpd.algebra import axes
 from cpd.algebra.axes import Axis, Dim, Fixed
 from cpd.algebra.ties import Tie
-from cpd.rules.base import Context, Shape, Value, fixed, rule, tensor_inputs
+from cpd.rules.base import Context, Shape, Value, broadcast, fixed, rule, tensor_inputs
 from cpd.trace.graph import op_name, shape_of
 
 _NO_END = 2**62
@@ -29,9 +29,11 @@ def rebracket(ctx: Context, node: Node, dims: Sequence[Dim], sizes: Sequence[int
     return tuple(result)
 
 
-@rule("view", "reshape", "_unsafe_view", "unflatten", "view_copy")
+@rule("view", "reshape", "_unsafe_view", "unflatten")
 def view(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Re-bracket; each size that the forward names must equal the width of its dimension."""
+    if "dtype" in args:  # the same memory as numbers of another type
+        return _other_type(ctx, node, args)
     result = rebracket(ctx, node, ctx.shape(args["self"]), shape_of(node))
     argument = {"reshape": "shape", "unflatten": "sizes"}.get(op_name(node), "size")
     first = args["dim"] % len(ctx.shape(args["self"])) if op_name(node) == "unflatten" else 0
@@ -41,20 +43,29 @@ def view(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return result
 
 
-@rule("flatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel")
+def _other_type(ctx: Context, node: Node, args: dict[str, Any]) -> Shape:
+    """Numbers of the last dimension are taken apart or together where the types differ in size."""
+    shape, size = ctx.shape(args["self"]), shape_of(node)[-1:]
+    if not shape or shape[-1].size == size[0]:
+        return shape
+    ctx.freeze(shape[-1], node, "viewed as numbers of another size")
+    return (*shape[:-1], Fixed(size[0]))
+
+
+@rule("flatten", "squeeze", "unsqueeze", "view_as", "reshape_as", "ravel", "atleast_1d", "atleast_2d", "atleast_3d")
 def reshape_without_sizes(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Re-bracket to the shape that the trace found; the forward names no width."""
     return rebracket(ctx, node, ctx.shape(args["self"]), shape_of(node))
 
 
-@rule("permute", "permute_copy")
+@rule("permute")
 def permute(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Dimensions in another order."""
     shape = ctx.shape(args["self"])
     return tuple(shape[dim] for dim in args["dims"])
 
 
-@rule("transpose", "swapaxes", "swapdims", "t", "numpy_T", "mT", "adjoint")
+@rule("transpose", "swapaxes", "swapdims", "t", "numpy_T", "mT", "mH", "matrix_H", "adjoint")
 def transpose(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Two dimensions change places."""
     shape = list(ctx.shape(args["self"]))
@@ -78,7 +89,7 @@ def movedim(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return tuple(shape[moved[index]] if index in moved else shape[next(rest)] for index in range(len(shape)))
 
 
-@rule("expand")
+@rule("expand", "broadcast_to")
 def expand(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """A repeated dimension is a new axis: all its positions are alike, so any of them may go."""
     shape, sizes = ctx.shape(args["self"]), shape_of(node)
@@ -88,6 +99,13 @@ def expand(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
         if asked != -1:
             ctx.literal(node, "size", index, dim)
     return result
+
+
+@rule("broadcast_tensors")
+def broadcast_tensors(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """Several tensors, each of their common shape."""
+    common = broadcast(ctx, node, [ctx.shape(source) for source in args["tensors"]])
+    return [common for _ in args["tensors"]]
 
 
 @rule("expand_as")
@@ -119,7 +137,10 @@ def repeat_interleave(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
             ctx.freeze(dim, node, "repeated as a tensor says")
         return fixed(node)
     axis = args["dim"] % len(shape)
-    return (*shape[:axis], axes.product([shape[axis], Fixed(args["repeats"])]), *shape[axis + 1 :])
+    repeated = axes.product([shape[axis], Fixed(args["repeats"])])
+    if args.get("output_size") is not None:
+        ctx.literal(node, "output_size", 0, repeated)
+    return (*shape[:axis], repeated, *shape[axis + 1 :])
 
 
 @rule("im2col")
@@ -156,12 +177,28 @@ def unfold(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
 def cat(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """One after the other along `dim`; coupled in every other dimension."""
     shapes = [ctx.shape(source) for source in args["tensors"] if shape_of(source) != (0,)]
-    axis = args["dim"] % len(shapes[0])
+    return _joined(ctx, node, shapes, args["dim"])
+
+
+@rule("hstack", "vstack", "row_stack", "dstack", "column_stack")
+def stack_along(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """One after the other along the first, second or third dimension, which each tensor is given where it lacks it."""
+    name, rank, shapes = op_name(node), len(shape_of(node)), list[Shape]()
+    for shape in map(ctx.shape, args["tensors"]):
+        missing = (Fixed(1),) * (rank - len(shape))
+        ahead = len(missing) if name in ("hstack", "vstack", "row_stack") else int(name == "dstack" and len(shape) < 2)
+        shapes.append((*missing[:ahead], *shape, *missing[ahead:]))
+    return _joined(ctx, node, shapes, {"hstack": min(1, rank - 1), "dstack": 2, "column_stack": 1}.get(name, 0))
+
+
+def _joined(ctx: Context, node: Node, shapes: Sequence[Shape], dim: int) -> Shape:
+    """Shapes one after the other along one dimension, unified in all others."""
+    axis = dim % len(shapes[0])
     result: list[Dim] = list(shapes[0])
     for shape in shapes[1:]:
-        for index, dim in enumerate(shape):
+        for index, other in enumerate(shape):
             if index != axis:
-                result[index] = ctx.unify(result[index], dim, node, "concatenated beside a fixed dimension")
+                result[index] = ctx.unify(result[index], other, node, "concatenated beside a fixed dimension")
     result[axis] = axes.concat(shape[axis] for shape in shapes)
     return tuple(result)
 
@@ -202,7 +239,7 @@ def _tie_pieces(ctx: Context, node: Node, pieces: list[Shape], dim: int, why: st
         ctx.ties.append(Tie(first, last, ctx.reason(node, why), slack))
 
 
-@rule("chunk")
+@rule("chunk", "unsafe_chunk")
 def chunk(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Equal pieces, the last of them the rest: n pieces of ceil(size / n), their widths tied in number."""
     sizes = [int(value.shape[args["dim"]]) for value in node.meta["val"]]
@@ -224,7 +261,7 @@ def glu(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return (*first[:dim], both, *first[dim + 1 :])
 
 
-@rule("split", "split_with_sizes", "unsafe_split")
+@rule("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes")
 def split(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Pieces whose sizes the forward names."""
     sizes = [int(value.shape[args["dim"]]) for value in node.meta["val"]]
@@ -238,10 +275,13 @@ def split(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return pieces
 
 
-@rule("tensor_split")
+@rule("tensor_split", "hsplit", "vsplit", "dsplit")
 def tensor_split(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Pieces between places that the forward names, or a number of them that differ by one: those are fixed."""
-    axis = args["dim"]
+    axis = {"vsplit": 0, "hsplit": min(1, len(ctx.shape(args["self"])) - 1), "dsplit": 2}.get(
+        op_name(node), args.get("dim")
+    )
+    assert axis is not None
     pieces = _pieces(ctx, node, args["self"], axis, [int(value.shape[axis]) for value in node.meta["val"]])
     if "indices" not in args:
         ctx.freeze(ctx.shape(args["self"])[axis], node, "cut into a number of pieces that need not be equal")
@@ -289,8 +329,13 @@ def narrow(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
 def slice_(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """A run of positions: cut at its start and end, which the forward names."""
     shape = ctx.shape(args["self"])
+    return run(ctx, node, args, shape, shape_of(node)[args["dim"] % len(shape)])
+
+
+def run(ctx: Context, node: Node, args: dict[str, Any], shape: Shape, size: int) -> Shape:
+    """The part of a shape between `start` and `end` of one dimension, of which it has `size` positions."""
     axis = args["dim"] % len(shape)
-    dim, size = shape[axis], shape_of(node)[axis]
+    dim = shape[axis]
     if args.get("step", 1) != 1:
         ctx.freeze(dim, node, "channels are picked by their index")
         return (*shape[:axis], Fixed(size), *shape[axis + 1 :])
@@ -310,16 +355,27 @@ def slice_(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return (*shape[:axis], axes.resolve(kept), *shape[axis + 1 :])
 
 
-@rule("roll", "flip")
+@rule("roll", "flip", "fliplr", "flipud", "fft_fftshift", "fft_ifftshift")
 def roll(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Positions change places: the dimension cannot shrink."""
     shape = ctx.shape(args["self"])
-    for dim in args["dims"] or range(len(shape)):
+    dims = {"fliplr": [1], "flipud": [0]}.get(op_name(node), args.get("dims", args.get("dim")))
+    for dim in [dims] if isinstance(dims, int) else dims or range(len(shape)):
         ctx.freeze(shape[dim], node, "channels change places")
     return shape
 
 
-@rule("pad", "constant_pad_nd", "reflection_pad1d", "reflection_pad2d", "replication_pad1d", "replication_pad2d")
+@rule("rot90")
+def rot90(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """A plane is turned: neither of its dimensions can shrink."""
+    shape = list(ctx.shape(args["self"]))
+    for dim in args["dims"]:
+        ctx.freeze(shape[dim], node, "channels change places")
+        shape[dim] = Fixed(shape_of(node)[dim])
+    return tuple(shape)
+
+
+@rule("pad", "constant_pad_nd", *(f"{kind}_pad{rank}d" for kind in ("reflection", "replication") for rank in (1, 2, 3)))
 def pad(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Constant positions before and after: new axes, whose widths the forward names."""
     shape, sizes = list(ctx.shape(args["self"])), shape_of(node)
@@ -363,51 +419,10 @@ def pixel_unshuffle(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     )
 
 
-@rule("channel_shuffle")
+@rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """[N, G x C, *] to [N, C x G, *]."""
     batch, channels, *space = ctx.shape(args["input"] if "input" in args else args["self"])
     groups, inner = ctx.split(channels, channels.size // args["groups"], node, "channel shuffle")
     ctx.freeze(groups, node, "the number of groups of a channel shuffle")
     return (batch, axes.product([inner, groups]), *space)
-
-
-@rule("cumsum", "cumprod", "logcumsumexp", "index_select")
-def ordered(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
-    """Positions of one dimension are told apart by their order or index: that dimension cannot shrink."""
-    shape = list(ctx.shape(args["self"]))
-    axis = args["dim"] % len(shape)
-    ctx.freeze(shape[axis], node, "channels are told apart by their order or index")
-    for source in tensor_inputs(node)[1:]:
-        for dim in ctx.shape(source):
-            ctx.freeze(dim, node, "used as an index")
-    shape[axis] = Fixed(shape_of(node)[axis])
-    return tuple(shape)
-
-
-@rule("cummax", "cummin", "sort", "argsort", "topk", "gather", "take_along_dim", "index_copy", "index_add", "scatter",
-      "scatter_add", "slice_scatter", "select_scatter", "index_put", "masked_scatter", "searchsorted",
-      "bucketize")  # fmt: skip
-def indexed(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
-    """Single positions are picked, ordered or written to: nothing of these tensors is removed."""
-    for source in tensor_inputs(node):
-        for dim in ctx.shape(source):
-            ctx.freeze(dim, node, "single channels are picked, ordered or written to")
-    return fixed(node)
-
-
-@rule("index")
-def index(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
-    """Gather by index tensors: the indexed dimensions cannot shrink, the others stay."""
-    shape = ctx.shape(args["self"])
-    picked = [position for position, item in enumerate(args["indices"]) if item is not None]
-    for source in tensor_inputs(node)[1:]:
-        for dim in ctx.shape(source):
-            ctx.freeze(dim, node, "used as an index")
-    for position in picked:
-        ctx.freeze(shape[position], node, "read through an index tensor")
-    kept = [dim for position, dim in enumerate(shape) if position not in picked]
-    rank = len(shape_of(node)) - len(kept)
-    start = picked[0] if picked == list(range(picked[0], picked[-1] + 1)) else 0
-    new = tuple(Fixed(size) for size in shape_of(node)[start : start + rank])
-    return (*kept[:start], *new, *kept[start:])

@@ -51,3 +51,12 @@ def group_norm(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     groups, inner = ctx.split(channels, channels.size // args["num_groups"], node, "groups of a normalisation")
     ctx.literal(node, "num_groups", 0, groups)
     return (batch, axes.product([groups, inner]), *space)
+
+
+@rule("_weight_norm", "_weight_norm_interface")
+def weight_norm(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """A weight v divided by the norm of its slices along one dimension, times g, which lies along it too."""
+    shape, scale = list(ctx.shape(args["v"])), ctx.shape(args["g"])
+    if args["dim"] >= 0:
+        shape[args["dim"]] = ctx.unify(shape[args["dim"]], scale[args["dim"]], node, _FIXED)
+    return [tuple(shape), scale] if isinstance(node.meta["val"], (list, tuple)) else tuple(shape)

@@ -23,6 +23,14 @@ from cpd.trace.graph import op_name, shape_of
     "hardswish",
     "log_sigmoid",
     "_prelu_kernel",
+    "complex",
+    "polar",
+    "real",
+    "imag",
+    "conj",
+    "_conj",
+    "_neg_view",
+    "isreal",
 )
 def pointwise(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """All tensors broadcast; each dimension of the result is the common dimension of the inputs."""
@@ -42,9 +50,11 @@ def _aligned(ctx: Context, node: Node, source: Node) -> Shape:
 
 @rule(
     "alias", "clone", "contiguous", "detach", "detach_", "dropout", "feature_dropout", "alpha_dropout",
-    "to", "_to_copy", "type_as", "lift_fresh_copy", "zeros_like", "ones_like", "full_like",
-    "empty_like", "rand_like", "randn_like", "positive", "view_as_real_copy", "bernoulli",
-    "softmax", "log_softmax", "_softmax", "_log_softmax", "softmin",
+    "to", "_to_copy", "type_as", "resolve_conj", "resolve_neg", "pin_memory", "zeros_like", "ones_like", "full_like",
+    "empty_like", "rand_like", "randn_like", "randint_like", "positive", "bernoulli", "uniform_", "normal_", "random_",
+    "exponential_", "poisson",
+    "_safe_softmax", "softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "special_softmax",
+    "special_log_softmax", "feature_alpha_dropout", "rrelu_with_noise", "fake_quantize_per_tensor_affine",
 )  # fmt: skip
 def same_shape(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """The dimensions of the first tensor."""
@@ -64,7 +74,9 @@ def getitem(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
 
 
 @rule("arange", "linspace", "eye", "scalar_tensor", "tril_indices", "triu_indices", "_assert_tensor_metadata",
-      "sym_size", "lift_fresh", "hann_window", "one_hot", "meshgrid")  # fmt: skip
+      "sym_size", "lift_fresh", "one_hot", "meshgrid", "logspace", "range", "randperm", "hann_window", "hamming_window",
+      "blackman_window", "bartlett_window", "kaiser_window", "fft_fftfreq", "fft_rfftfreq", "affine_grid_generator",
+      "empty_strided", "new_empty_strided")  # fmt: skip
 def numbered(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """A tensor made in the forward whose positions differ: nothing of it is removed."""
     for source in tensor_inputs(node):
@@ -73,7 +85,20 @@ def numbered(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return fixed(node)
 
 
-@rule("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty")
+@rule(
+    "zeros",
+    "ones",
+    "full",
+    "empty",
+    "rand",
+    "randn",
+    "randint",
+    "normal",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_empty",
+)
 def filled(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """A tensor made in the forward whose positions are alike: as wide as what it meets; the forward names its sizes."""
     sizes = shape_of(node)

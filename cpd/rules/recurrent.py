@@ -48,6 +48,23 @@ def recurrent(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     return [(*sequence[:-1], axes.product([axes.Fixed(directions), axes.resolve(carried)])), *last]
 
 
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def cell(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """One step of a recurrent layer: [N, I] and a state [N, H] to the next state; an LSTM's has two parts."""
+    parameters = [args[name] for name in ("w_ih", "w_hh", "b_ih", "b_hh") if args.get(name) is not None]
+    gates = _GATES[op_name(node).removesuffix("_cell")]
+    hidden, _, features = _widths(ctx, node, [ctx.shape(parameter) for parameter in parameters], gates, False)
+    batch, width = ctx.shape(args["input"])
+    ctx.unify(width, features, node, _MEETS_FIXED)
+    for parameter in parameters[:2]:
+        ctx.contract(parameter, 1)
+    states = args["hx"] if isinstance(args["hx"], (list, tuple)) else [args["hx"]]
+    for state in states:
+        hidden = ctx.unify(hidden, ctx.shape(state)[-1], node, "a state of fixed width")
+    found: list[Shape] = [(batch, hidden) for _ in states]
+    return found if isinstance(node.meta["val"], (list, tuple)) else found[0]
+
+
 def _widths(ctx: Context, node: Node, parameters: list[Shape], gates: int, projected: bool) -> tuple[Dim, Dim, Dim]:
     """Of one layer and direction: hidden units, what is carried to the next step, and the input's features."""
     (rows, features), (again, carried), *rest = parameters

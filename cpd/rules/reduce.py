@@ -13,7 +13,8 @@ from cpd.trace.graph import op_name, shape_of
 
 @rule(
     "mean", "sum", "amax", "amin", "var", "std", "logsumexp", "norm", "linalg_vector_norm", "prod", "any", "all",
-    "frobenius_norm", "std_mean", "var_mean", "nansum",
+    "frobenius_norm", "std_mean", "var_mean", "nansum", "nanmean", "aminmax",
+    "count_nonzero", "linalg_norm", "linalg_matrix_norm", "nuclear_norm", "special_logsumexp",
 )  # fmt: skip
 def reduce(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """The reduced dimensions vanish (or keep one position); the others stay."""
@@ -67,10 +68,12 @@ def grid_sampler(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
     "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
     "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
-    "max_pool2d_with_indices", "lp_pool2d",
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "max_pool1d_with_indices", "max_pool2d_with_indices",
+    "max_pool3d_with_indices", "fractional_max_pool2d", "fractional_max_pool3d", "lp_pool2d",
     "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d",
     "upsample_bicubic2d", "upsample_linear1d", "upsample_trilinear3d", "_upsample_bilinear2d_aa",
-    "_upsample_bicubic2d_aa", "_upsample_nearest_exact2d",
+    "_upsample_bicubic2d_aa", "_upsample_lanczos2d_aa", "_upsample_nearest_exact1d", "_upsample_nearest_exact2d",
+    "_upsample_nearest_exact3d",
 )  # fmt: skip
 def spatial(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """Space is resampled and fixed; batch and channels stay."""
@@ -81,3 +84,27 @@ def spatial(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     values = node.meta["val"] if isinstance(node.meta["val"], (list, tuple)) else [node.meta["val"]]
     results = [(*shape[:-rank], *(Fixed(int(size)) for size in value.shape[-rank:])) for value in values]
     return results if isinstance(node.meta["val"], (list, tuple)) else results[0]
+
+
+@rule("max_unpool2d", "max_unpool3d")
+def max_unpool(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """[*, C, space] put back where the indices of the same shape say: space is fixed, batch and channels stay."""
+    rank = int(op_name(node)[-2])
+    shape = broadcast(ctx, node, [ctx.shape(args["self"]), ctx.shape(args["indices"])])
+    for dim in shape[-rank:]:
+        ctx.freeze(dim, node, "space that is resampled")
+    return (*shape[:-rank], *(Fixed(size) for size in shape_of(node)[-rank:]))
+
+
+@rule(
+    "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
+    "kl_div", "soft_margin_loss", "poisson_nll_loss", "hinge_embedding_loss", "margin_ranking_loss",
+    "cross_entropy_loss", "nll_loss", "nll_loss2d", "nll_loss_nd", "ctc_loss", "multi_margin_loss",
+    "multilabel_margin_loss",
+)  # fmt: skip
+def loss(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
+    """A loss is defined over all that it is given: nothing of that is removed."""
+    for source in tensor_inputs(node):
+        for dim in ctx.shape(source):
+            ctx.freeze(dim, node, "a loss is taken over it")
+    return fixed(node)

@@ -17,18 +17,27 @@ from torch.utils import _pytree as pytree
 from cpd.algebra import axes
 from cpd.algebra.axes import Axis, Dim, Mask
 from cpd.coupling.comb import Comb
-from cpd.coupling.exactness import CONTRACTIONS, REDUCTIONS, SUMS
+from cpd.coupling.exactness import (
+    CONTRACTIONS,
+    CONVOLUTIONS,
+    DISTANCES,
+    NORMS,
+    REDUCTIONS,
+    SOFTMAX,
+    SUMS,
+    WEIGHT_NORMS,
+)
 from cpd.model.inputs import evaluating, plain_attention
 from cpd.model.tensors import every_tensor
 from cpd.plan import Plan
 from cpd.proof.constants import ATTENTION
-from cpd.rules import arguments
+from cpd.proof.replay import predicted
+from cpd.rules import Shape, arguments
 from cpd.rules.base import tensor_inputs
-from cpd.rules.reduce import reduced_dims
 from cpd.trace.graph import OperationGraph, op_name, pair
 
-#: Ops that take the kept positions of what they reduce.
-SUMMARIES = {*REDUCTIONS, *SUMS}
+#: Ops that mix over a dimension otherwise than by a sum of products: they see its kept positions alone.
+MIXING = {*NORMS, *SOFTMAX, *REDUCTIONS, *SUMS, *DISTANCES, *WEIGHT_NORMS}
 
 
 class MaskedForward(Interpreter):
@@ -48,26 +57,50 @@ class MaskedForward(Interpreter):
             self.masks[group.axis] = axes.mask(group.axis, {})
             self.masks[group.axis][:] = False
             self.masks[group.axis][list(plan.groups[group.name])] = True
+        self.counts = {axis: int(mask.sum()) for axis, mask in self.masks.items()}
 
     def run_node(self, n: Node) -> Any:
         """Run one node, on the kept positions alone where it mixes over a dimension."""
         name = op_name(n)
         if n.op == "call_function":
-            if name in ("layer_norm", "rms_norm"):
-                return self._layer_norm(n)
-            if name == "group_norm":
-                return self._group_norm(n)
-            if name == "batch_norm" and arguments(n)["training"]:
-                return self._standardised(n)
+            if name in MIXING and "other" not in arguments(n):
+                return self._narrowed(n)
             if name == ATTENTION:
                 return self._attention(n)
             if n in self.scales:
                 return self._rescaled(n)
-            if name in CONTRACTIONS:
+            if name in CONTRACTIONS or name in CONVOLUTIONS:
                 self._zero_removed(n)
-            if name in ("softmax", "log_softmax", "_softmax") or (name in SUMMARIES and "other" not in arguments(n)):
-                return self._along(n, name)
         return super().run_node(n)
+
+    def _narrowed(self, n: Node) -> Any:
+        """Run an op on the kept positions alone, and put what it gives back in its place, zeros between."""
+        bound = arguments(n)
+        for item in self.context.literals:
+            if item.node is n:
+                width = predicted(item, self.counts)
+                value = bound[item.argument]
+                bound[item.argument] = _replaced(value, item.index, width) if isinstance(value, list) else width
+        result = _call(n, torch.fx.node.map_arg(bound, self._narrow))
+        shapes = self.context.values[n]
+        if isinstance(shapes, list):
+            return [self._widen(value, dims) for value, dims in zip(result, shapes, strict=True)]
+        return self._widen(result, shapes)
+
+    def _narrow(self, source: Node) -> Any:
+        """The kept positions of what a node gave."""
+        value = self.env[source]
+        for index, dim in enumerate(self.context.shape(source)) if isinstance(value, Tensor) else ():
+            kept = self._kept(dim)
+            value = value.index_select(index, kept) if len(kept) < dim.size else value
+        return value
+
+    def _widen(self, value: Tensor, dims: Shape) -> Tensor:
+        """A tensor of kept positions, with zeros at the others."""
+        for index, dim in enumerate(dims):
+            kept = self._kept(dim)
+            value = _scatter(value, index, kept, dim.size) if len(kept) < dim.size else value
+        return value
 
     def _zero_removed(self, n: Node) -> None:
         """Let an op that sums over products see zeros at the removed positions."""
@@ -83,44 +116,6 @@ class MaskedForward(Interpreter):
 
     def _bound(self, n: Node) -> dict[str, Any]:
         return {key: self.env[v] if isinstance(v, Node) else v for key, v in arguments(n).items()}
-
-    def _layer_norm(self, n: Node) -> Tensor:
-        bound, shape = self._bound(n), self.context.shape(tensor_inputs(n)[0])
-        names = [name for name in ("weight", "bias") if bound.get(name) is not None]
-        dense: Tensor = bound["input"]
-        narrow = dense
-        for offset in range(1, len(bound["normalized_shape"]) + 1):
-            kept = self._kept(shape[-offset])
-            narrow = narrow.index_select(-offset, kept)
-            for name in names:
-                bound[name] = bound[name].index_select(-offset, kept)
-        sizes = list(narrow.shape[len(shape) - len(bound["normalized_shape"]) :])
-        bound["input"], bound["normalized_shape"] = narrow, sizes
-        result: Tensor = _call(n, bound)
-        for offset in range(len(sizes), 0, -1):
-            result = _scatter(result, -offset, self._kept(shape[-offset]), dense.shape[-offset])
-        return result
-
-    def _group_norm(self, n: Node) -> Tensor:
-        bound, shape = self._bound(n), self.context.shape(tensor_inputs(n)[0])
-        groups, _ = axes.split(shape[1], shape[1].size // bound["num_groups"], "group norm")
-        kept, size = self._kept(shape[1]), shape[1].size
-        bound["num_groups"] = len(self._kept(groups))
-        bound["input"] = bound["input"].index_select(1, kept)
-        for name in ("weight", "bias"):
-            bound[name] = None if bound.get(name) is None else bound[name].index_select(0, kept)
-        return _scatter(_call(n, bound), 1, kept, size)
-
-    def _standardised(self, n: Node) -> Tensor:
-        """A batch norm by the statistics of its input, over the kept positions of all dimensions but the channels."""
-        bound, shape = self._bound(n), self.context.shape(tensor_inputs(n)[0])
-        kept = {index: self._kept(dim) for index, dim in enumerate(shape) if index != 1}
-        for index, positions in kept.items():
-            bound["input"] = bound["input"].index_select(index, positions)
-        result: Tensor = _call(n, bound)
-        for index, positions in kept.items():
-            result = _scatter(result, index, positions, shape[index].size)
-        return result
 
     def _attention(self, n: Node) -> Tensor:
         """Attention to the kept keys, by the scale that the narrower forward has."""
@@ -139,20 +134,7 @@ class MaskedForward(Interpreter):
         return result / self._change(n) if self.scales[n].inverse else result * self._change(n)
 
     def _change(self, n: Node) -> float:
-        return self.scales[n].change({axis: int(mask.sum()) for axis, mask in self.masks.items()})
-
-    def _along(self, n: Node, name: str) -> Any:
-        """Softmax, or a reduction, over the kept positions."""
-        source = tensor_inputs(n)[0]
-        bound, shape = self._bound(n), self.context.shape(source)
-        first = next(key for key, value in arguments(n).items() if value is source)
-        for dim in reduced_dims(bound.get("dim"), len(shape)):
-            bound[first] = bound[first].index_select(dim, self._kept(shape[dim]))
-        result = _call(n, bound)
-        if name in SUMMARIES:
-            return result
-        dim = bound["dim"]
-        return _scatter(result, dim, self._kept(shape[dim]), shape[dim].size)
+        return self.scales[n].change(self.counts)
 
 
 def _call(n: Node, bound: Mapping[str, Any]) -> Any:
@@ -160,6 +142,11 @@ def _call(n: Node, bound: Mapping[str, Any]) -> Any:
     schema = n.target._schema  # type: ignore[attr-defined]
     positional = [bound[arg.name] for arg in schema.arguments if not arg.kwarg_only]
     return n.target(*positional, **{arg.name: bound[arg.name] for arg in schema.arguments if arg.kwarg_only})
+
+
+def _replaced(values: list[int], index: int, value: int) -> list[int]:
+    """A list with another value in one place."""
+    return [value if position == index else other for position, other in enumerate(values)]
 
 
 def _scatter(value: Tensor, dim: int, kept: Tensor, size: int) -> Tensor:
@@ -203,8 +190,13 @@ def masked_error(model: nn.Module, shrunk: nn.Module, comb: Comb, plan: Plan) ->
     expected = masked_output(model, comb, plan)
     with torch.no_grad(), evaluating(shrunk), plain_attention():
         found = pytree.tree_leaves(comb.operations.call.on(comb.operations.runner(shrunk)))
-    pairs = [(a, b) for a, b in zip(expected, found, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]
+    pairs = [(a, b) for a, b in zip(expected, found, strict=True) if isinstance(a, Tensor) and _continuous(a)]
     return max((float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs), default=0.0)
+
+
+def _continuous(value: Tensor) -> bool:
+    """Whether a tensor holds real or complex numbers."""
+    return value.is_floating_point() or value.is_complex()
 
 
 def shape_mismatch(comb: Comb, plan: Plan, again: OperationGraph) -> str | None:

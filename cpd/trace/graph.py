@@ -10,13 +10,17 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from cpd.model.inputs import Call
 from cpd.plan import Cache
+from cpd.trace.pointwise import first_name
 
 _TORCH = str(Path(torch.__file__).parent)
 _CPD = str(Path(__file__).parents[1])
+#: Libraries whose ops are called by their names alone.
+_KNOWN = ("aten", "torchvision", "cpd")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +83,7 @@ class OperationGraph:
         graph = nx.DiGraph()
         for node in self.nodes:
             name = self.tensors.get(node.name, node.name)
-            graph.add_node(name, op=op_name(node), module=owner(node), shape=shape_of(node), line=line_of(node))
+            graph.add_node(name, op=called(node), module=owner(node), shape=shape_of(node), line=line_of(node))
             for source in node.all_input_nodes:
                 graph.add_edge(self.tensors.get(source.name, source.name), name)
         return graph
@@ -115,7 +119,18 @@ def is_user_code(filename: str) -> bool:
 
 
 def op_name(node: Node) -> str:
-    """`conv2d` for `aten.conv2d.default`; the node's kind for placeholders and outputs."""
+    """`conv2d` for `aten.conv2d.default`, `mul` for `aten.multiply.Tensor`; a placeholder's or output's kind.
+
+    The name of an op that neither torch nor torchvision has begins with that of its library: it may be anything.
+    """
+    if isinstance(node.target, OpOverload) and node.target.namespace in _KNOWN:
+        return first_name(node.target)
+    library = f"{node.target.namespace}." if isinstance(node.target, OpOverload) else ""
+    return f"{library}{called(node)}"
+
+
+def called(node: Node) -> str:
+    """The name of the op as it was called: `multiply` for `aten.multiply.Tensor`; a placeholder's or output's kind."""
     if node.op != "call_function":
         return node.op
     packet = getattr(node.target, "overloadpacket", None)

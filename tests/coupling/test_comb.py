@@ -488,7 +488,8 @@ def test_squeeze_and_excite() -> None:
         (lambda y: (y + 1).sum(1, keepdim=True), False),
         (lambda y: y.logsumexp((2, 3), keepdim=True).sum(1, keepdim=True), False),
         (lambda y: F.pad(y, (1, 1, 1, 1), value=2.0).sum((1, 2, 3), keepdim=True), False),
-        (lambda y: y.masked_fill(y > 1, 3.0).sum(1, keepdim=True), False),
+        (lambda y: y.masked_fill(y < 1, 3.0).sum(1, keepdim=True), False),
+        (lambda y: y.masked_fill(y > 1, 3.0).sum(1, keepdim=True), True),  # a zero is not above 1
         (lambda y: torch.einsum("nchw,ncij->nhwij", y.exp(), y.exp()).mean((3, 4))[:, None], False),
         (lambda y: y.sum(1, keepdim=True), True),
         (lambda y: y.exp(), True),
