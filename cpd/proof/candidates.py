@@ -40,10 +40,9 @@ class Candidates:
     def widths_of(self, path: str) -> list[Dim]:
         """The removable dimensions, and parts of them, of what a module sees and of the parameters that it keeps."""
         ctx = self.copies.ctx
-        nodes = [node for node in ctx.graph.operations if owner(node) == path]
         own = [shape for name, shape in self.copies.dims.items() if name.rpartition(".")[0] == path]
         kept = [axes.resolve(dim) for shape in own for dim in shape if any(True for _ in axes.leaves(dim))]
-        whole = [*(widths_in_sight(ctx, nodes[0]) if nodes else ()), *kept]
+        whole = [*widths_in_sight(ctx, path), *kept]
         return list(dict.fromkeys(part for dim in whole for part in _parts_of(dim)))
 
     # ------------------------------------------------------------ attributes
@@ -95,7 +94,7 @@ class Candidates:
         ctx, counts, asked = self.copies.ctx, seen.counts, seen.asked.get(item)
         module = owner(item.node)
         named = [axes.resolve(dim) for place, dim in self.copies.attributes.items() if place.module == module]
-        in_sight = list(dict.fromkeys([*named, *widths_in_sight(ctx, item.node)]))
+        in_sight = list(dict.fromkeys([*named, *widths_in_sight(ctx, module)]))
         blocks = list(dict.fromkeys(axes.resolve(dim) for dim in (item.dim, *self._blocks_around(item))))
         found = [
             Tie(block, dim, ctx.reason(item.node, "a width is computed from another"))
