@@ -146,7 +146,9 @@ class Proof:
         seen = self.remedies.try_ties(self.remedies.try_followed(seen))
         if first.intersection(seen.wrong()):  # what other widths brought up has its own turn
             seen = self.remedies.try_unfollowed(seen)
-            self.freezer.freeze_literals([item for item in seen.wrong() if item in first])
+            wrong = [item for item in seen.wrong() if item in first]
+            if not self.remedies.try_whole(wrong):
+                self.freezer.freeze_literals(wrong)
 
     def _get_further(self, seen: Observation) -> None:
         """Where a copy fails and names no wrong width: find what lets the forward get further, or freeze."""

@@ -139,7 +139,7 @@ class Remedies:
             self.ctx.ties = [*before, *(tie for tie, _ in trial)]
             found, kept = self.copies.observe(self.draws.draw(tied), compare=seen.compared), []
             for tie, item in trial:
-                told = moved(found.counts, tie.axes) and _judged(item, found)
+                told = moved(found.counts, axes.leaves(item.dim)) and _judged(item, found)
                 trials[tie.left, tie.right] += RETRIES if told else 1
                 if told and found.agrees(item):
                     kept.append((tie, item))
@@ -162,6 +162,30 @@ class Remedies:
             if tie is not None:
                 trial.setdefault(owner(item.node), (tie, item))
         return list(trial.values())
+
+    def try_whole(self, wrong: Iterable[Literal]) -> bool:
+        """For wrong literals of several widths: freeze the one alone that must stay whole for the others to go.
+
+        A forward that does otherwise where keys are repeated once, say, names a wrong number of heads there alone.
+
+        Returns:
+            Whether there is one.
+        """
+        for item in wrong:
+            among = [axis for axis in dict.fromkeys(axes.leaves(item.dim)) if axis.frozen is None]
+            for axis in sorted(among, key=lambda axis: axis.size) if len(among) > 1 else ():
+                if self._agrees_where_whole(item, axis, {*among} - {axis}):
+                    axis.frozen = self.ctx.reason(item.node, f"{unexplained(item)} where fewer than {axis.size} stay")
+                    return True
+        return False
+
+    def _agrees_where_whole(self, item: Literal, axis: Axis, others: set[Axis]) -> bool:
+        """Whether a literal is as predicted at several widths of the others of its axes, this one being whole."""
+        for _ in range(1 + CONFIRMATIONS):
+            counts = ties.repair({**self.draws.draw(others), axis: axis.size}, self.ctx.ties)
+            if not moved(counts, others) or not self.copies.replay(counts).agrees(item):
+                return False
+        return True
 
     # ------------------------------------------------------------ the forward checks a width and refuses
 
