@@ -21,6 +21,8 @@ from cpd.trace.graph import owner, owners
 
 #: Modules inside the calling one whose attributes are tried.
 MAX_INNER = 16
+#: By how much an integer, or a width, that follows another one may be larger.
+MAX_FACTOR = 8
 #: Ties tried where a forward checks a width and refuses.
 MAX_PAIRS = 32
 
@@ -63,12 +65,21 @@ class Candidates:
         found = [(place, dim) for dim in self._widths_around(item) for place, value in kept if value == dim.size]
         return sorted(found, key=lambda candidate: candidate[0].name != item.argument)
 
-    def checked(self, culprit: str, path: str, counts: Counts) -> Iterator[tuple[Place, Dim]]:
-        """Integers of the module at `path`, each with the narrower widths that the module `culprit` sees."""
-        for dim in self.widths_of(culprit):
-            for place, value in integers(self.copies.model, path):
-                if value == dim.size != axes.count(dim, counts) and place not in self.copies.attributes:
-                    yield place, dim
+    def checked(self, culprit: str, path: str, counts: Counts) -> Iterator[dict[Place, Dim]]:
+        """Integers of the module at `path`, each with the narrower widths that the module `culprit` sees.
+
+        First each alone, then all of one width at once (a forward may compare several of them in one line), and at
+        last those that are a multiple of a width.
+        """
+        dims = [dim for dim in self.widths_of(culprit) if axes.count(dim, counts) != dim.size]
+        kept = [one for one in integers(self.copies.model, path) if one[0] not in self.copies.attributes]
+        equal = {dim: [place for place, value in kept if value == dim.size] for dim in dims}
+        yield from ({place: dim} for dim, places in equal.items() for place in places)
+        yield from (dict.fromkeys(places, dim) for dim, places in equal.items() if len(places) > 1)
+        for dim in dims:
+            for place, value in kept:
+                if value % dim.size == 0 and 1 < value // dim.size <= MAX_FACTOR:
+                    yield {place: axes.product([Fixed(value // dim.size), dim])}
 
     def _widths_around(self, item: Literal) -> list[Dim]:
         """The literal's width, parts of it (`B * self.num_heads`, `self.dim * 3`), and those around (`dim - part`)."""

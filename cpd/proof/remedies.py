@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 from torch import nn
@@ -197,12 +197,19 @@ class Remedies:
         """
         for _ in range(RETRIES):
             for path in enclosing(failed.culprit) if failed.error is not None else ():
-                for place, dim in self.candidates.checked(failed.culprit, path, failed.counts):
-                    if self.copies.replay(failed.counts, {place: dim}).steps > failed.steps:
-                        self.attributes[place] = dim
+                for trial in self.candidates.checked(failed.culprit, path, failed.counts):
+                    if self._gets_further(failed, trial):
+                        for place in list(trial) if len(trial) > 1 else ():  # those alone that the check is about
+                            rest = {other: dim for other, dim in trial.items() if other != place}
+                            trial = rest if self._gets_further(failed, rest) else trial
+                        self.attributes.update(trial)
                         return True
             failed = self.copies.replay(self.draws.draw())
         return False
+
+    def _gets_further(self, failed: Observation, extra: Mapping[Place, Dim]) -> bool:
+        """Whether the forward gets further, at the widths at which it failed, where these integers follow."""
+        return self.copies.replay(failed.counts, extra).steps > failed.steps
 
     def try_checked_ties(self, failed: Observation) -> bool:
         """Where a forward checks a width and refuses: try ties between the widths that the checking module sees.
