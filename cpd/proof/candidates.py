@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 
 from torch.fx import Node
@@ -33,9 +33,11 @@ class Candidates:
 
     Attributes:
         copies: of the model in question.
+        integers: for each module asked about, the integers that it keeps.
     """
 
     copies: Copies
+    integers: dict[str, list[tuple[Place, int]]] = field(default_factory=dict)
 
     # ------------------------------------------------------------ what a module sees
 
@@ -49,11 +51,17 @@ class Candidates:
 
     # ------------------------------------------------------------ attributes
 
+    def kept(self, path: str) -> list[tuple[Place, int]]:
+        """The integers that the module at `path` keeps."""
+        if path not in self.integers:
+            self.integers[path] = list(integers(self.copies.model, path))
+        return self.integers[path]
+
     def followed(self, item: Literal) -> list[tuple[Place, Dim]]:
         """The integers that the literal was seen to be computed from, each with the widths that it is as large as."""
         places = sorted(self.copies.places.get(item, ()))
         modules = dict.fromkeys(place.module for place in places)
-        kept = {place: value for path in modules for place, value in integers(self.copies.model, path)}
+        kept = {place: value for path in modules for place, value in self.kept(path)}
         return [(place, dim) for dim in self._widths_around(item) for place in places if kept[place] == dim.size]
 
     def around(self, item: Literal) -> list[tuple[Place, Dim]]:
@@ -61,9 +69,9 @@ class Candidates:
 
         Those named like the op's argument come first, then those of the whole width, then the innermost module's.
         """
-        kept = [one for path in self._modules_around(item.node) for one in integers(self.copies.model, path)]
+        kept = [one for path in self._modules_around(item.node) for one in self.kept(path)]
         found = [(place, dim) for dim in self._widths_around(item) for place, value in kept if value == dim.size]
-        return sorted(found, key=lambda candidate: candidate[0].name != item.argument)
+        return sorted(found, key=lambda candidate: candidate[0].name not in item.names())
 
     def checked(self, culprit: str, path: str, counts: Counts) -> Iterator[dict[Place, Dim]]:
         """Integers of the module at `path`, each with the narrower widths that the module `culprit` sees.
@@ -72,7 +80,7 @@ class Candidates:
         last those that are a multiple of a width.
         """
         dims = [dim for dim in self.widths_of(culprit) if axes.count(dim, counts) != dim.size]
-        kept = [one for one in integers(self.copies.model, path) if one[0] not in self.copies.attributes]
+        kept = [one for one in self.kept(path) if one[0] not in self.copies.attributes]
         equal = {dim: [place for place, value in kept if value == dim.size] for dim in dims}
         yield from ({place: dim} for dim, places in equal.items() for place in places)
         yield from (dict.fromkeys(places, dim) for dim, places in equal.items() if len(places) > 1)

@@ -12,6 +12,7 @@ from torch.fx import Node
 from cpd.algebra import axes
 from cpd.algebra.axes import Dim
 from cpd.errors import CPDError
+from cpd.model import kept
 from cpd.model.skeleton import set_attributes, skeleton
 from cpd.plan import Attribute
 from cpd.proof.constants import Constants, Number, scalars
@@ -150,20 +151,21 @@ class Copies:
 
 
 def edits(model: nn.Module, attributes: Mapping[Place, Dim], counts: Counts) -> list[Attribute]:
-    """The attributes of `model` that change at these widths."""
+    """The attributes of `model` that change at these widths; a tuple or list of integers as a whole."""
     values: dict[tuple[str, str], list[int] | int] = {}
-    for place, dim in sorted(attributes.items(), key=lambda item: (item[0].module, item[0].name, item[0].index or 0)):
-        width, key = axes.count(dim, counts), (place.module, place.name)
-        if place.index is None:
-            values[key] = width
+    for place, dim in sorted(attributes.items()):
+        width, (name, _, key) = axes.count(dim, counts), place.name.partition(".")
+        holder = getattr(model.get_submodule(place.module), name)
+        if type(holder) in (tuple, list) and all(type(part) is int for part in holder):
+            sizes = values.setdefault((place.module, name), list(holder))
+            assert isinstance(sizes, list)
+            sizes[int(key)] = width
         else:
-            current = values.setdefault(key, list(getattr(model.get_submodule(place.module), place.name)))
-            assert isinstance(current, list)
-            current[place.index] = width
+            values[place.module, place.name] = width
     found = []
     for (module, name), new in values.items():
-        value = getattr(model.get_submodule(module), name)
-        old = list(value) if isinstance(value, (tuple, list)) else value
+        value = kept.get(model.get_submodule(module), name)
+        old = list(value) if isinstance(new, list) else value
         if old != new:
             found.append(Attribute(module, name, old, new))
     return found

@@ -56,8 +56,7 @@ class Remedies:
         for item in self.ctx.literals:
             if item.argument in ("groups", "num_groups", "normalized_shape"):
                 for place, dim in self.candidates.around(item)[:1]:
-                    index_fits = place.index is None or place.index == item.index
-                    if place.name == item.argument and index_fits and place.module == owner(item.node):
+                    if place.name in item.names() and place.module == owner(item.node):
                         self.attributes.setdefault(place, dim)
 
     def adopt_attention(self) -> None:

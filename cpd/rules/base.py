@@ -41,6 +41,10 @@ class Literal:
     dim: Dim
     sign: int = 1
 
+    def names(self) -> tuple[str, str]:
+        """What an attribute of the argument's name is called that holds the integer, or a list with it."""
+        return self.argument, f"{self.argument}.{self.index}"
+
 
 @dataclass
 class Context:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cpd.model import kept
 from cpd.plan import Plan
+from cpd.surgery.shrink import shrink
 from helpers.sketches import MAP, Sketch, checked, random
-from helpers.zoo import conv, frozen, random_plan, sizes
+from helpers.zoo import comb, conv, frozen, random_plan, sizes
 
 
 def new_attributes(plan: Plan) -> dict[str, object]:
@@ -106,6 +114,97 @@ def test_the_transformer_of_torch(kind: str, least: int) -> None:
     plan = random_plan(combed, 0.5)
     if "full" in kind:
         assert new_attributes(plan)["body.d_model"] == len(plan.kept["proj.weight"][0]) < 16
+
+
+# ---------------------------------------------------------------- integers in odd places
+
+
+class Pair(NamedTuple):
+    """A named tuple."""
+
+    batch: str
+    heads: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """A config that cannot be written to, which holds another object."""
+
+    heads: int
+    inner: SimpleNamespace
+
+
+class Split(nn.Module):
+    """Cuts a width into heads, whose number is found in what it keeps."""
+
+    def __init__(self, sizes: object, find: Callable[[Any], int]) -> None:
+        super().__init__()
+        self.sizes, self.find = sizes, find
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        return x.reshape(b, n, self.find(self.sizes), c // self.find(self.sizes)).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Attention whose number of heads is kept in an odd place, shared by three modules."""
+
+    def __init__(self, sizes: object, find: Callable[[Any], int]) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(12, 16) for _ in range(4))
+        self.o, self.head = nn.Linear(16, 12), nn.Linear(12, 5)
+        self.sq, self.sk, self.sv = (Split(sizes, find) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.sq(self.q(x)), self.sk(self.k(x)), self.sv(self.v(x))
+        a = ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        return self.head(x + self.o(a))
+
+
+ODD = {
+    "pairs": ((("h", 4),), lambda sizes: dict(sizes)["h"]),
+    "a dict": ({"h": 4, "eps": 1e-5}, lambda sizes: sizes["h"]),
+    "a dict by number": ({1: 8, 2: 4}, lambda sizes: sizes[2]),
+    "nested": ([("b", {"sizes": [1, 4]})], lambda sizes: sizes[0][1]["sizes"][1]),
+    "a named tuple": (Pair("b", 4), lambda sizes: sizes.heads),
+    "a frozen dataclass": (Config(4, SimpleNamespace(depth=2)), lambda sizes: sizes.heads),
+    "an object in it": (Config(2, SimpleNamespace(heads=4)), lambda sizes: sizes.inner.heads),
+    "an object": (SimpleNamespace(num_heads=4, hidden=16), lambda sizes: sizes.num_heads),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_integers_in_odd_places(kind: str) -> None:
+    """They are followed as plain integers are, by copies of what holds them, which others may share."""
+    sizes_of, find = ODD[kind]
+    before = repr(sizes_of)
+    combed = checked(Attention(sizes_of, find), random(2, 5, 12), train=True)
+    assert sizes(combed) == {"q": 4, "q#2": 4, "v": 4}
+    plan = Plan.from_dict(json.loads(json.dumps(combed.plan({"q": [0, 1, 3]}).to_dict())))
+    assert {item.module for item in plan.attributes} == {"sq", "sk", "sv"}
+    assert all((item.old, item.new) == (4, 3) for item in plan.attributes)
+    other = Attention(sizes_of, find)  # a model of the user's that shares what holds the integer
+    shrunk = shrink(combed.model, plan)
+    assert repr(sizes_of) == before
+    for module in (shrunk.sq, shrunk.sk, shrunk.sv):
+        assert find(module.sizes) == 3
+        assert type(module.sizes) is type(sizes_of)
+    assert find(other.sq.sizes) == 4
+    again = comb(shrunk, random(2, 5, 12))
+    assert sizes(again) == {"q": 3, "q#2": 4, "v": 4}
+
+
+def test_objects_that_do_more_than_hold_settings_are_left_alone() -> None:
+    class Closing(SimpleNamespace):
+        def __del__(self) -> None:
+            pass
+
+    module = nn.Identity()
+    module.a, module.b, module.c = Closing(width=8), SimpleNamespace(width=8, layer=nn.ReLU()), SimpleNamespace(width=8)
+    module.d, module.e = {"x.y": 8, "z": 8, None: 8}, [1] * 300
+    assert dict(kept.integers(module)) == {"c.width": 8, "d.z": 8}
+    with pytest.raises(AttributeError, match="keeps nothing under c"):
+        kept.get(module, "c.height")
 
 
 # ---------------------------------------------------------------- grouped queries
