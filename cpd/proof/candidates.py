@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from itertools import combinations
 
 from torch.fx import Node
 
 from cpd.algebra import axes
-from cpd.algebra.axes import Concat, Dim, Fixed
+from cpd.algebra.axes import Concat, Dim, Fixed, Product
 from cpd.algebra.ties import Tie
 from cpd.proof.constants import widths_in_sight
 from cpd.proof.copies import Copies
@@ -21,8 +22,10 @@ from cpd.trace.graph import owner, owners
 
 #: Modules inside the calling one whose attributes are tried.
 MAX_INNER = 16
-#: By how much an integer, or a width, that follows another one may be larger.
+#: By how much an integer that follows a width may be larger.
 MAX_FACTOR = 8
+#: A ratio of two widths has a numerator and a denominator whose product is at most this.
+MAX_RATIO = 128
 #: Ties tried where a forward checks a width and refuses.
 MAX_PAIRS = 32
 
@@ -108,32 +111,55 @@ class Candidates:
     def ties(self, item: Literal, seen: Observation) -> list[Tie]:
         """Dimensions in the same module as wide as the literal's, or as a run of its neighbours' product.
 
-        Those come first from whose width the integer follows that the forward asked for.
+        Those come first from whose width the integer follows that the forward asked for. Of widths in another ratio
+        (`2 * key_dim`, `C // 4`) there are only those.
         """
         ctx, counts, asked = self.copies.ctx, seen.counts, seen.asked.get(item)
         module = owner(item.node)
         named = [axes.resolve(dim) for place, dim in self.copies.attributes.items() if place.module == module]
         in_sight = list(dict.fromkeys([*named, *widths_in_sight(ctx, module)]))
         blocks = list(dict.fromkeys(axes.resolve(dim) for dim in (item.dim, *self._blocks_around(item))))
-        found = [
-            Tie(block, dim, ctx.reason(item.node, "a width is computed from another"))
-            for block in blocks
-            for dim in in_sight
-            if dim.size == block.size and dim != block and axes.is_open(dim) and axes.is_open(block)
-        ]
+        why = ctx.reason(item.node, "a width is computed from another")
+        pairs = [(block, dim) for block in filter(axes.is_open, blocks) for dim in filter(axes.is_open, in_sight)]
 
         def follows(tie: Tie) -> bool:
             rest = axes.count(tie.left, counts) // axes.count(item.dim, counts)
             return asked is not None and rest * asked <= axes.count(tie.right, counts) < rest * (asked + 1)
 
-        return sorted(found, key=lambda tie: not follows(tie))
+        equal = [Tie(block, dim, why) for block, dim in pairs if dim.size == block.size and dim != block]
+        ratios = [
+            tie
+            for block, dim in pairs
+            if dim.size != block.size and axes.count(dim, counts) != dim.size and asked != item.dim.size
+            if not any(isinstance(factor, Fixed) for factor in axes.factors_of(block))
+            if (tie := _in_ratio(block, dim, why)) is not None and follows(tie)
+        ]
+        return [*filter(follows, equal), *ratios, *(tie for tie in equal if not follows(tie))]
+
+    def in_ratio(self, item: Literal) -> Iterator[tuple[Tie, Place, Dim]]:
+        """The integers that the literal was seen to be computed from, each with an open width of its size.
+
+        With them the tie between that width and the literal's own, where those are in a ratio of small numbers.
+        """
+        why = self.copies.ctx.reason(item.node, "a width is computed from another")
+        places = sorted(self.copies.places.get(item, frozenset()) - self.copies.attributes.keys())
+        values = {place: value for path in {place.module for place in places} for place, value in self.kept(path)}
+        for place in places:
+            for dim in widths_in_sight(self.copies.ctx, owner(item.node)):
+                tie = (
+                    _in_ratio(axes.resolve(item.dim), dim, why) if dim.size == values[place] != item.dim.size else None
+                )
+                if tie is not None and axes.is_open(dim) and axes.is_open(item.dim):
+                    yield tie, place, dim
 
     def checked_ties(self, path: str) -> list[Tie]:
-        """The open dimensions of equal size that the module at `path` sees, in pairs."""
+        """The open dimensions that the module at `path` sees, in pairs: of equal size, then of one in a small ratio."""
         in_sight = [dim for dim in self.widths_of(path) if axes.is_open(dim)]
-        pairs = [(left, right) for left, right in combinations(in_sight, 2) if left.size == right.size]
+        pairs = list(combinations(in_sight, 2))
         why = f"the forward checks a width [{path or 'the model'}]"
-        return [Tie(left, right, why) for left, right in pairs[:MAX_PAIRS]]
+        equal = [Tie(left, right, why) for left, right in pairs if left.size == right.size]
+        ratios = [_in_ratio(left, right, why) for left, right in pairs if left.size != right.size]
+        return [*equal, *(tie for tie in ratios if tie is not None)][:MAX_PAIRS]
 
     def _blocks_around(self, item: Literal) -> Iterator[Dim]:
         """Products of neighbouring dimensions of the literal's node that contain its own."""
@@ -146,6 +172,17 @@ class Candidates:
                 block = axes.product(value[start:end])
                 if end - start > 1 and not any(axis.frozen for axis in axes.leaves(block)):
                     yield block
+
+
+def _in_ratio(left: Dim, right: Dim, why: str) -> Tie | None:
+    """The tie that keeps the ratio of two widths; None where it is not one of small numbers, or one is a factor."""
+    ratio = Fraction(left.size, right.size)
+    of_left, of_right = set(axes.leaves(left)), set(axes.leaves(right))
+    factor = (isinstance(left, Product) and of_right <= of_left) or (isinstance(right, Product) and of_left <= of_right)
+    if ratio.numerator * ratio.denominator > MAX_RATIO or factor:
+        return None
+    times_left, times_right = Fixed(ratio.denominator), Fixed(ratio.numerator)
+    return Tie(axes.product([times_left, left]), axes.product([times_right, right]), why)
 
 
 def _parts_of(dim: Dim) -> Iterator[Dim]:

@@ -147,8 +147,9 @@ class Proof:
         if first.intersection(seen.wrong()):  # what other widths brought up has its own turn
             seen = self.remedies.try_unfollowed(seen)
             wrong = [item for item in seen.wrong() if item in first]
-            if not self.remedies.try_whole(wrong):
-                self.freezer.freeze_literals(wrong)
+            if not (self.remedies.try_ratios(wrong) or self.remedies.try_whole(wrong)):
+                constant = [item for item in wrong if seen.is_constant(item)]
+                self.freezer.freeze_literals(constant or wrong)  # what is computed from those has its own turn
 
     def _get_further(self, seen: Observation) -> None:
         """Where a copy fails and names no wrong width: find what lets the forward get further, or freeze."""

@@ -82,7 +82,7 @@ class Remedies:
 
     def try_unfollowed(self, seen: Observation) -> Observation:
         """Try the integers around a literal that stays what it was at any width: it may have lost its origin."""
-        constant = {item for item in seen.wrong() if seen.asked[item] == item.sign * item.dim.size}
+        constant = set(filter(seen.is_constant, seen.wrong()))
         return self._try_attributes(seen, lambda item: self.candidates.around(item) if item in constant else [])
 
     def _try_attributes(self, seen: Observation, candidates: Callable[[Literal], Attributes]) -> Observation:
@@ -162,6 +162,22 @@ class Remedies:
                 trial.setdefault(owner(item.node), (tie, item))
         return list(trial.values())
 
+    def try_ratios(self, wrong: Iterable[Literal]) -> bool:
+        """Try integers that a wrong literal is computed from, each with a width that it is in a ratio to (`4 * dim`).
+
+        Returns:
+            Whether there is one; the integer then follows that width, and the two widths are tied.
+        """
+        for item in wrong:
+            for tie, place, dim in self.candidates.in_ratio(item):
+                self.ctx.ties.append(tie)
+                self.attributes[place] = dim
+                if self._agrees(item, {*axes.leaves(item.dim)}):
+                    return True
+                self.ctx.ties.remove(tie)
+                del self.attributes[place]
+        return False
+
     def try_whole(self, wrong: Iterable[Literal]) -> bool:
         """For wrong literals of several widths: freeze the one alone that must stay whole for the others to go.
 
@@ -173,18 +189,23 @@ class Remedies:
         for item in wrong:
             among = [axis for axis in dict.fromkeys(axes.leaves(item.dim)) if axis.frozen is None]
             for axis in sorted(among, key=lambda axis: axis.size) if len(among) > 1 else ():
-                if self._agrees_where_whole(item, axis, {*among} - {axis}):
+                if self._agrees(item, {*among} - {axis}, {axis: axis.size}):
                     axis.frozen = self.ctx.reason(item.node, f"{unexplained(item)} where fewer than {axis.size} stay")
                     return True
         return False
 
-    def _agrees_where_whole(self, item: Literal, axis: Axis, others: set[Axis]) -> bool:
-        """Whether a literal is as predicted at several widths of the others of its axes, this one being whole."""
-        for _ in range(1 + CONFIRMATIONS):
-            counts = ties.repair({**self.draws.draw(others), axis: axis.size}, self.ctx.ties)
-            if not moved(counts, others) or not self.copies.replay(counts).agrees(item):
-                return False
-        return True
+    def _agrees(self, item: Literal, among: set[Axis], given: Mapping[Axis, int] | None = None) -> bool:
+        """Whether a literal is as predicted at several widths of these axes, some others being given."""
+        told = 0
+        for _ in range(RETRIES):
+            counts = ties.repair({**self.draws.draw(among), **(given or {})}, self.ctx.ties)
+            if moved(counts, among):
+                if not self.copies.replay(counts).agrees(item):
+                    return False
+                told += 1
+            if told > CONFIRMATIONS:
+                return True
+        return False
 
     # ------------------------------------------------------------ the forward checks a width and refuses
 
