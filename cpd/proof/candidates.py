@@ -122,19 +122,21 @@ class Candidates:
         why = ctx.reason(item.node, "a width is computed from another")
         pairs = [(block, dim) for block in filter(axes.is_open, blocks) for dim in filter(axes.is_open, in_sight)]
 
-        def follows(tie: Tie) -> bool:
-            rest = axes.count(tie.left, counts) // axes.count(item.dim, counts)
-            return asked is not None and rest * asked <= axes.count(tie.right, counts) < rest * (asked + 1)
+        def follows(block: Dim, dim: Dim) -> bool:
+            rest, width = axes.count(block, counts) // axes.count(item.dim, counts), axes.count(dim, counts)
+            expected = width * Fraction(block.size, dim.size)
+            return asked is not None and rest * asked <= expected < rest * (asked + 1)
 
-        equal = [Tie(block, dim, why) for block, dim in pairs if dim.size == block.size and dim != block]
+        equal = [pair for pair in pairs if pair[0].size == pair[1].size and pair[0] != pair[1]]
         ratios = [
-            tie
+            (block, dim)
             for block, dim in pairs
-            if dim.size != block.size and axes.count(dim, counts) != dim.size and asked != item.dim.size
-            if not any(isinstance(factor, Fixed) for factor in axes.factors_of(block))
-            if (tie := _in_ratio(block, dim, why)) is not None and follows(tie)
+            if dim.size != block.size and axes.count(dim, counts) != dim.size and not seen.is_constant(item)
+            if not any(isinstance(factor, Fixed) for factor in axes.factors_of(block)) and follows(block, dim)
         ]
-        return [*filter(follows, equal), *ratios, *(tie for tie in equal if not follows(tie))]
+        first = [pair for pair in equal if follows(*pair)]
+        found = [_in_ratio(*pair, why) for pair in (*first, *ratios, *(pair for pair in equal if pair not in first))]
+        return [tie for tie in found if tie is not None]
 
     def in_ratio(self, item: Literal) -> Iterator[tuple[Tie, Place, Dim]]:
         """The integers that the literal was seen to be computed from, each with an open width of its size.
@@ -175,8 +177,16 @@ class Candidates:
 
 
 def _in_ratio(left: Dim, right: Dim, why: str) -> Tie | None:
-    """The tie that keeps the ratio of two widths; None where it is not one of small numbers, or one is a factor."""
-    ratio = Fraction(left.size, right.size)
+    """The tie that keeps the ratio of two widths; None where it is not one of small numbers, or one is a factor.
+
+    Where one is a segment of the other, the tie is between it and the rest.
+    """
+    if left.size == right.size:
+        return Tie(left, right, why)
+    for one, other in ((left, right), (right, left)):
+        if isinstance(other, Concat) and one in other.segments:
+            left, right = one, axes.concat(segment for segment in other.segments if segment != one)
+    ratio = Fraction(left.size, max(right.size, 1))
     of_left, of_right = set(axes.leaves(left)), set(axes.leaves(right))
     factor = (isinstance(left, Product) and of_right <= of_left) or (isinstance(right, Product) and of_left <= of_right)
     if ratio.numerator * ratio.denominator > MAX_RATIO or factor:

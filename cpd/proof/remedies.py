@@ -215,7 +215,7 @@ class Remedies:
         Returns:
             Whether one of them let the forward get further.
         """
-        for _ in range(RETRIES):
+        for tried in range(RETRIES):
             for path in enclosing(failed.culprit) if failed.error is not None else ():
                 for trial in self.candidates.checked(failed.culprit, path, failed.counts):
                     if self._gets_further(failed, trial):
@@ -224,7 +224,7 @@ class Remedies:
                             trial = rest if self._gets_further(failed, rest) else trial
                         self.attributes.update(trial)
                         return True
-            failed = self.copies.replay(self.draws.draw())
+            failed = self.copies.replay(self.draws.draw() if tried else self.draws.draw_alike(0.5))
         return False
 
     def _gets_further(self, failed: Observation, extra: Mapping[Place, Dim]) -> bool:
