@@ -50,7 +50,7 @@ class Candidates:
         own = [shape for name, shape in self.copies.dims.items() if name.rpartition(".")[0] == path]
         kept = [axes.resolve(dim) for shape in own for dim in shape if any(True for _ in axes.leaves(dim))]
         whole = [*widths_in_sight(ctx, path), *kept]
-        return list(dict.fromkeys(part for dim in whole for part in _parts_of(dim)))
+        return list(dict.fromkeys(part for dim in whole for part in parts_of(dim)))
 
     # ------------------------------------------------------------ attributes
 
@@ -96,7 +96,7 @@ class Candidates:
         """The literal's width, parts of it (`B * self.num_heads`, `self.dim * 3`), and those around (`dim - part`)."""
         around = (dim for node in [*item.node.all_input_nodes, item.node] for dim in self.copies.ctx.dims_of(node))
         removable = (dim for dim in around if any(True for _ in axes.leaves(dim)))
-        return list(dict.fromkeys([*_parts_of(item.dim), *removable]))
+        return list(dict.fromkeys([*parts_of(item.dim), *removable]))
 
     def _modules_around(self, node: Node) -> Iterator[str]:
         """The module that calls a node, those inside it (whose methods it may have called), those around it."""
@@ -195,7 +195,7 @@ def _in_ratio(left: Dim, right: Dim, why: str) -> Tie | None:
     return Tie(axes.product([times_left, left]), axes.product([times_right, right]), why)
 
 
-def _parts_of(dim: Dim) -> Iterator[Dim]:
+def parts_of(dim: Dim) -> Iterator[Dim]:
     """A dimension, its factors but for the fixed ones, and each removable factor and segment of it."""
     dim = axes.resolve(dim)
     yield dim
@@ -204,4 +204,4 @@ def _parts_of(dim: Dim) -> Iterator[Dim]:
         yield axes.product(factors)
     for part in (*factors, *(dim.segments if isinstance(dim, Concat) else ())):
         if part != dim and not isinstance(part, Fixed):
-            yield from _parts_of(part)
+            yield from parts_of(part)

@@ -214,11 +214,13 @@ def tensors_in_sight(ctx: Context, module: str) -> tuple[Node, ...]:
     """The nodes whose results a module's forward sees: its inputs, what its submodules give, what it computes."""
     if module in ctx.in_sight:
         return ctx.in_sight[module]
+    if not ctx.inside:
+        for node in ctx.graph.operations:
+            for path in owners(node):
+                ctx.inside.setdefault(path, []).append(node)
     found: dict[Node, None] = {}
-    for node in ctx.graph.operations:
+    for node in ctx.inside.get(module, ()):
         place = _part_of(node, module)
-        if place is None:
-            continue
         if place == module:
             found[node] = None
         found.update(dict.fromkeys(source for source in node.all_input_nodes if _part_of(source, module) != place))

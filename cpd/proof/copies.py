@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -38,6 +38,8 @@ class Copies:
         attributes: integers that follow a width; every copy has them set.
         constants: the numbers of the copies that were compared.
         freezer: freezes what differs from the prediction in a copy that was compared, and cannot be repaired.
+        tentative: integers that may follow a width too; given up where a copy does not call what is predicted.
+        confirmed: whether a copy in which those follow has called what is predicted.
     """
 
     model: nn.Module
@@ -46,6 +48,8 @@ class Copies:
     attributes: dict[Place, Dim]
     constants: Constants
     freezer: Freezer
+    tentative: Mapping[Place, Dim] = field(default_factory=dict)
+    confirmed: bool = False
 
     @cached_property
     def places(self) -> dict[Literal, frozenset[Place]]:
@@ -93,7 +97,7 @@ class Copies:
     def compare(self, counts: Counts, extra: Mapping[Place, Dim] | None = None) -> Observation:
         """Compare a narrower copy with the prediction: what both call, or, where that differs, an export of it."""
         observation = Observation(counts, compared=True)
-        if not self.constants.named() and behaves_as_predicted(self.narrow(counts, extra, meta=True), self.ctx, counts):
+        if not self.constants.named() and self._calls_as_predicted(counts, extra or {}):
             return observation
         model = self.narrow(counts, extra)
         graph = retrace_operations(model, self.ctx.graph)
@@ -116,6 +120,16 @@ class Copies:
         if observation.as_predicted():
             self._compare_constants(twins, graph, observation)
         return observation
+
+    def _calls_as_predicted(self, counts: Counts, extra: Mapping[Place, Dim]) -> bool:
+        """Whether a copy calls what is predicted, with the tentative integers or, where it does not, without them."""
+        if self.tentative:
+            narrow = self.narrow(counts, {**self.tentative, **extra}, meta=True)
+            self.confirmed = behaves_as_predicted(narrow, self.ctx, counts)
+            if self.confirmed:
+                return True
+            self.tentative = {}
+        return behaves_as_predicted(self.narrow(counts, extra, meta=True), self.ctx, counts)
 
     def _compare_literals(self, twins: Mapping[Node, Node], observation: Observation) -> None:
         """Note the integer that the copy passes for each literal."""

@@ -28,6 +28,7 @@ from cpd.proof.freezing import Freezer
 from cpd.proof.provenance import Place
 from cpd.proof.remedies import RETRIES, Remedies
 from cpd.proof.replay import Observation
+from cpd.proof.unread import Unread
 from cpd.rules import Context
 
 #: Narrower copies tried; random widths make a coincidence of widths in all of them unlikely.
@@ -51,6 +52,7 @@ class Proof:
 
     Attributes:
         attributes: integers that must follow a width.
+        left_alone: integers that equal a width and do not follow it, each with the widths that it equals.
         draws: the widths that are tried.
         constants: the numbers of the copies compared, and the formulas that explain them.
         freezer: freezes what nothing explains.
@@ -63,6 +65,7 @@ class Proof:
     ) -> None:
         self.ctx, self.dims, self.in_train_mode = ctx, dims, in_train_mode
         self.attributes: dict[Place, Dim] = {}
+        self.left_alone: dict[Place, tuple[Dim, ...]] = {}
         self.draws = Draws(ctx, dims)
         self.constants = Constants(ctx)
         self.freezer = Freezer(ctx, dims, self.attributes)
@@ -83,8 +86,15 @@ class Proof:
             self._settle(DRAWS + bool(self.draws.small_axes()))
             self._settle_minimums()
             self._settle_train_mode()
+            unread = Unread(self.remedies.candidates)
+            following = unread.following()
+            self.copies.tentative, self.copies.confirmed = following, False
             if self._settle(1, compare=True):
-                return
+                break
+        if not self.copies.confirmed:
+            following = unread.harmless(following, self.draws.draw(done=0))
+        self.attributes.update(following)
+        self.left_alone = unread.left_alone()
 
     def _settle(self, draws: int, *, compare: bool = False) -> bool:
         """Observe random widths, at least `draws` times and each open axis narrowed once; repair what differs.

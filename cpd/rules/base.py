@@ -50,7 +50,8 @@ class Literal:
 class Context:
     """State of one comb: the dimensions of every node so far, and the demands met on the way.
 
-    `in_sight` keeps, for each module asked about, the nodes whose results its forward sees (`cpd.proof.constants`).
+    `inside` keeps, for each module, the nodes called in it, and `in_sight`, for each asked about, those whose results
+    its forward sees (`cpd.proof.constants`).
     """
 
     graph: OperationGraph
@@ -59,6 +60,7 @@ class Context:
     ties: list[Tie] = field(default_factory=list)
     contracted: set[tuple[str, int]] = field(default_factory=set)
     unknown: dict[str, str] = field(default_factory=dict)
+    inside: dict[str, list[Node]] = field(default_factory=dict)
     in_sight: dict[str, tuple[Node, ...]] = field(default_factory=dict)
 
     def dims_of(self, node: Node) -> list[Dim]:
