@@ -89,6 +89,7 @@ def _attention(module: Any) -> None:
     module.kdim, module.vdim = (
         module.embed_dim if fused else weight.shape[1] for weight in (module.k_proj_weight, module.v_proj_weight)
     )
+    module.head_dim = module.embed_dim // module.num_heads
 
 
 def _recurrent(module: Any) -> None:
