@@ -56,6 +56,8 @@ log = logging.getLogger("cpd")
 Stage = Callable[[str], AbstractContextManager[None]]
 #: Added to the seed for the order of the data on which scores are taken, to tell it from that of an epoch.
 SCORING = 1 << 20
+#: Integers left alone that a note names.
+NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -249,6 +251,11 @@ class Pruner:
             "Shrink %d of %d: %s MACs and %s parameters left",
             len(self.shrinks), len(self._events), f"{left.macs:,}", f"{left.parameters:,}",
         )  # fmt: skip
+        left_alone = self.comb.left_alone(plan) if len(self.shrinks) == len(self._events) else ()
+        if left_alone:
+            more = f" and {len(left_alone) - NAMED} more" if len(left_alone) > NAMED else ""
+            names = ", ".join(left_alone[:NAMED])
+            self.note(f"Integers equal to an old width, which nothing ties to it, stay as they are: {names}{more}.")
         self._accumulated = self._from_gradients()
         return self.shrinks[-1]
 

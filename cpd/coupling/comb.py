@@ -91,6 +91,7 @@ class Comb:
         groups: every group in the order of the model's operations, prunable or frozen.
         graph: the operations as a `networkx.DiGraph`, each node with `op`, `module`, `shape`, `line` and `groups`.
         unknown: ATen ops without a rule; what they touch is frozen.
+        unread: integers that equal a width and do not follow it, each with the widths that it equals.
     """
 
     groups: tuple[Group, ...]
@@ -101,6 +102,7 @@ class Comb:
     scales: tuple[Scale, ...]
     model: nn.Module
     caches: tuple[Cache, ...] = ()
+    unread: Mapping[Place, tuple[Dim, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """How many groups there are; `groups` lists them."""
@@ -146,6 +148,18 @@ class Comb:
     def frozen_share(self) -> tuple[FrozenShare, ...]:
         """The rest of `open_share` by reason, most costly first."""
         return self.cost.frozen_share()
+
+    def left_alone(self, plan: Plan) -> tuple[str, ...]:
+        """The integers that a plan leaves as they are though they equal a width that it changes: `block.dim = 64`.
+
+        The forward does not ask for them; another method that does may need the new width.
+        """
+        counts = {group.axis: len(plan.groups[group.name]) for group in self.groups}
+        return tuple(
+            f"{place.module}.{place.name} = {dims[0].size}".lstrip(".")
+            for place, dims in self.unread.items()
+            if any(axes.count(dim, counts) < dim.size for dim in dims)
+        )
 
     def narrowed(self, model: nn.Module, plan: Plan) -> Comb:
         """The groups of `model`, this comb's model with `plan` applied to it, for scoring: no trace, no proof.
@@ -316,7 +330,7 @@ def comb(
             inexact.setdefault(axis, ctx.reason(scale.node, "a constant of the forward depends on this width"))
     groups = _groups(ctx, dims, inexact)
     caches = tuple(dict.fromkeys([*emptied, *graph.caches]))
-    return Comb(groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model, caches)
+    return Comb(groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model, caches, proof.left_alone)
 
 
 def _follow(ctx: Context, model: nn.Module, tensors: dict[str, tuple[Dim, ...]]) -> None:

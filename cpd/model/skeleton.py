@@ -10,16 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from cpd.model import kept
 from cpd.model.tensors import copy_of, every_tensor, loose_tensors
 from cpd.plan import Attribute
 
 
 def set_attributes(model: nn.Module, attributes: Iterable[Attribute]) -> None:
-    """Set module attributes to their new values, a tuple staying a tuple."""
+    """Set module attributes to their new values, a tuple staying a tuple; what modules share is copied before."""
     for item in attributes:
         module = model.get_submodule(item.module)
-        kind = type(getattr(module, item.name))
-        setattr(module, item.name, kind(item.new) if isinstance(item.new, list) else item.new)
+        if isinstance(item.new, int):
+            kept.put(module, item.name, item.new)
+        else:
+            setattr(module, item.name, type(getattr(module, item.name))(item.new))
 
 
 def skeleton(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, meta: bool = False) -> nn.Module:
@@ -97,6 +100,7 @@ def _attention(module: Any) -> None:
     module.kdim, module.vdim = (
         module.embed_dim if fused else weight.shape[1] for weight in (module.k_proj_weight, module.v_proj_weight)
     )
+    module.head_dim = module.embed_dim // module.num_heads
 
 
 def _recurrent(module: Any) -> None:

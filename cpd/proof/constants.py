@@ -19,7 +19,7 @@ from torch.fx import Node
 from cpd.algebra import axes
 from cpd.algebra.axes import Axis, Dim
 from cpd.rules import Context, arguments
-from cpd.trace.graph import OperationGraph, op_name, owners
+from cpd.trace.graph import OperationGraph, op_name, owner, owners
 
 #: A number that is passed to an op: the op and the argument's name.
 Number: TypeAlias = tuple[Node, str]
@@ -182,7 +182,7 @@ def formulas(
     ctx: Context, node: Node, inverse: bool = False, rows: tuple[tuple[str, tuple[int, ...]], ...] = ()
 ) -> list[Scale]:
     """Every power of every width that the module of `node` works with."""
-    return [Scale(node, dim, power, inverse, rows) for dim in widths_in_sight(ctx, node) for power in POWERS]
+    return [Scale(node, dim, power, inverse, rows) for dim in widths_in_sight(ctx, owner(node)) for power in POWERS]
 
 
 def attention_scales(ctx: Context) -> Iterator[Scale]:
@@ -200,10 +200,10 @@ def _attention_rows(ctx: Context, node: Node) -> tuple[tuple[str, tuple[int, ...
     return next((rows for rows in sides if rows), ())
 
 
-def widths_in_sight(ctx: Context, node: Node) -> list[Dim]:
-    """The dimensions with an axis of every tensor that the node's module is given, passes on or computes."""
+def widths_in_sight(ctx: Context, module: str) -> list[Dim]:
+    """The dimensions with an axis of every tensor that a module is given, passes on or computes."""
     found: list[Dim] = []
-    for source in tensors_in_sight(ctx, owners(node)[0]):
+    for source in tensors_in_sight(ctx, module):
         value = ctx.values.get(source)
         if isinstance(value, tuple):
             found.extend(dim for dim in map(axes.resolve, value) if any(True for _ in axes.leaves(dim)))
@@ -214,11 +214,13 @@ def tensors_in_sight(ctx: Context, module: str) -> tuple[Node, ...]:
     """The nodes whose results a module's forward sees: its inputs, what its submodules give, what it computes."""
     if module in ctx.in_sight:
         return ctx.in_sight[module]
+    if not ctx.inside:
+        for node in ctx.graph.operations:
+            for path in owners(node):
+                ctx.inside.setdefault(path, []).append(node)
     found: dict[Node, None] = {}
-    for node in ctx.graph.operations:
+    for node in ctx.inside.get(module, ()):
         place = _part_of(node, module)
-        if place is None:
-            continue
         if place == module:
             found[node] = None
         found.update(dict.fromkeys(source for source in node.all_input_nodes if _part_of(source, module) != place))

@@ -13,6 +13,7 @@ from torch.fx import Node
 from cpd.algebra import axes
 from cpd.algebra.axes import Dim
 from cpd.errors import CPDError
+from cpd.model import kept
 from cpd.model.skeleton import set_attributes, skeleton
 from cpd.plan import Attribute
 from cpd.proof.constants import Constants, Number, scalars
@@ -76,6 +77,8 @@ class Copies:
         constants: the numbers of the copies that were compared.
         freezer: freezes what differs from the prediction in a copy that was compared, and cannot be repaired.
         budget: how many copies may be tried, and how long.
+        tentative: integers that may follow a width too; given up where a copy does not call what is predicted.
+        confirmed: whether a copy in which those follow has called what is predicted.
     """
 
     model: nn.Module
@@ -85,6 +88,8 @@ class Copies:
     constants: Constants
     freezer: Freezer
     budget: Budget
+    tentative: Mapping[Place, Dim] = field(default_factory=dict)
+    confirmed: bool = False
 
     @cached_property
     def places(self) -> dict[Literal, frozenset[Place]]:
@@ -142,7 +147,7 @@ class Copies:
         """
         self.budget.spend()
         observation = Observation(counts, compared=True)
-        if not self.constants.named() and behaves_as_predicted(self.narrow(counts, extra, meta=True), self.ctx, counts):
+        if not self.constants.named() and self._calls_as_predicted(counts, extra or {}):
             return observation
         model = self.narrow(counts, extra)
         graph = retrace_operations(model, self.ctx.graph)
@@ -165,6 +170,16 @@ class Copies:
         if observation.as_predicted():
             self._compare_constants(twins, graph, observation)
         return observation
+
+    def _calls_as_predicted(self, counts: Counts, extra: Mapping[Place, Dim]) -> bool:
+        """Whether a copy calls what is predicted, with the tentative integers or, where it does not, without them."""
+        if self.tentative:
+            narrow = self.narrow(counts, {**self.tentative, **extra}, meta=True)
+            self.confirmed = behaves_as_predicted(narrow, self.ctx, counts)
+            if self.confirmed:
+                return True
+            self.tentative = {}
+        return behaves_as_predicted(self.narrow(counts, extra, meta=True), self.ctx, counts)
 
     def _compare_literals(self, twins: Mapping[Node, Node], observation: Observation) -> None:
         """Note the integer that the copy passes for each literal."""
@@ -203,20 +218,21 @@ class Copies:
 
 
 def edits(model: nn.Module, attributes: Mapping[Place, Dim], counts: Counts) -> list[Attribute]:
-    """The attributes of `model` that change at these widths."""
+    """The attributes of `model` that change at these widths; a tuple or list of integers as a whole."""
     values: dict[tuple[str, str], list[int] | int] = {}
-    for place, dim in sorted(attributes.items(), key=lambda item: (item[0].module, item[0].name, item[0].index or 0)):
-        width, key = axes.count(dim, counts), (place.module, place.name)
-        if place.index is None:
-            values[key] = width
+    for place, dim in sorted(attributes.items()):
+        width, (name, _, key) = axes.count(dim, counts), place.name.partition(".")
+        holder = getattr(model.get_submodule(place.module), name)
+        if type(holder) in (tuple, list) and all(type(part) is int for part in holder):
+            sizes = values.setdefault((place.module, name), list(holder))
+            assert isinstance(sizes, list)
+            sizes[int(key)] = width
         else:
-            current = values.setdefault(key, list(getattr(model.get_submodule(place.module), place.name)))
-            assert isinstance(current, list)
-            current[place.index] = width
+            values[place.module, place.name] = width
     found = []
     for (module, name), new in values.items():
-        value = getattr(model.get_submodule(module), name)
-        old = list(value) if isinstance(value, (tuple, list)) else value
+        value = kept.get(model.get_submodule(module), name)
+        old = list(value) if isinstance(new, list) else value
         if old != new:
             found.append(Attribute(module, name, old, new))
     return found

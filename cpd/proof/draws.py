@@ -75,16 +75,19 @@ class Draws:
                 break
         return counts
 
-    def draw_alike(self) -> dict[Axis, int]:
+    def draw_alike(self, share: float | None = None) -> dict[Axis, int]:
         """The same share of every width, which passes most checks of a forward: that one divides or equals another.
 
         Half of the times, only the larger factor of heads x head_dim is narrowed.
+
+        Args:
+            share: of every width; one of `SHARES` if not given.
         """
         whole: set[Axis] = set()
         for dim in map(axes.resolve, (dim for dims in self.dims.values() for dim in dims)):
             factors = [factor for factor in axes.factors_of(dim) if isinstance(factor, Axis)]
             whole.update(sorted(factors, key=lambda axis: axis.size)[:-1])
-        share, inner_only = self.rng.choice(SHARES), self.rng.random() < 0.5
+        share, inner_only = share or self.rng.choice(SHARES), self.rng.random() < 0.5
         kept = {
             axis: axis.size if inner_only and axis in whole else max(1, round(axis.size * share))
             for axis in open_axes(self.dims)

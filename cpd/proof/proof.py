@@ -29,6 +29,7 @@ from cpd.proof.freezing import Freezer
 from cpd.proof.provenance import Place
 from cpd.proof.remedies import RETRIES, Remedies
 from cpd.proof.replay import Observation
+from cpd.proof.unread import Unread
 from cpd.rules import Context
 
 log = logging.getLogger("cpd")
@@ -58,6 +59,7 @@ class Proof:
 
     Attributes:
         attributes: integers that must follow a width.
+        left_alone: integers that equal a width and do not follow it, each with the widths that it equals.
         draws: the widths that are tried.
         constants: the numbers of the copies compared, and the formulas that explain them.
         freezer: freezes what nothing explains.
@@ -72,6 +74,7 @@ class Proof:
         self.ctx, self.dims, self.in_train_mode = ctx, dims, in_train_mode
         self.attributes: dict[Place, Dim] = {}
         self.spent: str | None = None
+        self.left_alone: dict[Place, tuple[Dim, ...]] = {}
         self.draws = Draws(ctx, dims)
         self.constants = Constants(ctx)
         kinds = {path: type(module) for path, module in model.named_modules()}
@@ -107,8 +110,15 @@ class Proof:
             self._settle(DRAWS + bool(self.draws.small_axes()))
             self._settle_minimums()
             self._settle_train_mode()
+            unread = Unread(self.remedies.candidates)
+            following = unread.following()
+            self.copies.tentative, self.copies.confirmed = following, False
             if self._settle(1, compare=True):
-                return
+                break
+        if not self.copies.confirmed:
+            following = unread.harmless(following, self.draws.draw(done=0))
+        self.attributes.update(following)
+        self.left_alone = unread.left_alone()
 
     def _settle(self, draws: int, *, compare: bool = False) -> bool:
         """Observe random widths, at least `draws` times and each open axis narrowed once; repair what differs.
@@ -175,7 +185,10 @@ class Proof:
         seen = self.remedies.try_ties(self.remedies.try_followed(seen))
         if first.intersection(seen.wrong()):  # what other widths brought up has its own turn
             seen = self.remedies.try_unfollowed(seen)
-            self.freezer.freeze_literals([item for item in seen.wrong() if item in first])
+            wrong = [item for item in seen.wrong() if item in first]
+            if not (self.remedies.try_ratios(wrong) or self.remedies.try_whole(wrong)):
+                constant = [item for item in wrong if seen.is_constant(item)]
+                self.freezer.freeze_literals(constant or wrong)  # what is computed from those has its own turn
 
     def _get_further(self, seen: Observation) -> None:
         """Where a copy fails and names no wrong width: find what lets the forward get further, or freeze."""

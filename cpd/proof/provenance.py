@@ -13,14 +13,15 @@ from typing import Any
 
 from torch import nn
 
+from cpd.model import kept
+
 
 @dataclass(frozen=True, order=True)
 class Place:
-    """Where an integer that a forward reads is kept: `module.name`, or `module.name[index]` of a tuple or list."""
+    """Where an integer that a forward reads is kept: the module, and its name there (`cpd.model.kept`)."""
 
     module: str
     name: str
-    index: int | None = None
 
 
 class Traced(int):
@@ -57,26 +58,22 @@ for _name in ("neg", "pos", "abs"):
 
 
 def integers(model: nn.Module, path: str) -> Iterator[tuple[Place, int]]:
-    """Every integer that the module at `path` keeps by itself or in a tuple or list."""
-    for name, value in vars(model.get_submodule(path)).items():
-        if type(value) is int:
-            yield Place(path, name), value
-        elif type(value) in (tuple, list):
-            yield from ((Place(path, name, i), part) for i, part in enumerate(value) if type(part) is int)
+    """Every integer that the module at `path` keeps."""
+    yield from ((Place(path, name), value) for name, value in kept.integers(model.get_submodule(path)))
 
 
 def trace_integers(model: nn.Module) -> None:
-    """Replace every integer that the modules of `model` keep by a `Traced` one of the same value, in place."""
+    """Replace every integer that the modules of `model` keep by a `Traced` one of the same value, in place.
+
+    What holds integers is copied for each module: where modules share it, each has its own.
+    """
     for path, module in model.named_modules():
-        for name, value in list(vars(module).items()):
-            if type(value) is int:
-                vars(module)[name] = Traced(value, frozenset([Place(path, name)]))
-            elif type(value) in (tuple, list):
-                parts = (
-                    Traced(part, frozenset([Place(path, name, index)])) if type(part) is int else part
-                    for index, part in enumerate(value)
-                )
-                vars(module)[name] = type(value)(parts)
+
+        def traced(keys: kept.Keys, value: int, path: str = path) -> int:
+            return Traced(value, frozenset([Place(path, ".".join(keys))]))
+
+        for name, value in kept.attributes(module):
+            vars(module)[name] = kept.changed(value, traced, (name,))
 
 
 def places_of(value: Any) -> frozenset[Place]:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeAlias
 
 from torch import nn
@@ -56,8 +56,7 @@ class Remedies:
         for item in self.ctx.literals:
             if item.argument in ("groups", "num_groups", "normalized_shape"):
                 for place, dim in self.candidates.around(item)[:1]:
-                    index_fits = place.index is None or place.index == item.index
-                    if place.name == item.argument and index_fits and place.module == owner(item.node):
+                    if place.name in item.names() and place.module == owner(item.node):
                         self.attributes.setdefault(place, dim)
 
     def adopt_attention(self) -> None:
@@ -83,7 +82,7 @@ class Remedies:
 
     def try_unfollowed(self, seen: Observation) -> Observation:
         """Try the integers around a literal that stays what it was at any width: it may have lost its origin."""
-        constant = {item for item in seen.wrong() if seen.asked[item] == item.sign * item.dim.size}
+        constant = set(filter(seen.is_constant, seen.wrong()))
         return self._try_attributes(seen, lambda item: self.candidates.around(item) if item in constant else [])
 
     def _try_attributes(self, seen: Observation, candidates: Callable[[Literal], Attributes]) -> Observation:
@@ -139,7 +138,7 @@ class Remedies:
             self.ctx.ties = [*before, *(tie for tie, _ in trial)]
             found, kept = self.copies.observe(self.draws.draw(tied), compare=seen.compared), []
             for tie, item in trial:
-                told = moved(found.counts, tie.axes) and _judged(item, found)
+                told = moved(found.counts, axes.leaves(item.dim)) and _judged(item, found)
                 trials[tie.left, tie.right] += RETRIES if told else 1
                 if told and found.agrees(item):
                     kept.append((tie, item))
@@ -163,6 +162,51 @@ class Remedies:
                 trial.setdefault(owner(item.node), (tie, item))
         return list(trial.values())
 
+    def try_ratios(self, wrong: Iterable[Literal]) -> bool:
+        """Try integers that a wrong literal is computed from, each with a width that it is in a ratio to (`4 * dim`).
+
+        Returns:
+            Whether there is one; the integer then follows that width, and the two widths are tied.
+        """
+        for item in wrong:
+            for tie, place, dim in self.candidates.in_ratio(item):
+                self.ctx.ties.append(tie)
+                self.attributes[place] = dim
+                if self._agrees(item, {*axes.leaves(item.dim)}):
+                    return True
+                self.ctx.ties.remove(tie)
+                del self.attributes[place]
+        return False
+
+    def try_whole(self, wrong: Iterable[Literal]) -> bool:
+        """For wrong literals of several widths: freeze the one alone that must stay whole for the others to go.
+
+        A forward that does otherwise where keys are repeated once, say, names a wrong number of heads there alone.
+
+        Returns:
+            Whether there is one.
+        """
+        for item in wrong:
+            among = [axis for axis in dict.fromkeys(axes.leaves(item.dim)) if axis.frozen is None]
+            for axis in sorted(among, key=lambda axis: axis.size) if len(among) > 1 else ():
+                if self._agrees(item, {*among} - {axis}, {axis: axis.size}):
+                    axis.frozen = self.ctx.reason(item.node, f"{unexplained(item)} where fewer than {axis.size} stay")
+                    return True
+        return False
+
+    def _agrees(self, item: Literal, among: set[Axis], given: Mapping[Axis, int] | None = None) -> bool:
+        """Whether a literal is as predicted at several widths of these axes, some others being given."""
+        told = 0
+        for _ in range(RETRIES):
+            counts = ties.repair({**self.draws.draw(among), **(given or {})}, self.ctx.ties)
+            if moved(counts, among):
+                if not self.copies.replay(counts).agrees(item):
+                    return False
+                told += 1
+            if told > CONFIRMATIONS:
+                return True
+        return False
+
     # ------------------------------------------------------------ the forward checks a width and refuses
 
     def try_checked_attributes(self, failed: Observation) -> bool:
@@ -171,14 +215,21 @@ class Remedies:
         Returns:
             Whether one of them let the forward get further.
         """
-        for _ in range(RETRIES):
+        for tried in range(RETRIES):
             for path in enclosing(failed.culprit) if failed.error is not None else ():
-                for place, dim in self.candidates.checked(failed.culprit, path, failed.counts):
-                    if self.copies.replay(failed.counts, {place: dim}).steps > failed.steps:
-                        self.attributes[place] = dim
+                for trial in self.candidates.checked(failed.culprit, path, failed.counts):
+                    if self._gets_further(failed, trial):
+                        for place in list(trial) if len(trial) > 1 else ():  # those alone that the check is about
+                            rest = {other: dim for other, dim in trial.items() if other != place}
+                            trial = rest if self._gets_further(failed, rest) else trial
+                        self.attributes.update(trial)
                         return True
-            failed = self.copies.replay(self.draws.draw())
+            failed = self.copies.replay(self.draws.draw() if tried else self.draws.draw_alike(0.5))
         return False
+
+    def _gets_further(self, failed: Observation, extra: Mapping[Place, Dim]) -> bool:
+        """Whether the forward gets further, at the widths at which it failed, where these integers follow."""
+        return self.copies.replay(failed.counts, extra).steps > failed.steps
 
     def try_checked_ties(self, failed: Observation) -> bool:
         """Where a forward checks a width and refuses: try ties between the widths that the checking module sees.

@@ -70,6 +70,10 @@ class Observation:
         """Whether a literal was reached and is as predicted."""
         return item in self.asked and self.asked[item] == predicted(item, self.counts)
 
+    def is_constant(self, item: Literal) -> bool:
+        """Whether a literal that was reached is what it is in the unpruned model."""
+        return self.asked[item] == item.sign * item.dim.size
+
     def failing(self) -> str:
         """Path of the module in which the run ended early, or which asked for another width than predicted."""
         return self.culprit if self.error is not None else owner(self.wrong()[0].node)

@@ -42,13 +42,17 @@ class Literal:
     dim: Dim
     sign: int = 1
 
+    def names(self) -> tuple[str, str]:
+        """What an attribute of the argument's name is called that holds the integer, or a list with it."""
+        return self.argument, f"{self.argument}.{self.index}"
+
 
 @dataclass
 class Context:
     """State of one comb: the dimensions of every node so far, and the demands met on the way.
 
-    `in_sight` keeps, for each module asked about, the nodes whose results its forward sees (`cpd.proof.constants`),
-    `origins` for each node asked about what it is made of.
+    `inside` keeps, for each module, the nodes called in it, `in_sight`, for each asked about, those whose results its
+    forward sees (`cpd.proof.constants`), and `origins`, for each node asked about, what it is made of.
     """
 
     graph: OperationGraph
@@ -57,6 +61,7 @@ class Context:
     ties: list[Tie] = field(default_factory=list)
     contracted: set[tuple[str, int]] = field(default_factory=set)
     unknown: dict[str, str] = field(default_factory=dict)
+    inside: dict[str, list[Node]] = field(default_factory=dict)
     in_sight: dict[str, tuple[Node, ...]] = field(default_factory=dict)
     origins: dict[Node, frozenset[Node] | None] = field(default_factory=dict)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cpd.errors import ShrinkError
+from cpd.model import kept
 from cpd.model.inputs import check_model, evaluating
 from cpd.model.skeleton import refresh, set_attributes
 from cpd.model.state import forget
@@ -106,7 +107,7 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> None:
             raise ShrinkError(f"The plan rescales rows of {rescale.tensor} that this model does not have.")
     for item in plan.attributes:
         try:
-            value = getattr(model.get_submodule(item.module), item.name)
+            value = kept.get(model.get_submodule(item.module), item.name)
         except AttributeError as error:
             raise ShrinkError(f"The plan changes {item.module}.{item.name}, which this model lacks.") from error
         if (list(value) if isinstance(value, (tuple, list)) else value) != item.old:
