@@ -34,9 +34,10 @@ from cpd.criteria import DATA_FREE
 from cpd.criteria.accumulated import AccumulatedScores
 from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
 from cpd.criteria.score import score
+from cpd.deploy.export import check_runs
 from cpd.deploy.latency import LatencyProbe
 from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError
-from cpd.model.inputs import check_model, device_of, of_shape
+from cpd.model.inputs import as_call, check_model, device_of, of_shape
 from cpd.model.skeleton import skeleton
 from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of, named_tensors
@@ -155,6 +156,8 @@ class Pruner:
         self._events = self.config.when.events(steps)
         self.data = None if data is None else processes.Share(data, self.config.score_batches)
         if comb is None:
+            if self.config.measures:
+                check_runs(model, as_call(example_inputs))
             with self._stage("comb"):
                 comb = comb_model(skeleton(model, {}), example_inputs)  # the model itself will not stay as it is
         self.comb = comb

@@ -21,12 +21,12 @@ from cpd import processes
 from cpd.checkpoint import Checkpoint
 from cpd.config import PruneConfig
 from cpd.coupling.comb import comb
-from cpd.deploy.export import export_onnx
+from cpd.deploy.export import check_runs, export_onnx
 from cpd.deploy.latency import LatencyComparison, LatencyProbe
 from cpd.deploy.profiling import paired
 from cpd.distillation.config import DistillConfig
 from cpd.distillation.distiller import distill
-from cpd.errors import ExportError
+from cpd.errors import CPDError, first_line
 from cpd.jobs.outcome import Measured, Result, call_record, missed, report_of
 from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
 from cpd.model.inputs import Call, check_model, evaluated
@@ -124,6 +124,8 @@ def compress(
     objects = {"data": data, "example_inputs": example_inputs, "loss": loss, "evaluate": evaluate, "teacher": teacher}
     record = call_record(settings, learning, objects, folder)
     call = example_call(model, example_inputs, data)
+    if settings.measures:
+        check_runs(model, call)
     student = copy_of(model)
     if data is not None:
         check_data(student, data, loss)
@@ -231,10 +233,11 @@ class _Run:
         with self.stages("deploy"):
             try:
                 onnx, comparison, nodes = processes.from_first(self._deployed)
-            except ExportError as error:
+            except Exception as error:  # what ONNX Runtime raises shares no base class
                 if self.pruner.target.is_measured:
                     raise
-                self.pruner.note(f"Not exported to ONNX, so no latency was measured: {error}")
+                told = error if isinstance(error, CPDError) else f"{type(error).__name__}: {first_line(error)}."
+                self.pruner.note(f"The result has no ONNX model and no latency: {told}")
         tolerance = self.pruner.config.tolerance
         if comparison is not None and (text := missed(self.pruner.target, comparison, tolerance)):
             self.pruner.note(text)
