@@ -157,9 +157,9 @@ class Pruner:
         self.data = None if data is None else processes.Share(data, self.config.score_batches)
         if comb is None:
             if self.config.measures:
-                check_runs(model, as_call(example_inputs))
+                check_runs(self.model, as_call(example_inputs))
             with self._stage("comb"):
-                comb = comb_model(skeleton(model, {}), example_inputs)  # the model itself will not stay as it is
+                comb = comb_model(skeleton(self.model, {}), example_inputs)  # the model itself will not stay as it is
         self.comb = comb
         if not self.comb.open:
             reasons = "\n".join(f"  {group.name} ({group.size}): {group.frozen}" for group in self.comb.groups)

@@ -256,7 +256,8 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
     """Find the coupling groups of `model`; the model is never changed.
 
     Args:
-        model: any module that `torch.export` can trace in eval mode.
+        model: any module that `torch.export` can trace in eval mode; of one that `torch.compile` gave, the module
+            within.
         example_inputs: a tensor, a tuple, or `(tuple, dict)`.
 
     Returns:
@@ -284,7 +285,7 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
         >>> comb.groups[-1].frozen
         "the model's output [linear in 4, ...]"
     """
-    check_model(model)
+    model = check_model(model)
     graph = trace(model, example_inputs)
     ctx = Context(graph)
     tensors = _propagate(ctx, model, {})

@@ -109,7 +109,7 @@ def export_onnx(
         (1, 10)
     """
     call = as_call(example_inputs)
-    check_model(model)
+    model = check_model(model)
     target = None if path is None else writable(path)
 
     def verify(source: OnnxSource) -> None:
@@ -157,7 +157,8 @@ def onnx_parity(model: nn.Module, onnx_model: OnnxSource, example_inputs: Any) -
         InputError: if the ONNX model cannot be opened, or does not take these inputs.
         ExportError: if the numbers of outputs or their shapes differ.
     """
-    call = as_call(example_inputs).to(device_of(check_model(model)))
+    model = check_model(model)
+    call = as_call(example_inputs).to(device_of(model))
     session = open_session(onnx_model)
     found = run_session(session, feed(session, call))
     with evaluating(model), torch.no_grad():

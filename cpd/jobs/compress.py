@@ -68,7 +68,8 @@ def compress(
     """Make a model faster: comb, prune, distill, and measure.
 
     Args:
-        model: a trained model; left as it was, a copy is compressed.
+        model: a trained model; left as it was, a copy is compressed. Of one that `torch.compile` gave, the module
+            within; compile the result anew.
         target_speedup: the first of the options below; exactly one target is needed.
         data: batches of (input, target), or mappings as Hugging Face loaders give, in anything that can be iterated
             more than once. Without data, channels are chosen by magnitude and nothing is trained back.
@@ -114,7 +115,7 @@ def compress(
         >>> sorted(file.name for file in result.save("out").iterdir())
         ['README.md', 'model.onnx', 'model.safetensors', 'plan.json', 'report.html', 'report.json']
     """
-    check_model(model)
+    model = check_model(model)
     processes.start()
     given = options if target_speedup is None else {"target_speedup": target_speedup, **options}
     settings = PruneConfig.of(config, given, "cpd.compress")

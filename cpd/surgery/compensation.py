@@ -101,9 +101,10 @@ def compensate(
     """
     check_limit(limit)
     calls = [batch.call for batch in batches(data, limit)]
-    device = device_of(check_model(model))
+    model, original = check_model(model), check_model(original)
+    device = device_of(model)
     before = state_of(model)
-    with evaluating(model), evaluating(check_model(original)):
+    with evaluating(model), evaluating(original):
         probe = _Probe(original, calls[0].part(1).to(device))
         call = joined(calls).part(probe.samples).to(device)
         try:

@@ -18,7 +18,7 @@ from cpd.algebra import axes
 from cpd.algebra.axes import Axis, Dim, Mask
 from cpd.coupling.comb import Comb
 from cpd.coupling.exactness import CONTRACTIONS, REDUCTIONS, SUMS
-from cpd.model.inputs import evaluating, plain_attention
+from cpd.model.inputs import check_model, evaluating, plain_attention
 from cpd.model.tensors import named_tensors
 from cpd.plan import Plan
 from cpd.proof.constants import ATTENTION
@@ -171,7 +171,7 @@ def _scatter(value: Tensor, dim: int, kept: Tensor, size: int) -> Tensor:
 
 def masked_output(model: nn.Module, comb: Comb, plan: Plan) -> Any:
     """Output of the unpruned `model` on the comb's example inputs, removed slices zero (flattened to a list)."""
-    aliases = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+    aliases = {name: tensor.detach().clone() for name, tensor in named_tensors(check_model(model)).items()}
     for name, dims in plan.kept.items():
         for dim, indices in dims.items():
             gone = torch.ones(aliases[name].shape[dim], dtype=torch.bool)
@@ -201,6 +201,7 @@ def masked_error(model: nn.Module, shrunk: nn.Module, comb: Comb, plan: Plan) ->
         plan: what is kept.
     """
     expected = masked_output(model, comb, plan)
+    shrunk = check_model(shrunk)
     with torch.no_grad(), evaluating(shrunk), plain_attention():
         found = pytree.tree_leaves(comb.operations.call.on(comb.operations.runner(shrunk)))
     pairs = [(a, b) for a, b in zip(expected, found, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]

@@ -41,7 +41,7 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
           (4): Linear(in_features=288, out_features=10, bias=True)
         )
     """
-    check_model(model)
+    whole, model = model, check_model(model)
     tensors = named_tensors(model)
     _check(model, tensors, plan)
     names = dict.fromkeys([*plan.kept, *(item.tensor for item in plan.rescales)])
@@ -64,7 +64,7 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
         set_attributes(model, [Attribute(item.module, item.name, item.new, item.old) for item in plan.attributes])
         refresh(model, changed)
         raise
-    return model
+    return whole
 
 
 def _assign(tensor: Tensor, value: Tensor, gradient: Tensor | None) -> None:
