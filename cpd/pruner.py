@@ -30,6 +30,7 @@ from cpd import processes
 from cpd.config import PruneConfig
 from cpd.coupling.comb import Comb
 from cpd.coupling.comb import comb as comb_model
+from cpd.coupling.cost import unused_sentence
 from cpd.criteria import DATA_FREE
 from cpd.criteria.accumulated import AccumulatedScores
 from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
@@ -176,7 +177,7 @@ class Pruner:
         self.plan = self.comb.plan({})
         self.steps_taken = 0
         self.shrinks: list[Shrink] = []
-        self.notes: list[str] = []
+        self.notes: list[str] = [unused_sentence(comb.unused)] if comb.unused else []
         self.checks: dict[str, float] = {}
         self._accumulated = self._from_gradients()
 

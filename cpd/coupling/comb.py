@@ -137,8 +137,13 @@ class Comb:
 
     @cached_property
     def open_share(self) -> dict[str, float]:
-        """The share of parameters, and of MACs, that lie in at least one open group."""
+        """The share of the parameters that the forward uses, and of MACs, that lie in at least one open group."""
         return self.cost.open_share()
+
+    @property
+    def unused(self) -> Mapping[str, int]:
+        """Elements of each parameter that the forward never uses: left as they are, and in no share."""
+        return self.cost.unused
 
     @cached_property
     def frozen_share(self) -> tuple[FrozenShare, ...]:
