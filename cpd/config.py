@@ -206,6 +206,11 @@ class PruneConfig:
         return self._targets[0]
 
     @property
+    def measures(self) -> bool:
+        """Whether pruning takes latencies, for its target or for what a channel saves."""
+        return self.normalization == "latency" or any(target.is_measured for target in self._targets)
+
+    @property
     def when(self) -> Schedule:
         """The schedule."""
         return Schedule(str(self.schedule), start=self.prune_from, end=self.prune_until, interval=self.interval)

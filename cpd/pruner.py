@@ -30,13 +30,15 @@ from cpd import processes
 from cpd.config import PruneConfig
 from cpd.coupling.comb import Comb
 from cpd.coupling.comb import comb as comb_model
+from cpd.coupling.cost import unused_sentence
 from cpd.criteria import DATA_FREE
 from cpd.criteria.accumulated import AccumulatedScores
 from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
 from cpd.criteria.score import score
+from cpd.deploy.export import check_runs
 from cpd.deploy.latency import LatencyProbe
 from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError
-from cpd.model.inputs import check_model, device_of, of_shape
+from cpd.model.inputs import as_call, check_model, device_of, of_shape
 from cpd.model.skeleton import skeleton
 from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of, named_tensors
@@ -157,8 +159,10 @@ class Pruner:
         self._events = self.config.when.events(steps)
         self.data = None if data is None else processes.Share(data, self.config.score_batches)
         if comb is None:
+            if self.config.measures:
+                check_runs(self.model, as_call(example_inputs))
             with self._stage("comb"):
-                comb = comb_model(skeleton(model, {}), example_inputs)  # the model itself will not stay as it is
+                comb = comb_model(skeleton(self.model, {}), example_inputs)  # the model itself will not stay as it is
         self.comb = comb
         if not self.comb.open:
             reasons = "\n".join(f"  {group.name} ({group.size}): {group.frozen}" for group in self.comb.groups)
@@ -175,7 +179,7 @@ class Pruner:
         self.plan = self.comb.plan({})
         self.steps_taken = 0
         self.shrinks: list[Shrink] = []
-        self.notes: list[str] = []
+        self.notes: list[str] = [unused_sentence(comb.unused)] if comb.unused else []
         self.checks: dict[str, float] = {}
         self._accumulated = self._from_gradients()
 

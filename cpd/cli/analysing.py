@@ -55,6 +55,7 @@ def comb(
     _, built, example_inputs = build(model, input_size, pretrained=False)
 
     import cpd
+    from cpd.coupling.cost import unused_sentence
 
     combed = cpd.comb(built, example_inputs)
     share: dict[str, float] = combed.open_share
@@ -72,9 +73,11 @@ def comb(
         "groups": [group_dict(group) for group in combed.groups],
         "open_share": dict(share),
         "frozen_share": [asdict(row) for row in combed.frozen_share],
+        "unused": dict(combed.unused),
     }
+    unused = [unused_sentence(combed.unused)] if combed.unused else []
     frozen = [frozen_table(combed.frozen_share)] if combed.frozen_share else []
-    return Output(data, (groups_table(combed.groups), sentence, *frozen))
+    return Output(data, (groups_table(combed.groups), sentence, *unused, *frozen))
 
 
 def sensitivity(

@@ -141,8 +141,13 @@ class Comb:
 
     @cached_property
     def open_share(self) -> dict[str, float]:
-        """The share of parameters, and of MACs, that lie in at least one open group."""
+        """The share of the parameters that the forward uses, and of MACs, that lie in at least one open group."""
         return self.cost.open_share()
+
+    @property
+    def unused(self) -> Mapping[str, int]:
+        """Elements of each parameter that the forward never uses: left as they are, and in no share."""
+        return self.cost.unused
 
     @cached_property
     def frozen_share(self) -> tuple[FrozenShare, ...]:
@@ -275,7 +280,8 @@ def comb(
     """Find the coupling groups of `model`; the model is never changed.
 
     Args:
-        model: any module that `torch.export` can trace in eval mode.
+        model: any module that `torch.export` can trace in eval mode; of one that `torch.compile` gave, the module
+            within.
         example_inputs: a tensor, a tuple, or `(tuple, dict)`.
         proof_copies: how many narrower copies are tried, at least 1; what is not proved by then is frozen.
         proof_seconds: after how long the same happens; None: never, so that the same model gives the same groups.
@@ -305,7 +311,7 @@ def comb(
         >>> comb.groups[-1].frozen
         "the model's output [linear in 4, ...]"
     """
-    check_model(model)
+    model = check_model(model)
     if not proof_copies >= 1 or not (proof_seconds is None or proof_seconds > 0):
         raise InputError(f"proof_copies ({proof_copies}) must be at least 1, proof_seconds ({proof_seconds}) above 0.")
     call = as_call(example_inputs)

@@ -26,7 +26,9 @@ from cpd.trace.graph import op_name
 #: Reasons given only where a term has no other: they say little about what to change.
 _PLAIN = ("a single channel", "no parameter lies along it")
 NO_DIMENSION = "no removable dimension"
-UNREAD = "not read by the forward pass"
+#: Modules with unused parameters that are named.
+_NAMED = 4
+UNTRACED = "in a submodule that cannot be exported"
 
 CONVOLUTIONS = {f"conv{rank}d" for rank in (1, 2, 3)}
 TRANSPOSED = {f"conv_transpose{rank}d" for rank in (1, 2, 3)}
@@ -83,7 +85,7 @@ class FrozenShare:
 
     Attributes:
         reason: the reason without its place; numbers that differ from place to place are written N.
-        parameters: share of the model's parameters.
+        parameters: share of the parameters that the forward uses.
         macs: share of the model's MACs.
         tensors: number of parameters, as tensors, that it applies to.
         places: where it applies, each as `op in module, file:line`, or the name of a parameter where the reason names
@@ -98,12 +100,21 @@ class FrozenShare:
 
 
 class Cost:
-    """Evaluates the cost of any widths of one model."""
+    """Evaluates the cost of any widths of one model.
+
+    Attributes:
+        unused: elements of each parameter that the forward never uses. They count as parameters, since the model holds
+            them, but not in the shares: they stand in nobody's way, and nothing would become faster without them.
+    """
 
     def __init__(self, ctx: Context, dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> None:
         self._terms = [*_parameter_terms(dims, tensors), *_operation_terms(ctx)]
-        self._unread = _unread_parameters(dims, tensors)
+        parts = tuple(f"{part}." for part in ctx.graph.parts)
+        others = _other_parameters(dims, tensors)
+        self.unused = {name: size for name, size in others.items() if not parts or name.startswith(parts)}
+        self._untraced = {name: size for name, size in others.items() if name not in self.unused}
         weights = [(term.parameters, term.macs, term.activations) for term in self._terms]
+        self._fixed = sum(others.values())
         self._sums = ProductSums([term.dims for term in self._terms], weights, figures=3)
 
     def __call__(self, counts: Mapping[Axis, int]) -> CostFigures:
@@ -125,7 +136,7 @@ class Cost:
         Returns:
             [candidates, 3]: parameters, MACs and activations of each.
         """
-        figures: npt.NDArray[np.int64] = self._sums(widths) + np.array([sum(self._unread.values()), 0, 0])
+        figures: npt.NDArray[np.int64] = self._sums(widths) + np.array([self._fixed, 0, 0])
         return figures
 
     def slopes(self, counts: Mapping[Axis, int]) -> dict[Axis, Slope]:
@@ -137,15 +148,20 @@ class Cost:
         return {axis: Slope(*map(float, row)) for axis, row in zip(self._sums.axes, found, strict=True)}
 
     def open_share(self) -> dict[str, float]:
-        """The share of parameters, and of MACs, in terms that have at least one open axis."""
+        """The share of the parameters that the forward uses, and of MACs, in terms with at least one open axis."""
         share = {"parameters": 0, "macs": 0}
         for term in self._terms:
             if any(axis.frozen is None for dim in term.dims for axis in axes.leaves(dim)):
                 size = math.prod(dim.size for dim in term.dims)
                 share["parameters"] += term.parameters * size
                 share["macs"] += term.macs * size
+        parameters, macs = self._whole()
+        return {"parameters": share["parameters"] / parameters, "macs": share["macs"] / macs}
+
+    def _whole(self) -> tuple[int, int]:
+        """The parameters that the forward uses, and the MACs, at least 1 of each."""
         full = self({})
-        return {"parameters": share["parameters"] / max(full.parameters, 1), "macs": share["macs"] / max(full.macs, 1)}
+        return max(full.parameters - sum(self.unused.values()), 1), max(full.macs, 1)
 
     def frozen_share(self) -> tuple[FrozenShare, ...]:
         """The rest of `open_share` by reason, most costly first.
@@ -164,10 +180,9 @@ class Cost:
             for key, reasons in found.items():
                 told = [(why, place or term.name) for why, place in reasons]
                 rows.setdefault(key, _Tally()).add(told, parameters / len(found), macs / len(found), term.parameters)
-        for name, size in self._unread.items():
-            rows.setdefault(UNREAD, _Tally()).add([(UNREAD, name)], size, 0, 1)
-        full = self({})
-        shares = [tally.share(max(full.parameters, 1), max(full.macs, 1)) for tally in rows.values()]
+        for name, size in self._untraced.items():
+            rows.setdefault(UNTRACED, _Tally()).add([(UNTRACED, name)], size, 0, 1)
+        shares = [tally.share(*self._whole()) for tally in rows.values()]
         return tuple(sorted(shares, key=lambda row: (-max(row.parameters, row.macs), row.reason)))
 
 
@@ -225,8 +240,15 @@ def _parameter_terms(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, 
     return [Term(dims[name], parameters=1, name=name) for name in first.values()]
 
 
-def _unread_parameters(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Elements of each parameter that the forward pass does not read, by its first name."""
+def unused_sentence(unused: Mapping[str, int]) -> str:
+    """What to say of parameters that the forward never uses, given the elements of each."""
+    modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in unused))
+    more = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
+    return f"Never used in the forward: {sum(unused.values()):,} parameters ({', '.join(modules[:_NAMED])}{more})."
+
+
+def _other_parameters(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Elements of each parameter that the graph does not read, by its first name."""
     first: dict[int, str] = {}
     for name, tensor in tensors.items():
         if name not in dims and isinstance(tensor, nn.Parameter):

@@ -67,7 +67,7 @@ def score(
         >>> cpd.shrink(model, plan)[0]
         Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
     """
-    check_model(model)
+    model = check_model(model)
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise InputError(f"Unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}.")
     if precision is not None and precision not in PRECISIONS:

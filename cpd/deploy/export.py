@@ -37,6 +37,9 @@ PROTOBUF_LIMIT = 2**31
 #: How the exporter names the op that it cannot translate.
 _UNTRANSLATED = re.compile(r"translating node .*?target=torch\.ops\.([\w.]+?)(?:\.default)?\]", re.DOTALL)
 
+#: Types of numbers that ONNX Runtime has kernels of, whatever the operator.
+_USUAL = {torch.float32, torch.float16}
+
 # ONNX Runtime's exceptions share no base class but Exception.
 _RUNTIME_ERRORS: tuple[type[Exception], ...] = (
     RuntimeError,
@@ -107,7 +110,7 @@ def export_onnx(
         (1, 10)
     """
     call = as_call(example_inputs)
-    check_model(model)
+    model = check_model(model)
     target = None if path is None else writable(path)
 
     def verify(source: OnnxSource) -> None:
@@ -155,7 +158,8 @@ def onnx_parity(model: nn.Module, onnx_model: OnnxSource, example_inputs: Any) -
         InputError: if the ONNX model cannot be opened, or does not take these inputs.
         ExportError: if the numbers of outputs or their shapes differ.
     """
-    call = as_call(example_inputs).to(device_of(check_model(model)))
+    model = check_model(model)
+    call = as_call(example_inputs).to(device_of(model))
     session = open_session(onnx_model)
     found = run_session(session, feed(session, call))
     with preserved(model), evaluating(model), torch.no_grad():
@@ -219,6 +223,28 @@ def open_session(
         raise InputError(
             f"ONNX Runtime cannot open {name}: {first_line(error)}. Pass the path or the bytes of an ONNX "
             "model with standard operators, as export_onnx writes them."
+        ) from error
+
+
+def check_runs(model: nn.Module, call: Call) -> None:
+    """Raise where ONNX Runtime has no kernels for a model's type of numbers: tried where it is not a usual one.
+
+    Raises:
+        InputError: naming the types.
+    """
+    found = {tensor.dtype for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()}
+    unusual = sorted(str(dtype).removeprefix("torch.") for dtype in found - _USUAL)
+    if not unusual:
+        return
+    try:
+        onnx_parity(model, export_bytes(model, call), call)
+    except ExportError:
+        return  # what else is wrong is told by what needs the export
+    except InputError as error:
+        raise InputError(
+            f"ONNX Runtime cannot run {type(model).__name__} in {', '.join(unusual)}, so its latency cannot be "
+            f"measured: {first_line(error.__cause__ or error)}. Compress it in float32 (model.float(), with inputs of "
+            "that type) and convert the result, or take a computed target: target_macs, target_params or target_memory."
         ) from error
 
 

@@ -34,7 +34,7 @@ from cpd.distillation.config import DistillConfig, EpochRecord
 from cpd.distillation.kd import Distillation
 from cpd.distillation.optimizers import make_optimizer
 from cpd.errors import CheckpointError, CPDError, InputError, TrainingError
-from cpd.model.inputs import Batch, Call, batches, check_model, evaluating, logits, move
+from cpd.model.inputs import Batch, Call, as_module, batches, evaluating, logits, move
 from cpd.model.task_loss import LossFunction, task_loss
 from cpd.model.tensors import named_tensors, restore, state_of
 from cpd.randomness import random_states, random_states_kept, seeded, set_random_states
@@ -133,14 +133,14 @@ def distill(
 
 def _check_models(student: nn.Module, teacher: nn.Module | None, config: DistillConfig) -> None:
     """Raise `InputError` unless the student can be trained and the teacher, if needed, is another model."""
-    trained = {id(p): name for name, p in check_model(student).named_parameters() if p.requires_grad}
+    trained = {id(p): name for name, p in as_module(student).named_parameters() if p.requires_grad}
     if not trained:
         raise InputError("No parameter of the student has requires_grad: set it on those to be trained.")
     if not config.needs_teacher:
         return
     if teacher is None:
         raise InputError(f"kd={config.kd!r} needs a teacher: pass the unpruned model, or kd='none'.")
-    shared = [trained[id(p)] for p in check_model(teacher).parameters() if id(p) in trained]
+    shared = [trained[id(p)] for p in as_module(teacher).parameters() if id(p) in trained]
     if shared:
         raise InputError(
             f"Student and teacher share the parameter {shared[0]!r}, so the teacher would change with the "

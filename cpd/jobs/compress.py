@@ -21,12 +21,12 @@ from cpd import processes
 from cpd.checkpoint import Checkpoint
 from cpd.config import PruneConfig
 from cpd.coupling.comb import comb
-from cpd.deploy.export import export_onnx
+from cpd.deploy.export import check_runs, export_onnx
 from cpd.deploy.latency import LatencyComparison, LatencyProbe
 from cpd.deploy.profiling import paired
 from cpd.distillation.config import DistillConfig
 from cpd.distillation.distiller import distill
-from cpd.errors import ExportError
+from cpd.errors import CPDError, first_line
 from cpd.jobs.outcome import Measured, Result, call_record, missed, report_of
 from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
 from cpd.model.inputs import Call, check_model, evaluated
@@ -69,7 +69,8 @@ def compress(
     """Make a model faster: comb, prune, distill, and measure.
 
     Args:
-        model: a trained model; left as it was, a copy is compressed.
+        model: a trained model; left as it was, a copy is compressed. Of one that `torch.compile` gave, the module
+            within; compile the result anew.
         target_speedup: the first of the options below; exactly one target is needed.
         data: batches of (input, target), or mappings as Hugging Face loaders give, in anything that can be iterated
             more than once. Without data, channels are chosen by magnitude and nothing is trained back.
@@ -115,7 +116,7 @@ def compress(
         >>> sorted(file.name for file in result.save("out").iterdir())
         ['README.md', 'model.onnx', 'model.safetensors', 'plan.json', 'report.html', 'report.json']
     """
-    check_model(model)
+    model = check_model(model)
     processes.start()
     given = options if target_speedup is None else {"target_speedup": target_speedup, **options}
     settings = PruneConfig.of(config, given, "cpd.compress")
@@ -126,6 +127,8 @@ def compress(
     record = call_record(settings, learning, objects, folder)
     with preserved(model):
         call = example_call(model, example_inputs, data)
+        if settings.measures:
+            check_runs(model, call)
         student = copy_of(model)
         if data is not None:
             check_data(student, data, loss)
@@ -233,10 +236,11 @@ class _Run:
         with self.stages("deploy"):
             try:
                 onnx, comparison, nodes = processes.from_first(self._deployed)
-            except ExportError as error:
+            except Exception as error:  # what ONNX Runtime raises shares no base class
                 if self.pruner.target.is_measured:
                     raise
-                self.pruner.note(f"Not exported to ONNX, so no latency was measured: {error}")
+                told = error if isinstance(error, CPDError) else f"{type(error).__name__}: {first_line(error)}."
+                self.pruner.note(f"The result has no ONNX model and no latency: {told}")
         tolerance = self.pruner.config.tolerance
         if comparison is not None and (text := missed(self.pruner.target, comparison, tolerance)):
             self.pruner.note(text)

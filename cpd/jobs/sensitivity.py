@@ -179,7 +179,7 @@ def sensitivity(
         >>> found.points[0].error < found.points[-1].error
         True
     """
-    check_model(model)
+    model = check_model(model)
     if not ratios or not all(0 < ratio < 1 for ratio in ratios):
         raise InputError(f"ratios must lie between 0 and 1; got {list(ratios)}.")
     kept = [(batch.call, batch.target) for batch in batches(data, limit)]

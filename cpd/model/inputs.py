@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._export.utils import _compiling_state_context
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from cpd.errors import InputError, TrainingError
+from cpd.errors import InputError, TraceError, TrainingError
 
 LABEL_KEYS = ("labels", "label", "target", "targets")
 
@@ -107,7 +107,7 @@ def move(value: Any, device: torch.device | str) -> Any:
     return value
 
 
-def check_model(model: object) -> nn.Module:
+def as_module(model: object) -> nn.Module:
     """Return `model` if it is an `nn.Module`; raise `InputError` otherwise."""
     if isinstance(model, nn.Module):
         return model
@@ -115,6 +115,55 @@ def check_model(model: object) -> nn.Module:
         f"Expected a torch.nn.Module, got {type(model).__name__}. Pass the model object itself, "
         "not its state dict, its class or its name."
     )
+
+
+def check_model(model: object) -> nn.Module:
+    """The module that is worked on: `model`, or the one that `torch.compile` has wrapped.
+
+    Raises:
+        InputError: if `model` is no `nn.Module`, or wraps one for several devices.
+        TraceError: if it, or a module in it, has no forward in Python or no weights in floating point.
+    """
+    found = as_module(model)
+    if type(found).__name__ == "OptimizedModule":  # the class itself is in the compiler, which loads for seconds
+        found = found.get_submodule("_orig_mod")
+    if isinstance(found, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise InputError(
+            f"{type(found).__name__} knows the widths that the model had when it was wrapped: pass the model in it, "
+            "model.module, and wrap the result."
+        )
+    for path, module in found.named_modules():
+        if (why := _untraceable(module)) is not None:
+            where = f"{type(found).__name__} holds {path}, which" if path else type(found).__name__
+            raise TraceError(f"{where} {why}")
+    return found
+
+
+def _untraceable(module: nn.Module) -> str | None:
+    """Why no forward in Python and in floating point is left of a module, and what to do; None where one is."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is compiled by torch.jit.script or torch.jit.trace: pass the Python module that it was made of."
+    for kind in type(module).__mro__:
+        if kind.__module__.startswith(_PREPARED):
+            return (
+                "is prepared for quantization (it observes or rounds its values): pass the float model, and prepare "
+                "the result."
+            )
+        if kind.__module__.startswith(_QUANTIZED) and kind.__name__ != "FloatFunctional":
+            return (
+                "is quantized, its weights are packed integers: pass the float model, and quantize the result "
+                "(cpd.quantize_onnx, or torch.ao.quantization on it)."
+            )
+    return None
+
+
+#: Where torch keeps modules that observe or round values, and modules of integers. They are told by name: importing
+#: them takes long, and they are to leave torch.
+_PREPARED = (
+    "torch.ao.quantization.observer", "torch.ao.quantization.fake_quantize", "torch.ao.nn.qat",
+    "torch.ao.nn.intrinsic.qat", "torch.ao.nn.quantizable",
+)  # fmt: skip
+_QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse.quantized")
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -137,11 +186,15 @@ def evaluated(evaluate: Callable[[nn.Module], float] | None, model: nn.Module) -
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """`model` in train or eval mode for the length of a block, each submodule's own mode restored after it."""
+    """`model` in train or eval mode for the length of a block, each submodule's own mode restored after it.
+
+    What is compiled runs as it is written meanwhile, so that each of its operations can be seen.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.train(training)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, mode in modes:
             module.training = mode

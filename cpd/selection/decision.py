@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cpd.algebra.axes import Axis
 from cpd.coupling.comb import Comb
-from cpd.coupling.cost import CostFigures
+from cpd.coupling.cost import CostFigures, unused_sentence
 from cpd.deploy.kernels import KernelTimes
 from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.latency_model import LatencyModel
@@ -244,5 +244,6 @@ class Decider:
                 f"{self.target.name}={self.target.value:g} cannot be reached: the narrowest widths allowed leave "
                 f"{self.target.of(least):,.0f} of {self.target.of(full):,.0f}. "
                 + (f"Frozen groups stand in the way: {'; '.join(frozen)}." if frozen else "No group is frozen.")
+                + (f" {unused_sentence(self.comb.unused)}" if self.comb.unused else "")
             )
         return selector.plan(selector.meet(self.target.of, goal))

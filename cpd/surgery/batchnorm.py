@@ -37,9 +37,10 @@ def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, limit: int |
             error, the old statistics are back.
     """
     check_limit(limit)
+    model = check_model(model)
     layers = {
         name: module
-        for name, module in check_model(model).named_modules()
+        for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None and module.num_batches_tracked is not None
     }
     if not layers:

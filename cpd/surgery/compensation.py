@@ -101,9 +101,10 @@ def compensate(
     """
     check_limit(limit)
     calls = [batch.call for batch in batches(data, limit)]
-    device = device_of(check_model(model))
+    model, original = check_model(model), check_model(original)
+    device = device_of(model)
     before = state_of(model)
-    with evaluating(model), evaluating(check_model(original)):
+    with evaluating(model), evaluating(original):
         probe = _Probe(original, calls[0].part(1).to(device))
         call = joined(calls).part(probe.samples).to(device)
         try:
@@ -194,13 +195,19 @@ class _Lockstep:
 
     def _target(self, layer: LayerCall) -> _Target:
         index = _sampled(layer, self.seed)
-        found = _flat(layer.responses(index))
-        dim = 0 if layer.kind in ("linear", "conv") else 1
-        kept = self.plan.kept.get(layer.weight, {}).get(dim)
-        if kept is not None:
-            inner = found.shape[1] // layer.given["weight"].shape[dim]
-            found = found[:, (kept[:, None] * inner + torch.arange(inner)).reshape(-1).to(found.device)]
-        return _Target(layer.weight, layer.positions, index, found)
+        found = layer.responses(index)
+        kept, shape = self.plan.kept.get(layer.weight, {}), layer.given["weight"].shape
+        if layer.kind in ("linear", "conv"):  # whose first dimension goes over the outputs of all groups
+            groups, outputs = None, kept.get(0)
+            found = _flat(found).unsqueeze(0)
+        else:
+            groups, outputs = kept.get(0), kept.get(1)
+        if groups is not None:
+            found = found[torch.unique(groups // (shape[0] // layer.groups)).to(found.device)]
+        if outputs is not None:
+            inner = found.shape[2] // shape[0 if layer.kind in ("linear", "conv") else 1]
+            found = found[:, :, (outputs[:, None] * inner + torch.arange(inner)).reshape(-1).to(found.device)]
+        return _Target(layer.weight, layer.positions, index, _flat(found))
 
     def _refit(self, layer: LayerCall, targets: queue.Queue[Any]) -> Tensor | None:
         """Refit the layer that is being called; returns its new output."""
@@ -215,10 +222,11 @@ class _Lockstep:
                 "depend on the data in another way. Compensation needs models that run alike."
             )
         features = matrix(layer.kind, layer.given["weight"], layer.groups).shape[-1]
-        if features > MOST_FEATURES or (layer.kind == "transposed" and layer.groups > 1):
+        if features > MOST_FEATURES:
             return None
         bias = layer.given.get("bias")
-        takes_mean = bias is not None or layer.weight in self.probe.normed
+        # what one input position of a transposed convolution adds to the output is no row of it
+        takes_mean = layer.kind != "transposed" and (bias is not None or layer.weight in self.probe.normed)
         lacking = target.responses.float() - _flat(layer.responses(target.index)).float()
         change, shift, before, after = _solve(
             layer.features(target.index).float(), _grouped(lacking, layer.groups), target.responses.float(), takes_mean
@@ -226,7 +234,7 @@ class _Lockstep:
         self.refits.append(Refit(layer.weight, before, after))
         weight = layer.given["weight"]
         weight.add_(from_matrix(layer.kind, change, weight).to(weight.dtype))
-        if bias is not None and layer.kind != "transposed":
+        if bias is not None and takes_mean:
             bias.add_(shift.to(bias.dtype))
         output = layer.again()
         if bias is None and takes_mean:

@@ -27,7 +27,7 @@ from cpd.coupling.exactness import (
     SUMS,
     WEIGHT_NORMS,
 )
-from cpd.model.inputs import evaluating, plain_attention
+from cpd.model.inputs import check_model, evaluating, plain_attention
 from cpd.model.tensors import every_tensor
 from cpd.plan import Plan
 from cpd.proof.constants import ATTENTION
@@ -158,7 +158,7 @@ def _scatter(value: Tensor, dim: int, kept: Tensor, size: int) -> Tensor:
 
 def masked_output(model: nn.Module, comb: Comb, plan: Plan) -> Any:
     """Output of the unpruned `model` on the comb's example inputs, removed slices zero (flattened to a list)."""
-    aliases = {name: tensor.detach().clone() for name, tensor in every_tensor(model).items()}
+    aliases = {name: tensor.detach().clone() for name, tensor in every_tensor(check_model(model)).items()}
     for name, dims in plan.kept.items():
         for dim, indices in dims.items():
             gone = torch.ones(aliases[name].shape[dim], dtype=torch.bool)
@@ -188,6 +188,7 @@ def masked_error(model: nn.Module, shrunk: nn.Module, comb: Comb, plan: Plan) ->
         plan: what is kept.
     """
     expected = masked_output(model, comb, plan)
+    shrunk = check_model(shrunk)
     with torch.no_grad(), evaluating(shrunk), plain_attention():
         found = pytree.tree_leaves(comb.operations.call.on(comb.operations.runner(shrunk)))
     pairs = [(a, b) for a, b in zip(expected, found, strict=True) if isinstance(a, Tensor) and _continuous(a)]

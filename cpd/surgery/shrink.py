@@ -43,7 +43,7 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
           (4): Linear(in_features=288, out_features=10, bias=True)
         )
     """
-    check_model(model)
+    whole, model = model, check_model(model)
     tensors = every_tensor(model)
     _check(model, tensors, plan)
     names = dict.fromkeys([*plan.kept, *(item.tensor for item in plan.rescales)])
@@ -69,7 +69,7 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
         _derive(model)
         raise
     forget(model, plan.caches)
-    return model
+    return whole
 
 
 def _derive(model: nn.Module) -> None:

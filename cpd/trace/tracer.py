@@ -46,7 +46,7 @@ def trace(model: nn.Module, example_inputs: Any) -> OperationGraph:
         InputError: if `model` is no module, or itself fails on `example_inputs`.
         TraceError: if the model runs, but neither it nor a part of it can be exported; the message names the line.
     """
-    check_model(model)
+    model = check_model(model)
     call = as_call(example_inputs)
     start = time.perf_counter()
     try:

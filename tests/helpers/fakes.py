@@ -35,4 +35,4 @@ class Fakes:
                 name="fc", size=10, minimum=1, frozen="an output", exact=False, members=members[:1], ties=()
             ),
         )
-        return SimpleNamespace(groups=groups, open_share={"parameters": 0.987, "macs": 0.5}, frozen_share=())
+        return SimpleNamespace(groups=groups, open_share={"parameters": 0.987, "macs": 0.5}, frozen_share=(), unused={})

@@ -143,14 +143,11 @@ def test_open_and_frozen_shares_add_up(name: str, request: pytest.FixtureRequest
 
 def test_reasons_of_an_open_model_are_few(convnet: Comb) -> None:
     rows = {row.reason: row for row in convnet.frozen_share}
-    total = sum(parameter.numel() for parameter in convnet.model.parameters())
-    assert set(rows) == {"the model's output", "not read by the forward pass"}
+    total = sum(parameter.numel() for name, parameter in convnet.model.named_parameters() if name != "spare")
+    assert set(rows) == {"the model's output"}
     assert rows["the model's output"].parameters == pytest.approx(5 / total)  # the bias; its weight has open inputs
-    assert (rows["not read by the forward pass"].tensors, rows["not read by the forward pass"].places) == (
-        1,
-        ("spare",),
-    )
-    assert rows["not read by the forward pass"].parameters == pytest.approx(40 / total)
+    assert convnet.unused == {"spare": 40}
+    assert convnet.cost({}).parameters == total + 40
 
 
 def held(size: int, reason: str) -> Axis:
@@ -171,15 +168,15 @@ def test_reasons_are_shared_merged_and_told_apart() -> None:
     }
     tensors = {name: nn.Parameter(torch.zeros([dim.size for dim in shape])) for name, shape in dims.items()}
     tensors["unread"] = nn.Parameter(torch.zeros(14))
-    context: Any = SimpleNamespace(graph=SimpleNamespace(operations=[]))
+    context: Any = SimpleNamespace(graph=SimpleNamespace(operations=[], parts=()))
     cost = Cost(context, dims, tensors)
-    total = 20 + 30 + 30 + 1 + 4 + 1 + 14
-    assert cost({}).parameters == total
+    total = 20 + 30 + 30 + 1 + 4 + 1
+    assert cost({}).parameters == total + 14
+    assert cost.unused == {"unread": 14}
     assert cost.open_share() == {"parameters": 20 / total, "macs": 0}
     assert cost.frozen_share() == (
         FrozenShare("needs N", 45 / total, 0, 2, ("view in a, net.py:1", "view in c, net.py:3")),
         FrozenShare("the output", 15 / total, 0, 1, ("add in b, net.py:2",)),
-        FrozenShare("not read by the forward pass", 14 / total, 0, 1, ("unread",)),
         FrozenShare("no removable dimension", 5 / total, 0, 2, ("kernel", "scalar")),
         FrozenShare("a single channel", 1 / total, 0, 1, ("single",)),
     )
@@ -436,10 +433,11 @@ def test_command_line_plots_and_gives_reasons(
     assert MARK in (tmp_path / "a.svg").read_text()
     sentence, table = result.stdout.index("groups are open"), result.stdout.index("What no open group reaches")
     assert sentence < table
-    assert "not read by the forward pass" in result.stdout[table:]
+    assert "Never used in the forward: 40 parameters (spare)." in result.stdout[sentence:table]
+    assert "the model's output" in result.stdout[table:]
     assert "1: linear in head, test_picture.py:" in result.stdout[table:]
     data = json.loads(run(*arguments, "--json").stdout)
     rows = data["frozen_share"]
-    assert [row["reason"] for row in rows] == ["not read by the forward pass", "the model's output"]
+    assert [row["reason"] for row in rows] == ["the model's output"]
+    assert data["unused"] == {"spare": 40}
     assert data["open_share"]["parameters"] + sum(row["parameters"] for row in rows) == pytest.approx(1)
-    assert rows[0]["places"] == ["spare"]

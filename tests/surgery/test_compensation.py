@@ -112,3 +112,43 @@ def test_dense_models_stay_in_their_precision():
     narrow, plan = narrowed(model)
     compensate(narrow, model, plan, [(x.double(), y) for x, y in batches()])
     assert {tensor.dtype for tensor in narrow.parameters()} == {torch.double}
+
+
+GROUPED = {
+    "conv": [nn.Conv2d(64, 32, 2, 2, groups=4)],
+    "transposed": [nn.ConvTranspose2d(64, 32, 2, 2, groups=4)],
+    "transposed, with a norm": [nn.ConvTranspose2d(64, 32, 3, 2, groups=4, bias=False), nn.BatchNorm2d(32)],
+}
+
+
+def grouped(kind: str) -> nn.Module:
+    layers = (nn.Conv2d(3, 64, 3, 2, 1), nn.ReLU(), *copy.deepcopy(GROUPED[kind]), nn.ReLU(), nn.Conv2d(32, 2, 1))
+    return randomize(nn.Sequential(*layers).eval(), 0)
+
+
+@pytest.mark.parametrize("kept", [(1, 3), (2,)])
+@pytest.mark.parametrize("kind", GROUPED)
+def test_a_layer_whose_groups_go_is_refitted_group_by_group(kind, kept):
+    model, images = grouped(kind), torch.randn(32, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    combed = comb(model, images[:1])
+    plan = combed.plan({next(group.name for group in combed.open if group.size == 4): kept})
+    narrow = cpd.shrink(copy.deepcopy(model), plan)
+    assert narrow[2].groups == len(kept)
+    before = logits_error(narrow, model, [images])
+    refits = {item.weight: item for item in compensate(narrow, model, plan, [images])}
+    assert refits["2.weight"].before < 1e-9  # the groups that stay give what they gave
+    assert logits_error(narrow, model, [images]) < before
+    inner = {group.name: [0, *range(2, group.size)] for group in combed.open if group.size != 4}
+    plan = combed.plan(inner | {name: channels for name, channels in plan.groups.items() if channels == kept})
+    narrow = cpd.shrink(copy.deepcopy(model), plan)
+    refits = {item.weight: item for item in compensate(narrow, model, plan, [images])}
+    assert 0 < refits["2.weight"].after < refits["2.weight"].before
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_a_model_with_a_grouped_layer_is_compressed_with_data(kind, quick):
+    side = {"conv": 4, "transposed": 16}.get(kind, 17)
+    data = [(torch.randn(8, 3, 16, 16), torch.randint(2, (8, side, side)))]
+    found = cpd.compress(grouped(kind), target_macs=0.4, data=data, epochs=0, round_to=1, progress=False)
+    assert not any("Compensation was not possible" in note for note in found.report.notes)
+    assert any("Recovery without training" in note for note in found.report.notes)
