@@ -294,7 +294,7 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
     named = named_tensors(model)
     dims = {name: tensors[name] for name in named if name in tensors}
     _freeze_tables(ctx, dims, named)
-    proof = Proof(model, ctx, dims, in_train_mode=auxiliary is not None)
+    proof = Proof(model, ctx, dims, in_train_mode=auxiliary)
     proof.run()
     inexact = Exactness(ctx).inexact
     for scale in proof.scales:

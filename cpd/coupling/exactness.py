@@ -19,6 +19,7 @@ from cpd.rules import Context, arguments
 from cpd.rules.base import tensor_inputs
 from cpd.rules.reduce import reduced_dims
 from cpd.trace.graph import op_name, shape_of
+from cpd.trace.values import READ
 
 #: Elementwise and spatial ops with f(0) = 0.
 ZERO_PRESERVING = {
@@ -148,10 +149,10 @@ class Exactness:
 
 
 def _live(nodes: list[Node]) -> set[Node]:
-    """The nodes that the output depends on."""
+    """The nodes that the output depends on, or a number that the forward reads."""
     live: set[Node] = set()
     for node in reversed(nodes):
-        if node.op == "output" or any(user in live for user in node.users):
+        if node.op == "output" or op_name(node) == READ or any(user in live for user in node.users):
             live.add(node)
     return live
 

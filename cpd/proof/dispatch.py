@@ -19,12 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpd.algebra import axes
 from cpd.algebra.axes import Axis
+from cpd.errors import let_through
 from cpd.model.inputs import as_exported, evaluating
 from cpd.model.tensors import named_tensors
 from cpd.proof.replay import predicted
 from cpd.rules import Context, arguments
 from cpd.trace.quiet import garbage_collection_paused, quiet
 from cpd.trace.standins import StandIns, stand_in
+from cpd.trace.values import answering
 
 #: One call: the op, its arguments with a shape for each tensor, and the shapes of its results.
 Dispatch: TypeAlias = tuple[Any, Any, Any]
@@ -75,7 +77,7 @@ def calls_of_model(model: nn.Module, ctx: Context) -> list[Dispatch]:
     """What the forward of a copy on the meta device calls on the inputs of the trace."""
     call = ctx.graph.call.to("meta")
     found = Dispatches()
-    with evaluating(model), as_exported(), quiet(), found, StandIns():
+    with evaluating(model), as_exported(), quiet(), found, StandIns(), answering(ctx.graph.answers):
         call.on(ctx.graph.runner(model))
     return found.calls
 
@@ -142,5 +144,6 @@ def behaves_as_predicted(model: nn.Module, ctx: Context, counts: Mapping[Axis, i
         warnings.simplefilter("ignore")
         try:
             return calls_of_model(model, ctx) == calls_as_predicted(model, ctx, counts)
-        except Exception:  # the user's forward may raise anything, and not all of them run without values
+        except Exception as error:  # the user's forward may raise anything, and not all of them run without values
+            let_through(error)
             return False

@@ -29,6 +29,7 @@ from cpd.proof.provenance import Place
 from cpd.proof.remedies import RETRIES, Remedies
 from cpd.proof.replay import Observation
 from cpd.rules import Context
+from cpd.trace.graph import OperationGraph
 
 #: Narrower copies tried; random widths make a coincidence of widths in all of them unlikely.
 DRAWS = 4
@@ -47,7 +48,7 @@ class Proof:
         model: the unpruned model; never changed.
         ctx: the result of the algebra; axes are frozen and ties added in place.
         dims: the dimensions of every parameter and buffer.
-        in_train_mode: whether to try narrower copies in train mode too, in which more layers run.
+        in_train_mode: the operations in train mode, where more layers run then: narrower copies are tried in it too.
 
     Attributes:
         attributes: integers that must follow a width.
@@ -59,7 +60,12 @@ class Proof:
     """
 
     def __init__(
-        self, model: nn.Module, ctx: Context, dims: Mapping[str, tuple[Dim, ...]], *, in_train_mode: bool = False
+        self,
+        model: nn.Module,
+        ctx: Context,
+        dims: Mapping[str, tuple[Dim, ...]],
+        *,
+        in_train_mode: OperationGraph | None = None,
     ) -> None:
         self.ctx, self.dims, self.in_train_mode = ctx, dims, in_train_mode
         self.attributes: dict[Place, Dim] = {}
@@ -173,9 +179,9 @@ class Proof:
 
     def _settle_train_mode(self) -> None:
         """Freeze what the module works on in which a narrower copy fails in train mode."""
-        while self.in_train_mode and open_axes(self.dims):
+        while self.in_train_mode is not None and open_axes(self.dims):
             narrow = self.copies.narrow(self.draws.draw(done=0), meta=True)
-            failure = fails_in_train_mode(narrow, self.ctx.graph.call)
+            failure = fails_in_train_mode(narrow, self.ctx.graph.call, self.in_train_mode.answers)
             if failure is None:
                 return
             path, error = failure

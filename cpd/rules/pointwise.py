@@ -64,9 +64,9 @@ def getitem(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
 
 
 @rule("arange", "linspace", "eye", "scalar_tensor", "tril_indices", "triu_indices", "_assert_tensor_metadata",
-      "sym_size", "lift_fresh", "hann_window", "one_hot", "meshgrid")  # fmt: skip
+      "sym_size", "lift_fresh", "hann_window", "one_hot", "meshgrid", "read_value", "nonzero_static")  # fmt: skip
 def numbered(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
-    """A tensor made in the forward whose positions differ: nothing of it is removed."""
+    """A tensor made in the forward whose positions differ: nothing of it is removed, nor of what is read as numbers."""
     for source in tensor_inputs(node):
         for dim in ctx.shape(source):
             ctx.freeze(dim, node, "used as an index")

@@ -26,6 +26,7 @@ from cpd.rules import arguments
 from cpd.rules.base import tensor_inputs
 from cpd.rules.reduce import reduced_dims
 from cpd.trace.graph import OperationGraph, op_name, pair
+from cpd.trace.values import answering
 
 #: Ops that take the kept positions of what they reduce.
 SUMMARIES = {*REDUCTIONS, *SUMS}
@@ -201,7 +202,7 @@ def masked_error(model: nn.Module, shrunk: nn.Module, comb: Comb, plan: Plan) ->
         plan: what is kept.
     """
     expected = masked_output(model, comb, plan)
-    with torch.no_grad(), evaluating(shrunk), plain_attention():
+    with torch.no_grad(), evaluating(shrunk), plain_attention(), answering(comb.operations.answers):
         found = pytree.tree_leaves(comb.operations.call.on(comb.operations.runner(shrunk)))
     pairs = [(a, b) for a, b in zip(expected, found, strict=True) if isinstance(a, Tensor) and a.is_floating_point()]
     return max((float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs), default=0.0)

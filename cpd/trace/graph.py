@@ -18,6 +18,23 @@ _TORCH = str(Path(torch.__file__).parent)
 _CPD = str(Path(__file__).parents[1])
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a forward was told that asked for a value (`cpd.trace.values`).
+
+    Attributes:
+        question: "number", or what has the size that was asked for.
+        place: `file:line` of the code that asked.
+        value: the number or the size.
+        from_inputs: whether it follows from the values of the example inputs, rather than from the model alone.
+    """
+
+    question: str
+    place: str
+    value: Any
+    from_inputs: bool
+
+
 @dataclass(frozen=True, eq=False)
 class OperationGraph:
     """The operations of one forward pass.
@@ -30,6 +47,7 @@ class OperationGraph:
         call: the example inputs; those of each part, where the model cannot be traced whole.
         parts: paths of the submodules that were traced in the model's place, where it cannot be traced whole.
         seconds: wall-clock time that the export took.
+        answers: what the forward was told where it asked for a value; a narrower copy is told the same.
     """
 
     module: GraphModule
@@ -39,10 +57,16 @@ class OperationGraph:
     call: Call
     parts: tuple[str, ...] = ()
     seconds: float = 0.0
+    answers: tuple[Answer, ...] = ()
 
     def runner(self, model: nn.Module) -> nn.Module:
         """What `call` is a call of: `model` itself, or its parts."""
         return Parts(model, self.parts) if self.parts else model
+
+    @property
+    def values_read(self) -> tuple[str, ...]:
+        """`file:line` of each place where the forward reads a value of its inputs, or of what follows from them."""
+        return tuple(dict.fromkeys(answer.place for answer in self.answers if answer.from_inputs))
 
     @property
     def nodes(self) -> list[Node]:
