@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from torch.fx import GraphModule, Node
 
 from cpd.model.inputs import Call
 
-_TORCH = str(Path(torch.__file__).parent)
-_CPD = str(Path(__file__).parents[1])
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_CPD = f"{Path(__file__).parents[1]}{os.sep}"
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,11 @@ class Parts(nn.Module):
             self.model.get_submodule(path)(*args, **kwargs)
             for path, (args, kwargs) in zip(self.paths, calls, strict=True)
         ]
+
+
+def is_own_code(filename: str) -> bool:
+    """Whether a file belongs to cpd."""
+    return filename.startswith(_CPD)
 
 
 def is_user_code(filename: str) -> bool:

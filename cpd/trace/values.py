@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from cpd.errors import TraceError
 from cpd.model.inputs import Call, as_exported, in_mode
 from cpd.model.skeleton import skeleton
-from cpd.trace.graph import Answer, is_user_code
+from cpd.trace.graph import Answer, is_own_code, is_user_code
 
 #: The op that marks, in a graph, a tensor whose values are read as numbers; what it gives is used by nothing.
 READ = "read_value"
@@ -51,6 +52,8 @@ _GIVEN_NUMBERS = {
 }  # fmt: skip
 #: Functions whose result does not depend on the values of what they are given.
 _SHAPES_ALONE = {"zeros_like", "ones_like", "empty_like", "new_zeros", "new_ones", "new_empty", "size", "dim"}
+#: Functions whose result depends on values in a way that has no answer.
+_UNANSWERED = {"nms", "numpy", "combinations"}
 _IN_PLACE = re.compile(r"[a-z]\w*[^_]_$|__i\w+__$|__setitem__$")
 
 
@@ -166,24 +169,21 @@ class Values(TorchFunctionMode):
 
     def _unique(self, func: Any, input: Tensor, sorted: bool = True, **named: Any) -> Any:
         flat, order = input.flatten().sort(stable=True)
-        return self._runs(func, input, flat, order, **named)
+        return self._runs(input, flat, order, **named)
 
     def _unique_consecutive(self, func: Any, input: Tensor, **named: Any) -> Any:
-        return self._runs(func, input, input.flatten(), None, **named)
+        return self._runs(input, input.flatten(), None, **named)
 
     def _runs(
         self,
-        func: Any,
         input: Tensor,
         flat: Tensor,
         order: Tensor | None,
         return_inverse: bool = False,
         return_counts: bool = False,
-        dim: int | None = None,
+        dim: None = None,
     ) -> Any:
         """The first of each run of equal values, the number of the run of each element, and the lengths of the runs."""
-        if dim is not None:
-            return func(input, return_inverse=return_inverse, return_counts=return_counts, dim=dim)
         first = torch.cat([torch.ones_like(flat[:1], dtype=torch.bool), flat[1:] != flat[:-1]])
         starts = self._positions(first, input)[:, 0]
         results = [flat[starts]]
@@ -248,8 +248,10 @@ class _Asking(Values):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = super().__torch_function__(func, types, args, kwargs)
         name = getattr(func, "__name__", "")
+        if name in _UNANSWERED or (name in ("unique", "unique_consecutive") and (kwargs or {}).get("dim") is not None):
+            raise TraceError(f"what {name} gives depends on values")
+        result = super().__torch_function__(func, types, args, kwargs)
         if name not in _SHAPES_ALONE and any(map(self._depends, tree_leaves((args, kwargs)))):
             self._follow((result, args[0] if args and _IN_PLACE.match(name) else None, (kwargs or {}).get("out")))
         return result
@@ -281,14 +283,17 @@ def _base(tensor: Tensor) -> Tensor:
 
 
 def _place() -> str:
-    """`file:line` of the innermost line of a model's code that runs: a user's, else one of torch."""
-    frame, found = sys._getframe(1), ""
-    while frame is not None:
-        filename = frame.f_code.co_filename
-        found = f"{Path(filename).name}:{frame.f_lineno}"
+    """`file:line` of the innermost line that runs in a user's file; of the innermost forward where there is none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    found = ""
+    while frame is not None and not is_own_code(filename := frame.f_code.co_filename):
+        if is_user_code(filename) or (frame.f_code.co_name == "forward" and not found):
+            found = f"{Path(filename).name}:{frame.f_lineno}"
         if is_user_code(filename):
             break
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return found
 
 
@@ -302,7 +307,13 @@ def asked(model: nn.Module, call: Call, *, training: bool = False) -> tuple[Answ
     for module in copy.modules():
         module._buffers.update({name: b if b is None else b.clone() for name, b in module._buffers.items()})
     asking = _Asking(call)
-    with in_mode(copy, training), warnings.catch_warnings(), torch.no_grad(), torch.random.fork_rng(), as_exported():
+    with (
+        in_mode(copy, training),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        as_exported(),
+    ):
         warnings.simplefilter("ignore")
         with asking:
             call.on(copy)
