@@ -54,6 +54,24 @@ class Rescale:
     factor: float
 
 
+@dataclass(frozen=True)
+class Cache:
+    """An attribute in which a forward keeps what it computed: emptied when widths change, filled by the next forward.
+
+    Attributes:
+        module: path of the module.
+        name: name of the attribute.
+        cold: what it is before the first forward: "absent", "value", "empty" (a tensor without elements) or "entries"
+            (a dict or list without tensors).
+        value: that value, where `cold` is "value".
+    """
+
+    module: str
+    name: str
+    cold: str
+    value: bool | int | float | str | None = None
+
+
 @dataclass(frozen=True, repr=False)
 class Plan:
     """What is kept of a model.
@@ -65,6 +83,7 @@ class Plan:
         attributes: module attributes that change with the widths.
         rescales: rows whose scale changes so that the function does not.
         adjusted: one sentence for each group that keeps more than was asked, because a tie demands it.
+        caches: attributes that hold what a forward computed at the old widths, to be emptied.
     """
 
     kept: Mapping[str, Mapping[int, Tensor]]
@@ -73,6 +92,7 @@ class Plan:
     attributes: tuple[Attribute, ...] = ()
     rescales: tuple[Rescale, ...] = ()
     adjusted: tuple[str, ...] = field(default=())
+    caches: tuple[Cache, ...] = field(default=())
 
     def __post_init__(self) -> None:
         frozen = {name: MappingProxyType(dict(dims)) for name, dims in self.kept.items()}
@@ -106,7 +126,10 @@ class Plan:
             name: tuple(_within(torch.tensor(earlier.groups[name]), torch.tensor(positions), name).tolist())
             for name, positions in self.groups.items()
         }
-        return Plan(kept, groups, shapes, self._attributes_since(earlier), self._rescales_since(earlier), self.adjusted)
+        return Plan(
+            kept, groups, shapes, self._attributes_since(earlier), self._rescales_since(earlier), self.adjusted,
+            self.caches,
+        )  # fmt: skip
 
     def _attributes_since(self, earlier: Plan) -> tuple[Attribute, ...]:
         ours, theirs = ({(item.module, item.name): item for item in plan.attributes} for plan in (self, earlier))
@@ -139,7 +162,8 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of every channel kept: equal for plans that make the same model."""
-        return hashlib.sha256(json.dumps(self.to_dict() | {"adjusted": []}, sort_keys=True).encode()).hexdigest()
+        made = {key: value for key, value in self.to_dict().items() if key not in ("adjusted", "caches")}
+        return hashlib.sha256(json.dumps(made | {"adjusted": []}, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types. Each list of kept indices is stored once, however many tensors share it."""
@@ -158,6 +182,7 @@ class Plan:
             "attributes": [vars(attribute) for attribute in self.attributes],
             "rescales": [{**vars(item), "positions": list(item.positions)} for item in self.rescales],
             "adjusted": list(self.adjusted),
+            **({"caches": [vars(cache) for cache in self.caches]} if self.caches else {}),
         }
 
     @staticmethod
@@ -181,6 +206,7 @@ class Plan:
                 attributes=tuple(Attribute(**item) for item in data["attributes"]),
                 rescales=tuple(Rescale(**{**item, "positions": tuple(item["positions"])}) for item in data["rescales"]),
                 adjusted=tuple(data["adjusted"]),
+                caches=tuple(Cache(**item) for item in data.get("caches", ())),
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"This is not a plan that cpd wrote: {type(error).__name__}: {error}.") from error

@@ -23,14 +23,15 @@ from cpd.algebra.axes import Axis, Dim, Fixed, Mask
 from cpd.algebra.ties import Tie
 from cpd.coupling.cost import Cost, FrozenShare
 from cpd.coupling.exactness import Exactness
-from cpd.errors import PlanError
-from cpd.model.inputs import check_model
-from cpd.model.tensors import named_tensors
-from cpd.plan import Plan, Rescale
+from cpd.errors import InputError, PlanError
+from cpd.model.inputs import as_call, check_model
+from cpd.model.state import cold, preserved
+from cpd.model.tensors import every_tensor
+from cpd.plan import Cache, Plan, Rescale
 from cpd.proof.auxiliary import auxiliary_graph
 from cpd.proof.constants import Scale
 from cpd.proof.copies import edits
-from cpd.proof.proof import Proof
+from cpd.proof.proof import MAX_COPIES, Proof
 from cpd.proof.provenance import Place
 from cpd.rules import Context, infer
 from cpd.rules.contraction import KERNEL
@@ -99,6 +100,7 @@ class Comb:
     attributes: Mapping[Place, Dim]
     scales: tuple[Scale, ...]
     model: nn.Module
+    caches: tuple[Cache, ...] = ()
 
     def __repr__(self) -> str:
         """How many groups there are; `groups` lists them."""
@@ -133,7 +135,7 @@ class Comb:
     @cached_property
     def cost(self) -> Cost:
         """MACs, parameters and activations of any widths, from the graph's shapes alone."""
-        return Cost(self.context, self.dims, named_tensors(self.model))
+        return Cost(self.context, self.dims, every_tensor(self.model))
 
     @cached_property
     def open_share(self) -> dict[str, float]:
@@ -234,6 +236,7 @@ class Comb:
                 for tensor, positions in scale.rows
             ),
             adjusted=tuple(adjusted),
+            caches=self.caches,
         )
 
 
@@ -252,18 +255,22 @@ def _mask(named: Mapping[str, Group], name: str, positions: Any) -> Mask:
     return mask
 
 
-def comb(model: nn.Module, example_inputs: Any) -> Comb:
+def comb(
+    model: nn.Module, example_inputs: Any, *, proof_copies: int = MAX_COPIES, proof_seconds: float | None = None
+) -> Comb:
     """Find the coupling groups of `model`; the model is never changed.
 
     Args:
         model: any module that `torch.export` can trace in eval mode.
         example_inputs: a tensor, a tuple, or `(tuple, dict)`.
+        proof_copies: how many narrower copies are tried, at least 1; what is not proved by then is frozen.
+        proof_seconds: after how long the same happens; None: never, so that the same model gives the same groups.
 
     Returns:
         A `Comb`: `groups`, `graph`, and `plan(...)`.
 
     Raises:
-        InputError: if `model` is no module, or fails on `example_inputs`.
+        InputError: if `model` is no module, or fails on `example_inputs`, or a bound is not above 0.
         TraceError: if the model cannot be exported.
 
     Examples:
@@ -285,23 +292,29 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
         "the model's output [linear in 4, ...]"
     """
     check_model(model)
-    graph = trace(model, example_inputs)
-    ctx = Context(graph)
-    tensors = _propagate(ctx, model, {})
-    auxiliary = auxiliary_graph(model, graph)
-    if auxiliary is not None:
-        _follow(Context(auxiliary, ties=ctx.ties, contracted=ctx.contracted, unknown=ctx.unknown), model, tensors)
-    named = named_tensors(model)
-    dims = {name: tensors[name] for name in named if name in tensors}
-    _freeze_tables(ctx, dims, named)
-    proof = Proof(model, ctx, dims, in_train_mode=auxiliary)
-    proof.run()
+    if not proof_copies >= 1 or not (proof_seconds is None or proof_seconds > 0):
+        raise InputError(f"proof_copies ({proof_copies}) must be at least 1, proof_seconds ({proof_seconds}) above 0.")
+    call = as_call(example_inputs)
+    with preserved(model):
+        new, emptied = cold(model, call)
+        graph = trace(new, call)
+        ctx = Context(graph)
+        tensors = _propagate(ctx, new, {})
+        auxiliary = auxiliary_graph(new, graph)
+        if auxiliary is not None:
+            _follow(Context(auxiliary, ties=ctx.ties, contracted=ctx.contracted, unknown=ctx.unknown), new, tensors)
+        named = every_tensor(new)
+        dims = {name: tensors[name] for name in named if name in tensors}
+        _freeze_tables(ctx, dims, named)
+        proof = Proof(new, ctx, dims, in_train_mode=auxiliary, max_copies=proof_copies, max_seconds=proof_seconds)
+        proof.run()
     inexact = Exactness(ctx).inexact
     for scale in proof.scales:
         for axis in axes.leaves(scale.dim) if not scale.rows else ():
             inexact.setdefault(axis, ctx.reason(scale.node, "a constant of the forward depends on this width"))
     groups = _groups(ctx, dims, inexact)
-    return Comb(groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model)
+    caches = tuple(dict.fromkeys([*emptied, *graph.caches]))
+    return Comb(groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model, caches)
 
 
 def _follow(ctx: Context, model: nn.Module, tensors: dict[str, tuple[Dim, ...]]) -> None:
@@ -323,7 +336,7 @@ def _propagate(ctx: Context, model: nn.Module, tensors: dict[str, tuple[Dim, ...
         tensors: the dimensions known so far; those of the others are added.
     """
     first_name: dict[int, str] = {}
-    state = named_tensors(model)
+    state = every_tensor(model)
     aliases = {name: first_name.setdefault(id(tensor), name) for name, tensor in state.items()}
     for node in ctx.graph.nodes:
         if node.op == "placeholder":

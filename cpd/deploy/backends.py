@@ -6,7 +6,6 @@ twenty lines: `name`, and `open(model, call)`.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import nn
 from cpd.deploy.export import OnnxSource, check_parity, export_bytes, feed, open_session, run_session
 from cpd.errors import InputError, first_line, needs_extra
 from cpd.model.inputs import Call, check_model, device_of
+from cpd.model.tensors import copy_of
 
 Model = nn.Module | OnnxSource
 Run = Callable[[], object]
@@ -109,7 +109,7 @@ class TorchEager:
     def open(self, model: Model, call: Call) -> Run:
         """One forward pass of a copy in eval mode, without gradients."""
         module = _module(model, self.name)
-        return _forward(copy.deepcopy(module).eval(), call.to(device_of(module)), self.threads)
+        return _forward(copy_of(module).eval(), call.to(device_of(module)), self.threads)
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class TorchCompile:
     def open(self, model: Model, call: Call) -> Run:
         """One forward pass of a compiled copy."""
         module = _module(model, self.name)
-        compiled = torch.compile(copy.deepcopy(module).eval(), mode=self.mode)
+        compiled = torch.compile(copy_of(module).eval(), mode=self.mode)
         run = _forward(compiled, call.to(device_of(module)), self.threads)
         try:
             run()

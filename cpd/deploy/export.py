@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from cpd.errors import ExportError, InputError, first_line
 from cpd.model.inputs import Call, as_call, check_model, device_of, evaluating
+from cpd.model.state import preserved
 from cpd.trace.quiet import quiet
 
 OnnxSource: TypeAlias = bytes | str | os.PathLike[str] | onnx.ModelProto
@@ -157,7 +158,7 @@ def onnx_parity(model: nn.Module, onnx_model: OnnxSource, example_inputs: Any) -
     call = as_call(example_inputs).to(device_of(check_model(model)))
     session = open_session(onnx_model)
     found = run_session(session, feed(session, call))
-    with evaluating(model), torch.no_grad():
+    with preserved(model), evaluating(model), torch.no_grad():
         expected = [leaf for leaf in pytree.tree_leaves(call.on(model)) if isinstance(leaf, Tensor)]
     expected_shapes = [tuple(tensor.shape) for tensor in expected]
     found_shapes = [array.shape for array in found]
@@ -285,7 +286,7 @@ def _export(model: nn.Module, call: Call) -> Any:
     if not kwargs and args and isinstance(args[-1], dict):
         args = (*args, {})  # else the exporter takes the last argument for the keyword arguments
     try:
-        with evaluating(model), torch.no_grad(), quiet():
+        with preserved(model), evaluating(model), torch.no_grad(), quiet():
             program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, verbose=False)
             assert program is not None
     except Exception as error:  # whatever the exporter or the traced forward raises; chained, not hidden

@@ -7,7 +7,6 @@ which is what memory-bound operations follow. Candidates that were exported and 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from cpd.deploy.kernels import KernelTimes, MatrixProduct
 from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.profiling import NodeTime
 from cpd.deploy.workload import Contraction, Workload, workload
+from cpd.model.tensors import copy_of
 from cpd.surgery.shrink import shrink
 
 #: What a node costs however small its tensors are, in ms.
@@ -387,7 +387,7 @@ def profile_model(
         plan = combed.plan(keep)
         counts = {group.axis: len(plan.groups[group.name]) for group in combed.groups}
         expected = latency.speedup(counts)
-        measured = probe.compare(shrink(copy.deepcopy(model), plan), seconds=seconds, precision=0.01).speedup
+        measured = probe.compare(shrink(copy_of(model), plan), seconds=seconds, precision=0.01).speedup
         left = combed.cost(counts).macs / max(combed.cost({}).macs, 1)
         checks.append(Checked(left, expected, measured))
     return ModelProfile(latency.original_ms, threads, tuple(rows), len(times), str(times.path), tuple(checks))

@@ -30,6 +30,7 @@ from cpd.errors import ExportError
 from cpd.jobs.outcome import Measured, Result, call_record, missed, report_of
 from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
 from cpd.model.inputs import Call, check_model, evaluated
+from cpd.model.state import preserved
 from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of
 from cpd.options import takes_options
@@ -123,22 +124,23 @@ def compress(
     checkpoint = checkpoint_of(folder, resume, checkpoint_minutes, settings, learning, model)
     objects = {"data": data, "example_inputs": example_inputs, "loss": loss, "evaluate": evaluate, "teacher": teacher}
     record = call_record(settings, learning, objects, folder)
-    call = example_call(model, example_inputs, data)
-    student = copy_of(model)
-    if data is not None:
-        check_data(student, data, loss)
-    per_epoch = steps_an_epoch(settings, learning, data)
-    stages = _Stages(progress)
-    with stages("comb"):
-        combed = comb(model, call)
-    by_weight = data is None and settings.criterion is None
-    pruner = Pruner(
-        student, call, steps=round(per_epoch * learning.epochs), data=data, loss=loss, comb=combed, stage=stages,
-        config=replace(settings, criterion="magnitude") if by_weight else settings,
-    )  # fmt: skip
-    run = _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch)
-    run.prune_and_train(data, loss, evaluate, teacher)
-    result = run.finish(record, source)
+    with preserved(model):
+        call = example_call(model, example_inputs, data)
+        student = copy_of(model)
+        if data is not None:
+            check_data(student, data, loss)
+        per_epoch = steps_an_epoch(settings, learning, data)
+        stages = _Stages(progress)
+        with stages("comb"):
+            combed = comb(model, call)
+        by_weight = data is None and settings.criterion is None
+        pruner = Pruner(
+            student, call, steps=round(per_epoch * learning.epochs), data=data, loss=loss, comb=combed, stage=stages,
+            config=replace(settings, criterion="magnitude") if by_weight else settings,
+        )  # fmt: skip
+        run = _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch)
+        run.prune_and_train(data, loss, evaluate, teacher)
+        result = run.finish(record, source)
     if folder is not None:
         processes.from_first(lambda: result.save(folder))
     if checkpoint is not None:

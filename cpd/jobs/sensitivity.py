@@ -6,7 +6,6 @@ takes milliseconds, so this costs about one evaluation a point.
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from cpd.criteria.score import score
 from cpd.errors import InputError, needs_extra
 from cpd.model.inputs import batches, check_model, device_of, evaluated, evaluating, move
 from cpd.model.task_loss import task_loss
+from cpd.model.tensors import copy_of
 from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 from cpd.surgery.recovery import logits_error
@@ -196,7 +196,7 @@ def sensitivity(
             for ratio in ratios:
                 count = max(group.minimum, round(group.size * (1 - ratio)))
                 plan = comb.plan({group.name: sorted(selector.order[group.name][:count].tolist())})
-                narrow = shrink(copy.deepcopy(model), plan)
+                narrow = shrink(copy_of(model), plan)
                 counts = {item.axis: len(plan.groups[item.name]) for item in comb.groups}
                 error = logits_error(narrow, model, kept)
                 macs, left = comb.cost(counts).macs / max(full, 1), len(plan.groups[group.name])

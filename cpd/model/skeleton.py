@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 
-from cpd.model.tensors import named_tensors
+from cpd.model.tensors import copy_of, every_tensor, loose_tensors
 from cpd.plan import Attribute
 
 
@@ -33,8 +33,9 @@ def skeleton(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, meta: b
         meta: put every tensor on the meta device.
     """
     memo: dict[int, Any] = {}
-    resized = {id(tensor): shapes[name] for name, tensor in named_tensors(model).items() if name in shapes}
-    for tensor in named_tensors(model).values():
+    tensors = every_tensor(model)
+    resized = {id(tensor): shapes[name] for name, tensor in tensors.items() if name in shapes}
+    for tensor in (*tensors.values(), *loose_tensors(model)):
         shape = resized.get(id(tensor), tuple(tensor.shape))
         if meta or id(tensor) in resized:
             value = torch.empty(shape, dtype=tensor.dtype, device="meta" if meta else tensor.device)
@@ -44,13 +45,19 @@ def skeleton(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, meta: b
         memo[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
     for module in model.modules():  # a module has a dozen empty dictionaries of hooks, most of the time of a copy
         memo.update((id(d), OrderedDict()) for d in vars(module).values() if type(d) is OrderedDict and not d)
-    narrow = copy.deepcopy(model, memo)
+    narrow = copy_of(model, memo)
     refresh(narrow, shapes)
     return narrow
 
 
+def _weight(module: Any) -> Any:
+    """The weight of a layer; where a hook computes it before each forward, the parameter of its shape."""
+    own = (module._parameters.get(name) for name in ("weight", "weight_orig", "weight_v"))
+    return next((found for found in own if found is not None), module.weight)
+
+
 def _conv(module: Any) -> None:
-    outer, inner = module.weight.shape[:2]
+    outer, inner = _weight(module).shape[:2]
     if module.transposed:
         module.in_channels, module.out_channels = outer, inner * module.groups
     else:
@@ -58,26 +65,26 @@ def _conv(module: Any) -> None:
 
 
 def _linear(module: Any) -> None:
-    module.out_features, module.in_features = module.weight.shape
+    module.out_features, module.in_features = _weight(module).shape
 
 
 def _norm(module: Any) -> None:
-    found = module.weight if module.weight is not None else module.running_mean
+    found = _weight(module) if _weight(module) is not None else module.running_mean
     if found is not None:
         module.num_features = found.shape[0]
 
 
 def _group_norm(module: Any) -> None:
-    if module.weight is not None:
-        module.num_channels = module.weight.shape[0]
+    if _weight(module) is not None:
+        module.num_channels = _weight(module).shape[0]
 
 
 def _embedding(module: Any) -> None:
-    module.num_embeddings, module.embedding_dim = module.weight.shape
+    module.num_embeddings, module.embedding_dim = _weight(module).shape
 
 
 def _prelu(module: Any) -> None:
-    module.num_parameters = module.weight.shape[0]
+    module.num_parameters = _weight(module).shape[0]
 
 
 def _attention(module: Any) -> None:
@@ -111,8 +118,9 @@ BOOKKEEPING: tuple[tuple[type[nn.Module], Callable[[Any], None]], ...] = (
 
 def refresh(model: nn.Module, changed: Iterable[str]) -> None:
     """Bring the widths that torch.nn's modules keep in line with their weights."""
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in changed):
-        for module in (model.get_submodule(path), model.get_submodule(path.rpartition(".")[0])):
-            for kind, update in BOOKKEEPING:
-                if isinstance(module, kind):
-                    update(module)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    around = (["", *accumulate(name.split(".")[:-1], "{}.{}".format)] for name in changed)
+    for path in dict.fromkeys(path for paths in around for path in paths):
+        for kind, update in BOOKKEEPING:
+            if isinstance(modules[path], kind):
+                update(modules[path])

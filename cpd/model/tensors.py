@@ -1,14 +1,27 @@
-"""Tensors of a model by name: all of them, a copy of all, the kept part of one."""
+"""Tensors of a model by name, and copies: of all of them, of the kept part of one, of the whole model."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from types import FunctionType, MethodType, ModuleType
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from cpd.errors import InputError
+
+Container: TypeAlias = "dict[Any, Any] | list[Any] | tuple[Any, ...] | set[Any] | deque[Any]"
+
+#: How deep containers and objects inside an attribute are followed, and what is not.
+DEPTH = 3
+_OPAQUE = (Tensor, nn.Module, type, ModuleType, FunctionType, MethodType, str, bytes, int, float, complex, torch.dtype)
+REGISTERED = {"_parameters", "_buffers", "_modules"}
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -16,6 +29,68 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     return tensors
+
+
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that a module keeps as a plain attribute, unless it is computed anew before each forward."""
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and name not in derived(module)
+    }
+
+
+def every_tensor(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter, every buffer, and every tensor that is a plain attribute."""
+    return {**named_tensors(model), **plain_tensors(model)}
+
+
+def derived(module: nn.Module) -> dict[str, Any]:
+    """The attributes that a hook of `torch.nn.utils` computes from parameters before each forward, with the hook.
+
+    Masks of `torch.nn.utils.prune`, and the older `weight_norm` and `spectral_norm`.
+    """
+    hooks = module._forward_pre_hooks.values()
+    found = [hook for hook in hooks if isinstance(hook, (BasePruningMethod, SpectralNorm, WeightNorm))]
+    return {hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name: hook for hook in found}
+
+
+def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module keeps beside its parameters, buffers, submodules and hooks."""
+    for name, value in vars(module).items():
+        if name not in REGISTERED and not name.endswith("_hooks"):
+            yield name, value
+
+
+def containers(value: Any, seen: set[int], depth: int = DEPTH) -> Iterator[Container]:
+    """Every container in a value, itself included, and the attributes of the plain objects in it."""
+    if depth == 0 or isinstance(value, _OPAQUE) or id(value) in seen:
+        return
+    seen.add(id(value))
+    if not isinstance(value, (dict, list, tuple, set, deque)):
+        value = getattr(value, "__dict__", None)
+        if not isinstance(value, dict):
+            return
+    yield value
+    for item in items_of(value):
+        yield from containers(item, seen, depth - 1)
+
+
+def items_of(container: Container) -> list[Any]:
+    """What a container holds."""
+    return list(container.values() if isinstance(container, dict) else container)
+
+
+def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Every tensor in the attributes of the modules, those in containers included."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for _, value in attributes_of(module):
+            if isinstance(value, Tensor):
+                yield value
+            for found in containers(value, seen):
+                yield from (item for item in items_of(found) if isinstance(item, Tensor))
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -37,14 +112,22 @@ def sliced(tensor: Tensor, kept: Mapping[int, Tensor]) -> Tensor:
     return tensor
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy of a model.
+def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy of a model; tensors that hang on the graph of an earlier forward are copied without it.
+
+    Args:
+        model: the model.
+        memo: what stands in the copy for some objects, by their `id`.
 
     Raises:
         InputError: if it cannot be copied.
     """
+    memo = {} if memo is None else memo
+    for tensor in loose_tensors(model):
+        if id(tensor) not in memo and not tensor.is_leaf:
+            memo[id(tensor)] = tensor.detach().clone()
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, memo)
     except Exception as error:  # a user's module may hold anything
         raise InputError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); compress works on a copy. "

@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 from cpd.errors import let_through
 from cpd.model.inputs import Call, in_mode, plain_attention
 from cpd.model.skeleton import skeleton
-from cpd.model.tensors import named_tensors
+from cpd.model.state import code_memory_preserved
+from cpd.model.tensors import every_tensor
 from cpd.proof.replay import culprit
 from cpd.trace.graph import Answer, OperationGraph
 from cpd.trace.quiet import quiet
@@ -39,7 +40,7 @@ def auxiliary_graph(model: nn.Module, graph: OperationGraph) -> OperationGraph |
         model: the model.
         graph: its operations in eval mode.
     """
-    tensors = named_tensors(model)
+    tensors = every_tensor(model)
     read = {id(tensors[graph.tensors[node.name]]) for node in graph.nodes if node.name in graph.tensors and node.users}
     unread = {
         path
@@ -65,7 +66,14 @@ def _called_in_train_mode(model: nn.Module, call: Call, paths: set[str]) -> set[
 
 def fails_in_train_mode(model: nn.Module, call: Call, answers: tuple[Answer, ...] = ()) -> tuple[str, Exception] | None:
     """Run a model on the meta device in train mode; the module that it fails in and the error, None if it ends."""
-    with in_mode(model, True), warnings.catch_warnings(), torch.no_grad(), plain_attention(), quiet():
+    with (
+        code_memory_preserved(model),
+        in_mode(model, True),
+        warnings.catch_warnings(),
+        torch.no_grad(),
+        plain_attention(),
+        quiet(),
+    ):
         warnings.simplefilter("ignore")
         try:
             with answering(answers):

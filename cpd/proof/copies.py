@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from torch import Tensor, nn
@@ -26,6 +27,43 @@ from cpd.trace.quiet import garbage_collection_paused
 from cpd.trace.tracer import retrace, retrace_operations
 
 
+class BudgetSpent(Exception):
+    """As many copies have been tried, or as much time has passed, as the proof was given."""
+
+
+@dataclass
+class Budget:
+    """How many copies a proof may try, and how long.
+
+    Attributes:
+        copies: narrower copies.
+        seconds: from the start of the proof; None: any number.
+        made: copies tried so far.
+        start: when the proof began, by `time.perf_counter`.
+    """
+
+    copies: int
+    seconds: float | None = None
+    made: int = 0
+    start: float = field(default_factory=time.perf_counter)
+
+    def spend(self) -> None:
+        """Note one more copy.
+
+        Raises:
+            BudgetSpent: if there have been too many, or too much time has passed.
+        """
+        self.made += 1
+        if self.made > self.copies:
+            raise BudgetSpent(f"{self.copies} narrower copies")
+        if self.seconds is not None and time.perf_counter() - self.start > self.seconds:
+            raise BudgetSpent(f"{self.seconds:g} seconds")
+
+    def reserve(self, copies: int) -> None:
+        """Allow some more copies, whatever time they take."""
+        self.copies, self.seconds = self.made + copies, None
+
+
 @dataclass
 class Copies:
     """Makes narrower copies of a model, and observes what they do.
@@ -37,6 +75,7 @@ class Copies:
         attributes: integers that follow a width; every copy has them set.
         constants: the numbers of the copies that were compared.
         freezer: freezes what differs from the prediction in a copy that was compared, and cannot be repaired.
+        budget: how many copies may be tried, and how long.
     """
 
     model: nn.Module
@@ -45,6 +84,7 @@ class Copies:
     attributes: dict[Place, Dim]
     constants: Constants
     freezer: Freezer
+    budget: Budget
 
     @cached_property
     def places(self) -> dict[Literal, frozenset[Place]]:
@@ -83,14 +123,24 @@ class Copies:
         return self.compare(counts, extra) if compare else self.replay(counts, extra)
 
     def replay(self, counts: Counts, extra: Mapping[Place, Dim] | None = None) -> Observation:
-        """Run a narrower copy on the meta device; where nothing runs there, with fake tensors, which keep theirs."""
+        """Run a narrower copy on the meta device; where nothing runs there, with fake tensors, which keep theirs.
+
+        Raises:
+            BudgetSpent: if no further copy may be tried.
+        """
+        self.budget.spend()
         observation = replay(self.ctx, self.narrow(counts, extra, meta=True), counts, meta=True)
         if observation.error is not None and not self.runs_on_meta:
             observation = replay(self.ctx, self.narrow(counts, extra), counts)
         return observation
 
     def compare(self, counts: Counts, extra: Mapping[Place, Dim] | None = None) -> Observation:
-        """Compare a narrower copy with the prediction: what both call, or, where that differs, an export of it."""
+        """Compare a narrower copy with the prediction: what both call, or, where that differs, an export of it.
+
+        Raises:
+            BudgetSpent: if no further copy may be tried.
+        """
+        self.budget.spend()
         observation = Observation(counts, compared=True)
         if not self.constants.named() and behaves_as_predicted(self.narrow(counts, extra, meta=True), self.ctx, counts):
             return observation
@@ -123,16 +173,19 @@ class Copies:
             observation.asked[item] = int(value[item.index] if isinstance(value, (list, tuple)) else value)
 
     def _compare_shapes(self, twins: Mapping[Node, Node], observation: Observation) -> None:
-        """Freeze the first op whose result has another shape than predicted."""
+        """Freeze each op whose result has another shape than predicted, unless what it is given has so too."""
+        differing: set[Node] = set()
         for node, twin in twins.items():
             value = self.ctx.values.get(node)
             if not isinstance(value, tuple) or not isinstance(node.meta.get("val"), Tensor):
                 continue
-            if tuple(axes.count(dim, observation.counts) for dim in value) != shape_of(twin):
+            if tuple(axes.count(dim, observation.counts) for dim in value) == shape_of(twin):
+                continue
+            if differing.isdisjoint(node.all_input_nodes):
                 why = f"is {list(shape_of(twin))} in a narrower copy, against the prediction"
                 self.freezer.freeze_node(node, why)
                 observation.error = CPDError(f"{node.name} {why}")
-                return
+            differing.add(node)
 
     def _compare_constants(self, twins: Mapping[Node, Node], graph: OperationGraph, observation: Observation) -> None:
         """A number that changed with a width is compensated if one formula explains it in every copy, else frozen."""

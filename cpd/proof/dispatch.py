@@ -21,7 +21,8 @@ from cpd.algebra import axes
 from cpd.algebra.axes import Axis
 from cpd.errors import let_through
 from cpd.model.inputs import as_exported, evaluating
-from cpd.model.tensors import named_tensors
+from cpd.model.state import code_memory_preserved
+from cpd.model.tensors import every_tensor
 from cpd.proof.replay import predicted
 from cpd.rules import Context, arguments
 from cpd.trace.quiet import garbage_collection_paused, quiet
@@ -77,7 +78,8 @@ def calls_of_model(model: nn.Module, ctx: Context) -> list[Dispatch]:
     """What the forward of a copy on the meta device calls on the inputs of the trace."""
     call = ctx.graph.call.to("meta")
     found = Dispatches()
-    with evaluating(model), as_exported(), quiet(), found, StandIns(), answering(ctx.graph.answers):
+    told = answering(ctx.graph.answers)
+    with code_memory_preserved(model), evaluating(model), as_exported(), quiet(), found, StandIns(), told:
         call.on(ctx.graph.runner(model))
     return found.calls
 
@@ -90,7 +92,7 @@ def calls_as_predicted(model: nn.Module, ctx: Context, counts: Mapping[Axis, int
         ctx: the result of the algebra.
         counts: the width of each axis.
     """
-    graph, state = ctx.graph, named_tensors(model)
+    graph, state = ctx.graph, every_tensor(model)
     leaves = iter(torch.utils._pytree.tree_leaves(graph.call.to("meta")))
     widths = {(item.node, item.argument, item.index): predicted(item, counts) for item in ctx.literals}
     narrowed: dict[Node, set[str]] = defaultdict(set)

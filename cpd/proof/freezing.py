@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch.fx import Node
 
@@ -16,6 +17,9 @@ from cpd.proof.replay import Observation
 from cpd.rules import Context, Literal
 from cpd.trace.graph import enclosing, owner, owners
 
+#: Modules of one class frozen for one reason, after which the others of that class are frozen at once.
+ALIKE = 3
+
 
 @dataclass(frozen=True)
 class Freezer:
@@ -25,11 +29,15 @@ class Freezer:
         ctx: the result of the algebra, whose axes are frozen.
         dims: the dimensions of every parameter and buffer.
         attributes: integers that follow a width, as far as they are known.
+        kinds: the class of each module, by its path.
+        failures: how often modules of one class were frozen for one reason.
     """
 
     ctx: Context
     dims: Mapping[str, tuple[Dim, ...]]
     attributes: Mapping[Place, Dim]
+    kinds: Mapping[str, type]
+    failures: Counter[tuple[type | None, str]] = field(default_factory=Counter)
 
     def freeze_literals(self, wrong: Sequence[Literal]) -> None:
         """Freeze the widths that nothing explains; where those are frozen already, ever more around them."""
@@ -78,18 +86,52 @@ class Freezer:
         self.freeze_module(observation.culprit, f"a narrower copy fails here ({first_line(observation.error)})")
 
     def freeze_module(self, path: str, why: str, at: Node | None = None) -> None:
-        """Freeze what a module works on, for a reason found at some node; if nothing of it is open, those around it."""
+        """Freeze what a module works on, for a reason found at some node; if nothing of it is open, those around it.
+
+        After `ALIKE` modules of one class for one reason, all others of that class follow at once.
+        """
+        self._freeze_around(path, why, at)
+        kind = self.kinds.get(path)
+        self.failures[kind, why] += 1
+        if self.failures[kind, why] == ALIKE:
+            for other, its in self.kinds.items():
+                if its is kind and other != path:
+                    self._freeze_own(other, f"{why}, as in {path}", None)
+
+    def freeze_blocks(self, path: str, why: str) -> None:
+        """Freeze all that a block such as `blocks.3` works on, and others of its class; if none of it is open, all.
+
+        Args:
+            path: of a module in the block.
+            why: the reason.
+        """
         before = len(open_axes(self.dims))
-        for around in enclosing(path):
-            nodes = [node for node in self.ctx.graph.operations if around in (owner(node), "")]
-            for node in nodes:
-                self.freeze_node(node, why, at)
-            for name, shape in self.dims.items() if not nodes else ():  # its methods were called, not its forward
-                if name.startswith(f"{around}."):
-                    for dim in shape:
-                        axes.freeze(dim, f"{why} [{around}]")
+        names = path.split(".")
+        block = ".".join(names[: 2 if len(names) > 1 and names[1].isdigit() else 1])
+        alike = {other for other, kind in self.kinds.items() if kind is self.kinds.get(block)}
+        for blocks in (alike, {""}):
+            for node in self.ctx.graph.operations:
+                if "" in blocks or not blocks.isdisjoint(owners(node)):
+                    self.freeze_node(node, why)
             if len(open_axes(self.dims)) < before:
                 return
+
+    def _freeze_around(self, path: str, why: str, at: Node | None) -> None:
+        before = len(open_axes(self.dims))
+        for around in enclosing(path):
+            self._freeze_own(around, why, at)
+            if len(open_axes(self.dims)) < before:
+                return
+
+    def _freeze_own(self, path: str, why: str, at: Node | None) -> None:
+        """Freeze what one module works on itself."""
+        nodes = [node for node in self.ctx.graph.operations if path in (owner(node), "")]
+        for node in nodes:
+            self.freeze_node(node, why, at)
+        for name, shape in self.dims.items() if not nodes else ():  # its methods were called, not its forward
+            if name.startswith(f"{path}."):
+                for dim in shape:
+                    axes.freeze(dim, f"{why} [{path}]")
 
 
 def unexplained(item: Literal) -> str:

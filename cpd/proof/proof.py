@@ -14,6 +14,7 @@ which width. At last a narrower copy is compared with the prediction op by op: o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from torch import nn
@@ -22,7 +23,7 @@ from cpd.algebra.axes import Dim
 from cpd.errors import first_line
 from cpd.proof.auxiliary import fails_in_train_mode
 from cpd.proof.constants import Constants, Scale
-from cpd.proof.copies import Copies
+from cpd.proof.copies import Budget, BudgetSpent, Copies
 from cpd.proof.draws import Counts, Draws, moved, open_axes
 from cpd.proof.freezing import Freezer
 from cpd.proof.provenance import Place
@@ -31,14 +32,18 @@ from cpd.proof.replay import Observation
 from cpd.rules import Context
 from cpd.trace.graph import OperationGraph
 
+log = logging.getLogger("cpd")
+
 #: Narrower copies tried; random widths make a coincidence of widths in all of them unlikely.
 DRAWS = 4
 #: Copies traced at most to tell the formulas of a constant apart.
 MAX_TRACES = 8
 #: Widths drawn to find some that tell formulas apart.
 TELLING = 20
-#: Remedies tried in a row before everything still open is frozen.
-MAX_ROUNDS = 200
+#: Narrower copies tried before what is not proved is frozen.
+MAX_COPIES = 2000
+#: Copies that are tried beyond, while whole blocks are frozen.
+RESERVE = 100
 
 
 class Proof:
@@ -49,6 +54,8 @@ class Proof:
         ctx: the result of the algebra; axes are frozen and ties added in place.
         dims: the dimensions of every parameter and buffer.
         in_train_mode: the operations in train mode, where more layers run then: narrower copies are tried in it too.
+        max_copies: how many narrower copies are tried before what is not proved is frozen.
+        max_seconds: after how long the same happens; None: never.
 
     Attributes:
         attributes: integers that must follow a width.
@@ -60,19 +67,18 @@ class Proof:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        ctx: Context,
-        dims: Mapping[str, tuple[Dim, ...]],
-        *,
-        in_train_mode: OperationGraph | None = None,
-    ) -> None:
+        self, model: nn.Module, ctx: Context, dims: Mapping[str, tuple[Dim, ...]], *,
+        in_train_mode: OperationGraph | None = None, max_copies: int = MAX_COPIES, max_seconds: float | None = None,
+    ) -> None:  # fmt: skip
         self.ctx, self.dims, self.in_train_mode = ctx, dims, in_train_mode
         self.attributes: dict[Place, Dim] = {}
+        self.spent: str | None = None
         self.draws = Draws(ctx, dims)
         self.constants = Constants(ctx)
-        self.freezer = Freezer(ctx, dims, self.attributes)
-        self.copies = Copies(model, ctx, dims, self.attributes, self.constants, self.freezer)
+        kinds = {path: type(module) for path, module in model.named_modules()}
+        self.freezer = Freezer(ctx, dims, self.attributes, kinds)
+        self.budget = Budget(max_copies, max_seconds)
+        self.copies = Copies(model, ctx, dims, self.attributes, self.constants, self.freezer, self.budget)
         self.remedies = Remedies(self.copies, self.draws)
 
     @property
@@ -85,6 +91,19 @@ class Proof:
         self.constants.adopt_attention()
         self.remedies.adopt_named_attributes()
         self.remedies.adopt_attention()
+        try:
+            self._run()
+        except BudgetSpent as spent:
+            self.spent = f"not proved within {spent}: raise proof_copies or proof_seconds to look further"
+            log.warning("The widths of this model are %s.", self.spent)
+            self.budget.reserve(RESERVE)
+            try:
+                self._run()
+            except BudgetSpent:
+                for axis in open_axes(self.dims):
+                    axis.frozen = self.spent
+
+    def _run(self) -> None:
         while True:
             self._settle(DRAWS + bool(self.draws.small_axes()))
             self._settle_minimums()
@@ -103,7 +122,7 @@ class Proof:
             Whether nothing differed.
         """
         clean, done, unproven = True, 0, set(open_axes(self.dims))
-        for _ in range(MAX_ROUNDS):
+        while True:
             counts: Counts = self.draws.draw(unproven, done)
             if done >= draws and not moved(counts, unproven):
                 telling = self._telling_widths() if compare and done < MAX_TRACES else None
@@ -118,16 +137,21 @@ class Proof:
                 done, unproven = done + 1, unproven - moved(counts, unproven)
                 continue
             clean, done = False, 0
-            seen = self._where_wrong(seen)
-            if seen.wrong():
-                compare = seen.compared
-                self._explain(seen)
-            elif len(open_axes(self.dims)) == open_before:
-                self._get_further(seen)
+            if self.spent is not None:
+                self.freezer.freeze_blocks(seen.failing(), self.spent)
+            else:
+                compare = self._repair(seen, open_before) and compare
             unproven = set(open_axes(self.dims))
-        for axis in open_axes(self.dims):
-            axis.frozen = f"verification did not converge after {MAX_ROUNDS} rounds: please report this model"
-        return False
+
+    def _repair(self, seen: Observation, open_before: int) -> bool:
+        """Explain what a copy did that is not as predicted, or freeze; whether it was compared op by op."""
+        seen = self._where_wrong(seen)
+        if seen.wrong():
+            self._explain(seen)
+            return seen.compared
+        if len(open_axes(self.dims)) == open_before:
+            self._get_further(seen)
+        return True
 
     def _telling_widths(self) -> Counts | None:
         """Widths at which formulas that explain one constant so far differ most; None where they never do."""
@@ -170,6 +194,9 @@ class Proof:
             seen = self.copies.replay(self.draws.narrowest())
             if seen.as_predicted():
                 return
+            if self.spent is not None:
+                self.freezer.freeze_blocks(seen.failing(), self.spent)
+                continue
             if self.remedies.try_minimum(seen) or self.remedies.raise_minimums(seen):
                 continue
             if seen.error is None:

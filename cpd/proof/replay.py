@@ -28,6 +28,7 @@ from cpd.algebra import axes
 from cpd.algebra.axes import Axis
 from cpd.errors import let_through
 from cpd.model.inputs import as_exported, device_of, evaluating
+from cpd.model.state import code_memory_preserved
 from cpd.proof.provenance import Place, places_of
 from cpd.rules import Context, Literal, arguments
 from cpd.trace.graph import op_name, owner
@@ -312,7 +313,7 @@ def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int], *, meta: 
     fake = nullcontext() if meta else FakeTensorMode(allow_non_fake_inputs=True)
     call = ctx.graph.call.to("meta") if meta else ctx.graph.call
     recorder = _Recorder(ctx, observation, path, device_of(model))
-    with evaluating(model), warnings.catch_warnings(), torch.no_grad(), as_exported():
+    with code_memory_preserved(model), evaluating(model), warnings.catch_warnings(), torch.no_grad(), as_exported():
         warnings.simplefilter("ignore")
         try:
             with quiet(), garbage_collection_paused(), fake, recorder, answering(ctx.graph.answers):

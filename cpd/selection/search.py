@@ -6,7 +6,6 @@ was measured corrects the model. The measurement decides.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from cpd.algebra.axes import Axis
 from cpd.deploy.latency import LatencyComparison, LatencyProbe
 from cpd.deploy.latency_model import LatencyModel
 from cpd.errors import TargetError
+from cpd.model.tensors import copy_of
 from cpd.plan import Plan
 from cpd.selection.selector import Selector
 from cpd.selection.target import Target
@@ -133,7 +133,7 @@ def _measure(
     """Shrink, export and time; the model of the latency learns from it."""
     plan = selector.plan(counts)
     expected = latency.speedup(counts)
-    narrower = shrink(copy.deepcopy(model), plan)
+    narrower = shrink(copy_of(model), plan)
     log.info("Candidate: predicted %.2f times as fast; exporting and timing it …", expected)
     found = probe.compare(narrower, seconds=SECONDS, precision=0.01, slowest=target.attained)
     latency.observe(counts, found.speedup)

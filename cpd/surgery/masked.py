@@ -19,7 +19,7 @@ from cpd.algebra.axes import Axis, Dim, Mask
 from cpd.coupling.comb import Comb
 from cpd.coupling.exactness import CONTRACTIONS, REDUCTIONS, SUMS
 from cpd.model.inputs import evaluating, plain_attention
-from cpd.model.tensors import named_tensors
+from cpd.model.tensors import every_tensor
 from cpd.plan import Plan
 from cpd.proof.constants import ATTENTION
 from cpd.rules import arguments
@@ -172,7 +172,7 @@ def _scatter(value: Tensor, dim: int, kept: Tensor, size: int) -> Tensor:
 
 def masked_output(model: nn.Module, comb: Comb, plan: Plan) -> Any:
     """Output of the unpruned `model` on the comb's example inputs, removed slices zero (flattened to a list)."""
-    aliases = {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+    aliases = {name: tensor.detach().clone() for name, tensor in every_tensor(model).items()}
     for name, dims in plan.kept.items():
         for dim, indices in dims.items():
             gone = torch.ones(aliases[name].shape[dim], dtype=torch.bool)

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cpd.errors import ShrinkError
-from cpd.model.inputs import check_model
+from cpd.model.inputs import check_model, evaluating
 from cpd.model.skeleton import refresh, set_attributes
-from cpd.model.tensors import named_tensors, sliced
+from cpd.model.state import forget
+from cpd.model.tensors import derived, every_tensor, sliced
 from cpd.plan import Attribute, Plan
 
 
@@ -42,7 +43,7 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
         )
     """
     check_model(model)
-    tensors = named_tensors(model)
+    tensors = every_tensor(model)
     _check(model, tensors, plan)
     names = dict.fromkeys([*plan.kept, *(item.tensor for item in plan.rescales)])
     changed = {name: _narrow(name, tensors[name], plan) for name in names}
@@ -57,14 +58,25 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
             _assign(tensors[name], value, gradients.get(name))
         set_attributes(model, plan.attributes)
         refresh(model, changed)
+        _derive(model)
         lint(model)
     except Exception:
         for name, (value, gradient) in before.items():
             _assign(tensors[name], value, gradient)
         set_attributes(model, [Attribute(item.module, item.name, item.new, item.old) for item in plan.attributes])
         refresh(model, changed)
+        _derive(model)
         raise
+    forget(model, plan.caches)
     return model
+
+
+def _derive(model: nn.Module) -> None:
+    """Compute anew what hooks of `torch.nn.utils` derive from parameters: masked weights, `weight_norm`."""
+    with torch.no_grad(), evaluating(model):
+        for module in model.modules():
+            for hook in derived(module).values():
+                hook(module, ())
 
 
 def _assign(tensor: Tensor, value: Tensor, gradient: Tensor | None) -> None:

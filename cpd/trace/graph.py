@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from cpd.model.inputs import Call
+from cpd.plan import Cache
 
 _TORCH = f"{Path(torch.__file__).parent}{os.sep}"
 _CPD = f"{Path(__file__).parents[1]}{os.sep}"
@@ -49,6 +50,7 @@ class OperationGraph:
         parts: paths of the submodules that were traced in the model's place, where it cannot be traced whole.
         seconds: wall-clock time that the export took.
         answers: what the forward was told where it asked for a value; a narrower copy is told the same.
+        caches: attributes in which the forward kept tensors.
     """
 
     module: GraphModule
@@ -59,6 +61,7 @@ class OperationGraph:
     parts: tuple[str, ...] = ()
     seconds: float = 0.0
     answers: tuple[Answer, ...] = ()
+    caches: tuple[Cache, ...] = ()
 
     def runner(self, model: nn.Module) -> nn.Module:
         """What `call` is a call of: `model` itself, or its parts."""

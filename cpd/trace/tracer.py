@@ -21,6 +21,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from cpd.errors import InputError, TraceError, first_line, let_through
 from cpd.model.inputs import Call, as_call, as_exported, check_model, evaluating, in_mode, plain_attention
+from cpd.model.state import code_memory_preserved, preserved
+from cpd.model.tensors import plain_tensors
+from cpd.plan import Cache
 from cpd.trace.graph import MODEL_PREFIX, Answer, OperationGraph, Parts, is_user_code, op_name
 from cpd.trace.quiet import garbage_collection_paused, quiet
 from cpd.trace.standins import StandIns, restore
@@ -109,7 +112,7 @@ def retrace_operations(model: nn.Module, graph: OperationGraph) -> OperationGrap
         args, kwargs = torch.utils._pytree.tree_unflatten(given, layout)
         return torch.func.functional_call(runner, tensors, args, kwargs)
 
-    with evaluating(model), warnings.catch_warnings(), as_exported(), quiet(), StandIns():
+    with code_memory_preserved(model), evaluating(model), warnings.catch_warnings(), as_exported(), quiet(), StandIns():
         warnings.simplefilter("ignore")
         try:
             tracer = make_fx(forward, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
@@ -137,7 +140,8 @@ def _of_parts(graph: OperationGraph, parts: tuple[str, ...]) -> OperationGraph:
             if path.startswith(MODEL_PREFIX)
         }
     tensors = {name: target.removeprefix(MODEL_PREFIX) for name, target in graph.tensors.items()}
-    return dataclasses.replace(graph, tensors=tensors, parts=parts)
+    caches = tuple(dataclasses.replace(cache, module=cache.module.removeprefix(MODEL_PREFIX)) for cache in graph.caches)
+    return dataclasses.replace(graph, tensors=tensors, parts=parts, caches=caches)
 
 
 def _export_answered(model: nn.Module, call: Call, *, training: bool = False) -> OperationGraph:
@@ -162,27 +166,34 @@ def _export_answered(model: nn.Module, call: Call, *, training: bool = False) ->
 def _export(
     model: nn.Module, call: Call, answers: tuple[Answer, ...] = (), *, training: bool = False
 ) -> OperationGraph:
-    with in_mode(model, training), warnings.catch_warnings(), plain_attention():
+    caches: list[Cache] = []
+    with preserved(model) as snapshot, in_mode(model, training), warnings.catch_warnings(), plain_attention():
         warnings.simplefilter("ignore")
+        handle = model.register_forward_hook(lambda *_: caches.extend(snapshot.caches()))
         # on failure export writes the whole graph to its log
         with quiet(), garbage_collection_paused(), StandIns(), answering(answers):
-            program = torch.export.export(model, call.args, call.kwargs, strict=False)
+            try:
+                program = torch.export.export(model, call.args, call.kwargs, strict=False)
+            finally:
+                handle.remove()
     kinds = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    attributes = {name for name, tensor in plain_tensors(model).items() if tensor.numel() > 1}
     tensors = {
         name: spec.target
         for name, spec in kinds.items()
-        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.target is not None
+        if spec.target is not None
+        and (spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) or spec.target in attributes)
     }
     constants = {
         name: program.constants[spec.target]
         for name, spec in kinds.items()
-        if spec.kind is InputKind.CONSTANT_TENSOR and spec.target is not None
+        if spec.kind is InputKind.CONSTANT_TENSOR and spec.target is not None and name not in tensors
     }
     inputs = tuple(name for name, spec in kinds.items() if spec.kind is InputKind.USER_INPUT)
     restore(program.graph_module)
     _inline_regions(program.graph_module)
     _name_once(program.graph_module, model)
-    return OperationGraph(program.graph_module, tensors, constants, inputs, call, answers=answers)
+    return OperationGraph(program.graph_module, tensors, constants, inputs, call, answers=answers, caches=tuple(caches))
 
 
 def _name_once(graph: GraphModule, model: nn.Module) -> None:
@@ -215,7 +226,8 @@ def find_parts(model: nn.Module, call: Call) -> dict[str, Call]:
     ]
     try:
         with evaluating(model), torch.no_grad():
-            call.on(model)
+            with preserved(model):
+                call.on(model)
             whole = {name: len(found) for name, found in calls.items()}
             recorded = {name: found[0] for name, found in calls.items()}
             found: dict[str, Call] = {}
@@ -245,7 +257,8 @@ def _stands_alone(
         return False
     calls.clear()
     try:
-        call.on(module)
+        with preserved(module):
+            call.on(module)
         if any(len(calls.get(name, ())) != whole.get(name, 0) for name in inner):
             return False
         _export_answered(module, call)
@@ -292,7 +305,7 @@ def _explain(model: nn.Module, call: Call, error: Exception) -> InputError | Tra
     """Tell a model that does not run on its inputs from one that cannot be exported."""
     shapes = [tuple(leaf.shape) for leaf in torch.utils._pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
     try:
-        with torch.no_grad(), evaluating(model):
+        with preserved(model), torch.no_grad(), evaluating(model):
             call.on(model)
     except Exception as own:
         let_through(own)

@@ -28,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from cpd.errors import TraceError
 from cpd.model.inputs import Call, as_exported, in_mode
 from cpd.model.skeleton import skeleton
+from cpd.model.state import code_memory_preserved
 from cpd.trace.graph import Answer, is_own_code, is_user_code
 
 #: The op that marks, in a graph, a tensor whose values are read as numbers; what it gives is used by nothing.
@@ -304,10 +305,12 @@ def asked(model: nn.Module, call: Call, *, training: bool = False) -> tuple[Answ
         TraceError: if the values of the inputs decide what the forward does.
     """
     copy = skeleton(model, {})
+    buffers = {id(buffer): buffer.clone() for buffer in copy.buffers()}
     for module in copy.modules():
-        module._buffers.update({name: b if b is None else b.clone() for name, b in module._buffers.items()})
+        module._buffers.update({name: buffers.get(id(buffer)) for name, buffer in module._buffers.items()})
     asking = _Asking(call)
     with (
+        code_memory_preserved(copy),
         in_mode(copy, training),
         warnings.catch_warnings(),
         torch.no_grad(),
