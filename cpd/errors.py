@@ -6,6 +6,7 @@ anything of the user's is changed.
 
 from __future__ import annotations
 
+import signal
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,3 +78,23 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     """
     lines = str(error).strip().splitlines()
     return textwrap.shorten(lines[0], limit, placeholder=" …").rstrip(". ") if lines else type(error).__name__
+
+
+def let_through(error: BaseException) -> None:
+    """Raise again what is no fault of a user's forward, where anything that it raises is caught.
+
+    That is what a signal handler raised while the forward ran, to stop us, and that the memory is full. Whatever the
+    exporter made of it, the exception itself is raised.
+    """
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {getattr(handler, "__code__", None) for handler in handlers if callable(handler)} - {None}
+    found: BaseException | None = error
+    while found is not None:
+        frame = found.__traceback__
+        while frame is not None:
+            if frame.tb_frame.f_code in codes:
+                raise found
+            frame = frame.tb_next
+        if isinstance(found, MemoryError):
+            raise found
+        found = found.__cause__ or found.__context__

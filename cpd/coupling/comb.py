@@ -326,9 +326,7 @@ def comb(
         named = every_tensor(new)
         dims = {name: tensors[name] for name in named if name in tensors}
         _freeze_tables(ctx, dims, named)
-        proof = Proof(
-            new, ctx, dims, in_train_mode=auxiliary is not None, max_copies=proof_copies, max_seconds=proof_seconds
-        )
+        proof = Proof(new, ctx, dims, in_train_mode=auxiliary, max_copies=proof_copies, max_seconds=proof_seconds)
         proof.run()
     inexact = Exactness(ctx).inexact
     for scale in proof.scales:

@@ -23,6 +23,7 @@ from cpd.rules.fourier import TRANSFORMS
 from cpd.rules.pointwise import pointwise
 from cpd.rules.reduce import reduced_dims
 from cpd.trace.graph import op_name, shape_of
+from cpd.trace.values import READ
 
 #: Ops of space, of layout and along other dimensions that give zeros for zeros; elementwise ops are tried.
 ZERO_PRESERVING = {
@@ -215,10 +216,10 @@ def _shares(node: Node) -> Iterator[tuple[Node, bool]]:
 
 
 def _live(nodes: list[Node]) -> set[Node]:
-    """The nodes that the output depends on; what is written into a tensor may be read from it."""
+    """The nodes that the output depends on, or a number that the forward reads, and what is written into a tensor."""
     live: set[Node] = set()
     for node in reversed(nodes):
-        written = any(changed for _, changed in _shares(node))
+        written = op_name(node) == READ or any(changed for _, changed in _shares(node))
         if node.op == "output" or written or any(user in live for user in node.users):
             live.add(node)
     return live

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from cpd.errors import let_through
 from cpd.model.inputs import Call, evaluating
 from cpd.model.skeleton import skeleton
 from cpd.model.tensors import DEPTH, REGISTERED, Container, attributes_of, containers, derived, items_of
@@ -384,7 +385,8 @@ def _ran_on(model: nn.Module, call: Call) -> _Run | None:
         torch.manual_seed(0)
         try:
             output = tree_leaves(call.on(model))
-        except Exception:  # the user's forward may raise anything
+        except Exception as error:  # the user's forward may raise anything
+            let_through(error)
             return None
     return _Run(output, snapshot.filled(snapshot.changed()))
 

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from cpd.errors import let_through
 from cpd.model.inputs import Call, in_mode, plain_attention
 from cpd.model.skeleton import skeleton
 from cpd.model.state import code_memory_preserved
 from cpd.model.tensors import every_tensor
 from cpd.proof.replay import culprit
-from cpd.trace.graph import OperationGraph
+from cpd.trace.graph import Answer, OperationGraph
 from cpd.trace.quiet import quiet
 from cpd.trace.tracer import trace_in_train_mode
+from cpd.trace.values import answering
 
 
 def doubled_batch(call: Call) -> Call:
@@ -62,7 +64,7 @@ def _called_in_train_mode(model: nn.Module, call: Call, paths: set[str]) -> set[
     return found
 
 
-def fails_in_train_mode(model: nn.Module, call: Call) -> tuple[str, Exception] | None:
+def fails_in_train_mode(model: nn.Module, call: Call, answers: tuple[Answer, ...] = ()) -> tuple[str, Exception] | None:
     """Run a model on the meta device in train mode; the module that it fails in and the error, None if it ends."""
     with (
         code_memory_preserved(model),
@@ -74,7 +76,9 @@ def fails_in_train_mode(model: nn.Module, call: Call) -> tuple[str, Exception] |
     ):
         warnings.simplefilter("ignore")
         try:
-            doubled_batch(call.to("meta")).on(model)
+            with answering(answers):
+                doubled_batch(call.to("meta")).on(model)
         except Exception as error:  # the user's forward may raise anything
+            let_through(error)
             return culprit(model, error), error
     return None

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cpd.algebra import axes
 from cpd.algebra.axes import Axis
+from cpd.errors import let_through
 from cpd.model.inputs import as_exported, evaluating
 from cpd.model.state import code_memory_preserved
 from cpd.model.tensors import every_tensor
@@ -27,6 +28,7 @@ from cpd.rules import Context, arguments
 from cpd.trace.graph import writes_state
 from cpd.trace.quiet import garbage_collection_paused, quiet
 from cpd.trace.standins import StandIns, stand_in
+from cpd.trace.values import answering
 
 #: One call: the op, its arguments with a shape for each tensor, and the shapes of its results.
 Dispatch: TypeAlias = tuple[Any, Any, Any]
@@ -77,7 +79,8 @@ def calls_of_model(model: nn.Module, ctx: Context) -> list[Dispatch]:
     """What the forward of a copy on the meta device calls on the inputs of the trace."""
     call = ctx.graph.call.to("meta")
     found = Dispatches()
-    with code_memory_preserved(model), evaluating(model), as_exported(), quiet(), found, StandIns():
+    told = answering(ctx.graph.answers)
+    with code_memory_preserved(model), evaluating(model), as_exported(), quiet(), found, StandIns(), told:
         call.on(ctx.graph.runner(model))
     return found.calls
 
@@ -144,5 +147,6 @@ def behaves_as_predicted(model: nn.Module, ctx: Context, counts: Mapping[Axis, i
         warnings.simplefilter("ignore")
         try:
             return calls_of_model(model, ctx) == calls_as_predicted(model, ctx, counts)
-        except Exception:  # the user's forward may raise anything, and not all of them run without values
+        except Exception as error:  # the user's forward may raise anything, and not all of them run without values
+            let_through(error)
             return False

@@ -31,6 +31,7 @@ from cpd.proof.remedies import RETRIES, Remedies
 from cpd.proof.replay import Observation
 from cpd.proof.unread import Unread
 from cpd.rules import Context
+from cpd.trace.graph import OperationGraph
 
 log = logging.getLogger("cpd")
 
@@ -53,7 +54,7 @@ class Proof:
         model: the unpruned model; never changed.
         ctx: the result of the algebra; axes are frozen and ties added in place.
         dims: the dimensions of every parameter and buffer.
-        in_train_mode: whether to try narrower copies in train mode too, in which more layers run.
+        in_train_mode: the operations in train mode, where more layers run then: narrower copies are tried in it too.
         max_copies: how many narrower copies are tried before what is not proved is frozen.
         max_seconds: after how long the same happens; None: never.
 
@@ -68,8 +69,8 @@ class Proof:
     """
 
     def __init__(
-        self, model: nn.Module, ctx: Context, dims: Mapping[str, tuple[Dim, ...]], *, in_train_mode: bool = False,
-        max_copies: int = MAX_COPIES, max_seconds: float | None = None,
+        self, model: nn.Module, ctx: Context, dims: Mapping[str, tuple[Dim, ...]], *,
+        in_train_mode: OperationGraph | None = None, max_copies: int = MAX_COPIES, max_seconds: float | None = None,
     ) -> None:  # fmt: skip
         self.ctx, self.dims, self.in_train_mode = ctx, dims, in_train_mode
         self.attributes: dict[Place, Dim] = {}
@@ -218,9 +219,9 @@ class Proof:
 
     def _settle_train_mode(self) -> None:
         """Freeze what the module works on in which a narrower copy fails in train mode."""
-        while self.in_train_mode and open_axes(self.dims):
+        while self.in_train_mode is not None and open_axes(self.dims):
             narrow = self.copies.narrow(self.draws.draw(done=0), meta=True)
-            failure = fails_in_train_mode(narrow, self.ctx.graph.call)
+            failure = fails_in_train_mode(narrow, self.ctx.graph.call, self.in_train_mode.answers)
             if failure is None:
                 return
             path, error = failure

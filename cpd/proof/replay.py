@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from cpd.algebra import axes
 from cpd.algebra.axes import Axis
+from cpd.errors import let_through
 from cpd.model.inputs import as_exported, device_of, evaluating
 from cpd.model.state import code_memory_preserved
 from cpd.proof.provenance import Place, places_of
@@ -34,6 +35,7 @@ from cpd.trace.graph import op_name, owner
 from cpd.trace.layer_calls import without_function_modes
 from cpd.trace.quiet import garbage_collection_paused, quiet
 from cpd.trace.standins import NAMES as RECURRENT
+from cpd.trace.values import answering
 
 
 @dataclass
@@ -329,9 +331,10 @@ def replay(ctx: Context, model: nn.Module, counts: Mapping[Axis, int], *, meta: 
     with code_memory_preserved(model), evaluating(model), warnings.catch_warnings(), torch.no_grad(), as_exported():
         warnings.simplefilter("ignore")
         try:
-            with quiet(), garbage_collection_paused(), fake, recorder:
+            with quiet(), garbage_collection_paused(), fake, recorder, answering(ctx.graph.answers):
                 call.on(ctx.graph.runner(model))
         except Exception as error:  # the user's forward may raise anything
+            let_through(error)
             observation.error, observation.culprit = error, culprit(model, error)
     for handle in handles:
         handle.remove()

@@ -76,9 +76,9 @@ def getitem(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
 @rule("arange", "linspace", "eye", "scalar_tensor", "tril_indices", "triu_indices", "_assert_tensor_metadata",
       "sym_size", "lift_fresh", "one_hot", "meshgrid", "logspace", "range", "randperm", "hann_window", "hamming_window",
       "blackman_window", "bartlett_window", "kaiser_window", "fft_fftfreq", "fft_rfftfreq", "affine_grid_generator",
-      "empty_strided", "new_empty_strided")  # fmt: skip
+      "read_value", "nonzero_static", "empty_strided", "new_empty_strided")  # fmt: skip
 def numbered(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
-    """A tensor made in the forward whose positions differ: nothing of it is removed."""
+    """A tensor made in the forward whose positions differ: nothing of it is removed, nor of what is read as numbers."""
     for source in tensor_inputs(node):
         for dim in ctx.shape(source):
             ctx.freeze(dim, node, "used as an index")

@@ -35,6 +35,7 @@ from cpd.proof.replay import predicted
 from cpd.rules import Shape, arguments
 from cpd.rules.base import tensor_inputs
 from cpd.trace.graph import OperationGraph, op_name, pair
+from cpd.trace.values import answering
 
 #: Ops that mix over a dimension otherwise than by a sum of products: they see its kept positions alone.
 MIXING = {*NORMS, *SOFTMAX, *REDUCTIONS, *SUMS, *DISTANCES, *WEIGHT_NORMS}
@@ -189,7 +190,7 @@ def masked_error(model: nn.Module, shrunk: nn.Module, comb: Comb, plan: Plan) ->
     """
     expected = masked_output(model, comb, plan)
     shrunk = check_model(shrunk)
-    with torch.no_grad(), evaluating(shrunk), plain_attention():
+    with torch.no_grad(), evaluating(shrunk), plain_attention(), answering(comb.operations.answers):
         found = pytree.tree_leaves(comb.operations.call.on(comb.operations.runner(shrunk)))
     pairs = [(a, b) for a, b in zip(expected, found, strict=True) if isinstance(a, Tensor) and _continuous(a)]
     return max((float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs), default=0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,27 @@ from cpd.model.inputs import Call
 from cpd.plan import Cache
 from cpd.trace.pointwise import first_name
 
-_TORCH = str(Path(torch.__file__).parent)
-_CPD = str(Path(__file__).parents[1])
+_TORCH = f"{Path(torch.__file__).parent}{os.sep}"
+_CPD = f"{Path(__file__).parents[1]}{os.sep}"
 #: Libraries whose ops are called by their names alone.
 _KNOWN = ("aten", "torchvision", "cpd")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a forward was told that asked for a value (`cpd.trace.values`).
+
+    Attributes:
+        question: "number", or what has the size that was asked for.
+        place: `file:line` of the code that asked.
+        value: the number or the size.
+        from_inputs: whether it follows from the values of the example inputs, rather than from the model alone.
+    """
+
+    question: str
+    place: str
+    value: Any
+    from_inputs: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +53,7 @@ class OperationGraph:
         call: the example inputs; those of each part, where the model cannot be traced whole.
         parts: paths of the submodules that were traced in the model's place, where it cannot be traced whole.
         seconds: wall-clock time that the export took.
+        answers: what the forward was told where it asked for a value; a narrower copy is told the same.
         caches: attributes in which the forward kept tensors.
     """
 
@@ -45,11 +64,17 @@ class OperationGraph:
     call: Call
     parts: tuple[str, ...] = ()
     seconds: float = 0.0
+    answers: tuple[Answer, ...] = ()
     caches: tuple[Cache, ...] = ()
 
     def runner(self, model: nn.Module) -> nn.Module:
         """What `call` is a call of: `model` itself, or its parts."""
         return Parts(model, self.parts) if self.parts else model
+
+    @property
+    def values_read(self) -> tuple[str, ...]:
+        """`file:line` of each place where the forward reads a value of its inputs, or of what follows from them."""
+        return tuple(dict.fromkeys(answer.place for answer in self.answers if answer.from_inputs))
 
     @property
     def nodes(self) -> list[Node]:
@@ -111,6 +136,11 @@ class Parts(nn.Module):
             self.model.get_submodule(path)(*args, **kwargs)
             for path, (args, kwargs) in zip(self.paths, calls, strict=True)
         ]
+
+
+def is_own_code(filename: str) -> bool:
+    """Whether a file belongs to cpd."""
+    return filename.startswith(_CPD)
 
 
 def is_user_code(filename: str) -> bool:

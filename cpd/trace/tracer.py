@@ -20,14 +20,15 @@ from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from cpd.errors import InputError, TraceError, first_line
+from cpd.errors import InputError, TraceError, first_line, let_through
 from cpd.model.inputs import Call, as_call, as_exported, check_model, evaluating, in_mode, plain_attention
 from cpd.model.state import code_memory_preserved, preserved
 from cpd.model.tensors import every_tensor, plain_tensors
 from cpd.plan import Cache
-from cpd.trace.graph import MODEL_PREFIX, OperationGraph, Parts, is_user_code, op_name, writes_state
+from cpd.trace.graph import MODEL_PREFIX, Answer, OperationGraph, Parts, is_user_code, op_name, writes_state
 from cpd.trace.quiet import garbage_collection_paused, quiet
 from cpd.trace.standins import StandIns, restore
+from cpd.trace.values import answering, asked, reads_values
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,9 @@ def trace(model: nn.Module, example_inputs: Any) -> OperationGraph:
     call = as_call(example_inputs)
     start = time.perf_counter()
     try:
-        graph = _export(model, call)
+        graph = _export_answered(model, call)
     except Exception as error:  # the user's forward may raise anything
+        let_through(error)
         explained = _explain(model, call, error)
         parts = {} if isinstance(explained, InputError) else find_parts(model, call)
         if not parts:
@@ -59,14 +61,18 @@ def trace(model: nn.Module, example_inputs: Any) -> OperationGraph:
         reason = str(explained).removesuffix(_REMEDY)
         log.warning("%s Falling back to the submodules that can be exported: %s.", reason, ", ".join(parts))
         graph = trace_parts(model, tuple(parts), Call(tuple(parts.values()), {}))
+    if graph.values_read:
+        places = ", ".join(graph.values_read)
+        log.warning("The forward reads values (%s): they are taken to be those of the example inputs.", places)
     return dataclasses.replace(graph, seconds=time.perf_counter() - start)
 
 
 def trace_in_train_mode(model: nn.Module, call: Call) -> OperationGraph | None:
     """Export `model` in train mode (its modes are left as found); None where that fails."""
     try:
-        return _export(model, call, training=True)
+        return _export_answered(model, call, training=True)
     except Exception as error:  # the user's forward may raise anything
+        let_through(error)
         log.warning(
             "The model cannot be traced in train mode, so layers that run only then stay as they are: %s.",
             first_line(error),
@@ -82,8 +88,10 @@ def retrace(model: nn.Module, graph: OperationGraph) -> OperationGraph:
         TraceError: if it runs, but cannot be exported.
     """
     try:
-        return trace_parts(model, graph.parts, graph.call) if graph.parts else _export(model, graph.call)
+        found = _export(graph.runner(model), graph.call, graph.answers)
+        return _of_parts(found, graph.parts) if graph.parts else found
     except Exception as error:  # the user's forward may raise anything
+        let_through(error)
         raise _explain(graph.runner(model), graph.call, error) from error
 
 
@@ -109,8 +117,10 @@ def retrace_operations(model: nn.Module, graph: OperationGraph) -> OperationGrap
         warnings.simplefilter("ignore")
         try:
             tracer = make_fx(forward, tracing_mode="fake", pre_dispatch=True, _allow_non_fake_inputs=True)
-            module = tracer(state, [leaves[index] for index in places])
-        except Exception:  # the user's forward may raise anything
+            with answering(graph.answers):
+                module = tracer(state, [leaves[index] for index in places])
+        except Exception as error:  # the user's forward may raise anything
+            let_through(error)
             return None
     restore(module)
     return OperationGraph(module, {}, {}, (), graph.call, graph.parts)
@@ -118,7 +128,11 @@ def retrace_operations(model: nn.Module, graph: OperationGraph) -> OperationGrap
 
 def trace_parts(model: nn.Module, parts: tuple[str, ...], calls: Call) -> OperationGraph:
     """Export some submodules of `model` as one graph, every name in it as in `model`."""
-    graph = _export(Parts(model, parts), calls)
+    return _of_parts(_export_answered(Parts(model, parts), calls), parts)
+
+
+def _of_parts(graph: OperationGraph, parts: tuple[str, ...]) -> OperationGraph:
+    """The graph of some submodules of a model, every name in it as in the model."""
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack") or {}
         node.meta["nn_module_stack"] = {
@@ -131,12 +145,34 @@ def trace_parts(model: nn.Module, parts: tuple[str, ...], calls: Call) -> Operat
     return dataclasses.replace(graph, tensors=tensors, parts=parts, caches=caches)
 
 
-def _export(model: nn.Module, call: Call, *, training: bool = False) -> OperationGraph:
+def _export_answered(model: nn.Module, call: Call, *, training: bool = False) -> OperationGraph:
+    """Export a model; where that fails, or sizes depend on values, with those that it reads on the example inputs."""
+    failure: Exception | None = None
+    try:
+        graph = _export(model, call, training=training)
+        if not reads_values(graph.nodes):
+            return graph
+    except Exception as error:  # the user's forward may raise anything
+        let_through(error)
+        failure = error
+    answers = asked(model, call, training=training)
+    if failure is not None and not answers:
+        raise failure
+    graph = _export(model, call, answers, training=training)
+    if reads_values(graph.nodes):
+        raise TraceError("a size depends on values")
+    return graph
+
+
+def _export(
+    model: nn.Module, call: Call, answers: tuple[Answer, ...] = (), *, training: bool = False
+) -> OperationGraph:
     caches: list[Cache] = []
     with preserved(model) as snapshot, in_mode(model, training), warnings.catch_warnings(), plain_attention():
         warnings.simplefilter("ignore")
         handle = model.register_forward_hook(lambda *_: caches.extend(snapshot.caches()))
-        with quiet(), garbage_collection_paused(), StandIns():  # on failure export writes the whole graph to its log
+        # on failure export writes the whole graph to its log
+        with quiet(), garbage_collection_paused(), StandIns(), answering(answers):
             try:
                 program = torch.export.export(model, call.args, call.kwargs, strict=False)
             finally:
@@ -159,7 +195,7 @@ def _export(model: nn.Module, call: Call, *, training: bool = False) -> Operatio
     _inline_regions(program.graph_module)
     _name_once(program.graph_module, model)
     _drop_new_buffers(program.graph_module, tensors, every_tensor(model))
-    return OperationGraph(program.graph_module, tensors, constants, inputs, call, caches=tuple(caches))
+    return OperationGraph(program.graph_module, tensors, constants, inputs, call, answers=answers, caches=tuple(caches))
 
 
 def _drop_new_buffers(graph: GraphModule, tensors: dict[str, str], known: Mapping[str, Tensor]) -> None:
@@ -237,8 +273,9 @@ def _stands_alone(
             call.on(module)
         if any(len(calls.get(name, ())) != whole.get(name, 0) for name in inner):
             return False
-        _export(module, call)
-    except Exception:  # the user's forward may raise anything
+        _export_answered(module, call)
+    except Exception as error:  # the user's forward may raise anything
+        let_through(error)
         return False
     return True
 
@@ -283,6 +320,7 @@ def _explain(model: nn.Module, call: Call, error: Exception) -> InputError | Tra
         with preserved(model), torch.no_grad(), evaluating(model):
             call.on(model)
     except Exception as own:
+        let_through(own)
         return InputError(
             f"The model fails on the example inputs of shape {shapes}: {type(own).__name__}: {first_line(own)}. "
             "Pass example_inputs=(…) on which model(*example_inputs) runs."
