@@ -27,7 +27,7 @@ from cpd.surgery.masked import shape_mismatch
 from cpd.trace.graph import op_name
 
 
-def _load(path: Path) -> ModuleType:
+def load(path: Path) -> ModuleType:
     """A module by its path, under a name that nothing else has."""
     spec = importlib.util.spec_from_file_location(f"benchmark_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
@@ -36,7 +36,7 @@ def _load(path: Path) -> ModuleType:
 
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-models = _load(BENCHMARKS / "models.py")
+models = load(BENCHMARKS / "models.py")
 randomize, random_plan, resnet56 = models.randomize, models.random_plan, models.resnet56
 
 
