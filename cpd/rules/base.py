@@ -14,7 +14,7 @@ from cpd.algebra import axes
 from cpd.algebra.axes import Dim, Fixed
 from cpd.algebra.ties import Tie
 from cpd.trace.graph import OperationGraph, called, line_of, op_name, owner, shape_of
-from cpd.trace.pointwise import is_pointwise
+from cpd.trace.pointwise import RULED, is_pointwise
 
 Shape: TypeAlias = tuple[Dim, ...]
 #: What a node gives: the dimensions of one tensor, or of several.
@@ -133,6 +133,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
         for name in names:
             assert name not in RULES, f"two rules for {name}"
             RULES[name] = function
+        RULED.update(names)
         return function
 
     return enter

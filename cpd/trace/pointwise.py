@@ -26,6 +26,8 @@ _IDLE = {_aten.detach, _aten.alias, _aten.clone, _aten._to_copy, _aten.lift_fres
 #: Values for arguments without a default that are not tensors, by their type in the schema.
 _VALUES: dict[str, Any] = {"number": 1, "int": 1, "float": 1.0, "bool": False, "Optional[str]": None}
 _SHAPE = (2, 3)
+#: Names of ops that have a rule of their own (`cpd.rules`): those are not taken apart.
+RULED: set[str] = set()
 
 
 class _Calls(TorchDispatchMode):
@@ -66,7 +68,7 @@ def first_name(op: OpOverload) -> str:
     viewed = getattr(_aten, name.removesuffix("_copy"), None) if name.endswith("_copy") else None
     if viewed is not None and _names(op) in [_names(getattr(viewed, other)) for other in viewed.overloads()]:
         return name.removesuffix("_copy")
-    for given, calls in _runs(op):
+    for given, calls in _runs(op) if name not in RULED else ():
         if len(calls) == 1 and torch.Tag.pointwise in calls[0][0].tags and _alike(given, calls[0]):
             return str(calls[0][0].overloadpacket.__name__)
     return name

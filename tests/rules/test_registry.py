@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,17 +17,9 @@ from cpd.rules import RULES
 from cpd.rules.base import find
 from cpd.trace.pointwise import first_name, is_pointwise
 from helpers.sketches import Sketch, checked, random
-from helpers.zoo import conv, sizes
+from helpers.zoo import BENCHMARKS, conv, load, sizes
 
-
-def registry() -> Iterator[OpOverload]:
-    """Every overload of every ATen op."""
-    for qualified in torch._C._dispatch_get_all_op_names():
-        namespace, _, name = qualified.partition("::")
-        packet, _, overload = name.partition(".")
-        op = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
-        if namespace == "aten" and op is not None:
-            yield op
+listing = load(BENCHMARKS / "rules.py")
 
 
 def covered(op: OpOverload) -> bool:
@@ -33,7 +28,7 @@ def covered(op: OpOverload) -> bool:
 
 
 def test_every_pointwise_op_has_a_rule() -> None:
-    ops = list(registry())
+    ops = list(listing.registry())
     tagged = [op for op in ops if torch.Tag.pointwise in op.tags]
     by_decomposition = [op for op in ops if torch.Tag.pointwise not in op.tags and is_pointwise(op)]
     assert len(tagged) > 400
@@ -136,3 +131,13 @@ def test_what_is_written_to_a_view_is_read_from_the_whole() -> None:
     combed = checked(Sketch(forward, a=conv(3, 8), b=conv(8, 5)), random(2, 3, 4, 4))
     assert sizes(combed) == {"a": 8}
     assert not combed.open[0].exact  # the exponential of zero is one, and is summed
+
+
+def test_every_core_op_without_a_rule_is_explained(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rules.py", "--json", str(tmp_path / "rules.json")])
+        listing.main()
+    found = json.loads((tmp_path / "rules.json").read_text(encoding="utf-8"))
+    assert "to be written" not in found["core without a rule"].values()
+    assert "nonzero" in capsys.readouterr().out
+    assert found["overloads"]["pointwise by tag"]["with a rule"] == found["overloads"]["pointwise by tag"]["of"]
