@@ -8,7 +8,8 @@ The model is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -23,8 +24,9 @@ from cpd.algebra.axes import Axis, Dim, Fixed, Mask
 from cpd.algebra.ties import Tie
 from cpd.coupling.cost import Cost, FrozenShare
 from cpd.coupling.exactness import Exactness
-from cpd.errors import PlanError
+from cpd.errors import InputError, PlanError
 from cpd.model.inputs import check_model
+from cpd.model.outputs import Outputs, reader, whole
 from cpd.model.tensors import named_tensors
 from cpd.plan import Plan, Rescale
 from cpd.proof.auxiliary import auxiliary_graph
@@ -90,6 +92,7 @@ class Comb:
         groups: every group in the order of the model's operations, prunable or frozen.
         graph: the operations as a `networkx.DiGraph`, each node with `op`, `module`, `shape`, `line` and `groups`.
         unknown: ATen ops without a rule; what they touch is frozen.
+        read: gives the parts of the model's output that matter; `outputs` names them.
     """
 
     groups: tuple[Group, ...]
@@ -99,6 +102,7 @@ class Comb:
     attributes: Mapping[Place, Dim]
     scales: tuple[Scale, ...]
     model: nn.Module
+    read: Callable[[Any], Any] = whole
 
     def __repr__(self) -> str:
         """How many groups there are; `groups` lists them."""
@@ -113,6 +117,12 @@ class Comb:
     def ties(self) -> tuple[Tie, ...]:
         """Pairs of dimensions that must keep equally many channels."""
         return tuple(self.context.ties)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The tensors that the model returns and that matter, by name; "" for a single one. They keep their width."""
+        chosen = self.operations.chosen
+        return tuple(name for place, name in self.operations.output_names.items() if chosen is None or place in chosen)
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -257,19 +267,22 @@ def _mask(named: Mapping[str, Group], name: str, positions: Any) -> Mask:
     return mask
 
 
-def comb(model: nn.Module, example_inputs: Any) -> Comb:
+def comb(model: nn.Module, example_inputs: Any, *, outputs: Outputs | None = None) -> Comb:
     """Find the coupling groups of `model`; the model is never changed.
 
     Args:
         model: any module that `torch.export` can trace in eval mode; of one that `torch.compile` gave, the module
             within.
         example_inputs: a tensor, a tuple, or `(tuple, dict)`.
+        outputs: the parts of the model's output that matter, where it returns more than is read: a key, an attribute
+            or a position (`a.b` or `1.0` inside another), several of them, or a function of the output. These keep
+            their width, the others may become narrower; None: all matter.
 
     Returns:
         A `Comb`: `groups`, `graph`, and `plan(...)`.
 
     Raises:
-        InputError: if `model` is no module, or fails on `example_inputs`.
+        InputError: if `model` is no module, or fails on `example_inputs`, or its output has no such parts.
         TraceError: if the model cannot be exported.
 
     Examples:
@@ -291,11 +304,13 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
         "the model's output [linear in 4, ...]"
     """
     model = check_model(model)
-    graph = trace(model, example_inputs)
+    graph = trace(model, example_inputs).choosing(outputs)
     ctx = Context(graph)
     tensors = _propagate(ctx, model, {})
     auxiliary = auxiliary_graph(model, graph)
     if auxiliary is not None:
+        with contextlib.suppress(InputError):  # which may give something else in train mode: all of it matters then
+            auxiliary = auxiliary.choosing(outputs)
         _follow(Context(auxiliary, ties=ctx.ties, contracted=ctx.contracted, unknown=ctx.unknown), model, tensors)
     named = named_tensors(model)
     dims = {name: tensors[name] for name in named if name in tensors}
@@ -307,7 +322,7 @@ def comb(model: nn.Module, example_inputs: Any) -> Comb:
         for axis in axes.leaves(scale.dim) if not scale.rows else ():
             inexact.setdefault(axis, ctx.reason(scale.node, "a constant of the forward depends on this width"))
     groups = _groups(ctx, dims, inexact)
-    return Comb(groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model)
+    return Comb(groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model, reader(outputs))
 
 
 def _follow(ctx: Context, model: nn.Module, tensors: dict[str, tuple[Dim, ...]]) -> None:
@@ -341,10 +356,9 @@ def _propagate(ctx: Context, model: nn.Module, tensors: dict[str, tuple[Dim, ...
                 ctx.values[node] = tuple(Fixed(int(size)) for size in shape)
         elif node.op == "call_function":
             ctx.values[node] = infer(ctx, node)
-        elif node.op == "output":
-            for source in node.all_input_nodes:
-                for dim in ctx.dims_of(source):
-                    ctx.freeze(dim, source, "the model's output")
+    for source, part in ctx.graph.returned().items():
+        for dim in ctx.dims_of(source):
+            ctx.freeze(dim, source, f"the model's output {part}".strip())
     own = {axis for dims in tensors.values() for dim in dims for axis in axes.leaves(dim)}
     for node in ctx.values:
         for dim in ctx.dims_of(node):

@@ -18,7 +18,7 @@ from cpd.algebra.axes import Axis, Dim
 from cpd.rules import Context, arguments
 from cpd.rules.base import tensor_inputs
 from cpd.rules.reduce import reduced_dims
-from cpd.trace.graph import op_name, shape_of
+from cpd.trace.graph import OperationGraph, op_name, shape_of
 
 #: Elementwise and spatial ops with f(0) = 0.
 ZERO_PRESERVING = {
@@ -57,7 +57,7 @@ class Exactness:
         self.ctx = ctx
         self.dirty: dict[Node, set[Axis]] = {}
         self.inexact: dict[Axis, str] = {}
-        live = _live(ctx.graph.nodes)
+        live = _live(ctx.graph)
         for node in ctx.graph.nodes:
             if node.op == "call_function" and node in live:
                 self.dirty[node] = self._visit(node)
@@ -147,11 +147,11 @@ class Exactness:
         return (own - clean) if name != "batch_norm" or along else own & self.dirty[source]
 
 
-def _live(nodes: list[Node]) -> set[Node]:
-    """The nodes that the output depends on."""
-    live: set[Node] = set()
-    for node in reversed(nodes):
-        if node.op == "output" or any(user in live for user in node.users):
+def _live(graph: OperationGraph) -> set[Node]:
+    """The nodes that the outputs which matter depend on."""
+    live = set(graph.returned())
+    for node in reversed(graph.nodes):
+        if node.op != "output" and any(user in live for user in node.users):
             live.add(node)
     return live
 

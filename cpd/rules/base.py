@@ -91,9 +91,18 @@ class Context:
             self.literals.append(Literal(node, argument, index, dim, sign))
 
     def contract(self, weight: object, dim: int) -> None:
-        """Note that `dim` of a parameter is summed over: the consumer's side of a group."""
-        if isinstance(weight, Node) and weight.name in self.graph.tensors:
-            self.contracted.add((self.graph.tensors[weight.name], dim))
+        """Note that `dim` of a parameter, also below a mask, is summed over: the consumer's side of a group."""
+        if not isinstance(weight, Node):
+            return
+        masked = op_name(weight) == "mul" and all(map(self._stored, weight.all_input_nodes))
+        for source in weight.all_input_nodes if masked else [weight]:
+            if source.name in self.graph.tensors and shape_of(source) == shape_of(weight):
+                self.contracted.add((self.graph.tensors[source.name], dim))
+
+    def _stored(self, node: Node) -> bool:
+        """Whether a node is a parameter or a buffer, perhaps in another type."""
+        below = node.all_input_nodes if op_name(node) in ("to", "_to_copy") else [node]
+        return all(source.name in self.graph.tensors for source in below)
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:

@@ -146,7 +146,8 @@ def _export(model: nn.Module, call: Call, *, training: bool = False) -> Operatio
     restore(program.graph_module)
     _inline_regions(program.graph_module)
     _name_once(program.graph_module, model)
-    return OperationGraph(program.graph_module, tensors, constants, inputs, call)
+    layout = program.call_spec.out_spec
+    return OperationGraph(program.graph_module, tensors, constants, inputs, call, layout=layout)
 
 
 def _name_once(graph: GraphModule, model: nn.Module) -> None:
