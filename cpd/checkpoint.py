@@ -34,6 +34,7 @@ class Checkpoint:
     Args:
         folder: where it lies; must exist.
         key: the settings of the run; a checkpoint of other settings is not read.
+        usual: the settings that a checkpoint had which was written before there were such.
         minutes: between two writings at least, apart from those that are demanded.
 
     Attributes:
@@ -41,9 +42,12 @@ class Checkpoint:
         extra: written along with every state.
     """
 
-    def __init__(self, folder: Path, key: Mapping[str, Any], minutes: float = 10.0) -> None:
+    def __init__(
+        self, folder: Path, key: Mapping[str, Any], minutes: float = 10.0, usual: Mapping[str, Any] | None = None
+    ) -> None:
         self.path, self.minutes = folder / NAME, minutes
         self.key: dict[str, Any] = json.loads(json.dumps(dict(key), default=str))
+        self.usual: dict[str, Any] = json.loads(json.dumps(dict(usual or {}), default=str))
         self.state: dict[str, Any] | None = None
         self.extra: dict[str, Any] = {}
         self._written = time.monotonic()
@@ -104,6 +108,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} is no checkpoint that cpd wrote ({type(error).__name__}: {error}). It is left as it is."
             ) from error
+        then = {**self.usual, **then}
         other = [key for key in {**self.key, **then} if self.key.get(key) != then.get(key)]
         if other:
             told = "; ".join(f"{key}: {then.get(key)!r} then, {self.key.get(key)!r} now" for key in other)

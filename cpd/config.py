@@ -27,6 +27,7 @@ from cpd.selection.weighing import NORMALIZATIONS, SCOPES, Normalization, Scope
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from cpd.criteria import Criterion
+    from cpd.model.outputs import Outputs
 
 #: The options that a `Schedule` holds too, and what it calls them.
 SCHEDULED = {"prune_from": "start", "prune_until": "end", "interval": "interval"}
@@ -48,6 +49,11 @@ def _read_shapes(texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         raise InputError(f"latency_inputs takes shapes, as in 8x3x224x224; got {', '.join(texts)}.") from None
 
 
+def _are_parts(value: Any) -> bool:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return bool(parts) and all(isinstance(item, (str, int)) and not isinstance(item, bool) for item in parts)
+
+
 def _are_shares(value: Any) -> bool:
     share = number("", lambda item: 0 <= item < 1)
     return isinstance(value, Mapping) and all(isinstance(name, str) and share.accepts(value[name]) for name in value)
@@ -63,6 +69,11 @@ _CRITERION = Check(
 _SCHEDULE = Check(f"one of {', '.join(KINDS)}, or a Schedule", lambda value: isinstance(value, str) and value in KINDS)
 _RATIOS = Check(
     "a mapping from patterns of group names to shares of at least 0 and below 1", _are_shares, read=_read_ratios
+)
+_OUTPUTS = Check(
+    "a name or a position, several of them, or a function of the output",
+    lambda value: callable(value) or _are_parts(value),
+    read=tuple,
 )
 _INPUTS = Check("a sequence of inputs or shapes", lambda value: isinstance(value, (list, tuple)), read=_read_shapes)
 
@@ -146,6 +157,17 @@ class PruneConfig:
         None, _RATIOS,
         "Groups that you decide on: the share that is removed, by a shell pattern of group names; 0 keeps all. On the "
         "command line PATTERN=SHARE, any number of times.",
+    )  # fmt: skip
+    outputs: Outputs | None = option(
+        None, _OUTPUTS,
+        "The parts of the model's output that matter, where it returns more than is read (hidden states, lists of "
+        "features): a key, an attribute or a position, as in a.b or 1.0 inside another, several of them (Python: or a "
+        "function of the output). These keep their width, the others may become narrower. Default: all matter.",
+    )  # fmt: skip
+    masks: str = option(
+        "keep", choice("keep", "permanent"),
+        "Masks of torch.nn.utils.prune: keep (they are narrowed with their weights), or permanent (multiplied into "
+        "the weights and taken off before anything else).",
     )  # fmt: skip
     tolerance: float = option(0.05, _INSIDE, "Relative distance from a measured target at which the search may end.")
     threads: int = option(1, integer(1), "Threads of ONNX Runtime when latency is measured.")

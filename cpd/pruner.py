@@ -39,6 +39,8 @@ from cpd.deploy.export import check_runs
 from cpd.deploy.latency import LatencyProbe
 from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError
 from cpd.model.inputs import as_call, check_model, device_of, of_shape
+from cpd.model.masks import masks_applied
+from cpd.model.outputs import outputs_sentence
 from cpd.model.skeleton import skeleton
 from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of, named_tensors
@@ -98,7 +100,7 @@ class Pruner:
             training leaves in `parameter.grad` (so call `step` before `zero_grad`), and nothing is compensated.
         loss: `loss(output, target) -> scalar`, for scores; cross-entropy is inferred for class targets.
         config: options; those that are given by name replace its own.
-        comb: the comb of `model`, if there is one already.
+        comb: the comb of `model`, if there is one already; what it takes for outputs holds.
         stage: a context manager for each stage by name, to time or show it.
         options: those of `cpd.PruneConfig`, by name; exactly one target is needed.
 
@@ -154,6 +156,8 @@ class Pruner:
     ) -> None:
         self.model, self.optimizer, self.loss = check_model(model), optimizer, loss
         self.config = PruneConfig.of(config, options, "cpd.Pruner")
+        if self.config.masks == "permanent":
+            masks_applied(self.model)
         self.target, limits = self.config.target, self.config.limits
         self._stage = stage or (lambda _: nullcontext())
         self._events = self.config.when.events(steps)
@@ -161,8 +165,8 @@ class Pruner:
         if comb is None:
             if self.config.measures:
                 check_runs(self.model, as_call(example_inputs))
-            with self._stage("comb"):
-                comb = comb_model(skeleton(self.model, {}), example_inputs)  # the model itself will not stay as it is
+            with self._stage("comb"):  # of a copy: the model itself will not stay as it is
+                comb = comb_model(skeleton(self.model, {}), example_inputs, outputs=self.config.outputs)
         self.comb = comb
         if not self.comb.open:
             reasons = "\n".join(f"  {group.name} ({group.size}): {group.frozen}" for group in self.comb.groups)
@@ -179,7 +183,9 @@ class Pruner:
         self.plan = self.comb.plan({})
         self.steps_taken = 0
         self.shrinks: list[Shrink] = []
-        self.notes: list[str] = [unused_sentence(comb.unused)] if comb.unused else []
+        self.notes = [unused_sentence(comb.unused)] if comb.unused else list[str]()
+        if comb.operations.chosen is not None:
+            self.notes.append(outputs_sentence(comb.outputs))
         self.checks: dict[str, float] = {}
         self._accumulated = self._from_gradients()
 
@@ -348,7 +354,7 @@ class Pruner:
     def _recovered(self, narrower: nn.Module, wider: nn.Module, step: Plan) -> Recovery:
         assert self.data is not None
         limit, compensation = self.config.score_batches, self.config.compensation
-        return recover(narrower, wider, step, self.data, limit=limit, compensation=compensation)
+        return recover(narrower, wider, step, self.data, limit=limit, compensation=compensation, read=self.comb.read)
 
     def note(self, text: str) -> None:
         """Say something to the user, now and in the report."""

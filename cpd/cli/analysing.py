@@ -46,6 +46,10 @@ def comb(
     plot: Annotated[
         Path | None, typer.Option("--plot", help="Also draw the grouped graph, to an .svg or .html file.")
     ] = None,
+    outputs: Annotated[
+        list[str] | None,
+        typer.Option("--outputs", help="A part of the output that matters, by name or position; any number of times."),
+    ] = None,
 ) -> Output:
     """List a model's coupling groups (size, members, exact, frozen and why) and what the frozen ones hold."""
     if plot is not None:
@@ -56,8 +60,9 @@ def comb(
 
     import cpd
     from cpd.coupling.cost import unused_sentence
+    from cpd.model.outputs import outputs_sentence
 
-    combed = cpd.comb(built, example_inputs)
+    combed = cpd.comb(built, example_inputs, outputs=outputs or None)
     share: dict[str, float] = combed.open_share
     if plot is not None:
         from cpd.picture import draw
@@ -74,10 +79,12 @@ def comb(
         "open_share": dict(share),
         "frozen_share": [asdict(row) for row in combed.frozen_share],
         "unused": dict(combed.unused),
+        "outputs": list(combed.outputs),
     }
-    unused = [unused_sentence(combed.unused)] if combed.unused else []
+    told = [unused_sentence(combed.unused)] if combed.unused else []
+    told += [outputs_sentence(combed.outputs)] if outputs else []
     frozen = [frozen_table(combed.frozen_share)] if combed.frozen_share else []
-    return Output(data, (groups_table(combed.groups), sentence, *unused, *frozen))
+    return Output(data, (groups_table(combed.groups), sentence, *told, *frozen))
 
 
 def sensitivity(

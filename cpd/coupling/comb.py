@@ -8,7 +8,8 @@ The model is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,7 @@ from cpd.coupling.cost import Cost, FrozenShare
 from cpd.coupling.exactness import Exactness
 from cpd.errors import InputError, PlanError
 from cpd.model.inputs import as_call, check_model
+from cpd.model.outputs import Outputs, reader, whole
 from cpd.model.state import cold, preserved
 from cpd.model.tensors import every_tensor
 from cpd.plan import Cache, Plan, Rescale
@@ -92,6 +94,7 @@ class Comb:
         graph: the operations as a `networkx.DiGraph`, each node with `op`, `module`, `shape`, `line` and `groups`.
         unknown: ATen ops without a rule; what they touch is frozen.
         unread: integers that equal a width and do not follow it, each with the widths that it equals.
+        read: gives the parts of the model's output that matter; `outputs` names them.
     """
 
     groups: tuple[Group, ...]
@@ -103,6 +106,7 @@ class Comb:
     model: nn.Module
     caches: tuple[Cache, ...] = ()
     unread: Mapping[Place, tuple[Dim, ...]] = field(default_factory=dict)
+    read: Callable[[Any], Any] = whole
 
     def __repr__(self) -> str:
         """How many groups there are; `groups` lists them."""
@@ -117,6 +121,12 @@ class Comb:
     def ties(self) -> tuple[Tie, ...]:
         """Pairs of dimensions that must keep equally many channels."""
         return tuple(self.context.ties)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The tensors that the model returns and that matter, by name; "" for a single one. They keep their width."""
+        chosen = self.operations.chosen
+        return tuple(name for place, name in self.operations.output_names.items() if chosen is None or place in chosen)
 
     @property
     def unknown(self) -> tuple[str, ...]:
@@ -275,14 +285,18 @@ def _mask(named: Mapping[str, Group], name: str, positions: Any) -> Mask:
 
 
 def comb(
-    model: nn.Module, example_inputs: Any, *, proof_copies: int = MAX_COPIES, proof_seconds: float | None = None
-) -> Comb:
+    model: nn.Module, example_inputs: Any, *, outputs: Outputs | None = None, proof_copies: int = MAX_COPIES,
+    proof_seconds: float | None = None,
+) -> Comb:  # fmt: skip
     """Find the coupling groups of `model`; the model is never changed.
 
     Args:
         model: any module that `torch.export` can trace in eval mode; of one that `torch.compile` gave, the module
             within.
         example_inputs: a tensor, a tuple, or `(tuple, dict)`.
+        outputs: the parts of the model's output that matter, where it returns more than is read: a key, an attribute
+            or a position (`a.b` or `1.0` inside another), several of them, or a function of the output. These keep
+            their width, the others may become narrower; None: all matter.
         proof_copies: how many narrower copies are tried, at least 1; what is not proved by then is frozen.
         proof_seconds: after how long the same happens; None: never, so that the same model gives the same groups.
 
@@ -290,7 +304,8 @@ def comb(
         A `Comb`: `groups`, `graph`, and `plan(...)`.
 
     Raises:
-        InputError: if `model` is no module, or fails on `example_inputs`, or a bound is not above 0.
+        InputError: if `model` is no module, or fails on `example_inputs`; if its output has no such parts; if a bound
+            is not above 0.
         TraceError: if the model cannot be exported.
 
     Examples:
@@ -317,11 +332,13 @@ def comb(
     call = as_call(example_inputs)
     with preserved(model):
         new, emptied = cold(model, call)
-        graph = trace(new, call)
+        graph = trace(new, call).choosing(outputs)
         ctx = Context(graph)
         tensors = _propagate(ctx, new, {})
         auxiliary = auxiliary_graph(new, graph)
         if auxiliary is not None:
+            with suppress(InputError):  # which may give something else in train mode: all of it matters then
+                auxiliary = auxiliary.choosing(outputs)
             _follow(Context(auxiliary, ties=ctx.ties, contracted=ctx.contracted, unknown=ctx.unknown), new, tensors)
         named = every_tensor(new)
         dims = {name: tensors[name] for name in named if name in tensors}
@@ -334,7 +351,10 @@ def comb(
             inexact.setdefault(axis, ctx.reason(scale.node, "a constant of the forward depends on this width"))
     groups = _groups(ctx, dims, inexact)
     caches = tuple(dict.fromkeys([*emptied, *graph.caches]))
-    return Comb(groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model, caches, proof.left_alone)
+    return Comb(
+        groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model, caches, proof.left_alone,
+        reader(outputs),
+    )  # fmt: skip
 
 
 def _follow(ctx: Context, model: nn.Module, tensors: dict[str, tuple[Dim, ...]]) -> None:
@@ -368,10 +388,9 @@ def _propagate(ctx: Context, model: nn.Module, tensors: dict[str, tuple[Dim, ...
                 ctx.values[node] = tuple(Fixed(int(size)) for size in shape)
         elif node.op == "call_function":
             ctx.values[node] = infer(ctx, node)
-        elif node.op == "output":
-            for source in node.all_input_nodes:
-                for dim in ctx.dims_of(source):
-                    ctx.freeze(dim, source, "the model's output")
+    for source, part in ctx.graph.returned().items():
+        for dim in ctx.dims_of(source):
+            ctx.freeze(dim, source, f"the model's output {part}".strip())
     own = {axis for dims in tensors.values() for dim in dims for axis in axes.leaves(dim)}
     for node in ctx.values:
         for dim in ctx.dims_of(node):

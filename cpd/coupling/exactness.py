@@ -22,7 +22,7 @@ from cpd.rules.base import find, tensor_inputs
 from cpd.rules.fourier import TRANSFORMS
 from cpd.rules.pointwise import pointwise
 from cpd.rules.reduce import reduced_dims
-from cpd.trace.graph import op_name, shape_of
+from cpd.trace.graph import OperationGraph, op_name, shape_of
 from cpd.trace.values import READ
 
 #: Ops of space, of layout and along other dimensions that give zeros for zeros; elementwise ops are tried.
@@ -87,7 +87,7 @@ class Exactness:
         self.dirty: dict[Node, set[Axis]] = {}
         self.inexact: dict[Axis, str] = {}
         self._memory: dict[Node, Node] = {}
-        live = _live(ctx.graph.nodes)
+        live = _live(ctx.graph)
         for node in ctx.graph.nodes:
             if node.op == "call_function" and node in live:
                 self.dirty[node] = self._visit(node)
@@ -215,12 +215,12 @@ def _shares(node: Node) -> Iterator[tuple[Node, bool]]:
         yield node.all_input_nodes[0], False
 
 
-def _live(nodes: list[Node]) -> set[Node]:
-    """The nodes that the output depends on, or a number that the forward reads, and what is written into a tensor."""
-    live: set[Node] = set()
-    for node in reversed(nodes):
+def _live(graph: OperationGraph) -> set[Node]:
+    """The nodes that an output which matters depends on, or a number that is read, and what is written to a tensor."""
+    live = set(graph.returned())
+    for node in reversed(graph.nodes):
         written = op_name(node) == READ or any(changed for _, changed in _shares(node))
-        if node.op == "output" or written or any(user in live for user in node.users):
+        if node.op != "output" and (written or any(user in live for user in node.users)):
             live.add(node)
     return live
 

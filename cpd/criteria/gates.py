@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cpd.algebra import axes
 from cpd.coupling.comb import Comb, Group, Member
+from cpd.model.masks import masked_weights
 from cpd.model.tensors import named_tensors
 
 
@@ -127,5 +128,8 @@ def _members(comb: Comb, group: Group, everywhere: bool) -> list[Member]:
 
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter by name, detached."""
-    return {name: tensor.detach() for name, tensor in named_tensors(model).items() if isinstance(tensor, nn.Parameter)}
+    """Every parameter by name, detached; one that a mask of `torch.nn.utils.prune` lies on is multiplied by it."""
+    tensors = named_tensors(model)
+    found = {name: tensor.detach() for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    masks = {name: tensors[name.removesuffix("_orig") + "_mask"] for name in masked_weights(model)}
+    return found | {name: found[name] * mask for name, mask in masks.items()}

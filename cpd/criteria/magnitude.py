@@ -64,7 +64,8 @@ def bn_scale(setting: Setting) -> dict[str, Tensor]:
     weights = parameters_of(setting.model)
     norms = {name for name, module in setting.model.named_modules() if "norm" in type(module).__name__.lower()}
     chosen = {
-        group: [site for site in sites if site.tensor.removesuffix(".weight") in norms] or producers
+        group: [site for site in sites if site.tensor.removesuffix("_orig").removesuffix(".weight") in norms]
+        or producers
         for (group, sites), producers in zip(_sites(setting).items(), _producers(setting).values(), strict=True)
     }
     return _scored(setting, chosen, lambda site: slices(site, weights[site.tensor].float().square()).sqrt())

@@ -57,7 +57,7 @@ def obs(setting: Setting) -> dict[str, Tensor]:
     for batch in setting.batches():
 
         def direction(batch: object = batch) -> Tensor:
-            output = logits(setting.output(batch))  # type: ignore[arg-type]
+            output = logits(setting.comb.read(setting.output(batch)))  # type: ignore[arg-type]
             return (output * torch.randn(output.shape, generator=generator).to(output)).sum()
 
         for name, found in sample_gradients(setting, sites, batch, direction, after).items():

@@ -35,6 +35,7 @@ from cpd.distillation.kd import Distillation
 from cpd.distillation.optimizers import make_optimizer
 from cpd.errors import CheckpointError, CPDError, InputError, TrainingError
 from cpd.model.inputs import Batch, Call, as_module, batches, evaluating, logits, move
+from cpd.model.outputs import Outputs, reader
 from cpd.model.task_loss import LossFunction, task_loss
 from cpd.model.tensors import named_tensors, restore, state_of
 from cpd.randomness import random_states, random_states_kept, seeded, set_random_states
@@ -76,6 +77,7 @@ def distill(
     config: DistillConfig | None = None,
     pruner: ShrinksWhileTrained | None = None,
     checkpoint: Checkpoint | None = None,
+    outputs: Outputs | None = None,
 ) -> list[EpochRecord]:
     """Train `student` in place against `teacher`: `task_loss + kd_weight * kd_loss`.
 
@@ -99,6 +101,8 @@ def distill(
             (`Checkpoint.read`), the training goes on from there: `student` and `pruner` are then as they were before
             its first shrink, and the data must come in the same order (it does, if that depends on the global random
             generators, on the loader's or on `set_epoch`, all of which are seeded at each epoch).
+        outputs: the parts of the output that the models are compared by, and an inferred loss is taken of, as in
+            `cpd.comb`; None: its logits.
 
     Returns:
         One record an epoch; empty for `epochs=0`, where nothing is read or changed.
@@ -128,7 +132,9 @@ def distill(
     with accelerating(config.mixed_precision) as accelerator, random_states_kept():
         device, reference = accelerator.device, teacher if config.needs_teacher else None
         with placed(student, device), placed(reference, device):
-            return _Run(accelerator, student, reference, data, loss, config, pruner, checkpoint).train(evaluate)
+            return _Run(accelerator, student, reference, data, loss, config, pruner, checkpoint, reader(outputs)).train(
+                evaluate
+            )
 
 
 def _check_models(student: nn.Module, teacher: nn.Module | None, config: DistillConfig) -> None:
@@ -192,9 +198,10 @@ class _Run:
         config: DistillConfig,
         pruner: ShrinksWhileTrained | None,
         checkpoint: Checkpoint | None,
+        read: Callable[[Any], Any],
     ) -> None:
         self.accelerator, self.student, self.teacher = accelerator, student, teacher
-        self.loss, self.config, self.pruner, self.checkpoint = loss, config, pruner, checkpoint
+        self.loss, self.config, self.pruner, self.checkpoint, self.read = loss, config, pruner, checkpoint, read
         state = None if checkpoint is None else checkpoint.state
         if state is not None:
             if pruner is not None:
@@ -205,7 +212,7 @@ class _Run:
         self.kd: Distillation | None = None
         if state is not None:
             if teacher is not None and state["kd"] is not None:
-                self.kd = Distillation(config, student, teacher).to(accelerator.device)
+                self.kd = Distillation(config, student, teacher, read=read).to(accelerator.device)
                 self.kd.load(state["kd"])
                 self.add_projections()
             self.inner.load_state_dict(state["optimizer"])
@@ -360,14 +367,14 @@ class _Run:
         if config.mixup or config.cutmix:
             call, target = self.mixed(call, target)
         if self.teacher is not None and self.kd is None:
-            self.kd = Distillation(config, self.student, self.teacher, call.part(1)).to(device)
+            self.kd = Distillation(config, self.student, self.teacher, call.part(1), self.read).to(device)
         reference = None
         with nullcontext() if self.kd is None else self.kd.watching():
             if self.teacher is not None:
                 with torch.no_grad(), self.accelerator.autocast():
                     reference = call.on(self.teacher)
             output = call.on(self.trainee)
-        task = task_loss(output, target, self.loss)
+        task = task_loss(output, target, self.loss, self.read)
         if task is not None:
             parts["task"], parts["loss"] = task, config.task_weight * task
         if self.kd is not None:
@@ -389,7 +396,7 @@ class _Run:
             from timm.data import Mixup
 
             with torch.no_grad(), evaluating(self.student):
-                classes = logits(call.part(1).on(self.student)).shape[1]
+                classes = logits(self.read(call.part(1).on(self.student))).shape[1]
             self.mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)
         if len(target) == 1:
             return call, target

@@ -6,7 +6,7 @@ differ, and CIRKD's memory of the teacher's embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from cpd import processes
 from cpd.distillation.losses import channel_wise, cross_image, feature_error, kl_divergence, to_memory
 from cpd.errors import InputError
 from cpd.model.inputs import Call, evaluating, logits
+from cpd.model.outputs import whole
 
 if TYPE_CHECKING:
     from cpd.distillation.config import DistillConfig
@@ -43,13 +44,22 @@ class Distillation(nn.Module):
         student: the model that learns.
         teacher: the model that it learns from.
         call: one sample, which shows the last layer of each; None where a state will be loaded.
+        read: gives the part of an output that is compared.
 
     Raises:
         InputError: if a module named in `config.features` does not exist.
     """
 
-    def __init__(self, config: DistillConfig, student: nn.Module, teacher: nn.Module, call: Call | None = None) -> None:
+    def __init__(
+        self,
+        config: DistillConfig,
+        student: nn.Module,
+        teacher: nn.Module,
+        call: Call | None = None,
+        read: Callable[[Any], Any] = whole,
+    ) -> None:
         super().__init__()
+        self.read = read
         self.kind, self.temperature = config.kd, config.kd_temperature
         self.pairs = pairs = config.feature_pairs
         self.inputs = not pairs and self.kind in ("cirkd", "mse")  # of what the last layer reads
@@ -100,7 +110,7 @@ class Distillation(nn.Module):
             each = [self._of_features(key, target) for key in self.pairs]
             return torch.stack(each).mean()
         function = channel_wise if self.kind == "cwd" else kl_divergence
-        return function(logits(student), logits(teacher), self.temperature)
+        return function(logits(self.read(student)), logits(self.read(teacher)), self.temperature)
 
     def _of_features(self, key: str, target: Any) -> Tensor:
         student, teacher = self.found[0].pop(key), self.found[1].pop(key)

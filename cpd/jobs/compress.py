@@ -30,6 +30,7 @@ from cpd.errors import CPDError, first_line
 from cpd.jobs.outcome import Measured, Result, call_record, missed, report_of
 from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
 from cpd.model.inputs import Call, check_model, evaluated
+from cpd.model.masks import masks_applied
 from cpd.model.state import preserved
 from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of
@@ -120,6 +121,8 @@ def compress(
     processes.start()
     given = options if target_speedup is None else {"target_speedup": target_speedup, **options}
     settings = PruneConfig.of(config, given, "cpd.compress")
+    if settings.masks == "permanent":
+        model = masks_applied(copy_of(model))
     learning = training_settings(training, epochs, lr, settings.seed, progress)
     folder = None if output_dir is None else check_output_dir(output_dir)
     checkpoint = checkpoint_of(folder, resume, checkpoint_minutes, settings, learning, model)
@@ -131,11 +134,11 @@ def compress(
             check_runs(model, call)
         student = copy_of(model)
         if data is not None:
-            check_data(student, data, loss)
+            check_data(student, data, loss, settings.outputs)
         per_epoch = steps_an_epoch(settings, learning, data)
         stages = _Stages(progress)
         with stages("comb"):
-            combed = comb(model, call)
+            combed = comb(model, call, outputs=settings.outputs)
         by_weight = data is None and settings.criterion is None
         pruner = Pruner(
             student, call, steps=round(per_epoch * learning.epochs), data=data, loss=loss, comb=combed, stage=stages,
@@ -190,7 +193,7 @@ class _Run:
                 guide = copy_of(self.model) if teacher is None else teacher
                 records = distill(
                     self.student, guide, data, loss=loss, evaluate=evaluate, config=self.training, pruner=self.pruner,
-                    checkpoint=self.checkpoint,
+                    checkpoint=self.checkpoint, outputs=self.pruner.config.outputs,
                 )  # fmt: skip
             self.history += [record.to_dict() for record in records]
             after = records[-1].metric if records else after

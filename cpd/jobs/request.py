@@ -19,6 +19,7 @@ from cpd.distillation.distiller import steps_per_epoch
 from cpd.errors import InputError, TrainingError
 from cpd.model import sources
 from cpd.model.inputs import Call, as_call, batches, device_of, evaluating, move
+from cpd.model.outputs import Outputs, reader
 from cpd.model.task_loss import LossFunction, task_loss
 
 log = logging.getLogger("cpd")
@@ -40,7 +41,9 @@ def example_call(model: nn.Module, example_inputs: Any, data: Iterable[Any] | No
     return as_call(example_inputs).to(device_of(model))
 
 
-def check_data(model: nn.Module, data: Iterable[Any], loss: LossFunction | None) -> None:
+def check_data(
+    model: nn.Module, data: Iterable[Any], loss: LossFunction | None, outputs: Outputs | None = None
+) -> None:
     """The first batch must go through the model and give a finite loss.
 
     Raises:
@@ -54,7 +57,7 @@ def check_data(model: nn.Module, data: Iterable[Any], loss: LossFunction | None)
             output = batch.call.to(device).on(model)
         except Exception as error:  # the user's forward may raise anything
             raise InputError(f"The model fails on the first batch of data: {type(error).__name__}: {error}.") from error
-        value = task_loss(output, move(batch.target, device), loss)
+        value = task_loss(output, move(batch.target, device), loss, reader(outputs))
     if value is not None and not bool(torch.isfinite(value)):
         raise TrainingError(
             f"The loss of the unpruned model on the first batch is {float(value)}: check data and loss."
@@ -113,7 +116,7 @@ def checkpoint_of(
     model_key = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     key = {**config.settings(), **vars(training), "model": model_key}
     del key["progress"]
-    checkpoint = Checkpoint(folder, key, minutes)
+    checkpoint = Checkpoint(folder, key, minutes, PruneConfig().settings())
     if resume and checkpoint.read() is None:
         log.info("There is no checkpoint in %s yet: the run starts at its beginning.", folder)
     if not resume and checkpoint.path.exists():

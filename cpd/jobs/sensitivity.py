@@ -188,7 +188,7 @@ def sensitivity(
     console, points = Console(stderr=True), []
 
     def figures(narrow: nn.Module) -> tuple[float | None, float | None]:
-        return _loss(narrow, kept, loss), evaluated(evaluate, narrow)
+        return _loss(narrow, kept, loss, comb.read), evaluated(evaluate, narrow)
 
     before = figures(model)
     with Progress(console=console, disable=not (console.is_terminal if progress is None else progress)) as bar:
@@ -198,20 +198,25 @@ def sensitivity(
                 plan = comb.plan({group.name: sorted(selector.order[group.name][:count].tolist())})
                 narrow = shrink(copy_of(model), plan)
                 counts = {item.axis: len(plan.groups[item.name]) for item in comb.groups}
-                error = logits_error(narrow, model, kept)
+                error = logits_error(narrow, model, kept, read=comb.read)
                 macs, left = comb.cost(counts).macs / max(full, 1), len(plan.groups[group.name])
                 points.append(Point(group.name, ratio, left, group.size, macs, error, *figures(narrow)))
     return Sensitivity(tuple(points), *before)
 
 
 @torch.no_grad()
-def _loss(model: nn.Module, data: Iterable[Any], loss: Callable[[Any, Any], Tensor] | None) -> float | None:
+def _loss(
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: Callable[[Any, Any], Tensor] | None,
+    read: Callable[[Any], Any],
+) -> float | None:
     """The mean loss over the batches; None without targets."""
     values = []
     with evaluating(model):
         for batch in batches(data):
             device = device_of(model)
-            value = task_loss(batch.call.to(device).on(model), move(batch.target, device), loss)
+            value = task_loss(batch.call.to(device).on(model), move(batch.target, device), loss, read)
             if value is None:
                 return None
             values.append(float(value))

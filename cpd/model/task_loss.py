@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from cpd.errors import InputError
 from cpd.model.inputs import logits
+from cpd.model.outputs import whole
 
 LossFunction = Callable[[Any, Any], Tensor]  # loss(output, target) -> scalar, on the output as the model gives it
 
@@ -18,7 +19,9 @@ LossFunction = Callable[[Any, Any], Tensor]  # loss(output, target) -> scalar, o
 IGNORED_CLASS = -100  # as in `torch.nn.functional.cross_entropy`
 
 
-def task_loss(output: Any, target: Any, loss: LossFunction | None = None) -> Tensor | None:
+def task_loss(
+    output: Any, target: Any, loss: LossFunction | None = None, read: Callable[[Any], Any] = whole
+) -> Tensor | None:
     """The loss of the task: the user's, else cross-entropy inferred from the target.
 
     Args:
@@ -26,6 +29,7 @@ def task_loss(output: Any, target: Any, loss: LossFunction | None = None) -> Ten
         target: class indices `[N, ...]` of an integer type (-100 is ignored), or class probabilities of
             the logits' shape; with `loss`, anything that it takes.
         loss: `loss(output, target) -> scalar`, on the unchanged output.
+        read: gives the part of the output that an inferred loss is taken of.
 
     Returns:
         A scalar; None where there is neither target nor loss.
@@ -41,7 +45,7 @@ def task_loss(output: Any, target: Any, loss: LossFunction | None = None) -> Ten
         raise InputError(f"loss= must return a tensor of one number, not {found}: average over the batch in it.")
     if target is None:
         return None
-    prediction = logits(output)
+    prediction = logits(read(output))
     _check_target(prediction, target)
     prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
     target = target.to(prediction.dtype) if target.is_floating_point() else target.long()

@@ -124,7 +124,8 @@ class _Probe:
         self.largest = 1
 
         def after(layer: LayerCall) -> None:
-            times[layer.weight] += 1
+            if isinstance(layer.given["weight"], nn.Parameter):  # what is computed is so again at the next call
+                times[layer.weight] += 1
             latest[id(layer.output)] = (layer.output, layer.weight)
             self.largest = max(self.largest, layer.input.numel(), layer.output.numel())
 

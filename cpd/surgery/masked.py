@@ -182,6 +182,8 @@ def masked_output(model: nn.Module, comb: Comb, plan: Plan) -> Any:
 def masked_error(model: nn.Module, shrunk: nn.Module, comb: Comb, plan: Plan) -> float:
     """Largest difference between the shrunk model and the masked unpruned one, relative to the largest output.
 
+    Where only some of the outputs matter, those are compared.
+
     Args:
         model: the unpruned model.
         shrunk: the model that `plan` was applied to.
@@ -192,7 +194,12 @@ def masked_error(model: nn.Module, shrunk: nn.Module, comb: Comb, plan: Plan) ->
     shrunk = check_model(shrunk)
     with torch.no_grad(), evaluating(shrunk), plain_attention(), answering(comb.operations.answers):
         found = pytree.tree_leaves(comb.operations.call.on(comb.operations.runner(shrunk)))
-    pairs = [(a, b) for a, b in zip(expected, found, strict=True) if isinstance(a, Tensor) and _continuous(a)]
+    chosen = comb.operations.chosen
+    pairs = [
+        (a, b)
+        for place, (a, b) in enumerate(zip(expected, found, strict=True))
+        if isinstance(a, Tensor) and _continuous(a) and (chosen is None or place in chosen)
+    ]
     return max((float((a - b).abs().max() / a.abs().max().clamp_min(1e-30)) for a, b in pairs), default=0.0)
 
 

@@ -7,7 +7,7 @@ compensation amplifies errors. So all four are tried, and the outputs decide.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cpd.errors import InputError
 from cpd.model.inputs import batches, device_of, evaluating, logits
+from cpd.model.outputs import whole
 from cpd.model.tensors import restore, state_of
 from cpd.plan import Plan
 from cpd.surgery.batchnorm import recalibrate_batchnorm
@@ -49,6 +50,7 @@ def recover(
     *,
     limit: int = 16,
     compensation: bool = True,
+    read: Callable[[Any], Any] = whole,
 ) -> Recovery:
     """Bring a narrower model near to the unpruned one, in place, by forward passes alone.
 
@@ -59,16 +61,17 @@ def recover(
         data: batches; targets are not used.
         limit: at most this many are read.
         compensation: whether closed-form compensation is tried too.
+        read: gives the part of an output that matters.
 
     Raises:
         TrainingError: if there is no data, or statistics are not finite.
     """
     failure = None
-    errors = {"nothing": logits_error(model, original, data, limit)}
+    errors = {"nothing": logits_error(model, original, data, limit, read)}
     states = {"nothing": state_of(model)}
 
     def note(name: str) -> None:
-        errors[name], states[name] = logits_error(model, original, data, limit), state_of(model)
+        errors[name], states[name] = logits_error(model, original, data, limit, read), state_of(model)
 
     if recalibrate_batchnorm(model, data, limit=limit):
         note("recalibration")
@@ -87,14 +90,20 @@ def recover(
 
 
 @torch.no_grad()
-def logits_error(model: nn.Module, original: nn.Module, data: Iterable[Any], limit: int | None = None) -> float:
+def logits_error(
+    model: nn.Module,
+    original: nn.Module,
+    data: Iterable[Any],
+    limit: int | None = None,
+    read: Callable[[Any], Any] = whole,
+) -> float:
     """The mean squared difference of two models' logits, relative to the variance of the second's."""
     difference = total = count = 0.0
     mean: Tensor | float = 0.0
     with evaluating(model), evaluating(original):
         for batch in batches(data, limit):
-            found = logits(batch.call.to(device_of(model)).on(model)).double()
-            expected = logits(batch.call.to(device_of(original)).on(original)).double().to(found.device)
+            found = logits(read(batch.call.to(device_of(model)).on(model))).double()
+            expected = logits(read(batch.call.to(device_of(original)).on(original))).double().to(found.device)
             difference += float((found - expected).square().sum())
             mean = mean + expected.sum(0)
             total += float(expected.square().sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
+from cpd.errors import InputError
 from cpd.model.inputs import Call
+from cpd.model.outputs import Outputs, names_of, read_by, without_values
 from cpd.plan import Cache
 from cpd.trace.pointwise import first_name
 
@@ -52,6 +55,8 @@ class OperationGraph:
         inputs: names of the placeholders that are the user's inputs, in order.
         call: the example inputs; those of each part, where the model cannot be traced whole.
         parts: paths of the submodules that were traced in the model's place, where it cannot be traced whole.
+        layout: how what the model returns is put together.
+        chosen: the leaves of it that matter, by their places; None: all.
         seconds: wall-clock time that the export took.
         answers: what the forward was told where it asked for a value; a narrower copy is told the same.
         caches: attributes in which the forward kept tensors.
@@ -63,9 +68,54 @@ class OperationGraph:
     inputs: tuple[str, ...]
     call: Call
     parts: tuple[str, ...] = ()
+    layout: pytree.TreeSpec | None = None
+    chosen: frozenset[int] | None = None
     seconds: float = 0.0
     answers: tuple[Answer, ...] = ()
     caches: tuple[Cache, ...] = ()
+
+    def choosing(self, outputs: Outputs | None) -> OperationGraph:
+        """The graph, knowing which parts of its output matter.
+
+        Raises:
+            InputError: if the output has no such parts.
+        """
+        if outputs is None:
+            return self
+        if self.parts or self.layout is None:
+            raise InputError(
+                "outputs= needs a model that can be exported whole: what its parts give to the rest of it matters."
+            )
+        return replace(self, chosen=read_by(outputs, self._output_without_values()))
+
+    def _output_without_values(self) -> Any:
+        assert self.layout is not None
+        values = [item.meta["val"] if isinstance(item, Node) else item for item in self._leaves()]
+        return without_values(values, self.layout)
+
+    def _leaves(self) -> list[Any]:
+        """What the model returns: nodes, and what is no tensor."""
+        (output,) = (node for node in self.module.graph.nodes if node.op == "output")
+        every, whole = pytree.tree_leaves(output.args), self.layout
+        return every if whole is None else every[len(every) - whole.num_leaves :]
+
+    @property
+    def output_names(self) -> dict[int, str]:
+        """The name of each tensor that the model returns, by its place; "" where that is all, or it is not known."""
+        if self.parts or self.layout is None:
+            return {place: "" for place, item in enumerate(self._leaves()) if isinstance(item, Node)}
+        return names_of(self._output_without_values())
+
+    def returned(self) -> dict[Node, str]:
+        """The nodes whose tensors the model returns and that matter, each with its first name."""
+        names, found = self.output_names, dict[Node, str]()
+        (output,) = (node for node in self.module.graph.nodes if node.op == "output")
+        beside = set(output.all_input_nodes) - {item for item in self._leaves() if isinstance(item, Node)}
+        found.update(dict.fromkeys(beside, ""))  # buffers that the forward writes
+        for place, item in enumerate(self._leaves()):
+            if isinstance(item, Node) and (self.chosen is None or place in self.chosen):
+                found.setdefault(item, names.get(place, ""))
+        return found
 
     def runner(self, model: nn.Module) -> nn.Module:
         """What `call` is a call of: `model` itself, or its parts."""

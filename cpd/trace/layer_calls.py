@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from cpd.model.inputs import plain_attention
+from cpd.model.masks import masked_weights
 
 #: Function -> names of its arguments.
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -177,6 +178,7 @@ class LayerCalls(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.masked = masked_weights(model)
         self.before, self.after, self.norm = before, after, norm
 
     def __torch_function__(
@@ -185,7 +187,7 @@ class LayerCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in SIGNATURES:
             given = {**dict(zip(SIGNATURES[func], args, strict=False)), **kwargs}
-            name = self.names.get(id(given.get("weight", given.get("other"))))
+            name = self._name(given.get("weight", given.get("other")))
             if name is not None:
                 return self._layer(func, name, given)
         elif func is F.batch_norm and self.norm is not None:
@@ -196,6 +198,11 @@ class LayerCalls(TorchFunctionMode):
             with self:
                 return without_function_modes(func)(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _name(self, weight: Any) -> str | None:
+        """The parameter that a weight is, or that it is computed of by a mask."""
+        under = (name for name, (module, own) in self.masked.items() if getattr(module, own) is weight)
+        return self.names.get(id(weight)) or next(under, None)
 
     def _layer(self, func: Any, name: str, given: dict[str, Any]) -> Tensor:
         signature = SIGNATURES[func]

@@ -195,7 +195,10 @@ def _export(
     _inline_regions(program.graph_module)
     _name_once(program.graph_module, model)
     _drop_new_buffers(program.graph_module, tensors, every_tensor(model))
-    return OperationGraph(program.graph_module, tensors, constants, inputs, call, answers=answers, caches=tuple(caches))
+    layout = program.call_spec.out_spec
+    return OperationGraph(
+        program.graph_module, tensors, constants, inputs, call, layout=layout, answers=answers, caches=tuple(caches)
+    )
 
 
 def _drop_new_buffers(graph: GraphModule, tensors: dict[str, str], known: Mapping[str, Tensor]) -> None:

@@ -133,6 +133,16 @@ def test_comb_lists_groups(fakes: Fakes, run: Any) -> None:
     assert "1 of 2 groups are open: they hold 98.7% of the parameters and 50.0% of the MACs." in result.stdout
 
 
+def test_outputs_that_matter_are_named(fakes: Fakes, run: Any) -> None:
+    result = run("comb", "torch.nn:Identity", "--input-size", "8", "--outputs", "logits", "--outputs", "hidden.2")
+    assert result.exit_code == 0, result.stderr
+    assert fakes.calls[0]["outputs"] == ["logits", "hidden.2"]
+    assert "Outputs that matter, and so keep their width" in result.stdout
+    result = run("compress", "timm:resnet18", "--no-pretrained", "--outputs", "logits", "--outputs", "hidden.2")
+    assert result.exit_code == 0, result.stderr
+    assert fakes.calls[1]["config"].outputs == ("logits", "hidden.2")
+
+
 def test_comb_as_json(fakes: Fakes, run: Any) -> None:
     result = run("comb", "torch.nn:Identity", "--input-size", "8", "--json")
     assert result.exit_code == 0, result.stderr

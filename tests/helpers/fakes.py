@@ -24,8 +24,8 @@ class Fakes:
         self.calls.append({"model": model, **kwargs})
         return SimpleNamespace(report=self.report, speedup=self.report.speedup, model=model)
 
-    def comb(self, model: nn.Module, example_inputs: Any) -> Any:
-        self.calls.append({"model": model, "example_inputs": example_inputs})
+    def comb(self, model: nn.Module, example_inputs: Any, outputs: Any = None) -> Any:
+        self.calls.append({"model": model, "example_inputs": example_inputs, "outputs": outputs})
         members = tuple(f"layer{i}.weight dim 0" for i in range(5))
         groups = (
             SimpleNamespace(
@@ -35,4 +35,6 @@ class Fakes:
                 name="fc", size=10, minimum=1, frozen="an output", exact=False, members=members[:1], ties=()
             ),
         )
-        return SimpleNamespace(groups=groups, open_share={"parameters": 0.987, "macs": 0.5}, frozen_share=(), unused={})
+        return SimpleNamespace(
+            groups=groups, open_share={"parameters": 0.987, "macs": 0.5}, frozen_share=(), unused={}, outputs=("",)
+        )

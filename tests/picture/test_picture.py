@@ -425,7 +425,7 @@ def test_command_line_refuses_before_work(name: str, run: Any, tmp_path: Path, m
 def test_command_line_plots_and_gives_reasons(
     convnet: Comb, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpd, "comb", lambda *_: convnet, raising=False)
+    monkeypatch.setattr(cpd, "comb", lambda *_, **__: convnet, raising=False)
     arguments = ("comb", "torch.nn:Identity", "--input-size", "8", "--plot", tmp_path / "a.svg")
     result = run(*arguments)
     assert result.exit_code == 0, result.stderr
