@@ -96,10 +96,11 @@ class Snapshot:
             for name, value in attributes_of(module):
                 self.kept += (_Kept(path, name, found) for found in containers(value, seen))
 
-    def restore(self) -> None:
-        """Put everything back."""
+    def restore(self, *, registered: bool = True) -> None:
+        """Put everything back; parameters, buffers and submodules only if `registered`."""
         for one in self.kept:
-            one.restore()
+            if registered or one.name not in REGISTERED:
+                one.restore()
 
     def changed(self) -> dict[Site, Any]:
         """Attributes of modules that are or hold other objects now, with what they were; buffers that were none."""

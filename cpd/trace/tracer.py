@@ -168,9 +168,14 @@ def _export(
     model: nn.Module, call: Call, answers: tuple[Answer, ...] = (), *, training: bool = False
 ) -> OperationGraph:
     caches: list[Cache] = []
+
+    def ended(*_: Any) -> None:  # older versions of export refuse a model that keeps tensors in attributes
+        caches.extend(snapshot.caches())
+        snapshot.restore(registered=False)
+
     with preserved(model) as snapshot, in_mode(model, training), warnings.catch_warnings(), plain_attention():
         warnings.simplefilter("ignore")
-        handle = model.register_forward_hook(lambda *_: caches.extend(snapshot.caches()))
+        handle = model.register_forward_hook(ended)
         # on failure export writes the whole graph to its log
         with quiet(), garbage_collection_paused(), StandIns(), answering(answers):
             try:
