@@ -177,6 +177,7 @@ class _Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.device = device
+        self.entered: list[Any] = []
         self.ctx, self.counts, self.observation, self.path = ctx, observation.counts, observation, path
         self.literals: dict[Node, list[Literal]] = defaultdict(list)
         for item in ctx.literals:
@@ -199,9 +200,14 @@ class _Recorder(TorchFunctionMode):
             return func(args[0], self._sliced(*args[:2]), args[2])
         name, read = READERS.get(getattr(func, "__name__", ""), ("", None))
         queue = self.expected.get((self.path[-1], name)) if read is not None else None
-        if read is None and isinstance(func, FunctionType) and func.__globals__["__name__"] in _PYTHON:
+        in_python = isinstance(func, FunctionType) and func.__globals__["__name__"] in _PYTHON
+        if read is None and in_python and func not in self.entered:  # some hand themselves over again inside
+            self.entered.append(func)
             with self:
-                return without_function_modes(func)(*args, **kwargs)
+                try:
+                    return without_function_modes(func)(*args, **kwargs)
+                finally:
+                    self.entered.pop()
         if read is None or not queue:
             return _run(func, args, kwargs)
         node = queue.popleft()

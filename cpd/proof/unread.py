@@ -23,6 +23,7 @@ from torch.fx import Node
 
 from cpd.algebra import axes
 from cpd.algebra.axes import Dim
+from cpd.errors import let_through
 from cpd.proof.candidates import Candidates, parts_of
 from cpd.proof.constants import tensors_in_sight
 from cpd.proof.dispatch import Dispatch, calls_of_model
@@ -130,7 +131,8 @@ class Unread:
         def calls(extra: Mapping[Place, Dim]) -> list[Dispatch] | None:
             try:
                 return calls_of_model(copies.narrow(counts, extra, meta=True), copies.ctx)
-            except Exception:  # the user's forward may raise anything, and not all of them run without values
+            except Exception as error:  # the user's forward may raise anything, and not all of them run without values
+                let_through(error)
                 return None
 
         plain, pending = calls({}) if follow else None, [follow]
