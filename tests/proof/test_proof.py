@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import cpd
 from cpd.errors import PlanError
 from cpd.plan import Plan
+from cpd.proof.copies import Budget
 from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 from cpd.surgery.masked import masked_error
@@ -333,12 +334,51 @@ def test_a_width_whose_ties_allow_no_smaller_one_is_frozen() -> None:
     assert frozen(combed)["a#2"] == "tied to other widths, and no smaller width satisfies all of them"
 
 
-def test_a_proof_that_comes_to_no_end_freezes_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cpd.proof.proof.MAX_ROUNDS", 2)
-    net = Sketch(lambda net, x: net.b(net.a(x)).mean((2, 3)), a=conv(3, 6), b=conv(6, 5))
-    combed = cpd.comb(dense(net), MAP.double())
-    assert combed.open == ()
-    assert frozen(combed)["a"] == "verification did not converge after 2 rounds: please report this model"
+class Insists(nn.Module):
+    """A residual block that refuses another width than the one it was written for."""
+
+    def __init__(self, insists: bool = True) -> None:
+        super().__init__()
+        self.insists = insists
+        self.up, self.down = nn.Linear(12, 24), nn.Linear(24, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x).relu()
+        assert not self.insists or y.shape[-1] == 24, "made for a width of 24"
+        return x + self.down(y)
+
+
+class Easy(Insists):
+    def __init__(self) -> None:
+        super().__init__(insists=False)
+
+
+def insisting(blocks: int) -> nn.Sequential:
+    """As many blocks that refuse another width as blocks that do not."""
+    return nn.Sequential(*[Insists() if index % 2 else Easy() for index in range(2 * blocks)], nn.Linear(12, 5))
+
+
+@pytest.mark.parametrize("bound", [{"proof_copies": 3}, {"proof_seconds": 1e-6}])
+def test_what_is_not_proved_within_the_budget_is_frozen_and_the_rest_is_open(bound: dict[str, float]) -> None:
+    combed = cpd.comb(dense(insisting(6)), torch.randn(2, 12, dtype=torch.double), **bound)
+    assert [group.name for group in combed.open] == [f"{index}.up" for index in range(0, 12, 2)]
+    assert all("raise proof_copies or proof_seconds" in frozen(combed)[f"{index}.up"] for index in range(1, 12, 2))
+
+
+def test_what_fails_in_three_modules_of_a_class_is_frozen_in_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    budgets: list[Budget] = []
+    monkeypatch.setattr("cpd.proof.proof.Budget", lambda *args: budgets.append(Budget(*args)) or budgets[-1])
+    for blocks in (4, 12):
+        combed = cpd.comb(dense(insisting(blocks)), torch.randn(2, 12, dtype=torch.double))
+        assert len(combed.open) == blocks
+        assert all("made for a width of 24" in frozen(combed)[f"{2 * index + 1}.up"] for index in range(blocks))
+    assert budgets[1].made < 1.5 * budgets[0].made
+
+
+@pytest.mark.parametrize("bound", [{"proof_copies": 0}, {"proof_seconds": 0}, {"proof_seconds": float("nan")}])
+def test_a_budget_of_nothing_is_refused(bound: dict[str, float]) -> None:
+    with pytest.raises(cpd.InputError, match="proof_copies"):
+        cpd.comb(dense(insisting(1)), torch.randn(2, 12, dtype=torch.double), **bound)
 
 
 # ---------------------------------------------------------------- torch.nn's attention
