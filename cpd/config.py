@@ -169,6 +169,15 @@ class PruneConfig:
         "Masks of torch.nn.utils.prune: keep (they are narrowed with their weights), or permanent (multiplied into "
         "the weights and taken off before anything else).",
     )  # fmt: skip
+    proof_copies: int = option(
+        1000, integer(1),
+        "Narrower copies of the model that are tried to prove what can be removed; what is not proved by then stays.",
+    )  # fmt: skip
+    proof_seconds: float | None = option(
+        None,
+        number("above 0", lambda value: value > 0),
+        "Seconds after which what is not proved stays. Default: no limit, so that the same model gives the same plan.",
+    )
     tolerance: float = option(0.05, _INSIDE, "Relative distance from a measured target at which the search may end.")
     threads: int = option(1, integer(1), "Threads of ONNX Runtime when latency is measured.")
     latency_inputs: Sequence[Any] = option(
@@ -241,6 +250,11 @@ class PruneConfig:
     def limits(self) -> Limits:
         """What a selection may do to a group."""
         return Limits(self.round_to, self.max_ratio, self.min_width, dict(self.ratios or {}))
+
+    @property
+    def combing(self) -> dict[str, Any]:
+        """The options of `cpd.comb`."""
+        return {name: getattr(self, name) for name in ("outputs", "proof_copies", "proof_seconds")}
 
     def settings(self) -> dict[str, Any]:
         """All options as JSON types but for the inputs, as a checkpoint keeps them."""

@@ -166,7 +166,7 @@ class Pruner:
             if self.config.measures:
                 check_runs(self.model, as_call(example_inputs))
             with self._stage("comb"):  # of a copy: the model itself will not stay as it is
-                comb = comb_model(skeleton(self.model, {}), example_inputs, outputs=self.config.outputs)
+                comb = comb_model(skeleton(self.model, {}), example_inputs, **self.config.combing)
         self.comb = comb
         if not self.comb.open:
             reasons = "\n".join(f"  {group.name} ({group.size}): {group.frozen}" for group in self.comb.groups)
@@ -186,6 +186,8 @@ class Pruner:
         self.notes = [unused_sentence(comb.unused)] if comb.unused else list[str]()
         if comb.operations.chosen is not None:
             self.notes.append(outputs_sentence(comb.outputs))
+        if comb.operations.values_read:
+            self.notes.append(comb.operations.values_sentence)
         self.checks: dict[str, float] = {}
         self._accumulated = self._from_gradients()
 

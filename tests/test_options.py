@@ -93,7 +93,7 @@ WRONG: dict[str, Any] = {
     "target_memory": "half", "criterion": 3, "normalization": "flops", "exponent": -1, "scope": "layer",
     "compensation": 1, "score_batches": 0, "schedule": "sudden", "prune_from": -0.1, "prune_until": 1.1, "interval": 0,
     "round_to": 2.5, "max_ratio": 1, "min_width": True, "ratios": {"a": 1}, "tolerance": 0, "threads": 0,
-    "latency_inputs": 3, "seed": -1, "outputs": 1.5, "masks": "drop",
+    "latency_inputs": 3, "seed": -1, "outputs": 1.5, "masks": "drop", "proof_copies": 0, "proof_seconds": 0,
 }  # fmt: skip
 
 

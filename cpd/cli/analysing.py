@@ -50,6 +50,12 @@ def comb(
         list[str] | None,
         typer.Option("--outputs", help="A part of the output that matters, by name or position; any number of times."),
     ] = None,
+    proof_copies: Annotated[
+        int, typer.Option(min=1, help="Narrower copies that are tried to prove what can be removed.")
+    ] = 1000,
+    proof_seconds: Annotated[
+        float | None, typer.Option(help="Seconds after which what is not proved is frozen.", show_default="no limit")
+    ] = None,
 ) -> Output:
     """List a model's coupling groups (size, members, exact, frozen and why) and what the frozen ones hold."""
     if plot is not None:
@@ -62,7 +68,9 @@ def comb(
     from cpd.coupling.cost import unused_sentence
     from cpd.model.outputs import outputs_sentence
 
-    combed = cpd.comb(built, example_inputs, outputs=outputs or None)
+    combed = cpd.comb(
+        built, example_inputs, outputs=outputs or None, proof_copies=proof_copies, proof_seconds=proof_seconds
+    )
     share: dict[str, float] = combed.open_share
     if plot is not None:
         from cpd.picture import draw
@@ -80,9 +88,11 @@ def comb(
         "frozen_share": [asdict(row) for row in combed.frozen_share],
         "unused": dict(combed.unused),
         "outputs": list(combed.outputs),
+        "values_read": list(combed.operations.values_read),
     }
     told = [unused_sentence(combed.unused)] if combed.unused else []
     told += [outputs_sentence(combed.outputs)] if outputs else []
+    told += [combed.operations.values_sentence] if combed.operations.values_read else []
     frozen = [frozen_table(combed.frozen_share)] if combed.frozen_share else []
     return Output(data, (groups_table(combed.groups), sentence, *told, *frozen))
 

@@ -138,7 +138,7 @@ def compress(
         per_epoch = steps_an_epoch(settings, learning, data)
         stages = _Stages(progress)
         with stages("comb"):
-            combed = comb(model, call, outputs=settings.outputs)
+            combed = comb(model, call, **settings.combing)
         by_weight = data is None and settings.criterion is None
         pruner = Pruner(
             student, call, steps=round(per_epoch * learning.epochs), data=data, loss=loss, comb=combed, stage=stages,

@@ -42,7 +42,7 @@ MAX_TRACES = 8
 #: Widths drawn to find some that tell formulas apart.
 TELLING = 20
 #: Narrower copies tried before what is not proved is frozen.
-MAX_COPIES = 2000
+MAX_COPIES = 1000
 #: Copies that are tried beyond, while whole blocks are frozen.
 RESERVE = 100
 

@@ -127,6 +127,12 @@ class OperationGraph:
         return tuple(dict.fromkeys(answer.place for answer in self.answers if answer.from_inputs))
 
     @property
+    def values_sentence(self) -> str:
+        """A sentence for those who read what came of a trace in which values were read."""
+        places = ", ".join(self.values_read)
+        return f"The forward reads values ({places}): they are taken to be those of the example inputs."
+
+    @property
     def nodes(self) -> list[Node]:
         """All nodes in the order of execution."""
         return list(self.module.graph.nodes)

@@ -62,8 +62,7 @@ def trace(model: nn.Module, example_inputs: Any) -> OperationGraph:
         log.warning("%s Falling back to the submodules that can be exported: %s.", reason, ", ".join(parts))
         graph = trace_parts(model, tuple(parts), Call(tuple(parts.values()), {}))
     if graph.values_read:
-        places = ", ".join(graph.values_read)
-        log.warning("The forward reads values (%s): they are taken to be those of the example inputs.", places)
+        log.warning(graph.values_sentence)
     return dataclasses.replace(graph, seconds=time.perf_counter() - start)
 
 
