@@ -194,7 +194,7 @@ EVERY = (
     "--no-compensation --score-batches 3 --schedule linear --prune-from 0.1 --prune-until 0.9 --interval 7 "
     "--round-to 2 --max-ratio 0.7 --min-width 4 --ratios layer1*=0.25 --ratios fc=0 --tolerance 0.1 --threads 2 "
     "--latency-inputs 2x3x64x64 --latency-inputs 1x3x32x32 --seed 5 --outputs logits --outputs 1.0 --masks permanent "
-    "--momentum 0.5 --warmup 0.2 --max-grad-norm none --kd none --features fc"
+    "--proof-copies 50 --proof-seconds 30 --momentum 0.5 --warmup 0.2 --max-grad-norm none --kd none --features fc"
 )
 
 
@@ -206,6 +206,7 @@ def test_every_option_reaches_the_library(called: dict[str, Any], tmp_path: Any)
         compensation=False, score_batches=3, schedule="linear", prune_from=0.1, prune_until=0.9, interval=7, round_to=2,
         max_ratio=0.7, min_width=4, ratios={"layer1*": 0.25, "fc": 0.0}, tolerance=0.1, threads=2,
         latency_inputs=((2, 3, 64, 64), (1, 3, 32, 32)), seed=5, outputs=("logits", "1.0"), masks="permanent",
+        proof_copies=50, proof_seconds=30.0,
     )  # fmt: skip
     assert all(getattr(called["config"], name) != item.default for name, item in PRUNING.items() if name not in TARGETS)
     training = called["training"]
