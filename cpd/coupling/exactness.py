@@ -38,7 +38,7 @@ ZERO_PRESERVING = {
     "repeat_interleave", "cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "column_stack",
     "row_stack", "select", "slice", "narrow", "chunk", "unsafe_chunk", "split", "split_with_sizes", "unsafe_split",
     "unbind", "getitem", "roll", "flip", "fliplr", "flipud", "rot90", "pad", "constant_pad_nd", "index", "index_select",
-    "cumsum", "diff", "im2col", "col2im", "unfold", "tril", "triu", "diagonal", "gather", "take_along_dim",
+    "cumsum", "diff", "im2col", "col2im", "unfold", "tril", "triu", "diagonal", "gather", "take_along_dim", "renorm",
     "view_as_complex", "view_as_real", "stft", "istft", "roi_align", "max_unpool2d", "max_unpool3d", *TRANSFORMS,
 }  # fmt: skip
 #: Those of them that read the first tensor at places that others tell.

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._export.utils import _compiling_state_context
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
 from cpd.errors import InputError, TraceError, TrainingError
 
@@ -28,8 +28,9 @@ class Call(NamedTuple):
         return Call(move(self.args, device), move(self.kwargs, device))
 
     def on(self, model: nn.Module) -> Any:
-        """Run `model` on this call."""
-        return model(*self.args, **self.kwargs)
+        """Run `model` on this call; lists and dicts are its own, since some forwards change what they are given."""
+        args, kwargs = tree_map(lambda leaf: leaf, tuple(self))
+        return model(*args, **kwargs)
 
     @property
     def samples(self) -> int:

@@ -218,7 +218,7 @@ def triangle(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
 
 @rule(
     "masked_scatter", "masked_select", "take", "put", "diag", "diagflat", "diag_embed", "trace", "as_strided",
-    "as_strided_scatter", "fill_diagonal", "renorm", "histc", "bincount", "quantile", "nanquantile", "cartesian_prod",
+    "as_strided_scatter", "fill_diagonal", "histc", "bincount", "quantile", "nanquantile", "cartesian_prod",
     "combinations", "block_diag", "vander", "multinomial", "pdist",
     "cov", "corrcoef", "gradient", "trapezoid", "cumulative_trapezoid",
 )  # fmt: skip

@@ -52,7 +52,7 @@ def _aligned(ctx: Context, node: Node, source: Node) -> Shape:
     "alias", "clone", "contiguous", "detach", "detach_", "dropout", "feature_dropout", "alpha_dropout",
     "to", "_to_copy", "type_as", "resolve_conj", "resolve_neg", "pin_memory", "zeros_like", "ones_like", "full_like",
     "empty_like", "rand_like", "randn_like", "randint_like", "positive", "bernoulli", "uniform_", "normal_", "random_",
-    "exponential_", "poisson",
+    "exponential_", "poisson", "renorm",
     "_safe_softmax", "softmax", "log_softmax", "_softmax", "_log_softmax", "softmin", "special_softmax",
     "special_log_softmax", "feature_alpha_dropout", "rrelu_with_noise", "fake_quantize_per_tensor_affine",
 )  # fmt: skip

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import cpd
 from cpd.errors import InputError, TrainingError
 from cpd.model.inputs import Batch, Call, as_batch, as_call, batches, check_model, device_of, evaluating, logits, move
 
@@ -250,3 +251,24 @@ def test_logits_finds_the_tensor(output: object) -> None:
 def test_logits_of_an_output_without_any(output: object) -> None:
     with pytest.raises(InputError, match="holds no tensor"):
         logits(output)
+
+
+class ChangesWhatItIsGiven(torch.nn.Module):
+    """Puts what it computes into the list that it is given, as SlowFast does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Conv2d(3, 8, 1), torch.nn.Conv2d(8, 4, 1)
+
+    def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
+        maps[0] = self.a(maps[0])
+        return self.b(maps[0])
+
+
+def test_a_forward_may_change_the_list_that_it_is_given() -> None:
+    given = [torch.randn(1, 3, 4, 4)]
+    first = given[0]
+    model = ChangesWhatItIsGiven()
+    combed = cpd.comb(model, (given,))
+    assert given == [first]
+    assert [group.size for group in combed.open] == [8]

@@ -435,3 +435,24 @@ def test_groups_of_a_deformable_convolution() -> None:
     assert "groups of offsets" in str(frozen(combed))
     assert combed.open_share["parameters"] > 0.5
     assert not combed.unknown
+
+
+# ---------------------------------------------------------------- weights of bounded norm
+
+
+class BoundedNorm(nn.Module):
+    """A convolution whose rows are scaled down to a norm of at most one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = conv(3, 8), conv(8, 6), conv(6, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.renorm(self.b.weight, p=2, dim=0, maxnorm=1.0)
+        return self.c(F.conv2d(self.a(x), weight, self.b.bias, padding=1))
+
+
+def test_rows_of_bounded_norm_leave_both_sides_open_and_exact() -> None:
+    combed = checked(BoundedNorm(), MAP)
+    assert sizes(combed) == {"a": 8, "b": 6}
+    assert all(found.exact for found in combed.open)
