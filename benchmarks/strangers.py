@@ -101,11 +101,23 @@ def tokens(most: int, *shape: int) -> Tensor:
 # ---------------------------------------------------------------------------------- audio
 
 
+class Recogniser(nn.Module):
+    """Features to a width, an encoder that knows the lengths, and letters."""
+
+    def __init__(self, encoder: nn.Module, width: int) -> None:
+        super().__init__()
+        self.embed, self.encoder, self.head = nn.Linear(20, width), encoder, nn.Linear(width, 12)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """Letters of features `[B, T, 20]`."""
+        return self.head(self.encoder(self.embed(x), lengths)[0])
+
+
 @stranger("torchaudio", "audio")
 def conformer() -> Any:
     from torchaudio.models import Conformer
 
-    return Conformer(32, 4, 64, 2, 7), (normal(2, 20, 32), torch.tensor([20, 20]))
+    return Recogniser(Conformer(32, 4, 64, 2, 7), 32), (normal(2, 20, 20), torch.tensor([20, 20]))
 
 
 @stranger("torchaudio", "audio")
