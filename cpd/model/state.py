@@ -212,6 +212,10 @@ def code_memory_preserved(model: nn.Module) -> Iterator[None]:
             table.restore()
 
 
+#: The type of a function that remembers its results.
+_REMEMBERING = type(functools.lru_cache(lambda: None))
+
+
 @functools.lru_cache(maxsize=64)
 def _code_memory(kinds: frozenset[type]) -> list[Any]:
     """What could cache tensors beside the instances: memoized functions, and dicts and lists of classes and files."""
@@ -227,7 +231,7 @@ def _code_memory(kinds: frozenset[type]) -> list[Any]:
         for name, value in space.items():
             function = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
             is_table = isinstance(value, (dict, list)) and not name.startswith("__")
-            if (is_table and (not value or holds_tensor(value))) or hasattr(function, "cache_clear"):
+            if (is_table and (not value or holds_tensor(value))) or isinstance(function, _REMEMBERING):
                 found[id(function)] = function
     return list(found.values())
 

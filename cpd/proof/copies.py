@@ -23,7 +23,7 @@ from cpd.proof.freezing import Freezer
 from cpd.proof.provenance import Place, trace_integers
 from cpd.proof.replay import Observation, culprit, replay
 from cpd.rules import Context, Literal, arguments
-from cpd.trace.graph import OperationGraph, owner, pair, shape_of
+from cpd.trace.graph import OperationGraph, op_name, owner, pair, shape_of
 from cpd.trace.quiet import garbage_collection_paused
 from cpd.trace.tracer import retrace, retrace_operations
 
@@ -209,12 +209,22 @@ class Copies:
             (node, name): (before, after)
             for node, twin in twins.items()
             for name, before, after in scalars(node, self.ctx.graph, twin, graph)
-            if (node, name) not in literals
+            if (node, name) not in literals and not self._at_the_end(node, name, before, after, observation.counts)
         }
-        for key, widths in self.constants.note(observation.counts, numbers).items():
-            why = f"the number {numbers[key][0]} depends on this width"
-            self.freezer.freeze_number(key[0], widths, why)
-            observation.error = CPDError(f"{key[0].name}: {why}")
+        found = [
+            (node, widths, f"the number {numbers[node, name][0]} depends on this width")
+            for (node, name), widths in self.constants.note(observation.counts, numbers).items()
+        ]
+        if found:
+            self.freezer.freeze_numbers(found)
+            observation.error = CPDError(f"{found[0][0].name}: {found[0][2]}")
+
+    def _at_the_end(self, node: Node, name: str, before: float, after: float, counts: Counts) -> bool:
+        """Whether a bound of a slice is the end of its dimension, or beyond, in the model and in a narrower copy."""
+        if op_name(node) != "slice" or name not in ("start", "end"):
+            return False
+        dim = self.ctx.shape(node.all_input_nodes[0])[arguments(node)["dim"]]
+        return before >= dim.size and after >= axes.count(dim, counts)
 
 
 def edits(model: nn.Module, attributes: Mapping[Place, Dim], counts: Counts) -> list[Attribute]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -72,12 +72,14 @@ class Freezer:
             for dim in self.ctx.dims_of(source):
                 self.ctx.freeze(dim, at or node, why)
 
-    def freeze_number(self, node: Node, widths: Iterable[Dim], why: str) -> None:
-        """Freeze the widths that explain a number given to `node`; if none is open, what its module works on."""
+    def freeze_numbers(self, found: Sequence[tuple[Node, Sequence[Dim], str]]) -> None:
+        """Freeze the widths that explain numbers given to nodes; if none is open, what the module of one works on."""
         before = len(open_axes(self.dims))
-        for dim in widths:
-            self.ctx.freeze(dim, node, why)
+        for node, widths, why in found:
+            for dim in widths:
+                self.ctx.freeze(dim, node, why)
         if len(open_axes(self.dims)) == before:
+            node, _, why = found[0]
             self.freeze_module(owner(node), why, node)
 
     def freeze_culprit(self, observation: Observation) -> None:

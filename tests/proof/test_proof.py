@@ -334,6 +334,16 @@ def test_a_width_whose_ties_allow_no_smaller_one_is_frozen() -> None:
     assert frozen(combed)["a#2"] == "tied to other widths, and no smaller width satisfies all of them"
 
 
+def test_a_slice_that_begins_where_its_dimension_ends_names_no_width() -> None:
+    def forward(net: Sketch, x: Tensor) -> Tensor:
+        y = net.a(x)
+        width = y.shape[1]  # a rotary embedding of all channels leaves none beside
+        return net.b(torch.cat([y[:, :width] * 2, y[:, width:]], 1)).mean((2, 3))
+
+    combed = checked(Sketch(forward, a=conv(3, 6), b=conv(6, 5)), MAP)
+    assert sizes(combed) == {"a": 6}
+
+
 class Insists(nn.Module):
     """A residual block that refuses another width than the one it was written for."""
 
