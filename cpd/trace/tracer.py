@@ -207,10 +207,11 @@ def _export(
 
 def _drop_new_buffers(graph: GraphModule, tensors: dict[str, str], known: Mapping[str, Tensor]) -> None:
     """Leave out buffers that the forward registers first of all: they are computed, and nothing reads the old ones."""
+    for node in [node for node in graph.graph.nodes if writes_state(node)]:
+        if tensors.get(node.args[0].name) not in known:  # export may take the wrong one for the new buffer
+            graph.graph.erase_node(node)
     for node in [node for node in graph.graph.nodes if tensors.get(node.name, "") not in ("", *known)]:
-        if all(writes_state(user) for user in node.users):
-            for user in list(node.users):
-                graph.graph.erase_node(user)
+        if not node.users:
             graph.graph.erase_node(node)
             del tensors[node.name]
 
