@@ -155,8 +155,9 @@ class Remedies:
     def _next_ties(self, seen: Observation, trials: Counter[tuple[Dim, Dim]]) -> list[tuple[Tie, Literal]]:
         """For each module that names a wrong width, the first tie with trials left, and the literal it is for."""
         trial: dict[str, tuple[Tie, Literal]] = {}
+        known = {frozenset((tie.left, tie.right)) for tie in self.ctx.ties}  # they hold already, and explain nothing
         for item in seen.wrong():
-            candidates = self.candidates.ties(item, seen)
+            candidates = (tie for tie in self.candidates.ties(item, seen) if {tie.left, tie.right} not in known)
             tie = next((tie for tie in candidates if trials[tie.left, tie.right] < RETRIES), None)
             if tie is not None:
                 trial.setdefault(owner(item.node), (tie, item))

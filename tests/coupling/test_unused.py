@@ -25,7 +25,7 @@ class Deeper(nn.Module):
         x = self.head(x).mean((2, 3))
         if not self.sorts:
             return self.after(x)
-        return self.after(x[x[:, 0] > -9]) if float(x.sum()) > -99 else x
+        return self.after(x[x[:, 0] > -9]) if bool(x.sum() > -99) else x
 
 
 IMAGE = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
