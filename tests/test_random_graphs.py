@@ -92,7 +92,7 @@ def test_random_models_shrink_to_what_masking_gives(kind: str) -> None:
     tally: Counter[str] = Counter()
 
     @settings(
-        max_examples=max(2, round(EXAMPLES / len(KINDS))),
+        max_examples=max(3, round(EXAMPLES / len(KINDS))),
         deadline=None,
         derandomize=SEED is None,
         database=None,
