@@ -87,6 +87,7 @@ class Exactness:
         self.dirty: dict[Node, set[Axis]] = {}
         self.inexact: dict[Axis, str] = {}
         self._memory: dict[Node, Node] = {}
+        self._open: dict[Node, set[Axis]] = {}
         live = _live(ctx.graph)
         for node in ctx.graph.nodes:
             if node.op == "call_function" and node in live:
@@ -104,8 +105,10 @@ class Exactness:
                     self.dirty[other] |= self.dirty[node] & self._axes(other)
 
     def _axes(self, node: Node) -> set[Axis]:
-        dims = self.ctx.dims_of(node)
-        return {axis for dim in dims for axis in axes.leaves(dim) if axis.frozen is None}
+        if node not in self._open:
+            dims = self.ctx.dims_of(node)
+            self._open[node] = {axis for dim in dims for axis in axes.leaves(dim) if axis.frozen is None}
+        return self._open[node]
 
     def _zero(self, node: Node, axis: Axis) -> bool:
         """Whether `node` is zero wherever a removed position of `axis` enters it."""

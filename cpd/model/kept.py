@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from cpd.model.tensors import attributes_of
+
 #: The keys that lead to an integer: the name of the attribute, then those in what it holds.
 Keys: TypeAlias = tuple[str, ...]
 
@@ -25,13 +27,6 @@ MAX_DEPTH, MAX_PARTS = 4, 256
 _SETTINGS = (
     type(None), bool, int, float, str, tuple, list, dict, set, frozenset, type, Enum, torch.dtype, torch.device,
 )  # fmt: skip
-#: What every module has.
-_OF_MODULE = frozenset(vars(nn.Module()))
-
-
-def attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What a module keeps beside tensors, submodules and hooks."""
-    yield from ((name, value) for name, value in list(vars(module).items()) if name not in _OF_MODULE)
 
 
 def integers(module: nn.Module) -> Iterator[tuple[str, int]]:
@@ -42,7 +37,7 @@ def integers(module: nn.Module) -> Iterator[tuple[str, int]]:
         found.append((".".join(keys), value))
         return value
 
-    for name, value in attributes(module):
+    for name, value in attributes_of(module):
         changed(value, note, (name,))
     yield from found
 

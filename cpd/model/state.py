@@ -14,8 +14,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import FunctionType, ModuleType
 from typing import Any, TypeAlias
 
@@ -30,24 +29,28 @@ from cpd.model.tensors import DEPTH, REGISTERED, Container, attributes_of, conta
 from cpd.plan import Cache
 
 
-@dataclass
+_NOTHING: dict[Any, Any] = {}
+
+
 class _Kept:
     """A container at some moment.
 
-    Attributes:
+    Args:
         module: path of the module that it belongs to.
         name: the attribute of the module that holds it; "" for the module's own attributes.
         container: the container itself, changed by the forward.
+
+    Attributes:
         content: what it held.
     """
 
-    module: str
-    name: str
-    container: Container
-    content: Container = field(init=False)
+    __slots__ = ("container", "content", "module", "name")
 
-    def __post_init__(self) -> None:
-        self.content = copy(self.container)
+    def __init__(self, module: str, name: str, container: Container) -> None:
+        self.module, self.name, self.container = module, name, container
+        self.content: Container = container
+        if not isinstance(container, tuple):
+            self.content = container.copy() if container or not isinstance(container, dict) else _NOTHING
 
     def changed(self) -> bool:
         """Whether it holds other objects now."""
@@ -90,9 +93,7 @@ class Snapshot:
         for path, module in self.modules.items():
             own = module.__dict__
             self.kept.append(_Kept(path, "", own))
-            for name, value in own.items():
-                if name in REGISTERED:
-                    self.kept.append(_Kept(path, name, value))
+            self.kept += [_Kept(path, name, own[name]) for name in REGISTERED]
             for name, value in attributes_of(module):
                 self.kept += (_Kept(path, name, found) for found in containers(value, seen))
 
@@ -351,12 +352,7 @@ def _trials(model: nn.Module, paths: list[str], names: list[str]) -> Iterator[tu
         names: of the attributes that hold tensors.
     """
     own = dict(attributes_of(model.get_submodule(paths[0])))
-    keys = {
-        name: new
-        for kinds, new in _KEYS
-        for name, value in own.items()
-        if type(value) in kinds and name != "training" and value != new
-    }
+    keys = {name: new for kinds, new in _KEYS for name, value in own.items() if type(value) in kinds and value != new}
     shapes = {name: None for name, new in keys.items() if new is None}
     plain = {name for name in names if name in own}
     for reset in (shapes, *({name: new} for name, new in list(keys.items())[:MAX_KEYS])) if plain else ():

@@ -21,7 +21,10 @@ Container: TypeAlias = "dict[Any, Any] | list[Any] | tuple[Any, ...] | set[Any] 
 #: How deep containers and objects inside an attribute are followed, and what is not.
 DEPTH = 3
 _OPAQUE = (Tensor, nn.Module, type, ModuleType, FunctionType, MethodType, str, bytes, int, float, complex, torch.dtype)
-REGISTERED = {"_parameters", "_buffers", "_modules"}
+_SIMPLE = {type(None), bool, int, float, str, torch.dtype, torch.device}
+REGISTERED = ("_parameters", "_buffers", "_modules")
+#: What every module has.
+_OF_MODULE = frozenset(vars(nn.Module()))
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -56,15 +59,16 @@ def derived(module: nn.Module) -> dict[str, Any]:
     return {hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name: hook for hook in found}
 
 
-def attributes_of(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What a module keeps beside its parameters, buffers, submodules and hooks."""
-    for name, value in vars(module).items():
-        if name not in REGISTERED and not name.endswith("_hooks"):
-            yield name, value
+def attributes_of(module: nn.Module) -> list[tuple[str, Any]]:
+    """What a module keeps beside its mode, its parameters, buffers, submodules and hooks."""
+    return [(name, value) for name, value in vars(module).items() if name not in _OF_MODULE]
 
 
 def containers(value: Any, seen: set[int], depth: int = DEPTH) -> Iterator[Container]:
     """Every container in a value, itself included, and the attributes of the plain objects in it."""
+    kind = type(value)
+    if kind in _SIMPLE or (kind is tuple and all(type(item) in _SIMPLE for item in value)):
+        return
     if depth == 0 or isinstance(value, _OPAQUE) or id(value) in seen:
         return
     seen.add(id(value))
@@ -122,10 +126,8 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     Raises:
         InputError: if it cannot be copied.
     """
-    memo = {} if memo is None else memo
-    for tensor in loose_tensors(model):
-        if id(tensor) not in memo and not tensor.is_leaf:
-            memo[id(tensor)] = tensor.detach().clone()
+    if memo is None:
+        memo = {id(tensor): tensor.detach().clone() for tensor in loose_tensors(model) if not tensor.is_leaf}
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # a user's module may hold anything

@@ -18,7 +18,7 @@ from cpd.model.skeleton import set_attributes, skeleton
 from cpd.plan import Attribute
 from cpd.proof.constants import Constants, Number, scalars
 from cpd.proof.dispatch import behaves_as_predicted
-from cpd.proof.draws import Counts
+from cpd.proof.draws import Counts, Widths
 from cpd.proof.freezing import Freezer
 from cpd.proof.provenance import Place, trace_integers
 from cpd.proof.replay import Observation, culprit, replay
@@ -83,7 +83,7 @@ class Copies:
 
     model: nn.Module
     ctx: Context
-    dims: Mapping[str, tuple[Dim, ...]]
+    dims: Widths
     attributes: dict[Place, Dim]
     constants: Constants
     freezer: Freezer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations, cycle
 from typing import TypeAlias
 
@@ -25,6 +26,16 @@ TURNS = list(combinations(range(1, 5), 2))
 SHARES = (0.5, 0.75, 0.625, 0.875)
 
 
+class Widths(dict[str, tuple[Dim, ...]]):
+    """The dimensions of every parameter and buffer, once no axis is split or joined any more."""
+
+    @cached_property
+    def axes(self) -> list[Axis]:
+        """Every axis with more than one position, in the order of the parameters."""
+        found = [axis for shape in self.values() for dim in shape for axis in axes.leaves(dim)]
+        return [axis for axis in dict.fromkeys(found) if axis.size > 1]
+
+
 @dataclass(frozen=True)
 class Draws:
     """Widths for narrower copies; the same ones in the same order for the same model.
@@ -36,7 +47,7 @@ class Draws:
     """
 
     ctx: Context
-    dims: Mapping[str, tuple[Dim, ...]]
+    dims: Widths
     rng: random.Random = field(default_factory=lambda: random.Random(0))
 
     def small_axes(self) -> list[Axis]:
@@ -99,10 +110,9 @@ class Draws:
         return ties.repair(dict.fromkeys(open_axes(self.dims), 1), self.ctx.ties)
 
 
-def open_axes(dims: Mapping[str, tuple[Dim, ...]]) -> list[Axis]:
+def open_axes(dims: Widths) -> list[Axis]:
     """Every axis of a parameter that may still shrink, in the order of the parameters."""
-    found = [axis for shape in dims.values() for dim in shape for axis in axes.leaves(dim)]
-    return [axis for axis in dict.fromkeys(found) if axis.frozen is None and axis.size > 1]
+    return [axis for axis in dims.axes if axis.frozen is None]
 
 
 def moved(counts: Counts, among: Iterable[Axis]) -> set[Axis]:

@@ -11,7 +11,7 @@ from torch.fx import Node
 from cpd.algebra import axes
 from cpd.algebra.axes import Dim
 from cpd.errors import first_line
-from cpd.proof.draws import open_axes
+from cpd.proof.draws import Widths, open_axes
 from cpd.proof.provenance import Place
 from cpd.proof.replay import Observation
 from cpd.rules import Context, Literal
@@ -34,7 +34,7 @@ class Freezer:
     """
 
     ctx: Context
-    dims: Mapping[str, tuple[Dim, ...]]
+    dims: Widths
     attributes: Mapping[Place, Dim]
     kinds: Mapping[str, type]
     failures: Counter[tuple[type | None, str]] = field(default_factory=Counter)

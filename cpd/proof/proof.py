@@ -24,7 +24,7 @@ from cpd.errors import first_line
 from cpd.proof.auxiliary import fails_in_train_mode
 from cpd.proof.constants import Constants, Scale
 from cpd.proof.copies import Budget, BudgetSpent, Copies
-from cpd.proof.draws import Counts, Draws, moved, open_axes
+from cpd.proof.draws import Counts, Draws, Widths, moved, open_axes
 from cpd.proof.freezing import Freezer
 from cpd.proof.provenance import Place
 from cpd.proof.remedies import RETRIES, Remedies
@@ -72,16 +72,16 @@ class Proof:
         self, model: nn.Module, ctx: Context, dims: Mapping[str, tuple[Dim, ...]], *,
         in_train_mode: OperationGraph | None = None, max_copies: int = MAX_COPIES, max_seconds: float | None = None,
     ) -> None:  # fmt: skip
-        self.ctx, self.dims, self.in_train_mode = ctx, dims, in_train_mode
+        self.ctx, self.dims, self.in_train_mode = ctx, Widths(dims), in_train_mode
         self.attributes: dict[Place, Dim] = {}
         self.spent: str | None = None
         self.left_alone: dict[Place, tuple[Dim, ...]] = {}
-        self.draws = Draws(ctx, dims)
+        self.draws = Draws(ctx, self.dims)
         self.constants = Constants(ctx)
         kinds = {path: type(module) for path, module in model.named_modules()}
-        self.freezer = Freezer(ctx, dims, self.attributes, kinds)
+        self.freezer = Freezer(ctx, self.dims, self.attributes, kinds)
         self.budget = Budget(max_copies, max_seconds)
-        self.copies = Copies(model, ctx, dims, self.attributes, self.constants, self.freezer, self.budget)
+        self.copies = Copies(model, ctx, self.dims, self.attributes, self.constants, self.freezer, self.budget)
         self.remedies = Remedies(self.copies, self.draws)
 
     @property

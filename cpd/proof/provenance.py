@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from cpd.model import kept
+from cpd.model.tensors import attributes_of
 
 
 @dataclass(frozen=True, order=True)
@@ -72,7 +73,7 @@ def trace_integers(model: nn.Module) -> None:
         def traced(keys: kept.Keys, value: int, path: str = path) -> int:
             return Traced(value, frozenset([Place(path, ".".join(keys))]))
 
-        for name, value in kept.attributes(module):
+        for name, value in attributes_of(module):
             vars(module)[name] = kept.changed(value, traced, (name,))
 
 
