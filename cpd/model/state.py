@@ -28,7 +28,6 @@ from cpd.model.skeleton import skeleton
 from cpd.model.tensors import DEPTH, REGISTERED, Container, attributes_of, containers, derived, items_of
 from cpd.plan import Cache
 
-
 _NOTHING: dict[Any, Any] = {}
 
 
