@@ -41,8 +41,11 @@ ZERO_PRESERVING = {
     "cumsum", "diff", "im2col", "col2im", "unfold", "tril", "triu", "diagonal", "gather", "take_along_dim", "renorm",
     "view_as_complex", "view_as_real", "stft", "istft", "roi_align", "max_unpool2d", "max_unpool3d", *TRANSFORMS,
 }  # fmt: skip
-#: Those of them that read the first tensor at places that others tell.
-_READS = {"gather", "take_along_dim", "index", "index_select", "grid_sampler", "roi_align", "stft", "istft"}
+#: Those of them that read the first tensor, at places or in a shape that others tell.
+_READS = {
+    "gather", "take_along_dim", "index", "index_select", "grid_sampler", "roi_align", "stft", "istft", "expand_as",
+    "view_as", "reshape_as", "type_as",
+}  # fmt: skip
 NORMS = {"layer_norm", "rms_norm", "group_norm", "instance_norm", "batch_norm"}
 REDUCTIONS = {
     "mean", "amax", "amin", "var", "std", "logsumexp", "special_logsumexp", "prod", "any", "all", "max", "min",

@@ -456,3 +456,14 @@ def test_rows_of_bounded_norm_leave_both_sides_open_and_exact() -> None:
     combed = checked(BoundedNorm(), MAP)
     assert sizes(combed) == {"a": 8, "b": 6}
     assert all(found.exact for found in combed.open)
+
+
+def test_what_is_divided_by_its_norm_stays_zero_where_it_is_removed() -> None:
+    def forward(net: Sketch, x: Tensor) -> Tensor:
+        query, key = (F.normalize(layer(x), dim=-1) for layer in (net.query, net.key))
+        return net.out(x.transpose(1, 2) @ (query @ key.transpose(1, 2)))
+
+    query, key, out = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(TOKENS.shape[1], 5)
+    combed = checked(Sketch(forward, query=query, key=key, out=out), TOKENS)
+    assert sizes(combed) == {"query": 8}
+    assert combed.open[0].exact
