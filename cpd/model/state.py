@@ -92,7 +92,7 @@ class Snapshot:
         for path, module in self.modules.items():
             own = module.__dict__
             self.kept.append(_Kept(path, "", own))
-            self.kept += [_Kept(path, name, own[name]) for name in REGISTERED]
+            self.kept += [_Kept(path, name, own[name]) for name in REGISTERED if name in own]
             for name, value in attributes_of(module):
                 self.kept += (_Kept(path, name, found) for found in containers(value, seen))
 
