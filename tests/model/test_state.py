@@ -265,6 +265,39 @@ def test_export_and_compress_leave_what_a_model_keeps(head: type[Head]) -> None:
     assert attributes(model) == before
 
 
+LEVELS = [torch.tensor([2.0]).double()]
+
+
+class Level(Head):
+    """Reads a tensor that its file keeps in a list."""
+
+    def table(self, x: Tensor) -> Tensor:
+        return LEVELS[0]
+
+
+def test_a_table_of_constants_in_a_file_is_no_cache() -> None:
+    level = LEVELS[0]
+    combed = cpd.comb(net(Level), X)
+    assert [group.size for group in combed.open] == [6, 8, 8]
+    assert LEVELS[0] is level
+
+
+class KeptBesideSettings(KeptByShape):
+    """Has settings of the kind of its key, which only other methods read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.resolution, self.strides = (4, 4), (8, 16)
+
+
+def test_settings_that_are_no_key_stay() -> None:
+    model = net(KeptBesideSettings)
+    model(X)
+    combed = cpd.comb(model, X)
+    cpd.shrink(model, combed.plan({"0": range(3)}))
+    assert (model[-1].resolution, model[-1].strides) == ((4, 4), (8, 16))
+
+
 class Scaled(Head):
     """Reads a tensor, and settings that could be a key."""
 
