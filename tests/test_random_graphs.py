@@ -82,8 +82,8 @@ def test_models_that_were_wrong_once(case: tuple[list[tuple], str, float, int]) 
     check(*case)
 
 
-#: Kinds whose own parameters have no dimension that can shrink: one channel, or windows of two.
-FROZEN = {"NeighbourGate", "SpaceGate"}
+#: Kinds whose own tensors have no dimension that can shrink: one channel, windows of two, or the corners of boxes.
+FROZEN = {"NeighbourGate", "SpaceGate", "Regions"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -308,14 +308,15 @@ def cold(model: nn.Module, call: Call) -> tuple[nn.Module, list[Cache]]:
 
 
 def _empty_tables(model: nn.Module, call: Call) -> None:
-    """Empty the dicts and lists of a model's classes and files that hold tensors, if it gives the same without them."""
+    """Empty the dicts and lists of a model's classes and files that its forward fills, to give the same."""
     tables = [table for table in _tables(frozenset(map(type, model.modules()))) if holds_tensor(table.container)]
     expected = _ran(model, call, ()) if tables else None
     for table in tables:
         table.container.clear()  # type: ignore[union-attr]
     found = _ran(model, call, ()) if expected is not None else None
-    if expected is None or found is None or not _same(found.output, expected.output):
-        for table in tables:
+    same = expected is not None and found is not None and _same(found.output, expected.output)
+    for table in tables:
+        if found is None or not same or id(table.container) not in found.tables:
             table.restore()
 
 
@@ -382,10 +383,11 @@ def _trials(model: nn.Module, paths: list[str], names: list[str]) -> Iterator[tu
 
 @dataclass(frozen=True)
 class _Run:
-    """What a forward gave, and the attributes that it filled with tensors."""
+    """What a forward gave, and the attributes, and the tables of its code (by `id`), that then held tensors."""
 
     output: list[Any]
     filled: set[Site]
+    tables: set[int]
 
 
 def _ran(model: nn.Module, call: Call, caches: Iterable[Cache]) -> _Run | None:
@@ -405,7 +407,9 @@ def _ran_on(model: nn.Module, call: Call) -> _Run | None:
         except Exception as error:  # the user's forward may raise anything
             let_through(error)
             return None
-    return _Run(output, snapshot.filled(snapshot.changed()))
+        tables = _tables(frozenset(map(type, model.modules())))
+        held = {id(one.container) for one in tables if holds_tensor(one.container)}
+    return _Run(output, snapshot.filled(snapshot.changed()), held)
 
 
 def _same(left: list[Any], right: list[Any]) -> bool:

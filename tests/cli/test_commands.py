@@ -131,6 +131,9 @@ def test_comb_lists_groups(fakes: Fakes, run: Any) -> None:
         assert text in result.stdout
     assert "layer3.weight" not in result.stdout
     assert "1 of 2 groups are open: they hold 98.7% of the parameters and 50.0% of the MACs." in result.stdout
+    assert "It reads values (net.py:14)." in result.stdout
+    run("comb", "torchvision:shufflenet_v2_x0_5", "--proof-copies", "7", "--proof-seconds", "2")
+    assert [(call["proof_copies"], call["proof_seconds"]) for call in fakes.calls] == [(1000, None), (7, 2.0)]
 
 
 def test_outputs_that_matter_are_named(fakes: Fakes, run: Any) -> None:
@@ -148,6 +151,7 @@ def test_comb_as_json(fakes: Fakes, run: Any) -> None:
     assert result.exit_code == 0, result.stderr
     data = json.loads(result.stdout)
     assert data["open_share"] == {"parameters": 0.987, "macs": 0.5}
+    assert data["values_read"] == ["net.py:14"]
     assert [group["frozen"] for group in data["groups"]] == [None, "an output"]
     assert len(data["groups"][0]["members"]) == 5
     assert fakes.calls[0]["example_inputs"].shape == (1, 3, 8, 8)

@@ -24,8 +24,8 @@ class Fakes:
         self.calls.append({"model": model, **kwargs})
         return SimpleNamespace(report=self.report, speedup=self.report.speedup, model=model)
 
-    def comb(self, model: nn.Module, example_inputs: Any, outputs: Any = None) -> Any:
-        self.calls.append({"model": model, "example_inputs": example_inputs, "outputs": outputs})
+    def comb(self, model: nn.Module, example_inputs: Any, outputs: Any = None, **budget: Any) -> Any:
+        self.calls.append({"model": model, "example_inputs": example_inputs, "outputs": outputs, **budget})
         members = tuple(f"layer{i}.weight dim 0" for i in range(5))
         groups = (
             SimpleNamespace(
@@ -36,5 +36,6 @@ class Fakes:
             ),
         )
         return SimpleNamespace(
-            groups=groups, open_share={"parameters": 0.987, "macs": 0.5}, frozen_share=(), unused={}, outputs=("",)
-        )
+            groups=groups, open_share={"parameters": 0.987, "macs": 0.5}, frozen_share=(), unused={}, outputs=("",),
+            operations=SimpleNamespace(values_read=("net.py:14",), values_sentence="It reads values (net.py:14)."),
+        )  # fmt: skip
