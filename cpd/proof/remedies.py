@@ -187,13 +187,22 @@ class Remedies:
         Returns:
             Whether there is one.
         """
-        for item in wrong:
+        for item in self._one_a_kind(wrong):
             among = [axis for axis in dict.fromkeys(axes.leaves(item.dim)) if axis.frozen is None]
             for axis in sorted(among, key=lambda axis: axis.size) if len(among) > 1 else ():
                 if self._agrees(item, {*among} - {axis}, {axis: axis.size}):
                     axis.frozen = self.ctx.reason(item.node, f"{unexplained(item)} where fewer than {axis.size} stay")
                     return True
         return False
+
+    def _one_a_kind(self, wrong: Iterable[Literal]) -> Iterable[Literal]:
+        """Of literals alike in modules of one class the first: what does not help there helps in none of them."""
+        found: dict[tuple[object, ...], Literal] = {}
+        for item in wrong:
+            sizes = tuple(axis.size for axis in axes.leaves(item.dim))
+            kind = type(self.model.get_submodule(owner(item.node)))
+            found.setdefault((kind, item.argument, item.index, sizes), item)
+        return found.values()
 
     def _agrees(self, item: Literal, among: set[Axis], given: Mapping[Axis, int] | None = None) -> bool:
         """Whether a literal is as predicted at several widths of these axes, some others being given."""
