@@ -38,6 +38,7 @@ from cpd.proof.provenance import Place
 from cpd.rules import Context, infer
 from cpd.rules.contraction import KERNEL
 from cpd.trace.graph import OperationGraph
+from cpd.trace.quiet import garbage_collection_paused
 from cpd.trace.tracer import trace
 
 
@@ -331,10 +332,11 @@ def comb(
         raise InputError(f"proof_copies ({proof_copies}) must be at least 1, proof_seconds ({proof_seconds}) above 0.")
     call = as_call(example_inputs)
     with preserved(model):
-        new, emptied = cold(model, call)
-        graph = trace(new, call).choosing(outputs)
-        ctx = Context(graph)
-        tensors = _propagate(ctx, new, {})
+        with garbage_collection_paused():
+            new, emptied = cold(model, call)
+            graph = trace(new, call).choosing(outputs)
+            ctx = Context(graph)
+            tensors = _propagate(ctx, new, {})
         auxiliary = auxiliary_graph(new, graph)
         if auxiliary is not None:
             with suppress(InputError):  # which may give something else in train mode: all of it matters then
@@ -345,7 +347,8 @@ def comb(
         _freeze_tables(ctx, dims, named)
         proof = Proof(new, ctx, dims, in_train_mode=auxiliary, max_copies=proof_copies, max_seconds=proof_seconds)
         proof.run()
-    inexact = Exactness(ctx).inexact
+    with garbage_collection_paused():
+        inexact = Exactness(ctx).inexact
     for scale in proof.scales:
         for axis in axes.leaves(scale.dim) if not scale.rows else ():
             inexact.setdefault(axis, ctx.reason(scale.node, "a constant of the forward depends on this width"))
