@@ -60,6 +60,7 @@ def _are_shares(value: Any) -> bool:
 
 
 _AMOUNT = number("above 0: a share up to 1, or an amount", lambda value: value > 0)
+_ABOVE_ZERO = number("above 0", lambda value: value > 0)
 _SPEEDUP = number("of at least 1 (original over result: for half the latency, 2)", lambda value: value >= 1)
 _FRACTION = number("from 0 to 1", lambda value: 0 <= value <= 1)
 _INSIDE = number("between 0 and 1", lambda value: 0 < value < 1)
@@ -101,7 +102,7 @@ class PruneConfig:
     )  # fmt: skip
     target_latency_ms: float | None = option(
         None,
-        number("above 0", lambda value: value > 0),
+        _ABOVE_ZERO,
         "Latency of the result in ms for one run, measured in ONNX Runtime.",
     )
     target_macs: float | None = option(
@@ -175,7 +176,7 @@ class PruneConfig:
     )  # fmt: skip
     proof_seconds: float | None = option(
         None,
-        number("above 0", lambda value: value > 0),
+        _ABOVE_ZERO,
         "Seconds after which what is not proved stays. Default: no limit, so that the same model gives the same plan.",
     )
     tolerance: float = option(0.05, _INSIDE, "Relative distance from a measured target at which the search may end.")

@@ -5,13 +5,15 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.utils import prune
 
+from cpd.model.tensors import derived
+
 
 def masked_weights(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Each parameter that a mask lies on, with the module and its attribute that holds the product of both."""
     return {
-        f"{path}.{hook._tensor_name}_orig".removeprefix("."): (module, hook._tensor_name)
+        f"{path}.{name}_orig".removeprefix("."): (module, name)
         for path, module in model.named_modules()
-        for hook in module._forward_pre_hooks.values()
+        for name, hook in derived(module).items()
         if isinstance(hook, prune.BasePruningMethod)
     }
 

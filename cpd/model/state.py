@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from cpd.errors import let_through
 from cpd.model.inputs import Call, evaluating
 from cpd.model.skeleton import skeleton
-from cpd.model.tensors import DEPTH, REGISTERED, Container, attributes_of, containers, derived, items_of
+from cpd.model.tensors import DEPTH, REGISTERED, Container, attributes_of, containers, derived, items_of, own_buffers
 from cpd.plan import Cache
 
 _NOTHING: dict[Any, Any] = {}
@@ -197,9 +197,8 @@ def code_memory_preserved(model: nn.Module) -> Iterator[None]:
 
     Functions that remember tensors (`functools.lru_cache`) forget them, before and after.
     """
-    kinds = frozenset(map(type, model.modules()))
-    tables = _tables(kinds)
-    functions = [one for one in _code_memory(kinds) if not isinstance(one, (dict, list))]
+    tables = _tables(model)
+    functions = [one for one in _code_memory(_kinds(model)) if not isinstance(one, (dict, list))]
     _forget_results(functions)
     try:
         yield
@@ -209,9 +208,13 @@ def code_memory_preserved(model: nn.Module) -> Iterator[None]:
             table.restore()
 
 
-def _tables(kinds: frozenset[type]) -> list[_Kept]:
-    """The dicts and lists in which code could keep tensors."""
-    return [_Kept("", "", one) for one in _code_memory(kinds) if isinstance(one, (dict, list))]
+def _kinds(model: nn.Module) -> frozenset[type]:
+    return frozenset(map(type, model.modules()))
+
+
+def _tables(model: nn.Module) -> list[_Kept]:
+    """The dicts and lists in which the code of a model could keep tensors."""
+    return [_Kept("", "", one) for one in _code_memory(_kinds(model)) if isinstance(one, (dict, list))]
 
 
 #: The type of a function that remembers its results.
@@ -281,10 +284,7 @@ def cold(model: nn.Module, call: Call) -> tuple[nn.Module, list[Cache]]:
         call: the example inputs.
     """
     base = skeleton(model, {})
-    buffers = {id(buffer): buffer.clone() for buffer in base.buffers()}
-    for module in base.modules():
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = None if buffer is None else buffers[id(buffer)]
+    own_buffers(base)
     sites = _sites(base)
     alone = _calls(base, call, [paths[0] for paths, _ in sites]) if sites else {}
     expected: _Run | None = None
@@ -309,7 +309,7 @@ def cold(model: nn.Module, call: Call) -> tuple[nn.Module, list[Cache]]:
 
 def _empty_tables(model: nn.Module, call: Call) -> None:
     """Empty the dicts and lists of a model's classes and files that its forward fills, to give the same."""
-    tables = [table for table in _tables(frozenset(map(type, model.modules()))) if holds_tensor(table.container)]
+    tables = [table for table in _tables(model) if holds_tensor(table.container)]
     expected = _ran(model, call, ()) if tables else None
     for table in tables:
         table.container.clear()  # type: ignore[union-attr]
@@ -407,8 +407,7 @@ def _ran_on(model: nn.Module, call: Call) -> _Run | None:
         except Exception as error:  # the user's forward may raise anything
             let_through(error)
             return None
-        tables = _tables(frozenset(map(type, model.modules())))
-        held = {id(one.container) for one in tables if holds_tensor(one.container)}
+        held = {id(one.container) for one in _tables(model) if holds_tensor(one.container)}
     return _Run(output, snapshot.filled(snapshot.changed()), held)
 
 

@@ -97,6 +97,13 @@ def loose_tensors(model: nn.Module) -> Iterator[Tensor]:
                 yield from (item for item in items_of(found) if isinstance(item, Tensor))
 
 
+def own_buffers(model: nn.Module) -> None:
+    """Give a copy of a model buffers of its own, in place of those that it shares; tied ones stay tied."""
+    copies = {id(buffer): buffer.clone() for buffer in model.buffers()}
+    for module in model.modules():
+        module._buffers.update({name: copies.get(id(buffer)) for name, buffer in module._buffers.items()})
+
+
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter and buffer."""
     return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}

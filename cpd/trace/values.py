@@ -29,6 +29,7 @@ from cpd.errors import TraceError
 from cpd.model.inputs import Call, as_exported, in_mode
 from cpd.model.skeleton import skeleton
 from cpd.model.state import code_memory_preserved
+from cpd.model.tensors import own_buffers
 from cpd.trace.graph import Answer, is_own_code, is_user_code
 
 #: The op that marks, in a graph, a tensor whose values are read as numbers; what it gives is used by nothing.
@@ -305,9 +306,7 @@ def asked(model: nn.Module, call: Call, *, training: bool = False) -> tuple[Answ
         TraceError: if the values of the inputs decide what the forward does.
     """
     copy = skeleton(model, {})
-    buffers = {id(buffer): buffer.clone() for buffer in copy.buffers()}
-    for module in copy.modules():
-        module._buffers.update({name: buffers.get(id(buffer)) for name, buffer in module._buffers.items()})
+    own_buffers(copy)
     asking = _Asking(call)
     with (
         code_memory_preserved(copy),
