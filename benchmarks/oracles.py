@@ -86,6 +86,11 @@ def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
+def _float_type(model: nn.Module) -> torch.dtype:
+    """The type of a model's real parameters; it may have complex ones beside."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
 def outputs_of(model: nn.Module, call: Call) -> list[Tensor]:
     """Every tensor that the model gives, without gradients."""
     with torch.no_grad():
@@ -274,7 +279,7 @@ def examine(
         "again": lambda: check_again(comb, plan, second(), share),
         "train": lambda: check_train(small, call32, comb),
         "reload": lambda: check_reload(name, small, plan, call32),
-        "warm": lambda: check_warm(lambda: build(name)[0].to(next(dense.parameters()).dtype), call, comb),
+        "warm": lambda: check_warm(lambda: build(name)[0].to(_float_type(dense)), call, comb),
     }
     for stage in CHECKS:
         if stage in skip:

@@ -35,7 +35,10 @@ Dispatch: TypeAlias = tuple[Any, Any, Any]
 
 _aten = torch.ops.aten
 #: Ops that compute nothing; an export leaves some of them out.
-_IDLE = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default, _aten._assert_tensor_metadata.default}
+_IDLE = {
+    _aten.detach.default, _aten.alias.default, _aten.lift_fresh.default, _aten.lift_fresh_copy.default,
+    _aten._assert_tensor_metadata.default,
+}  # fmt: skip
 #: Ops whose first result is laid out like their first argument, and whose kernels without values are slow.
 _ALIKE = {_aten.native_batch_norm.default, _aten._native_batch_norm_legit_no_training.default}
 
@@ -60,7 +63,8 @@ class Dispatches(TorchDispatchMode):
             result: Any = (torch.empty_like(args[0]), args[0].new_empty(0), args[0].new_empty(0))
         else:
             result = func(*args, **kwargs)
-        if func not in _IDLE:
+        moved = func is _aten._to_copy.default and result.dtype == args[0].dtype  # to a device, or nowhere
+        if func not in _IDLE and not moved:
             named = [(name, _described(value)) for name, value in kwargs.items() if name != "device"]
             self.calls.append((func, (given, named), _described(result)))
         return result
@@ -114,8 +118,9 @@ def calls_as_predicted(model: nn.Module, ctx: Context, counts: Mapping[Axis, int
                 args[position] = value
             else:
                 kwargs[name] = value
-        if isinstance(kwargs.get("device"), torch.device):
-            kwargs["device"] = torch.device("meta")
+        device = torch.device("meta")
+        args = [device if isinstance(item, torch.device) else item for item in args]
+        kwargs = {name: device if isinstance(item, torch.device) else item for name, item in kwargs.items()}
         return torch.fx.node.map_arg((tuple(args), kwargs), values.__getitem__)
 
     found = Dispatches()

@@ -57,13 +57,17 @@ class Branching(nn.Module):
             x = x.relu()
         if self.extra == "number":
             x = x * (2.0 + x.shape[1])
+        if self.extra == "device":
+            tables = torch.ones(1, dtype=torch.double), torch.ones(1)
+            x = x * tables[0].to(x.device) * tables[1].to(x.device, x.dtype)
         if self.extra == "order":
             return self.b(x.relu().sigmoid() if x.shape[1] < 12 else x.sigmoid().relu()).mean((2, 3))
         return self.b(x).mean((2, 3))
 
 
 @pytest.mark.parametrize(
-    ("extra", "alike"), [("none", True), ("operation", False), ("number", False), ("order", False)]
+    ("extra", "alike"),
+    [("none", True), ("operation", False), ("number", False), ("order", False), ("device", True)],
 )
 def test_other_calls_other_numbers_and_another_order_are_seen(extra, alike):
     model = dense(Branching(extra))
