@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from itertools import accumulate
 from typing import Any
@@ -46,8 +45,6 @@ def skeleton(model: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, meta: b
             value = tensor.detach()
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(value, requires_grad=tensor.requires_grad) if is_parameter else value
-    for module in model.modules():  # a module has a dozen empty dictionaries of hooks, most of the time of a copy
-        memo.update((id(d), OrderedDict()) for d in vars(module).values() if type(d) is OrderedDict and not d)
     narrow = copy_of(model, memo)
     refresh(narrow, shapes)
     return narrow

@@ -136,9 +136,49 @@ def copy_of(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     if memo is None:
         memo = {id(tensor): tensor.detach().clone() for tensor in loose_tensors(model) if not tensor.is_leaf}
     try:
+        _copy_modules(model, memo)
         return copy.deepcopy(model, memo)
     except Exception as error:  # a user's module may hold anything
         raise InputError(
             f"{type(model).__name__} cannot be copied ({type(error).__name__}: {error}); compress works on a copy. "
             "Detach tensors that the module keeps, or define __deepcopy__."
         ) from error
+
+
+def _copy_modules(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Put a copy of every module that copies as most do into `memo`, in a third of the time that `deepcopy` takes.
+
+    Most of what a module holds is numbers and the empty dicts of its hooks, which need no looking up. A module that
+    copies in its own way may read those within it: all of them are left to `deepcopy`.
+    """
+    modules = [module for module in model.modules() if id(module) not in memo]
+    usual = {kind: _copies_as_usual(kind) for kind in {type(module) for module in modules}}
+    own_way = {id(within) for module in modules if not usual[type(module)] for within in module.modules()}
+    copies = [(module, type(module).__new__(type(module))) for module in modules if id(module) not in own_way]
+    memo.update((id(module), new) for module, new in copies)
+    for module, new in copies:
+        state: dict[str, Any] = {}
+        for name, value in module.__getstate__().items():
+            if type(value) in _SIMPLE:
+                state[name] = value
+            elif name in _OF_MODULE and not value:
+                state[name] = type(value)()
+            elif name in REGISTERED:
+                state[name] = type(value)(
+                    (key, memo[id(item)] if id(item) in memo else copy.deepcopy(item, memo))
+                    for key, item in value.items()
+                )
+            else:
+                state[name] = copy.deepcopy(value, memo)
+        new.__setstate__(state)
+
+
+def _copies_as_usual(kind: type[nn.Module]) -> bool:
+    """Whether `deepcopy` of a module of some class copies its attributes and no more."""
+    inherited = ("__new__", "__reduce__", "__reduce_ex__", "__getstate__")
+    return (
+        all(getattr(kind, name) is getattr(nn.Module, name) for name in inherited)
+        and kind.__setstate__.__module__.startswith("torch.nn.")
+        and not any(hasattr(kind, name) for name in ("__deepcopy__", "__getnewargs__", "__getnewargs_ex__"))
+        and not any("__slots__" in vars(base) for base in kind.__mro__[:-1])
+    )
