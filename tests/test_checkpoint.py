@@ -17,9 +17,9 @@ import safetensors.torch
 import torch
 
 import cpd
-from cpd.checkpoint import Checkpoint
 from cpd.distillation.distiller import DistillConfig
 from cpd.errors import CheckpointError, InputError, TrainingError
+from cpd.files.checkpoint import Checkpoint
 from cpd.randomness import random_states, set_random_states
 from helpers.runs import OPTIONS, Interrupted, Shuffled, run
 from helpers.training import net

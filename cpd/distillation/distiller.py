@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cpd import processes
-from cpd.checkpoint import Checkpoint
 from cpd.distillation.accelerator import Trainee, accelerating, placed
 from cpd.distillation.config import DistillConfig, EpochRecord
 from cpd.distillation.kd import Distillation
 from cpd.distillation.optimizers import make_optimizer
 from cpd.errors import CheckpointError, CPDError, InputError, TrainingError
+from cpd.files.checkpoint import Checkpoint
 from cpd.model.inputs import Batch, Call, as_module, batches, evaluating, logits, move
 from cpd.model.outputs import Outputs, reader
 from cpd.model.task_loss import LossFunction, task_loss
