@@ -113,7 +113,7 @@ class Checkpoint:
         self._tidy()
         if not self.path.is_file():
             return None
-        with self.taken_up():
+        with self._ours():
             with safetensors.safe_open(self.path, framework="pt") as file:
                 text = file.metadata()["cpd"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -138,11 +138,16 @@ class Checkpoint:
 
     @contextlib.contextmanager
     def taken_up(self) -> Iterator[None]:
-        """What a block raises that makes something of the file is because the file is none of ours.
+        """Where a block goes on from `state`, and fails: that is because the state is none that cpd wrote.
 
         Raises:
-            CheckpointError: in the place of anything but that.
+            CheckpointError: in the place of anything else but the errors of `cpd`.
         """
+        with contextlib.nullcontext() if self.state is None else self._ours():
+            yield
+
+    @contextlib.contextmanager
+    def _ours(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # of safetensors, of torch's optimizers: whatever a foreign value makes them raise

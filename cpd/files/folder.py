@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cpd.errors import ArtifactError
-from cpd.files.reading import conform, parsed
+from cpd.files.reading import conform, naming, parsed
 
 #: What names the files of a save that has been decided on and not yet finished.
 JOURNAL = ".cpd-save.json"
@@ -162,7 +162,8 @@ def _read_journal(path: Path) -> _Journal | None:
         text = place.read_bytes()
     except OSError:  # there is none, or no folder
         return None
-    journal = conform(parsed(text, str(place)), _Journal, "a journal")
+    with naming(place):
+        journal = conform(parsed(text, "the journal of a save"), _Journal, "a journal")
     pairs = [(name, _BESIDE.fullmatch(entry.beside)) for name, entry in journal.files.items()]
     plain = all(name == Path(name).name != "" and name != JOURNAL for name in (*journal.files, *journal.gone))
     if journal.format != _FORMAT or not plain or any(found is None or found["name"] != name for name, found in pairs):

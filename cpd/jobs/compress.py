@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.console import Console
 from torch import nn
@@ -27,6 +27,7 @@ from cpd.distillation.config import DistillConfig
 from cpd.distillation.distiller import distill
 from cpd.errors import CPDError, first_line
 from cpd.files.checkpoint import Checkpoint
+from cpd.files.reading import conform
 from cpd.jobs.outcome import Measured, Result, call_record, missed, report_of
 from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
 from cpd.model.inputs import Call, check_model, evaluated
@@ -158,6 +159,13 @@ def compress(
     return result
 
 
+class _Before(TypedDict):
+    """What was found before the training, as its checkpoint has it."""
+
+    history: list[dict[str, Any]]
+    before: float | None
+
+
 @dataclass
 class _Run:
     """State of one compression, handed from stage to stage."""
@@ -216,9 +224,10 @@ class _Run:
         """The metric of the unpruned model; that of the checkpoint, with its history, where there is one."""
         if self.checkpoint is None or self.checkpoint.state is None:
             return evaluated(evaluate, self.student)
-        self.history = self.checkpoint.extra["history"]
-        before: float | None = self.checkpoint.extra["before"]
-        return before
+        with self.checkpoint.taken_up():
+            extra = conform(self.checkpoint.extra, _Before, "a state")
+        self.history = extra["history"]
+        return extra["before"]
 
     def _prune_at_once(self, evaluate: Evaluate | None, before: float | None) -> float | None:
         """The first shrink, before any training; the metric after it."""
