@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 import cpd
-from cpd.checkpoint import NAME
 from cpd.demo import DigitsNet, digits
+from cpd.files.checkpoint import NAME
 
 
 def run(folder: Path, resume: bool) -> dict[str, Any]:

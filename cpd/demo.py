@@ -220,19 +220,25 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
     return 100 * correct / len(images)
 
 
-def run_demo(output_dir: Path | None = None, seed: int = 0, progress: bool | None = None) -> Result:
+def run_demo(
+    output_dir: Path | None = None, seed: int = 0, progress: bool | None = None, overwrite: bool = False
+) -> Result:
     """Train a teacher on the digits and compress it to half its ONNX Runtime latency on one thread.
 
     Args:
         output_dir: where the artifacts go; None writes none.
         seed: of the teacher's training and of the compression.
         progress: whether bars are shown on stderr; None: if stderr is a terminal.
+        overwrite: as for `cpd.compress`.
 
     Returns:
         What `cpd.compress` returns; its report's metric is the accuracy on the test digits in per cent.
     """
     from cpd.jobs.compress import compress
+    from cpd.report.artifacts import check_output_dir
 
+    if output_dir is not None:
+        check_output_dir(output_dir, overwrite=overwrite)
     loader, images, labels = digits(seed=seed)
     teacher = train_teacher(loader, seed=seed, progress=progress)
     return compress(
@@ -244,6 +250,7 @@ def run_demo(output_dir: Path | None = None, seed: int = 0, progress: bool | Non
         epochs=6,
         lr=0.01,
         output_dir=output_dir,
+        overwrite=overwrite,
         seed=seed,
         threads=1,
         progress=progress,

@@ -9,15 +9,19 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cpd.errors import ArtifactError, PlanError
+from cpd.files.reading import conform
 
 FORMAT = 1
+#: What torch keeps of every module; no plan changes it.
+_OF_MODULES = frozenset(vars(nn.Module()))
 
 
 @dataclass(frozen=True)
@@ -68,8 +72,22 @@ class Cache:
 
     module: str
     name: str
-    cold: str
+    cold: Literal["absent", "value", "empty", "entries"]
     value: bool | int | float | str | None = None
+
+
+class _Saved(TypedDict):
+    """What `Plan.to_dict` gives."""
+
+    format: int
+    groups: dict[str, tuple[int, ...]]
+    indices: tuple[tuple[int, ...], ...]
+    kept: dict[str, dict[str, int]]
+    shapes: dict[str, tuple[int, ...]]
+    attributes: tuple[Attribute, ...]
+    rescales: tuple[Rescale, ...]
+    adjusted: tuple[str, ...]
+    caches: NotRequired[tuple[Cache, ...]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -192,24 +210,52 @@ class Plan:
         Raises:
             ArtifactError: if `data` is no plan, or of another format.
         """
-        try:
-            if data["format"] != FORMAT:
-                raise ArtifactError(f"The plan is of format {data['format']}; this version of cpd reads {FORMAT}.")
-            indices = [torch.tensor(item, dtype=torch.long) for item in data["indices"]]
-            return Plan(
-                kept={
-                    name: {int(dim): indices[number] for dim, number in dims.items()}
-                    for name, dims in data["kept"].items()
-                },
-                groups={name: tuple(positions) for name, positions in data["groups"].items()},
-                shapes={name: tuple(shape) for name, shape in data["shapes"].items()},
-                attributes=tuple(Attribute(**item) for item in data["attributes"]),
-                rescales=tuple(Rescale(**{**item, "positions": tuple(item["positions"])}) for item in data["rescales"]),
-                adjusted=tuple(data["adjusted"]),
-                caches=tuple(Cache(**item) for item in data.get("caches", ())),
-            )
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise ArtifactError(f"This is not a plan that cpd wrote: {type(error).__name__}: {error}.") from error
+        if isinstance(data, Mapping) and data.get("format", FORMAT) != FORMAT:
+            raise ArtifactError(f"The plan is of format {data['format']!r}; this version of cpd reads {FORMAT}.")
+        found = conform(data, _Saved, "a plan")
+        if fault := _fault(found):
+            raise ArtifactError(f"This is not a plan that cpd wrote: {fault}.")
+        indices = [torch.tensor(item, dtype=torch.long) for item in found["indices"]]
+        return Plan(
+            kept={
+                name: {int(dim): indices[number] for dim, number in dims.items()}
+                for name, dims in found["kept"].items()
+            },
+            groups=found["groups"],
+            shapes=found["shapes"],
+            attributes=found["attributes"],
+            rescales=found["rescales"],
+            adjusted=found["adjusted"],
+            caches=found.get("caches", ()),
+        )
+
+
+def _fault(found: _Saved) -> str | None:
+    """What of a plan makes no sense, whatever the model is."""
+    shapes, indices = found["shapes"], found["indices"]
+    for what, channels in (*found["groups"].items(), *(("the table of indices", item) for item in indices)):
+        if any(first >= second for first, second in pairwise((-1, *channels))):
+            return f"the channels kept of {what} are not ascending from 0 on"
+    for name, dims in found["kept"].items():
+        shape = shapes.get(name, ())
+        for dim, number in dims.items():
+            if not (dim.isdecimal() and dim.isascii() and int(dim) < len(shape) and 0 <= number < len(indices)):
+                return f"{name} has no dim {dim}, or there is no list {number} of what is kept of it"
+            if not indices[number] or indices[number][-1] >= shape[int(dim)]:
+                return f"what is kept of {name} does not lie within its {shape[int(dim)]} channels"
+    for rescale in found["rescales"]:
+        if rescale.dim < 0 or min(rescale.positions, default=0) < 0:
+            return f"a dim or a channel of {rescale.tensor} that is scaled is below 0"
+    settings: list[Attribute | Cache] = [*found["attributes"], *found.get("caches", ())]
+    for item in settings:
+        if item.name.startswith("__") or ".__" in item.name or item.name.partition(".")[0] in _OF_MODULES:
+            return f"{item.module}.{item.name} is no setting of a module"
+    for attribute in found["attributes"]:
+        old, new = attribute.old, attribute.new
+        lists = isinstance(old, list) and isinstance(new, list) and len(old) == len(new)
+        if not lists and not (isinstance(old, int) and isinstance(new, int)):
+            return f"{attribute.module}.{attribute.name} is {old} before and {new} after"
+    return None
 
 
 def _within(left: Tensor, kept: Tensor, what: str) -> Tensor:

@@ -1,11 +1,17 @@
 """Several processes that train one model together (`accelerate launch`): sums, and agreement, over all of them.
 
 Every function does the plain thing where there is only one process.
+
+Tensors are exchanged, and by `from_first` what the first process has made of its own: torch pickles that, and the
+others read it. So it is made in memory, of numbers, texts, tensors and records of `cpd`; nothing that was read from a
+file as bytes is ever unpickled, here or elsewhere. What a file says each process reads by itself, as safetensors and
+JSON.
 """
 
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
@@ -91,9 +97,10 @@ def check_same(value: str, what: str) -> None:
     """
     if count() == 1:
         return
-    found: list[Any] = [None] * count()
-    dist.all_gather_object(found, value)
-    others = [index for index, item in enumerate(found) if item != found[0]]
+    own = torch.frombuffer(bytearray(hashlib.sha256(value.encode()).digest()), dtype=torch.uint8).to(_device())
+    found = [torch.empty_like(own) for _ in range(count())]
+    dist.all_gather(found, own)
+    others = [index for index, item in enumerate(found) if not torch.equal(item, found[0])]
     if others:
         raise TrainingError(
             f"The processes of rank {others} have made another {what} than rank 0. Give all of them the same model, "

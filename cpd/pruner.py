@@ -366,7 +366,7 @@ class Pruner:
     # ------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on: plain types and tensors, as `cpd.checkpoint` writes them."""
+        """All that `load_state_dict` needs to go on: plain types and tensors, as `cpd.files.checkpoint` writes them."""
         return {
             "plan": {name: list(channels) for name, channels in self.plan.groups.items()},
             "digest": self.plan.digest,

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import cpd
-from cpd.checkpoint import Checkpoint
 from cpd.distillation.distiller import DistillConfig
 from cpd.errors import CheckpointError, InputError, TrainingError
+from cpd.files.checkpoint import Checkpoint, _digest
 from cpd.randomness import random_states, set_random_states
+from helpers.files import Killed, stopped
+from helpers.mutations import mutations
 from helpers.runs import OPTIONS, Interrupted, Shuffled, run
 from helpers.training import net
 
@@ -99,6 +107,65 @@ def test_what_cannot_be_written_leaves_the_former_one(tmp_path: Path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
 
 
+def test_a_writing_that_stops_anywhere_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """The former state or the new one; what is left of the writing, the next one deletes."""
+    mine = tmp_path / ".checkpoint.safetensors.mine"
+    mine.write_text("of the user")
+    for stop in range(20):
+        Checkpoint(tmp_path, {}).write({"step": 1})
+        left = tmp_path / f".checkpoint.safetensors.{10**9 + stop}"  # of another process
+        left.write_bytes(b"half of one")
+        whole = False
+        with contextlib.suppress(Killed), stopped(stop):
+            Checkpoint(tmp_path, {}).write({"step": 2})
+            whole = True
+        assert safetensors.torch.load_file(tmp_path / "checkpoint.safetensors") == {}
+        assert Checkpoint(tmp_path, {}).read()["step"] in ((2,) if whole else (1, 2))
+        Checkpoint(tmp_path, {}).write({"step": 3})
+        assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.safetensors", mine.name}
+        if whole:
+            break
+    assert whole
+    assert stop > 3
+
+
+def forged(path: Path, change: Callable[[Any], Any], *, signed: bool) -> None:
+    """Change what the header of a checkpoint holds as JSON."""
+    with safetensors.safe_open(path, "pt") as file:
+        content = json.loads(file.metadata()["cpd"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    content = change(content)
+    if signed and isinstance(content, dict):
+        content["sha256"] = _digest({key: content.get(key) for key in ("key", "state")})
+    safetensors.torch.save_file(tensors, path, {"cpd": content if isinstance(content, str) else json.dumps(content)})
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(data=st.data(), signed=st.booleans())
+def test_any_change_of_the_header_is_refused_or_makes_no_difference(
+    tmp_path_factory: pytest.TempPathFactory, data: Any, signed: bool
+) -> None:
+    checkpoint = Checkpoint(tmp_path_factory.mktemp("fuzz"), {"lr": 0.1, "layers": [1, 2]})
+    checkpoint.write(STATE)
+    forged(checkpoint.path, lambda content: data.draw(mutations(content)), signed=signed)
+    written = checkpoint.path.read_bytes()
+    try:
+        found = checkpoint.read()
+    except CheckpointError:
+        assert checkpoint.state is None
+    else:
+        assert signed or repr(found) == repr({**STATE})
+    assert checkpoint.path.read_bytes() == written
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"format": 2, "key": ' + "9" * 5000 + "}", "", "null"])
+def test_a_header_that_is_deep_or_endless(tmp_path: Path, text: str) -> None:
+    Checkpoint(tmp_path, {}).write(STATE)
+    forged(tmp_path / "checkpoint.safetensors", lambda _: text, signed=False)
+    with pytest.raises(CheckpointError, match="left as it is"):
+        Checkpoint(tmp_path, {}).read()
+
+
 # ---------------------------------------------------------------- runs that end early
 
 
@@ -158,6 +225,41 @@ def test_a_run_that_did_not_end_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("epoch",), "one"), (("done",), None), (("sums",), [1]), (("records",), [{}]), (("student",), {}),
+        (("optimizer", "param_groups"), 3), (("pruner", "plan"), {"x": [0]}), (("pruner", "steps_taken"), "x"),
+        (("random", "numpy"), []), (("random", "python"), 1), (("extra", "history"), 1), (("extra",), {}),
+    ],
+)  # fmt: skip
+def test_a_state_that_is_not_ours_is_told_as_such(stopped_run: Path, tmp_path: Path, place: Any, value: Any) -> None:
+    """Forged, with a checksum that agrees."""
+    path = tmp_path / "checkpoint.safetensors"
+    shutil.copy(stopped_run / path.name, path)
+
+    def change(content: Any) -> Any:
+        holder = content["state"]
+        for key in place[:-1]:
+            holder = holder[key]
+        holder[place[-1]] = value
+        return content
+
+    forged(path, change, signed=True)
+    written = path.read_bytes()
+    with pytest.raises(CheckpointError):
+        run(tmp_path, resume=True)
+    assert path.read_bytes() == written
+
+
+@pytest.fixture(scope="module")
+def stopped_run(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:
+    folder = tmp_path_factory.mktemp("stopped")
+    with pytest.raises(Interrupted):
+        run(folder, stop=9)
+    return folder
+
+
 def test_a_loss_that_is_not_finite_leaves_a_checkpoint_from_before(tmp_path: Path) -> None:
     calls = 0
 
@@ -175,6 +277,8 @@ SCRIPT = """
 import sys, torch
 sys.path.insert(0, sys.argv[2])
 from pathlib import Path
+from helpers.files import Killed, stopped
+from helpers.mutations import mutations
 from helpers.runs import run
 torch.set_num_threads(1)
 from cpd.jobs import compress

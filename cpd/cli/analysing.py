@@ -22,6 +22,7 @@ from cpd.cli.arguments import (
     Threads,
     Workers,
     build,
+    folder_path,
     opened,
 )  # fmt: skip
 from cpd.cli.command import Output
@@ -181,16 +182,22 @@ def latency(
 
 
 def report(
-    folder: Annotated[Path, typer.Argument(help="A folder that cpd compress or cpd sweep wrote.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(parser=folder_path, metavar="FOLDER", help="A folder that cpd compress or cpd sweep wrote."),
+    ],
 ) -> Output:
     """Write report.html anew from the figures that were saved, and print them."""
-    from cpd.jobs.sweep import NAME, read_sweep
-    from cpd.report.artifacts import PAGE, read_report, write_files
+    from cpd.files.folder import reading
+    from cpd.jobs.sweep import read_sweep
+    from cpd.report.artifacts import PAGE, SWEEP, add_files, read_report
 
-    if (folder / NAME).exists():
+    with reading(folder) as files:
+        is_sweep = files.has(SWEEP)
+    if is_sweep:
         swept = read_sweep(folder)
-        write_files(folder, {PAGE: swept.to_html().encode()})
+        add_files(folder, {PAGE: swept.to_html().encode()})
         return Output(swept.to_dict(), (sweep_table(swept), f"Written to {folder / PAGE}"))
     found = read_report(folder)
-    write_files(folder, {PAGE: found.to_html().encode()})
+    add_files(folder, {PAGE: found.to_html().encode()})
     return report_output(found, folder)

@@ -33,7 +33,32 @@ NeededData = Annotated[Path, typer.Option(help="Folder of images, as cpd compres
 InputSize = Annotated[
     str | None, typer.Option("--input-size", metavar="H[,W]", help="Image size in pixels, where none is known.")
 ]
-OutputDir = Annotated[Path | None, typer.Option("--output-dir", help="Where the artifacts are written.")]
+
+
+def folder_path(text: str | Path) -> Path:
+    """A folder that is named on the command line; an empty text names none, though Python takes it for the current."""
+    if not str(text).strip():
+        raise typer.BadParameter("an empty text is no folder; the current one is '.'.")
+    return Path(text)
+
+
+OutputDir = Annotated[
+    Path | None,
+    typer.Option("--output-dir", parser=folder_path, metavar="FOLDER", help="Where the artifacts are written."),
+]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Also replace files in --output-dir that cpd did not write, or that were changed since."
+    ),
+]
+Saved = Annotated[Path, typer.Argument(parser=folder_path, metavar="FOLDER", help="A folder that cpd compress wrote.")]
+TrustSource = Annotated[
+    bool,
+    typer.Option(
+        "--trust-source", help="Import the package.module:factory that the folder names, which runs its code."
+    ),
+]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw a picture: .svg, .png.")]
 Pretrained = Annotated[bool, typer.Option(help="Start from the library's own weights (downloads them).")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a step.")]
@@ -90,17 +115,29 @@ def build(name: str, input_size: str | None, pretrained: bool) -> tuple[ModelSou
     Raises:
         InputError: if there is no such model, or its input is not known.
     """
-    size = None if input_size is None else parse_size(input_size)
+    if input_size is not None:
+        parse_size(input_size)
     from cpd.model import sources
 
     source = sources.resolve(name)
     model = source.build(pretrained=pretrained and source.by_name).eval()
-    if size is not None:
-        return source, model, sources.image_inputs(model, size)
+    return source, model, example_inputs_of(model, name, input_size, source)
+
+
+def example_inputs_of(model: nn.Module, name: str, input_size: str | None, source: ModelSource | None = None) -> Any:
+    """One example input of a model: [1, C, H, W] of most.
+
+    Raises:
+        InputError: if its input is not known.
+    """
+    from cpd.model import sources
+
+    if input_size is not None:
+        return sources.image_inputs(model, parse_size(input_size))
     inputs = sources.default_inputs(model, source)
     if inputs is None:
         raise InputError(f"The input of {name} is not known: give its image size in pixels, --input-size H[,W].")
-    return source, model, inputs
+    return inputs
 
 
 def build_teacher(name: str, pretrained: bool) -> nn.Module:

@@ -25,11 +25,8 @@ from cpd.errors import CPDError, InputError, NothingToPruneError, TargetError
 from cpd.options import check_names
 
 FAILED, WRONG, OUT_OF_REACH, INTERRUPTED = 1, 2, 3, 130
-#: Where the options of a command are written, beside its result.
-RECIPE = "recipe.yaml"
-
 #: Options that hold for one run only: a recipe leaves them out.
-ONCE = ("resume",)
+ONCE = ("resume", "overwrite")
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,7 @@ def _running(quiet: bool, verbose: bool, debug: bool, given: Mapping[str, Any]) 
 
 def _how_to_resume(given: Mapping[str, Any]) -> str:
     """The command that goes on with a run, if it has left a checkpoint."""
-    from cpd.checkpoint import NAME
+    from cpd.files.checkpoint import NAME
 
     if "resume" not in given or given.get("output_dir") is None:
         return "Nothing was written."
@@ -192,11 +189,15 @@ def _how_to_resume(given: Mapping[str, Any]) -> str:
 
 
 def _write_recipe(context: typer.Context, folder: Path) -> None:
-    """The options of a run as a file that `--config` takes, beside what came of it."""
+    """The options of a run as a file that `--config` takes, beside what came of it; a file that is none is left."""
+    from cpd.report.artifacts import RECIPE, add_files
+
+    start, place = "# cpd ", folder / RECIPE
+    if place.exists() and not context.params.get("overwrite") and not place.read_bytes().startswith(start.encode()):
+        logging.getLogger("cpd").warning("%s was not written by cpd: it is left as it is.", place)
+        return
     options = {name: value for name, value in context.params.items() if name not in (*SHOWN, *ONCE)}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
-    head = f"# cpd {context.command.name} --config {RECIPE}\n"
+    head = f"{start}{context.command.name} --config {RECIPE}\n"
     text = head + yaml.safe_dump({name: value for name, value in plain.items() if value is not None}, sort_keys=False)
-    from cpd.report.artifacts import write_files
-
-    write_files(folder, {RECIPE: text.encode()})
+    add_files(folder, {RECIPE: text.encode()})

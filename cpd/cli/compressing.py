@@ -18,16 +18,20 @@ from cpd.cli.arguments import (
     Model,
     NeededData,
     OutputDir,
+    Overwrite,
     Plot,
     Pretrained,
     RandomErasing,
+    Saved,
     Seconds,
     Seed,
     Teacher,
     Threads,
+    TrustSource,
     Workers,
     build,
     build_teacher,
+    example_inputs_of,
     parse_numbers,
 )  # fmt: skip
 from cpd.cli.command import Output
@@ -57,6 +61,7 @@ def compress(
     model: Model,
     data: Data = None,
     output_dir: OutputDir = None,
+    overwrite: Overwrite = False,
     batch_size: BatchSize = 64,
     workers: Workers = WORKERS,
     pretrained: Pretrained = True,
@@ -83,8 +88,8 @@ def compress(
     import cpd
 
     result = cpd.compress(
-        **given, config=config, training=training, source=source, output_dir=output_dir, resume=resume,
-        checkpoint_minutes=checkpoint_minutes, progress=progress,
+        **given, config=config, training=training, source=source, output_dir=output_dir, overwrite=overwrite,
+        resume=resume, checkpoint_minutes=checkpoint_minutes, progress=progress,
     )  # fmt: skip
     return report_output(result.report, output_dir)
 
@@ -96,6 +101,7 @@ def sweep(
     speedups: Annotated[str, typer.Option(help="ONNX Runtime latency, original over result; commas between.")],
     data: Data = None,
     output_dir: OutputDir = None,
+    overwrite: Overwrite = False,
     plot: Plot = None,
     batch_size: BatchSize = 64,
     workers: Workers = WORKERS,
@@ -121,7 +127,7 @@ def sweep(
 
     found = cpd.sweep(
         **given, speedups=asked, config=config, training=training, source=source, output_dir=output_dir,
-        progress=progress,
+        overwrite=overwrite, progress=progress,
     )  # fmt: skip
     if plot is not None:
         log.info("picture written to %s", found.plot(plot))
@@ -180,9 +186,14 @@ def _prepared(
 
 
 def quantize(
-    folder: Annotated[Path, typer.Argument(help="A folder that cpd compress wrote.")],
+    folder: Saved,
     data: NeededData,
     output: Annotated[Path | None, typer.Option(help="Where the INT8 model goes (FOLDER/model.int8.onnx).")] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", help="The original model, as cpd compress takes it, if the folder names none."),
+    ] = None,
+    trust_source: TrustSource = False,
     calibration: Annotated[str, typer.Option(help="minmax, entropy or percentile.")] = "minmax",
     limit: Annotated[int, typer.Option(min=1, help="Batches of images used.")] = 4,
     batch_size: BatchSize = 32,
@@ -190,18 +201,26 @@ def quantize(
     threads: Threads = 1,
     seconds: Seconds = 20.0,
     seed: Seed = 0,
+    input_size: InputSize = None,
 ) -> Output:
     """Bring a compressed model to INT8, compare it with the float one, and time pruning, quantization and both."""
     import cpd
     from cpd.cli.folders import image_folders, load_folder
-    from cpd.model import sources
+    from cpd.model.recorded import rebuilt
+    from cpd.model.sources import resolve
     from cpd.report.artifacts import read_document
 
     folders = image_folders(data)
-    pruned = cpd.load(folder)
-    source = sources.resolve(str(read_document(folder)["source"]))
-    original = source.build().eval()
-    example_inputs = sources.default_inputs(original, source)
+    document = read_document(folder)
+    name = model or document["source"] or document["model_class"]
+
+    def fresh() -> nn.Module:
+        if model is not None:
+            return resolve(model).build()
+        return rebuilt(document["source"], document["model_class"], trust=trust_source)
+
+    original, pruned = fresh().eval(), cpd.load(folder, fresh())
+    example_inputs = example_inputs_of(original, name, input_size)
     loader, evaluate = load_folder(pruned, folders, example_inputs, batch_size=batch_size, workers=workers, seed=seed)
     found = cpd.quantize_onnx(
         folder / "model.onnx", loader, output or folder / "model.int8.onnx", original=original, evaluate=evaluate,
@@ -210,11 +229,13 @@ def quantize(
     return Output(found.to_dict(), (latency_table(found.latency), found.summary()))
 
 
-def demo(output_dir: OutputDir = None, seed: Seed = 0, progress: bool | None = None) -> Output:
+def demo(
+    output_dir: OutputDir = None, overwrite: Overwrite = False, seed: Seed = 0, progress: bool | None = None
+) -> Output:
     """Train a small CNN on scikit-learn's digits and make it twice as fast: offline, in a few minutes."""
     from cpd.demo import run_demo
 
-    result = run_demo(output_dir=output_dir, seed=seed, progress=progress)
+    result = run_demo(output_dir=output_dir, overwrite=overwrite, seed=seed, progress=progress)
     return report_output(result.report, output_dir)
 
 

@@ -184,3 +184,20 @@ class EpochRecord:
     def to_dict(self) -> dict[str, float | int | None]:
         """The fields by name, ready for JSON."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Progressed:
+    """How far a training is, as its checkpoint has it.
+
+    Attributes:
+        epoch: epochs behind.
+        done: steps of this one.
+        sums: the losses of those steps.
+        records: one for each epoch behind.
+    """
+
+    epoch: int
+    done: int
+    sums: dict[str, list[float]]
+    records: tuple[EpochRecord, ...]

@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cpd import processes
-from cpd.checkpoint import Checkpoint
 from cpd.distillation.accelerator import Trainee, accelerating, placed
-from cpd.distillation.config import DistillConfig, EpochRecord
+from cpd.distillation.config import DistillConfig, EpochRecord, Progressed
 from cpd.distillation.kd import Distillation
-from cpd.distillation.optimizers import make_optimizer
+from cpd.distillation.optimizers import lr_schedule, make_optimizer
 from cpd.errors import CheckpointError, CPDError, InputError, TrainingError
+from cpd.files.checkpoint import Checkpoint
+from cpd.files.reading import conform
 from cpd.model.inputs import Batch, Call, as_module, batches, evaluating, logits, move
 from cpd.model.outputs import Outputs, reader
 from cpd.model.task_loss import LossFunction, task_loss
@@ -132,9 +133,9 @@ def distill(
     with accelerating(config.mixed_precision) as accelerator, random_states_kept():
         device, reference = accelerator.device, teacher if config.needs_teacher else None
         with placed(student, device), placed(reference, device):
-            return _Run(accelerator, student, reference, data, loss, config, pruner, checkpoint, reader(outputs)).train(
-                evaluate
-            )
+            with nullcontext() if checkpoint is None else checkpoint.taken_up():
+                run = _Run(accelerator, student, reference, data, loss, config, pruner, checkpoint, reader(outputs))
+            return run.train(evaluate)
 
 
 def _check_models(student: nn.Module, teacher: nn.Module | None, config: DistillConfig) -> None:
@@ -208,7 +209,7 @@ class _Run:
                 pruner.load_state_dict(state["pruner"])
             _load(student, state["student"])
         self.inner = make_optimizer(student, config.optimizer, config.peak_lr, config.weight_decay, config.momentum)
-        self.schedule = _lr_schedule(self.inner, config)
+        self.schedule = lr_schedule(self.inner, config)
         self.kd: Distillation | None = None
         if state is not None:
             if teacher is not None and state["kd"] is not None:
@@ -471,30 +472,19 @@ class _Run:
 
     def resumed(self) -> dict[str, Any] | None:
         """Take up the state of the checkpoint, of which models and optimizer have theirs already."""
-        state = None if self.checkpoint is None else self.checkpoint.state
-        if state is None:
+        if self.checkpoint is None or (state := self.checkpoint.state) is None:
             return None
-        self.epoch, self.done, self.sums = state["epoch"], state["done"], state["sums"]
-        self.records = [EpochRecord(**record) for record in state["records"]]
-        if self.ema is not None and state["ema"] is not None:
-            _load(self.ema.module, state["ema"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        with self.checkpoint.taken_up():
+            now = conform(state, Progressed, "a state")
+            self.epoch, self.done, self.sums, self.records = now.epoch, now.done, now.sums, list(now.records)
+            if self.ema is not None and state["ema"] is not None:
+                _load(self.ema.module, state["ema"])
+            if self.accelerator.scaler is not None and state["scaler"] is not None:
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+            with random_states_kept():  # they are set where the data goes on
+                set_random_states(state["random"])
         log.info("Resumed in epoch %d after %d steps.", self.epoch + 1, self.done)
         return state
-
-
-def _lr_schedule(optimizer: torch.optim.Optimizer, config: DistillConfig) -> Any:
-    """A scheduler of timm whose time is in epochs, parts of them too."""
-    from timm.scheduler import create_scheduler_v2  # some seconds to import, hence not at the top
-
-    warmup = config.warmup * config.epochs
-    length: Any = config.epochs - warmup
-    schedule, _ = create_scheduler_v2(
-        optimizer, config.scheduler, num_epochs=length, decay_epochs=length / 3, min_lr=0.0, warmup_lr=0.0,
-        decay_rate=1.0 if config.scheduler == "poly" else 0.1, warmup_epochs=warmup, warmup_prefix=True,
-    )  # fmt: skip
-    return schedule
 
 
 @torch.no_grad()

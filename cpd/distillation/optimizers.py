@@ -1,10 +1,13 @@
-"""Optimizers: made by name, and their state follows the parameters when a model shrinks during its training."""
+"""Optimizers and schedules of their learning rate, made by name."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
+from cpd.distillation.config import DistillConfig
 from cpd.errors import InputError
 
 
@@ -31,3 +34,16 @@ def make_optimizer(
     if getattr(made, "is_second_order", False):  # as timm marks those that differentiate the gradient once more
         raise InputError(f"The optimizer {name!r} needs second derivatives, which this training does not give it.")
     return made
+
+
+def lr_schedule(optimizer: torch.optim.Optimizer, config: DistillConfig) -> Any:
+    """A scheduler of timm whose time is in epochs, parts of them too."""
+    from timm.scheduler import create_scheduler_v2  # some seconds to import, hence not at the top
+
+    warmup = config.warmup * config.epochs
+    length: Any = config.epochs - warmup
+    schedule, _ = create_scheduler_v2(
+        optimizer, config.scheduler, num_epochs=length, decay_epochs=length / 3, min_lr=0.0, warmup_lr=0.0,
+        decay_rate=1.0 if config.scheduler == "poly" else 0.1, warmup_epochs=warmup, warmup_prefix=True,
+    )  # fmt: skip
+    return schedule

@@ -12,13 +12,12 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypedDict
 
 from rich.console import Console
 from torch import nn
 
 from cpd import processes
-from cpd.checkpoint import Checkpoint
 from cpd.config import PruneConfig
 from cpd.coupling.comb import comb
 from cpd.deploy.export import check_runs, export_onnx
@@ -27,10 +26,13 @@ from cpd.deploy.profiling import paired
 from cpd.distillation.config import DistillConfig
 from cpd.distillation.distiller import distill
 from cpd.errors import CPDError, first_line
+from cpd.files.checkpoint import Checkpoint
+from cpd.files.reading import conform
 from cpd.jobs.outcome import Measured, Result, call_record, missed, report_of
 from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
 from cpd.model.inputs import Call, check_model, evaluated
 from cpd.model.masks import masks_applied
+from cpd.model.recorded import why_not_by_name
 from cpd.model.state import preserved
 from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of
@@ -60,6 +62,7 @@ def compress(
     training: DistillConfig | None = None,
     teacher: nn.Module | None = None,
     output_dir: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     resume: bool = False,
     checkpoint_minutes: float = 10.0,
     source: str | None = None,
@@ -85,6 +88,8 @@ def compress(
         training: all other settings of the training; its seed is the one below.
         teacher: what the student learns from; the unpruned model if None.
         output_dir: where the artifacts are written, and during the training a checkpoint; None writes none.
+        overwrite: whether files may be replaced there that have the names of artifacts, but that cpd did not write, or
+            that were changed since; a former result always may.
         resume: go on from the checkpoint in `output_dir`, if there is one: to the same plan and, on the same machine,
             the same weights.
         checkpoint_minutes: between two checkpoints at most; there is one after every shrink anyhow.
@@ -124,7 +129,7 @@ def compress(
     if settings.masks == "permanent":
         model = masks_applied(copy_of(model))
     learning = training_settings(training, epochs, lr, settings.seed, progress)
-    folder = None if output_dir is None else check_output_dir(output_dir)
+    folder = None if output_dir is None else check_output_dir(output_dir, overwrite=overwrite)
     checkpoint = checkpoint_of(folder, resume, checkpoint_minutes, settings, learning, model)
     objects = {"data": data, "example_inputs": example_inputs, "loss": loss, "evaluate": evaluate, "teacher": teacher}
     record = call_record(settings, learning, objects, folder)
@@ -148,10 +153,17 @@ def compress(
         run.prune_and_train(data, loss, evaluate, teacher)
         result = run.finish(record, source)
     if folder is not None:
-        processes.from_first(lambda: result.save(folder))
+        processes.from_first(lambda: result.save(folder, overwrite=overwrite))
     if checkpoint is not None:
         processes.from_first(checkpoint.remove)
     return result
+
+
+class _Before(TypedDict):
+    """What was found before the training, as its checkpoint has it."""
+
+    history: list[dict[str, Any]]
+    before: float | None
 
 
 @dataclass
@@ -212,9 +224,10 @@ class _Run:
         """The metric of the unpruned model; that of the checkpoint, with its history, where there is one."""
         if self.checkpoint is None or self.checkpoint.state is None:
             return evaluated(evaluate, self.student)
-        self.history = self.checkpoint.extra["history"]
-        before: float | None = self.checkpoint.extra["before"]
-        return before
+        with self.checkpoint.taken_up():
+            extra = conform(self.checkpoint.extra, _Before, "a state")
+        self.history = extra["history"]
+        return extra["before"]
 
     def _prune_at_once(self, evaluate: Evaluate | None, before: float | None) -> float | None:
         """The first shrink, before any training; the metric after it."""
@@ -244,6 +257,8 @@ class _Run:
                     raise
                 told = error if isinstance(error, CPDError) else f"{type(error).__name__}: {first_line(error)}."
                 self.pruner.note(f"The result has no ONNX model and no latency: {told}")
+        if source is not None and (fault := why_not_by_name(source)):
+            self.pruner.note(f"cpd.load does not build {source} by itself ({fault}): pass it a fresh model.")
         tolerance = self.pruner.config.tolerance
         if comparison is not None and (text := missed(self.pruner.target, comparison, tolerance)):
             self.pruner.note(text)

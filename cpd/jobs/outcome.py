@@ -19,7 +19,7 @@ from cpd.model import sources
 from cpd.options import changed, plain
 from cpd.plan import Plan
 from cpd.pruner import Pruner
-from cpd.report.artifacts import check_output_dir, save_pretrained, save_result
+from cpd.report.artifacts import PRETRAINED, check_output_dir, save_pretrained, save_result
 from cpd.report.records import Figures, GroupRow, LayerRow
 from cpd.report.report import Report
 from cpd.selection.target import Target
@@ -49,25 +49,36 @@ class Result:
         """Measured latency of the original over the result's in ONNX Runtime; None where it was not exported."""
         return self.report.speedup
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write weights, plan, ONNX model, report and model card to a folder that `cpd.load` reads.
 
+        All files are there at once, in the place of those of a former result: whatever happens meanwhile, the folder
+        holds either that or this.
+
+        Args:
+            directory: the folder; made if there is none. It may hold other files under other names.
+            overwrite: whether files may be replaced that cpd did not write, or that were changed since.
+
         Raises:
-            InputError: if `directory` is a file or cannot be written to.
-            ArtifactError: if a file cannot be written.
+            InputError: if `directory` is no folder, cannot be written to, or holds such files.
+            ArtifactError: if a file cannot be written; the folder is then as it was.
         """
-        target = check_output_dir(directory)
+        target = check_output_dir(directory, overwrite=overwrite)
         save_result(target, self.model, self.plan, self.report, self._onnx)
         return target
 
-    def save_pretrained(self, directory: str | os.PathLike[str]) -> Path:
+    def save_pretrained(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write `config.json`, `model.safetensors` and a model card to a folder that `cpd.from_pretrained` reads.
 
+        Args:
+            directory: as for `save`.
+            overwrite: as for `save`; a model card that was edited is such a file.
+
         Raises:
-            InputError: if `directory` is a file or cannot be written to.
-            ArtifactError: if a file cannot be written.
+            InputError: as for `save`.
+            ArtifactError: as for `save`.
         """
-        target = check_output_dir(directory)
+        target = check_output_dir(directory, PRETRAINED, overwrite=overwrite)
         save_pretrained(target, self.model, self.plan, self.report)
         return target
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpd.checkpoint import Checkpoint
 from cpd.config import PruneConfig
 from cpd.distillation.config import DistillConfig
 from cpd.distillation.distiller import steps_per_epoch
 from cpd.errors import InputError, TrainingError
+from cpd.files.checkpoint import Checkpoint
 from cpd.model import sources
 from cpd.model.inputs import Call, as_call, batches, device_of, evaluating, move
 from cpd.model.outputs import Outputs, reader

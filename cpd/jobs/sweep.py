@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,16 @@ from torch import nn
 
 from cpd.config import PruneConfig
 from cpd.errors import ArtifactError, InputError, TargetError, needs_extra
+from cpd.files.folder import reading, write_files
+from cpd.files.reading import conform, naming, read_json
 from cpd.jobs.compress import compress
 from cpd.options import takes_options
-from cpd.report.artifacts import PAGE, check_output_dir, read_json, write_files
-from cpd.report.records import Figures, SweepPoint
+from cpd.report.artifacts import PAGE, SWEEP, SWEPT, check_output_dir
+from cpd.report.records import Figures, SweepPoint, plain_fields
 from cpd.report.report import sweep_page
 from cpd.selection.target import TARGETS
 
 log = logging.getLogger("cpd")
-
-#: The figures of a sweep in its folder.
-NAME = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,8 @@ class Sweep:
     points: tuple[SweepPoint, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for `json.dumps`."""
-        return asdict(self)
+        """All fields as plain JSON types, NaN and infinity None."""
+        return plain_fields(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sweep:
@@ -50,15 +49,13 @@ class Sweep:
         Raises:
             ArtifactError: if a field is missing or is not what `to_dict` writes.
         """
-        try:
-            original = data["original"] and Figures.from_dict(data["original"])
-            points = [
-                SweepPoint(**{**point, "figures": point["figures"] and Figures.from_dict(point["figures"])})
-                for point in data["points"]
-            ]
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"This is not a sweep that cpd wrote: {error}.") from error
-        return cls(original or None, tuple(points))
+        found = conform(data, cls, "a sweep")
+        if any(
+            point.figures is not None and (point.speedup is None or not point.figures.latency_ms)
+            for point in found.points
+        ):
+            raise ArtifactError("This is not a sweep that cpd wrote: a speed-up was reached, but not measured.")
+        return found
 
     def to_html(self) -> str:
         """Accuracy against measured latency as one self-contained page, with links to the reports in the folders."""
@@ -102,7 +99,11 @@ def read_sweep(folder: Path) -> Sweep:
     Raises:
         ArtifactError: if it is missing, truncated or foreign.
     """
-    return Sweep.from_dict(read_json(folder / NAME))
+    with reading(folder) as files:
+        path = files.file(SWEEP)
+        content = read_json(path)
+    with naming(path):
+        return Sweep.from_dict(content)
 
 
 @takes_options(PruneConfig, leave_out=TARGETS, others=True)
@@ -111,6 +112,7 @@ def sweep(
     speedups: Iterable[float],
     *,
     output_dir: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
     **options: Any,
 ) -> Sweep:
     """Compress a model to each of several speed-ups.
@@ -120,6 +122,7 @@ def sweep(
         speedups: measured latency of the original over each result's, each at least 1.
         output_dir: each result goes into a folder of its own here, such as `1.5x`, and the figures of all into
             `sweep.json` and `report.html`; None writes nothing.
+        overwrite: as for `cpd.compress`, of all these folders.
         options: all other arguments of `cpd.compress` but for its targets, those of `cpd.PruneConfig` among them:
 
     Raises:
@@ -141,14 +144,17 @@ def sweep(
     for name in TARGETS:
         if options.get(name) is not None:
             raise InputError(f"sweep takes its targets from speedups; leave {name} out.")
-    folder = None if output_dir is None else check_output_dir(output_dir)
+    folder = None if output_dir is None else check_output_dir(output_dir, SWEPT, overwrite=overwrite)
+    if folder is not None:
+        for speedup in asked:
+            check_output_dir(folder / f"{speedup:g}x", overwrite=overwrite)
     original: Figures | None = None
     points: list[SweepPoint] = []
     for speedup in asked:
         place = None if folder is None else folder / f"{speedup:g}x"
         log.info("Sweep: %g times as fast (%d of %d)", speedup, len(points) + 1, len(asked))
         try:
-            result = compress(model, target_speedup=speedup, output_dir=place, **options)
+            result = compress(model, target_speedup=speedup, output_dir=place, overwrite=overwrite, **options)
         except TargetError as error:
             log.warning("%s", error)
             points.append(SweepPoint(speedup, None, None, error=str(error)))
@@ -160,5 +166,5 @@ def sweep(
         found = Sweep(original, tuple(points))
         if folder is not None:
             figures = json.dumps(found.to_dict(), indent=1)
-            write_files(folder, {NAME: figures.encode(), PAGE: found.to_html().encode()})
+            write_files(folder, {SWEEP: figures.encode(), PAGE: found.to_html().encode()})
     return found

@@ -49,7 +49,7 @@ _UNSETTLED = ("training", "grad_checkpointing")
 
 
 BY_NAME = ("timm:", "torchvision:")
-"""Sources that `cpd.load` rebuilds by itself; any other source has to be handed in as a fresh model."""
+"""Sources that `cpd.load` rebuilds by itself (see `recorded`); of any other a fresh model has to be handed in."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _argument(pair: str) -> tuple[str, Any]:
     key, _, text = pair.partition("=")
     try:
         return key, json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, or more of it than is read
         return key, text
 
 

@@ -1,13 +1,18 @@
 """Artifacts: a result written to a folder, and a model rebuilt from it. No pickle is read or written.
 
 model.safetensors   the weights
-plan.json           what was kept, how a fresh model is built, and the checksum of the weights
+plan.json           what was kept, how a fresh model is built, and the checksums of all files
 model.onnx          the model as it is deployed
 report.json         every figure
 report.html         the same to look at
 README.md           a model card
+recipe.yaml         of the command line alone: the options of the run
 
 `save_pretrained` writes what model hubs look for instead: the weights, and `config.json` with what plan.json holds.
+
+A result is put in place as a whole (`cpd.files.folder`). A new one takes the place of the former: files of that which
+it has none of are deleted, unless they were changed. Files that are not of a result are never overwritten unasked: only
+the names above count, so that a folder may hold whatever else.
 """
 
 from __future__ import annotations
@@ -16,113 +21,215 @@ import hashlib
 import json
 import os
 import tempfile
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from cpd.errors import ArtifactError, CPDError, InputError, first_line
+from cpd.errors import ArtifactError, InputError, first_line
+from cpd.files.folder import Folder, reading, sha256_of, write_files
+from cpd.files.reading import conform, naming, read_json
 from cpd.model.inputs import check_model
-from cpd.plan import Plan
+from cpd.model.recorded import rebuilt
+from cpd.plan import Cache, Plan
 from cpd.report.report import Report
 from cpd.surgery.shrink import shrink
 
 FORMAT = "cpd-1"
-WEIGHTS, PLAN, ONNX, REPORT, PAGE, CARD, CONFIG = (
+WEIGHTS, PLAN, ONNX, REPORT, PAGE, CARD, CONFIG, RECIPE, SWEEP = (
     "model.safetensors", "plan.json", "model.onnx", "report.json", "report.html", "README.md", "config.json",
+    "recipe.yaml", "sweep.json",
 )  # fmt: skip
+#: What `save_result`, `save_pretrained` and a sweep write.
+RESULT, PRETRAINED, SWEPT = (WEIGHTS, PLAN, ONNX, REPORT, PAGE, CARD), (WEIGHTS, CONFIG, CARD), (SWEEP, PAGE)
+#: What users change as they like: a model loads whatever has become of it.
+EDITABLE = (CARD, RECIPE)
 
 
-def check_output_dir(path: str | os.PathLike[str]) -> Path:
-    """Make sure that files can be written to `path`, before any work is done.
+class Document(TypedDict):
+    """What a model is rebuilt from, beside its weights; earlier versions wrote no checksums but that of the weights."""
+
+    format: str
+    source: str | None
+    model_class: str
+    weights_sha256: str
+    plan: dict[str, Any]
+    files: NotRequired[dict[str, str]]
+    sha256: NotRequired[str]
+
+
+def folder_of(path: str | os.PathLike[str], what: str) -> Path:
+    """A path that a user gave for a folder.
 
     Raises:
-        InputError: if it is a file, or cannot be created or written to.
+        InputError: if it is empty, or no path.
     """
-    target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise InputError(f"output_dir {target} is a file; give a folder.")
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
+        raise InputError(f"{what} must be the path of a folder; got {path!r}. The current one is '.'.")
+    return Path(path)
+
+
+def check_output_dir(path: str | os.PathLike[str], names: Collection[str] = RESULT, *, overwrite: bool = False) -> Path:
+    """Make sure that files can be written to `path`, before any work is done.
+
+    Args:
+        path: the folder; made if there is none.
+        names: the files that will be written.
+        overwrite: whether those may be replaced, too, that are of no result, or were changed since it was saved.
+
+    Raises:
+        InputError: if it is no folder, cannot be created or written to, or holds such files.
+    """
+    target = folder_of(path, "output_dir")
     try:
+        if target.exists() and not target.is_dir():
+            raise InputError(f"output_dir {target} is a file; give a folder.")
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=target):
             pass
+        with reading(target) as files:
+            known = _known(files, names)
+            foreign = [name for name in names if not _is_ours(files, name, {None} if overwrite else known[name])]
     except OSError as error:
         raise InputError(f"output_dir {target} cannot be written to: {error.strerror or error}.") from error
+    if foreign:
+        raise InputError(
+            f"output_dir {target} holds {', '.join(foreign)}, which cpd did not write or which was changed since, and "
+            "which would be overwritten. Give another folder, or pass overwrite=True."
+        )
     return target
 
 
+def _known(files: Folder, names: Collection[str]) -> dict[str, set[str | None]]:
+    """The checksums that files have in the results of a folder, None where they may have any."""
+    known = defaultdict[str, set[str | None]](set)
+    if SWEEP in names:
+        known.update({name: {None} for name in SWEPT if _is_sweep(files)})
+        return known
+    for place, document in _documents(files):
+        for name, digest in {**_owned(document), place: None}.items():
+            known[name].add(digest)
+    return known
+
+
+def _is_ours(files: Folder, name: str, digests: Collection[str | None]) -> bool:
+    """Whether a name is free, or that of a file with one of these checksums."""
+    if not files.has(name):
+        return not os.path.lexists(files.path / name)
+    return None in digests or (bool(digests) and sha256_of(files.file(name)) in digests)
+
+
+def _is_sweep(files: Folder) -> bool:
+    try:
+        found = read_json(files.file(SWEEP))
+    except ArtifactError:
+        return False
+    return isinstance(found, dict) and {"original", "points"} <= found.keys()
+
+
+def _documents(files: Folder) -> Iterator[tuple[str, Document]]:
+    """The documents of the results in a folder, by the names of their files: that of `save`, that of a hub, or both."""
+    for name in (PLAN, CONFIG):
+        if files.has(name):
+            try:
+                yield name, _read_document(files.file(name), hub=name == CONFIG)
+            except ArtifactError:
+                continue
+
+
+def _owned(document: Document) -> dict[str, str | None]:
+    """The files of a result, and their checksums, which an earlier version has not written."""
+    listed = document.get("files")
+    return {**listed} if listed is not None else dict.fromkeys((*RESULT, RECIPE))
+
+
 def save_result(directory: Path, model: nn.Module, plan: Plan, report: Report, onnx: bytes | None) -> None:
-    """Write every artifact; each file is whole or not there.
+    """Write every artifact; all of them are there at once, or what was there before.
 
     Raises:
         ArtifactError: if a file cannot be written.
     """
-    weights = save(unique_tensors(model))
     files: dict[str, bytes] = {
-        WEIGHTS: weights,
-        PLAN: json.dumps(_document(weights, plan, report)).encode(),
+        WEIGHTS: save(unique_tensors(model)),
         REPORT: json.dumps(report.to_dict(), indent=1).encode(),
         PAGE: report.to_html().encode(),
         CARD: report.model_card().encode(),
+        **({} if onnx is None else {ONNX: onnx}),
     }
-    if onnx is not None:
-        files[ONNX] = onnx
-    write_files(directory, files)
+    document = _document(files, plan, report)
+    write_files(directory, {**files, PLAN: json.dumps(document).encode()}, _stale(directory, document))
 
 
 def save_pretrained(directory: Path, model: nn.Module, plan: Plan, report: Report) -> None:
-    """Write `config.json`, `model.safetensors` and the model card, as model hubs have them.
+    """Write `config.json`, `model.safetensors` and the model card, as model hubs have them, all at once.
 
     Raises:
         ArtifactError: if a file cannot be written.
     """
-    weights = save(unique_tensors(model))
-    config = {"architectures": [report.model_class], "library_name": "cpd", "cpd": _document(weights, plan, report)}
-    files = {WEIGHTS: weights, CONFIG: json.dumps(config).encode(), CARD: report.model_card().encode()}
-    write_files(directory, files)
+    files = {WEIGHTS: save(unique_tensors(model)), CARD: report.model_card().encode()}
+    document = _document(files, plan, report)
+    config = {"architectures": [report.model_class], "library_name": "cpd", "cpd": document}
+    write_files(directory, {**files, CONFIG: json.dumps(config).encode()}, _stale(directory, document))
 
 
-def _document(weights: bytes, plan: Plan, report: Report) -> dict[str, Any]:
-    """What a model is rebuilt from, beside its weights."""
-    return {
-        "format": FORMAT,
-        "source": report.source,
-        "model_class": report.model_class,
-        "weights_sha256": hashlib.sha256(weights).hexdigest(),
-        "plan": plan.to_dict(),
-    }
+def _document(files: Mapping[str, bytes], plan: Plan, report: Report) -> Document:
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    return _signed(
+        {
+            "format": FORMAT,
+            "source": report.source,
+            "model_class": report.model_class,
+            "weights_sha256": digests[WEIGHTS],
+            "plan": plan.to_dict(),
+            "files": digests,
+        }
+    )
 
 
-def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write files into a folder; each is whole or as it was.
+def _signed(document: Document) -> Document:
+    """A document with the checksum of itself."""
+    return {**document, "sha256": _digest(document)}
+
+
+def _digest(document: Document) -> str:
+    rest = {key: value for key, value in document.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _stale(directory: Path, document: Document) -> set[str]:
+    """Files of former results in a folder, of other weights, as they were written."""
+    gone = set[str]()
+    with reading(directory) as files:
+        for place, former in _documents(files):
+            if former["weights_sha256"] != document["weights_sha256"]:
+                known = {name: digest for name, digest in _owned(former).items() if files.has(name)}
+                same = {name for name, digest in known.items() if digest == sha256_of(files.file(name))}
+                gone |= {place, *same, *(name for name, digest in known.items() if digest is None and name != CARD)}
+    return gone
+
+
+def add_files(directory: Path, added: Mapping[str, bytes]) -> None:
+    """Write further files of a result, whose document then lists them.
 
     Raises:
         ArtifactError: if one cannot be written.
     """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            _write(directory / name, content)
-    except OSError as error:
-        raise ArtifactError(f"{directory} could not be written: {error.strerror or error}.") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file at once: under another name first, then renamed."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    files = dict(added)
+    with reading(directory) as found:
+        for place, document in _documents(found):
+            if "files" in document:
+                digests = {name: hashlib.sha256(content).hexdigest() for name, content in added.items()}
+                document["files"] = {**document["files"], **digests}
+                whole = read_json(found.file(place), finite=False)
+                whole = {**whole, "cpd": _signed(document)} if place == CONFIG else _signed(document)
+                files[place] = json.dumps(whole).encode()
+    write_files(directory, files)
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -137,20 +244,25 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return result
 
 
-def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
-    """Rebuild a compressed model from its folder.
+def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, trust_source: bool = False) -> nn.Module:
+    """Rebuild a compressed model from its folder. No code of the folder is run, and nothing is downloaded.
+
+    Every file is compared with its checksum, but for README.md and recipe.yaml, which may be changed; any file but
+    model.safetensors and plan.json may be deleted.
 
     Args:
         directory: what `result.save` or `result.save_pretrained` wrote.
         model: a fresh model of the original architecture, which is shrunk in place; None builds one by the
-            name in timm or torchvision that was saved.
+            name in timm or torchvision that was saved, if its arguments are plain numbers and the like.
+        trust_source: whether a `package.module:factory` that was saved is imported and called, which runs its code.
 
     Returns:
         The compressed model in eval mode.
 
     Raises:
-        ArtifactError: if a file is missing, truncated or foreign, or no name was saved and no model given.
-            A model that was given is then as it was.
+        InputError: if `directory` is no path, or `model` no module.
+        ArtifactError: if a file is missing, truncated, changed or foreign, or no name was saved that is built here
+            and no model given. A model that was given is then as it was.
 
     Examples:
         >>> from torch import nn
@@ -165,28 +277,38 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
         >>> torch.equal(model(images), result.model(images))
         True
     """
-    folder = Path(directory)
-    document = read_document(folder)
-    plan = Plan.from_dict(document["plan"])
-    weights = _read_weights(folder, document)
-    model = _fresh(document) if model is None else check_model(model)
-    _check_fit(model, plan, weights)
+    folder = folder_of(directory, "directory")
+    given = None if model is None else check_model(model)
     try:
-        shrink(model, plan)
-    except CPDError as error:
-        raise ArtifactError(f"{folder / PLAN} does not fit the model: {error}") from error
+        with reading(folder) as files:
+            document = _read_main(files)
+            with naming(folder / PLAN):
+                plan = Plan.from_dict(document["plan"])
+            weights = _read_weights(files, document)
+    except OSError as error:
+        raise ArtifactError(f"{folder} cannot be read: {error.strerror or error}.") from error
+    if given is None:
+        given = rebuilt(document["source"], document["model_class"], trust=trust_source)
+    _check_fit(given, plan, weights)
+    try:
+        shrink(given, plan)
+    except Exception as error:  # a plan that fits no model; `shrink` has put all back
+        raise ArtifactError(f"The plan in {folder} does not fit the model: {error}") from error
     state = OrderedDict(weights)
-    state._metadata = model.state_dict()._metadata  # type: ignore[attr-defined]  # versions that safetensors drops
-    model.load_state_dict(state, strict=False)
-    return model.eval()
+    state._metadata = given.state_dict()._metadata  # type: ignore[attr-defined]  # versions that safetensors drops
+    given.load_state_dict(state, strict=False)
+    return given.eval()
 
 
-def from_pretrained(name: str | os.PathLike[str], model: nn.Module | None = None, **download: Any) -> nn.Module:
+def from_pretrained(
+    name: str | os.PathLike[str], model: nn.Module | None = None, *, trust_source: bool = False, **download: Any
+) -> nn.Module:
     """Rebuild a compressed model from a folder, or from a repository of the Hugging Face hub.
 
     Args:
         name: a folder that `result.save_pretrained` or `result.save` wrote, or `user/repository`, downloaded.
         model: as for `load`.
+        trust_source: as for `load`.
         download: further arguments of `huggingface_hub.snapshot_download`, such as `revision` and `token`.
 
     Returns:
@@ -195,33 +317,50 @@ def from_pretrained(name: str | os.PathLike[str], model: nn.Module | None = None
     Raises:
         ArtifactError: as for `load`, or the repository cannot be downloaded.
     """
-    if Path(name).is_dir():
-        return load(name, model)
+    if folder_of(name, "name").is_dir():
+        return load(name, model, trust_source=trust_source)
     from huggingface_hub import snapshot_download
 
     try:
         folder = snapshot_download(str(name), allow_patterns=[CONFIG, PLAN, WEIGHTS], **download)
     except Exception as error:  # of the hub, of requests, of the disk
         raise ArtifactError(f"{name} is no folder here, and cannot be downloaded: {first_line(error)}.") from error
-    return load(folder, model)
+    return load(folder, model, trust_source=trust_source)
 
 
-def read_document(folder: Path) -> dict[str, Any]:
-    """The plan of a saved result, and what goes with it: `format`, `plan`, `source`.
+def read_document(folder: Path) -> Document:
+    """The plan of a saved result, and what goes with it.
 
     Raises:
-        ArtifactError: if it is missing, truncated or foreign.
+        ArtifactError: if it is missing, truncated or foreign, or a file of the result is not as it was saved.
     """
-    path = folder / PLAN
-    hub = not path.exists() and (folder / CONFIG).exists()
-    path = folder / CONFIG if hub else path
-    document = read_json(path)
+    with reading(folder) as files:
+        return _read_main(files)
+
+
+def _read_main(files: Folder) -> Document:
+    """The document of a folder, whose files are as it says."""
+    hub = not files.has(PLAN) and files.has(CONFIG)
+    document = _read_document(files.file(CONFIG if hub else PLAN), hub=hub)
+    for name, digest in document.get("files", {}).items():
+        compared = name not in EDITABLE and name == Path(name).name and files.has(name)
+        if compared and sha256_of(files.file(name)) != digest:
+            raise ArtifactError(f"{files.path / name} is truncated, or not the file that was saved with {PLAN}.")
+    return document
+
+
+def _read_document(path: Path, *, hub: bool) -> Document:
+    document = read_json(path, finite=False)
     if hub and isinstance(document, dict):
         document = document.get("cpd")
     if not isinstance(document, dict) or document.get("format") != FORMAT or "plan" not in document:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         raise ArtifactError(f"{path} is not of the format {FORMAT} (found {found!r}); it was not written by this cpd.")
-    return document
+    with naming(path):
+        read = conform(document, Document, "a document")
+    if "sha256" in read and read["sha256"] != _digest(read):
+        raise ArtifactError(f"{path} is not as it was saved: it is damaged, or was changed.")
+    return read
 
 
 def read_report(folder: Path) -> Report:
@@ -230,28 +369,18 @@ def read_report(folder: Path) -> Report:
     Raises:
         ArtifactError: if it is missing, truncated or foreign.
     """
-    return Report.from_dict(read_json(folder / REPORT))
+    with reading(folder) as files:
+        path = files.file(REPORT)
+        content = read_json(path)
+    with naming(path):
+        return Report.from_dict(content)
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file of a saved result holds.
-
-    Raises:
-        ArtifactError: if it is missing or truncated.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} is missing: {path.parent} is no folder that result.save wrote.") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}. It is truncated or not written by cpd.") from error
-
-
-def _read_weights(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor]:
-    path = folder / WEIGHTS
+def _read_weights(files: Folder, document: Document) -> dict[str, Tensor]:
+    path = files.file(WEIGHTS)
     try:
         content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() != document.get("weights_sha256"):
+        if hashlib.sha256(content).hexdigest() != document["weights_sha256"]:
             raise ArtifactError(f"{path} is truncated, or not the file that was saved with {PLAN}.")
         return load_tensors(content)
     except FileNotFoundError as error:
@@ -260,23 +389,10 @@ def _read_weights(folder: Path, document: Mapping[str, Any]) -> dict[str, Tensor
         raise ArtifactError(f"{path} cannot be read: {error}.") from error
 
 
-def _fresh(document: Mapping[str, Any]) -> nn.Module:
-    from cpd.model.sources import BY_NAME, resolve
-
-    source = document.get("source")
-    if not isinstance(source, str) or not source.startswith(BY_NAME):
-        raise ArtifactError(
-            f"This model of class {document.get('model_class')} is known by no timm or torchvision name: build one "
-            "as the original was built and pass it, cpd.load(directory, model=fresh)."
-        )
-    try:
-        return resolve(source).build()
-    except CPDError as error:
-        raise ArtifactError(f"The model {source} cannot be built here: {error}") from error
-
-
 def _check_fit(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor]) -> None:
-    """The weights must have, under every name, the shape that the plan gives the model."""
+    """The weights must have, under every name, the shape that the plan gives the model, and its caches be there."""
+    for cache in plan.caches:
+        _check_cache(model, cache)
     state = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}
     for name, tensor in state.items():
@@ -293,6 +409,22 @@ def _check_fit(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor]) -> N
             raise ArtifactError(f"{WEIGHTS} lacks {name}: it belongs to another model.")
         if list(weights[name].shape) != shape:
             raise ArtifactError(f"{name} is {list(weights[name].shape)} in {WEIGHTS}; the plan makes it {shape} here.")
+        if not torch.can_cast(weights[name].dtype, tensor.dtype):
+            raise ArtifactError(f"{name} is {weights[name].dtype} in {WEIGHTS}, and {tensor.dtype} in this model.")
     extra = sorted(set(weights) - set(state))
     if extra:
         raise ArtifactError(f"{WEIGHTS} holds {extra[0]}, which this model lacks: it belongs to another model.")
+
+
+def _check_cache(model: nn.Module, cache: Cache) -> None:
+    """What a plan empties must be of a module that there is, and of a kind that can be emptied so."""
+    try:
+        module = model.get_submodule(cache.module)
+    except AttributeError as error:
+        raise ArtifactError(f"The plan empties {cache.module}.{cache.name}; this model has no such module.") from error
+    held = vars(module).get(cache.name)
+    entries = cache.cold == "entries" and not isinstance(held, (dict, list, type(None)))
+    if entries or (cache.name in module._buffers and (cache.cold == "entries" or cache.value is not None)):
+        raise ArtifactError(
+            f"The plan empties {cache.module}.{cache.name} in a way that does not suit what it is here."
+        )

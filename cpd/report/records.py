@@ -7,9 +7,35 @@ import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
-from cpd.errors import ArtifactError
+from cpd.files.reading import conform
+
+
+class NodeRow(TypedDict):
+    """One node of the ONNX models; None where one of them lacks it."""
+
+    name: str
+    op: str
+    before_ms: float | None
+    after_ms: float | None
+
+
+class ShrinkRow(TypedDict):
+    """One shrink, of which the page shows the time alone."""
+
+    epoch: float
+
+
+class LatencyRow(TypedDict, total=False):
+    """What the page shows of a latency comparison by itself."""
+
+    speedup: float | None
+    speedup_low: float | None
+    speedup_high: float | None
+    threads: int | None
+    runs: int | None
+
 
 #: Arguments that are objects, which a call holds by their names.
 OBJECTS = ("data", "example_inputs", "loss", "evaluate", "teacher", "latency_inputs")
@@ -39,8 +65,8 @@ class Figures:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Figures:
-        """The figures that `to_dict` wrote; raises `ArtifactError` if a field is missing."""
-        return cls(**known_fields(cls, data))
+        """The figures that `to_dict` wrote; raises `ArtifactError` if it is another one."""
+        return conform(data, cls, f"a {cls.__name__}")
 
 
 @dataclass(frozen=True)
@@ -69,9 +95,8 @@ class GroupRow:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> GroupRow:
-        """The row that `to_dict` wrote; raises `ArtifactError` if a field is missing."""
-        known = known_fields(cls, data)
-        return cls(**{**known, "members": tuple(known.get("members", ()))})
+        """The row that `to_dict` wrote; raises `ArtifactError` if it is another one."""
+        return conform(data, cls, f"a {cls.__name__}")
 
 
 @dataclass(frozen=True)
@@ -96,8 +121,8 @@ class LayerRow:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> LayerRow:
-        """The row that `to_dict` wrote; raises `ArtifactError` if a field is missing."""
-        return cls(**known_fields(cls, data))
+        """The row that `to_dict` wrote; raises `ArtifactError` if it is another one."""
+        return conform(data, cls, f"a {cls.__name__}")
 
 
 def plain_fields(record: Any) -> dict[str, Any]:
@@ -113,27 +138,13 @@ def _plain(value: Any) -> Any:
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value) if math.isfinite(value) else None
-    if isinstance(value, (Figures, GroupRow, LayerRow)):
-        return value.to_dict()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain_fields(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (tuple, list, set, frozenset)):
         return [_plain(item) for item in value]
     return str(value)
-
-
-def known_fields(cls: type[Any], data: Any) -> dict[str, Any]:
-    """The entries of `data` that are fields of `cls`; a missing one without default is an error."""
-    if not isinstance(data, Mapping):
-        raise ArtifactError(f"Expected the dict of a {cls.__name__}, got {type(data).__name__}.")
-    required = {
-        field.name
-        for field in dataclasses.fields(cls)
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-    if missing := sorted(required - set(data)):
-        raise ArtifactError(f"The {cls.__name__} lacks {', '.join(missing)}: the file is truncated or foreign.")
-    return {field.name: data[field.name] for field in dataclasses.fields(cls) if field.name in data}
 
 
 @dataclass(frozen=True)

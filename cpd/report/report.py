@@ -14,14 +14,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import jinja2
 
-from cpd.errors import ArtifactError
+from cpd.files.reading import conform
 from cpd.model.sources import BY_NAME
 from cpd.report.charts import Chart, costly_nodes, is_number, line_chart, operator_rows, points_of, width_bars
-from cpd.report.records import OBJECTS, Figures, GroupRow, LayerRow, known_fields, plain_fields
+from cpd.report.records import OBJECTS, Figures, GroupRow, LatencyRow, LayerRow, NodeRow, ShrinkRow, plain_fields
 
 if TYPE_CHECKING:
     from cpd.report.records import SweepPoint
@@ -36,6 +36,14 @@ _COSTS = {
 #: Arguments that are records of settings, of which a call holds those that are not usual.
 _RECORDS = {"training": "cpd.DistillConfig", "schedule": "cpd.Schedule"}
 _UNITS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+class _Rows(TypedDict, total=False):
+    """Parts of a report that are plain dicts, as far as the page counts on them."""
+
+    latency: LatencyRow | None
+    nodes: tuple[NodeRow, ...]
+    shrinks: tuple[ShrinkRow, ...]
 
 
 class FigureRow(NamedTuple):
@@ -87,7 +95,7 @@ class Report:
     layers: tuple[LayerRow, ...] = ()
     nodes: tuple[dict[str, Any], ...] = ()
     shrinks: tuple[dict[str, Any], ...] = ()
-    checks: dict[str, float] = dataclasses.field(default_factory=dict)
+    checks: Mapping[str, float | None] = dataclasses.field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
     search: tuple[dict[str, Any], ...] = ()
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -134,19 +142,8 @@ class Report:
         Raises:
             ArtifactError: if a field is missing or is not what `to_dict` writes.
         """
-        known = known_fields(cls, data)
-        try:
-            nested = {
-                "original": Figures.from_dict(known["original"]),
-                "result": Figures.from_dict(known["result"]),
-                "groups": tuple(GroupRow.from_dict(row) for row in known.get("groups", ())),
-                "layers": tuple(LayerRow.from_dict(row) for row in known.get("layers", ())),
-            }
-            names = ("history", "search", "notes", "nodes", "shrinks")
-            plain = {name: tuple(known.get(name, ())) for name in names}
-        except TypeError as error:
-            raise ArtifactError(f"This is not a report that cpd wrote: {error}.") from error
-        return cls(**{**known, **nested, **plain})
+        conform(data, _Rows, "a report")
+        return conform(data, cls, "a report")
 
     def to_html(self) -> str:
         """The report as one self-contained HTML page."""

@@ -102,7 +102,8 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> None:
                 "architecture and size, not to one already shrunk."
             )
     for rescale in plan.rescales:
-        rows = tensors[rescale.tensor].shape[rescale.dim] if rescale.tensor in tensors else 0
+        shape = tensors[rescale.tensor].shape if rescale.tensor in tensors else ()
+        rows = shape[rescale.dim] if rescale.dim < len(shape) else 0
         if max(rescale.positions, default=-1) >= rows:
             raise ShrinkError(f"The plan rescales rows of {rescale.tensor} that this model does not have.")
     for item in plan.attributes:
@@ -110,7 +111,8 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> None:
             value = kept.get(model.get_submodule(item.module), item.name)
         except AttributeError as error:
             raise ShrinkError(f"The plan changes {item.module}.{item.name}, which this model lacks.") from error
-        if (list(value) if isinstance(value, (tuple, list)) else value) != item.old:
+        kept_now = list(value) if isinstance(value, (tuple, list)) else value
+        if not isinstance(kept_now, (int, list)) or kept_now != item.old:
             raise ShrinkError(f"{item.module}.{item.name} is {value}; the plan was made for {item.old}.")
 
 

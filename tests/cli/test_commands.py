@@ -40,6 +40,7 @@ def test_compress_prints_before_and_after(fakes: Fakes, run: Any, tmp_path: Path
     assert call == {
         "config": cpd.PruneConfig(target_speedup=2.0),
         "output_dir": tmp_path,
+        "overwrite": False,
         "source": "timm:resnet18,num_classes=10",
     }
 
@@ -167,7 +168,7 @@ def test_demo(report: Report, run: Any, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "cpd.demo", SimpleNamespace(run_demo=run_demo))
     result = run("demo", "--output-dir", tmp_path, "--seed", "3", "--quiet")
     assert result.exit_code == 0, result.stderr
-    assert given == {"output_dir": tmp_path, "seed": 3, "progress": False}
+    assert given == {"output_dir": tmp_path, "overwrite": False, "seed": 3, "progress": False}
     assert "0.9270" in result.stdout
 
 

@@ -14,8 +14,9 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cpd.distillation.distiller import DistillConfig, EpochRecord, _lr_schedule, distill
+from cpd.distillation.distiller import DistillConfig, EpochRecord, distill
 from cpd.distillation.losses import kl_divergence
+from cpd.distillation.optimizers import lr_schedule
 from cpd.errors import InputError, TrainingError
 from cpd.surgery.batchnorm import recalibrate_batchnorm
 from helpers.teaching import CLASSES, Net, images, make, same, state
@@ -87,7 +88,7 @@ def test_config_defaults() -> None:
 
 def test_the_learning_rate_rises_then_falls() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule, found = _lr_schedule(optimizer, DistillConfig(epochs=2.5, warmup=0.2)), []
+    schedule, found = lr_schedule(optimizer, DistillConfig(epochs=2.5, warmup=0.2)), []
     for at in (0, 0.25, 0.5, 1.5, 2.499999):
         schedule.step(at)
         found.append(optimizer.param_groups[0]["lr"])

@@ -1,31 +1,46 @@
 """Checkpoints: all that a training needs to go on, in one file that is whole at any moment.
 
-The file is a safetensors file: tensors, and everything else as JSON in its header. Nothing in it is executed when it
-is read. It is written beside itself, flushed to the disk, and put in place by one rename.
+The file is a safetensors file: tensors, and everything else as JSON in its header, with a checksum. Nothing in it is
+executed when it is read. It is written beside itself, flushed to the disk, and put in place by one rename; what a
+process left that was killed before that is deleted by the next.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from cpd.errors import CheckpointError
+from cpd.errors import ArtifactError, CheckpointError, CPDError, first_line
+from cpd.files.folder import flush, keep_mode
+from cpd.files.reading import conform, parsed
 
 FORMAT = 2
 NAME = "checkpoint.safetensors"
+#: Names of files that are not yet in place: of their process.
+_BESIDE = re.compile(rf"\.{re.escape(NAME)}\.\d+")
 #: Keys of JSON objects that stand for what JSON has no word for.
 _TENSOR, _TUPLE, _ITEMS, _DTYPE = "__tensor__", "__tuple__", "__items__", "__dtype__"
+
+
+class _Content(TypedDict):
+    """What the header holds as JSON."""
+
+    format: int
+    key: dict[str, Any]
+    state: dict[str, Any]
+    sha256: NotRequired[str]
 
 
 class Checkpoint:
@@ -68,14 +83,17 @@ class Checkpoint:
         """
         tensors: dict[str, Tensor] = {}
         packed = _packed({**state, "extra": self.extra}, "", tensors)
-        header = {"cpd": json.dumps({"format": FORMAT, "key": self.key, "state": packed})}
+        content = {"key": self.key, "state": packed}
+        header = {"cpd": json.dumps({"format": FORMAT, **content, "sha256": _digest(content)})}
         beside = self.path.with_name(f".{NAME}.{os.getpid()}")
         try:
+            self._tidy()
             safetensors.torch.save_file(tensors, beside, header)
+            keep_mode(self.path, beside)
             with beside.open("rb") as file:
                 os.fsync(file.fileno())
-            beside.replace(self.path)
-            _flush_folder(self.path.parent)
+            os.replace(beside, self.path)
+            flush(self.path.parent)
         except (OSError, safetensors.SafetensorError) as error:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
@@ -92,22 +110,22 @@ class Checkpoint:
         Raises:
             CheckpointError: if the file is no checkpoint, or one of other settings.
         """
-        for part in self.path.parent.glob(f".{NAME}.*"):  # of a process that was killed while it wrote
-            part.unlink(missing_ok=True)
+        self._tidy()
         if not self.path.is_file():
             return None
-        try:
+        with self._ours():
             with safetensors.safe_open(self.path, framework="pt") as file:
-                found = json.loads(file.metadata()["cpd"])
+                text = file.metadata()["cpd"]
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = conform(parsed(text, "its header", finite=False), _Content, "a header")
             if found["format"] not in (1, FORMAT):
                 raise CheckpointError(f"{self.path} is of format {found['format']}; this version reads 1 and {FORMAT}.")
+            content = {"key": found["key"], "state": found["state"]}
+            if "sha256" in found and _digest(content) != found["sha256"]:
+                raise ArtifactError("its header is not the one that was written")
             then = _settings_of_format_1(found["key"]) if found["format"] == 1 else found["key"]
-            state: dict[str, Any] = _unpacked(found["state"], tensors)
-        except (OSError, safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.path} is no checkpoint that cpd wrote ({type(error).__name__}: {error}). It is left as it is."
-            ) from error
+            state = conform(_unpacked(found["state"], tensors), dict[str, Any], "a state")
+            extra = conform(state.pop("extra"), dict[str, Any], "a state")
         then = {**self.usual, **then}
         other = [key for key in {**self.key, **then} if self.key.get(key) != then.get(key)]
         if other:
@@ -115,12 +133,45 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} is of a run with other settings ({told}). Give those, or another folder."
             )
-        self.state, self.extra = state, state.pop("extra")
+        self.state, self.extra = state, extra
         return state
+
+    @contextlib.contextmanager
+    def taken_up(self) -> Iterator[None]:
+        """Where a block goes on from `state`, and fails: that is because the state is none that cpd wrote.
+
+        Raises:
+            CheckpointError: in the place of anything else but the errors of `cpd`.
+        """
+        with contextlib.nullcontext() if self.state is None else self._ours():
+            yield
+
+    @contextlib.contextmanager
+    def _ours(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of safetensors, of torch's optimizers: whatever a foreign value makes them raise
+            if isinstance(error, CPDError) and not isinstance(error, ArtifactError):
+                raise
+            raise CheckpointError(
+                f"{self.path} is no checkpoint that cpd wrote ({type(error).__name__}: {first_line(error)}). "
+                "It is left as it is."
+            ) from error
+
+    def _tidy(self) -> None:
+        """Delete what processes have left that were killed while they wrote."""
+        with contextlib.suppress(OSError):
+            for part in self.path.parent.iterdir():
+                if _BESIDE.fullmatch(part.name):
+                    part.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Delete the file, once there is a result in its place."""
         self.path.unlink(missing_ok=True)
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _settings_of_format_1(key: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,13 +229,3 @@ def _dtype(name: str) -> torch.dtype:
     if not isinstance(found, torch.dtype):
         raise ValueError(f"{name!r} is no type of tensors")
     return found
-
-
-def _flush_folder(folder: Path) -> None:
-    """Make a rename last; not all systems can open a folder."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
