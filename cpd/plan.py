@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cpd.errors import ArtifactError, PlanError
+from cpd.options import instance
 
 FORMAT = 1
 
@@ -110,6 +111,7 @@ class Plan:
         Raises:
             PlanError: if this plan keeps what the earlier one has removed.
         """
+        PLAN.demand("earlier", earlier)
         kept, shapes = dict[str, dict[int, Tensor]](), dict[str, tuple[int, ...]]()
         for name in {**earlier.kept, **self.kept}:
             before, now = earlier.kept.get(name, {}), self.kept.get(name, {})
@@ -210,6 +212,9 @@ class Plan:
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"This is not a plan that cpd wrote: {type(error).__name__}: {error}.") from error
+
+
+PLAN = instance(Plan, "a plan, as comb.plan({group: channels}) gives it")
 
 
 def _within(left: Tensor, kept: Tensor, what: str) -> Tensor:

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from cpd import processes
-from cpd.config import PruneConfig
-from cpd.coupling.comb import Comb
+from cpd.config import PRUNING, PruneConfig
+from cpd.coupling.comb import COMB, Comb
 from cpd.coupling.comb import comb as comb_model
 from cpd.coupling.cost import unused_sentence
 from cpd.criteria import DATA_FREE
@@ -38,13 +38,14 @@ from cpd.criteria.score import score
 from cpd.deploy.export import check_runs
 from cpd.deploy.latency import LatencyProbe
 from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError
+from cpd.model.arguments import INPUTS, MODEL, OPTIMIZER, REPEATED_DATA
 from cpd.model.inputs import as_call, check_model, device_of, of_shape
 from cpd.model.masks import masks_applied
 from cpd.model.outputs import outputs_sentence
 from cpd.model.skeleton import skeleton
 from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of, named_tensors
-from cpd.options import takes_options
+from cpd.options import LOSS, Check, checked, function, integer, takes_options, text
 from cpd.plan import Plan
 from cpd.randomness import random_states_kept, seeded
 from cpd.selection.decision import Decider
@@ -140,6 +141,10 @@ class Pruner:
         True
     """
 
+    @checked(
+        model=MODEL, example_inputs=INPUTS, steps=integer(0), optimizer=OPTIMIZER, data=REPEATED_DATA, loss=LOSS,
+        config=PRUNING, comb=COMB, stage=function("stage(name)"),
+    )  # fmt: skip
     def __init__(
         self,
         model: nn.Module,
@@ -243,6 +248,7 @@ class Pruner:
         self.prune()
         return True
 
+    @checked(between=function("between()"))
     def prune(self, between: Callable[[], None] | None = None) -> Shrink:
         """Make the next shrink now.
 
@@ -310,8 +316,8 @@ class Pruner:
         else:
             found = decider.decide(scores, kept, share)
         decider.scopes, decider.goal = found.scopes, found.goal
-        for text in found.notes:
-            self.note(text)
+        for note in found.notes:
+            self.note(note)
         return self.comb.plan(found.keep)
 
     def _error_of(self, plan: Plan) -> float:
@@ -358,6 +364,7 @@ class Pruner:
         limit, compensation = self.config.score_batches, self.config.compensation
         return recover(narrower, wider, step, self.data, limit=limit, compensation=compensation, read=self.comb.read)
 
+    @checked(text=text("a sentence"))
     def note(self, text: str) -> None:
         """Say something to the user, now and in the report."""
         self.notes.append(text)
@@ -380,6 +387,7 @@ class Pruner:
             **({"sums": [], "count": 0} if self._accumulated is None else self._accumulated.state_dict()),
         }
 
+    @checked(state=Check("a mapping, as state_dict() gives it", lambda value: isinstance(value, Mapping)))
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state: the model, as it was given, is shrunk to what it says. Weights are not in it.
 

@@ -9,15 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpd.coupling.comb import Comb
+from cpd.coupling.comb import COMB, Comb
 from cpd.criteria import CRITERIA, Criterion, Setting
 from cpd.errors import InputError, TrainingError
+from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import check_model
+from cpd.options import FLAG, LIMIT, LOSS, SEED, Check, checked, choice, function, is_function
 
 #: Name -> dtype of mixed precision.
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+_CRITERION = Check(
+    "a name in cpd.criteria.CRITERIA, or a function of a cpd.criteria.Setting",
+    lambda value: is_function(value) or (isinstance(value, str) and value in CRITERIA),
+    names=lambda: CRITERIA,
+)
+
+
+@checked(
+    model=MODEL, comb=COMB, data=DATA, loss=LOSS, criterion=_CRITERION, limit=LIMIT, probes=LIMIT, seed=SEED,
+    training=FLAG, precision=choice(*PRECISIONS), total=function("total(tensor)"),
+)  # fmt: skip
 def score(
     model: nn.Module,
     comb: Comb,
@@ -68,10 +81,6 @@ def score(
         Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
     """
     model = check_model(model)
-    if isinstance(criterion, str) and criterion not in CRITERIA:
-        raise InputError(f"Unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}.")
-    if precision is not None and precision not in PRECISIONS:
-        raise InputError(f"Unknown precision {precision!r}; known are {', '.join(PRECISIONS)}, or None.")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     dtype = None if precision is None else PRECISIONS[precision]
     setting = Setting(model, comb, data, loss, limit, probes, seed, training, dtype)

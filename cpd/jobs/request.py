@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,10 @@ from torch import nn
 from cpd.checkpoint import Checkpoint
 from cpd.config import PruneConfig
 from cpd.distillation.config import DistillConfig
-from cpd.distillation.distiller import steps_per_epoch
+from cpd.distillation.request import steps_per_epoch
 from cpd.errors import InputError, TrainingError
 from cpd.model import sources
-from cpd.model.inputs import Call, as_call, batches, device_of, evaluating, move
+from cpd.model.inputs import Call, as_call, batches, device_of, evaluating
 from cpd.model.outputs import Outputs, reader
 from cpd.model.task_loss import LossFunction, task_loss
 
@@ -27,8 +27,6 @@ log = logging.getLogger("cpd")
 
 def example_call(model: nn.Module, example_inputs: Any, data: Iterable[Any] | None) -> Call:
     """The example inputs: those given, one sample of the data, or what timm and torchvision models take."""
-    if isinstance(data, Iterator):
-        raise InputError("data can be iterated only once (it is an iterator); pass a list or a DataLoader.")
     if example_inputs is None and data is not None:
         example_inputs = next(batches(data, 1)).call.part(1)
     if example_inputs is None:
@@ -51,13 +49,9 @@ def check_data(
         InputError: if the model fails on the batch, or no loss can be inferred.
     """
     batch = next(batches(data, 1))
-    device = device_of(model)
     with torch.no_grad(), evaluating(model):
-        try:
-            output = batch.call.to(device).on(model)
-        except Exception as error:  # the user's forward may raise anything
-            raise InputError(f"The model fails on the first batch of data: {type(error).__name__}: {error}.") from error
-        value = task_loss(output, move(batch.target, device), loss, reader(outputs))
+        batch = batch.to(device_of(model))
+        value = task_loss(batch.on(model), batch.target, loss, reader(outputs))
     if value is not None and not bool(torch.isfinite(value)):
         raise TrainingError(
             f"The loss of the unpruned model on the first batch is {float(value)}: check data and loss."
@@ -110,8 +104,6 @@ def checkpoint_of(
         if resume:
             raise InputError("resume=True needs the output_dir of the run that is to go on.")
         return None
-    if not minutes > 0:
-        raise InputError(f"checkpoint_minutes must be above 0; got {minutes!r}.")
     shapes = sorted((name, *tensor.shape) for name, tensor in model.state_dict().items())
     model_key = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     key = {**config.settings(), **vars(training), "model": model_key}

@@ -27,7 +27,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from cpd.errors import ArtifactError, CPDError, InputError, first_line
+from cpd.model.arguments import MODEL
 from cpd.model.inputs import check_model
+from cpd.options import PATH, checked
 from cpd.plan import Plan
 from cpd.report.report import Report
 from cpd.surgery.shrink import shrink
@@ -137,6 +139,7 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return result
 
 
+@checked(directory=PATH, model=MODEL)
 def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
     """Rebuild a compressed model from its folder.
 
@@ -181,6 +184,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None) -> n
     return model.eval()
 
 
+@checked(name=PATH, model=MODEL)
 def from_pretrained(name: str | os.PathLike[str], model: nn.Module | None = None, **download: Any) -> nn.Module:
     """Rebuild a compressed model from a folder, or from a repository of the Hugging Face hub.
 

@@ -27,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from cpd.errors import InputError
-from cpd.model.inputs import Call, batches, check_limit, check_model, device_of, evaluating, joined
+from cpd.model.arguments import DATA, MODEL
+from cpd.model.inputs import Call, batches, check_model, device_of, evaluating, joined
 from cpd.model.tensors import restore, state_of
-from cpd.plan import Plan
+from cpd.options import LIMIT, SEED, checked
+from cpd.plan import PLAN, Plan
 from cpd.trace.layer_calls import LayerCall, LayerCalls, from_matrix, matrix, seen
 
 #: Bytes that the largest input or output of a layer may take, by which the samples are limited.
@@ -61,6 +63,7 @@ class Refit:
     after: float
 
 
+@checked(model=MODEL, original=MODEL, plan=PLAN, data=DATA, limit=LIMIT, seed=SEED)
 @torch.no_grad()
 def compensate(
     model: nn.Module, original: nn.Module, plan: Plan, data: Iterable[Any], *, limit: int = 16, seed: int = 0
@@ -83,7 +86,8 @@ def compensate(
         What was done, layer by layer.
 
     Raises:
-        InputError: if the models do not run alike on the data; `model` is then as it was before.
+        InputError: if the models do not run alike on the data, or it holds values that are not finite; `model` is then
+            as it was before.
         TrainingError: if there is no data.
 
     Examples:
@@ -99,8 +103,7 @@ def compensate(
         >>> refit.after < refit.before
         True
     """
-    check_limit(limit)
-    calls = [batch.call for batch in batches(data, limit)]
+    calls = [batch.call for batch in batches(data, limit, finite=True)]
     model, original = check_model(model), check_model(original)
     device = device_of(model)
     before = state_of(model)
