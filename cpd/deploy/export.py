@@ -35,7 +35,7 @@ OnnxSource: TypeAlias = bytes | str | os.PathLike[str] | onnx.ModelProto
 
 ONNX_MODEL = Check(
     "an ONNX model: the path of its file, its bytes, or an onnx.ModelProto",
-    lambda value: (isinstance(value, (bytes, onnx.ModelProto)) and value != b"") or PATH.accepts(value),
+    lambda value: isinstance(value, (bytes, onnx.ModelProto)) or PATH.accepts(value),
 )
 TOLERANCE = number("above 0", lambda value: value > 0)
 

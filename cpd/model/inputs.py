@@ -349,8 +349,8 @@ def batches(data: Iterable[Any], limit: int | None = None, *, finite: bool = Fal
         finite: whether an input that is not finite is refused.
 
     Raises:
-        InputError: if `limit` is below 1, `data` raises anything, or an item is no batch, or not finite.
-        TrainingError: if `data` is empty.
+        InputError: if `limit` is below 1, `data` raises anything, or an item is no batch.
+        TrainingError: if `data` is empty, or an input is not finite.
     """
     LIMIT.demand("limit", limit, optional=True)
     with of_the_user("data", "when its iteration began"):
@@ -364,7 +364,7 @@ def batches(data: Iterable[Any], limit: int | None = None, *, finite: bool = Fal
             return
         found = as_batch(item)._replace(number=number)
         if finite and not_finite(found.call):
-            raise InputError(f"The inputs of {found.place} hold values that are not finite (NaN or infinity).")
+            raise TrainingError(f"The inputs of {found.place} hold values that are not finite (NaN or infinity).")
         yield found
 
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpd.errors import TrainingError
 from cpd.model.inputs import batches, check_model, device_of, evaluating
+from cpd.options import LIMIT
 
 
 @torch.no_grad()
@@ -37,6 +38,7 @@ def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, limit: int |
             error, the old statistics are back.
     """
     model = check_model(model)
+    LIMIT.demand("limit", limit, optional=True)
     layers = {
         name: module
         for name, module in model.named_modules()

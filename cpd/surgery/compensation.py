@@ -86,9 +86,8 @@ def compensate(
         What was done, layer by layer.
 
     Raises:
-        InputError: if the models do not run alike on the data, or it holds values that are not finite; `model` is then
-            as it was before.
-        TrainingError: if there is no data.
+        InputError: if the models do not run alike on the data; `model` is then as it was before.
+        TrainingError: if there is no data, or it holds values that are not finite.
 
     Examples:
         >>> from copy import deepcopy
