@@ -18,9 +18,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
 from cpd.criteria.score import score
 from cpd.deploy.export import check_runs
 from cpd.deploy.latency import LatencyProbe
-from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError
+from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError, of_the_user
 from cpd.model.arguments import INPUTS, MODEL, OPTIMIZER, REPEATED_DATA
 from cpd.model.inputs import as_call, check_model, device_of, of_shape
 from cpd.model.masks import masks_applied
@@ -82,6 +83,15 @@ class Shrink:
     macs: int
     parameters: int
     plan_hash: str
+
+
+@contextmanager
+def _entered(stage: Stage, name: str) -> Iterator[None]:
+    """A stage of the user's; what fails in it is not the user's."""
+    with ExitStack() as stack:
+        with of_the_user("stage", f"for {name!r}"):
+            stack.enter_context(stage(name))
+        yield
 
 
 @takes_options(PruneConfig)
@@ -164,7 +174,7 @@ class Pruner:
         if self.config.masks == "permanent":
             masks_applied(self.model)
         self.target, limits = self.config.target, self.config.limits
-        self._stage = stage or (lambda _: nullcontext())
+        self._stage = (lambda _: nullcontext()) if stage is None else partial(_entered, stage)
         self._events = self.config.when.events(steps)
         self.data = None if data is None else processes.Share(data, self.config.score_batches)
         if comb is None:
@@ -345,7 +355,8 @@ class Pruner:
                 there = self.model if device_of(self.model) == device else copy_of(self.model).to(device)
                 self.checks["masked equals shrunk"] = masked_error(before.to(device), there, self.comb, plan)
         if between is not None:
-            between()
+            with of_the_user("between", "after the shrink"):
+                between()
         if self.data is not None:
             assert before is not None
             self._recover(before, step)

@@ -87,7 +87,7 @@ class Setting:
         Raises:
             TrainingError: if there is none, or it is not finite.
         """
-        value = task_loss(self.output(batch), batch.target, self.loss, self.comb.read)
+        value = task_loss(self.output(batch), batch.target, self.loss, self.comb.read, batch.place)
         if value is None:
             raise TrainingError("The batches have no target, so there is no loss to score with: pass loss=….")
         if not bool(torch.isfinite(value)):

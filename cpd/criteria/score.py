@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from cpd.coupling.comb import COMB, Comb
 from cpd.criteria import CRITERIA, Criterion, Setting
-from cpd.errors import InputError, TrainingError
+from cpd.criteria.choice import criterion_name
+from cpd.errors import InputError, TrainingError, of_the_user
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import check_model
-from cpd.options import FLAG, LIMIT, LOSS, SEED, Check, checked, choice, function, is_function
+from cpd.options import FLAG, LIMIT, LOSS, SEED, Check, checked, choice, function, is_function, shown
 
 #: Name -> dtype of mixed precision.
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -84,13 +85,17 @@ def score(
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     dtype = None if precision is None else PRECISIONS[precision]
     setting = Setting(model, comb, data, loss, limit, probes, seed, training, dtype)
-    scores = function(setting if total is None else replace(setting, total=total))
+    with of_the_user(f"The criterion {criterion_name(criterion)}"):
+        scores = function(setting if total is None else replace(setting, total=total))
+    if not isinstance(scores, Mapping):
+        raise InputError(f"The criterion must return {{group name: tensor}}, not {shown(scores)}.")
     result = {}
     for group in comb.open:
         value = scores.get(group.name)
-        if value is None or tuple(value.shape) != (group.size,):
+        if not isinstance(value, Tensor) or tuple(value.shape) != (group.size,):
+            found = list(value.shape) if isinstance(value, Tensor) else "no score"
             raise InputError(
-                f"The criterion gave {'no score' if value is None else list(value.shape)} for {group.name}; it must "
+                f"The criterion gave {found} for {group.name}; it must "
                 f"return a tensor of {group.size} numbers for it, as for every group of comb.open."
             )
         value = value.detach().to("cpu", torch.float64)

@@ -23,6 +23,7 @@ import torch
 from cpd.deploy.backends import BACKENDS, Backend, Model, OnnxRuntime, Run, exported
 from cpd.deploy.export import ONNX_MODEL, TOLERANCE, OnnxSource, feed, open_session
 from cpd.deploy.profiling import NodeTime, profile_nodes
+from cpd.errors import of_the_user
 from cpd.model.arguments import INPUTS
 from cpd.model.inputs import as_call
 from cpd.options import SECONDS, THREADS, Check, checked, choice, integer, number
@@ -253,8 +254,10 @@ def measure_latency(
     for backend in map(partial(_backend, threads=threads), backends):
         for name, model in models.items():
             names.append((name, backend.name))
-            runners.append(_Runner(backend.open(model, call)))
-    times = _time_rounds(runners, seconds, min_runs, precision)
+            with of_the_user(f"The backend {backend.name}", f"when it opened {name}"):
+                runners.append(_Runner(backend.open(model, call)))
+    with of_the_user("A backend", "while it ran a model"):
+        times = _time_rounds(runners, seconds, min_runs, precision)
     rows = tuple(Timing(*name, **vars(_column(times, index))) for index, name in enumerate(names))
     return LatencyTable(rows, len(times), threads, call.samples, environment())
 

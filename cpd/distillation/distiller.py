@@ -333,7 +333,7 @@ class _Run:
                 with torch.no_grad(), self.accelerator.autocast():
                     reference = batch.on(self.teacher, "The teacher")
             output = batch.on(self.trainee, "The student")
-        task = task_loss(output, batch.target, self.loss, self.read)
+        task = task_loss(output, batch.target, self.loss, self.read, batch.place)
         if task is not None:
             parts["task"], parts["loss"] = task, config.task_weight * task
         if self.kd is not None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import GeneratorType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from cpd import processes
 from cpd.checkpoint import Checkpoint
+from cpd.distillation.accelerator import placed
 from cpd.distillation.config import DistillConfig
-from cpd.errors import InputError, TrainingError
+from cpd.distillation.kd import Distillation
+from cpd.errors import InputError, TrainingError, of_the_user
+from cpd.model.inputs import Batch, device_of, evaluating
 from cpd.options import Check, instance
+from cpd.randomness import random_states_kept
 
 CHECKPOINT = instance(Checkpoint, "a cpd.checkpoint.Checkpoint")
 PRUNER = Check(
@@ -55,12 +60,35 @@ def check_data(data: Iterable[Any], config: DistillConfig) -> None:
         raise InputError("A fraction of an epoch needs data with a length (__len__); use epochs=1.")
 
 
+def check_distillation(
+    student: nn.Module, teacher: nn.Module, batch: Batch, config: DistillConfig, read: Callable[[Any], Any]
+) -> None:
+    """Take the distillation loss once, of a sample or two, before there is a narrower student.
+
+    Raises:
+        InputError: if the teacher does not take these inputs, there is no module of a name in `features`, or the loss
+            cannot be taken of what the models give.
+    """
+    few = Batch(batch.call.part(2), None, batch.number)
+    with random_states_kept(), torch.no_grad(), placed(teacher, device_of(student)), evaluating(student):
+        kd = Distillation(config, student, teacher, few.call.part(1), read).to(device_of(student))
+        with kd.watching():
+            reference, output = few.on(teacher, "The teacher"), few.on(student)
+        with of_the_user(f"kd={config.kd!r}", "on what the models give on the first batch of data"):
+            value = kd(output, reference)
+    if not bool(torch.isfinite(value)):
+        raise InputError(f"The distillation loss kd={config.kd!r} is {float(value)} on the first batch of data.")
+
+
 def _length(data: Iterable[Any]) -> int | None:
     """The number of batches; None if the data does not tell."""
     try:
-        return len(data)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return None
+        with of_the_user("len(data)"):
+            return len(data)  # type: ignore[arg-type]
+    except InputError as error:
+        if isinstance(error.__cause__, (TypeError, NotImplementedError)):
+            return None
+        raise
 
 
 def steps_per_epoch(data: Iterable[Any], accumulate: int = 1) -> int | None:

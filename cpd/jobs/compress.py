@@ -144,7 +144,7 @@ def compress(
             check_runs(model, call)
         student = copy_of(model)
         if data is not None:
-            check_data(student, data, loss, settings.outputs)
+            check_data(student, data, loss, settings.outputs, learning, teacher)
         per_epoch = steps_an_epoch(settings, learning, data)
         stages = _Stages(progress)
         with stages("comb"):

@@ -236,7 +236,7 @@ def _loss(
     with evaluating(model):
         for batch in batches(data):
             batch = batch.to(device_of(model))
-            value = task_loss(batch.on(model), batch.target, loss, read)
+            value = task_loss(batch.on(model), batch.target, loss, read, batch.place)
             if value is None:
                 return None
             values.append(float(value))

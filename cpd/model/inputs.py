@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from itertools import chain, count
@@ -250,15 +251,32 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-@contextmanager
-def plain_attention() -> Iterator[None]:
+class _PlainAttention:
+    """The fast path of attention is one switch for all threads: the first block turns it off, the last one back."""
+
+    def __init__(self) -> None:
+        self.lock, self.blocks, self.before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.blocks:
+                self.before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self.blocks += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.blocks -= 1
+            if not self.blocks:
+                torch.backends.mha.set_fastpath_enabled(self.before)
+
+
+_PLAIN_ATTENTION = _PlainAttention()
+
+
+def plain_attention() -> AbstractContextManager[None]:
     """`torch.nn.MultiheadAttention` without its inference fast path, one op that hides its layers, in a block."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    return _PLAIN_ATTENTION
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpd.errors import InputError
+from cpd.errors import InputError, of_the_user
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import Call, batches, check_model, device_of, evaluating, joined
 from cpd.model.tensors import restore, state_of
@@ -110,7 +110,8 @@ def compensate(
         probe = _Probe(original, calls[0].part(1).to(device))
         call = joined(calls).part(probe.samples).to(device)
         try:
-            return _Lockstep(model, original, plan, probe, seed).run(call)
+            with of_the_user("A model", "while both ran beside one another on data"):
+                return _Lockstep(model, original, plan, probe, seed).run(call)
         except BaseException:
             restore(model, before)
             raise
@@ -135,7 +136,7 @@ class _Probe:
             if id(given["input"]) in latest:
                 self.normed.add(latest[id(given["input"])][1])
 
-        with seen(LayerCalls(original, after=after, norm=norm)):
+        with seen(LayerCalls(original, after=after, norm=norm)), of_the_user("original", "on the first batch of data"):
             call.on(original)
         self.once = {name for name, count in times.items() if count == 1}
 
