@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cpd.errors import InputError
 from cpd.options import (
+    OUTPUTS,
+    SEED,
+    THREADS,
     Check,
     check_names,
     check_options,
     choice,
     flag,
+    instance,
     integer,
+    is_function,
     number,
     option,
     options_of,
@@ -49,9 +54,11 @@ def _read_shapes(texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         raise InputError(f"latency_inputs takes shapes, as in 8x3x224x224; got {', '.join(texts)}.") from None
 
 
-def _are_parts(value: Any) -> bool:
-    parts = value if isinstance(value, (list, tuple)) else [value]
-    return bool(parts) and all(isinstance(item, (str, int)) and not isinstance(item, bool) for item in parts)
+def _criteria() -> Collection[str]:
+    """The names of criteria, whose import takes torch's seconds."""
+    from cpd.criteria import CRITERIA
+
+    return CRITERIA
 
 
 def _are_shares(value: Any) -> bool:
@@ -65,16 +72,17 @@ _SPEEDUP = number("of at least 1 (original over result: for half the latency, 2)
 _FRACTION = number("from 0 to 1", lambda value: 0 <= value <= 1)
 _INSIDE = number("between 0 and 1", lambda value: 0 < value < 1)
 _CRITERION = Check(
-    "a name in cpd.criteria.CRITERIA, or a callable", lambda value: isinstance(value, str) or callable(value)
+    "a name in cpd.criteria.CRITERIA, or a function of a cpd.criteria.Setting",
+    lambda value: is_function(value) or (isinstance(value, str) and value in _criteria()),
+    names=lambda: _criteria(),
 )
-_SCHEDULE = Check(f"one of {', '.join(KINDS)}, or a Schedule", lambda value: isinstance(value, str) and value in KINDS)
+_SCHEDULE = Check(
+    f"one of {', '.join(KINDS)}, or a Schedule",
+    lambda value: isinstance(value, str) and value in KINDS,
+    names=lambda: KINDS,
+)
 _RATIOS = Check(
     "a mapping from patterns of group names to shares of at least 0 and below 1", _are_shares, read=_read_ratios
-)
-_OUTPUTS = Check(
-    "a name or a position, several of them, or a function of the output",
-    lambda value: callable(value) or _are_parts(value),
-    read=tuple,
 )
 _INPUTS = Check("a sequence of inputs or shapes", lambda value: isinstance(value, (list, tuple)), read=_read_shapes)
 
@@ -160,7 +168,7 @@ class PruneConfig:
         "command line PATTERN=SHARE, any number of times.",
     )  # fmt: skip
     outputs: Outputs | None = option(
-        None, _OUTPUTS,
+        None, OUTPUTS,
         "The parts of the model's output that matter, where it returns more than is read (hidden states, lists of "
         "features): a key, an attribute or a position, as in a.b or 1.0 inside another, several of them (Python: or a "
         "function of the output). These keep their width, the others may become narrower. Default: all matter.",
@@ -180,13 +188,13 @@ class PruneConfig:
         "Seconds after which what is not proved stays. Default: no limit, so that the same model gives the same plan.",
     )
     tolerance: float = option(0.05, _INSIDE, "Relative distance from a measured target at which the search may end.")
-    threads: int = option(1, integer(1), "Threads of ONNX Runtime when latency is measured.")
+    threads: int = option(1, THREADS, "Threads of ONNX Runtime when latency is measured.")
     latency_inputs: Sequence[Any] = option(
         (), _INPUTS,
         "Further inputs (other batch or image sizes) for which a measured target must hold: the slowest counts. "
         "Inputs, or their shapes; on the command line shapes as 8x3x224x224, any number of times.",
     )  # fmt: skip
-    seed: int = option(0, integer(0, 2**31), "Seed of every random choice.")
+    seed: int = option(0, SEED, "Seed of every random choice.")
 
     def __post_init__(self) -> None:
         """Take a `Schedule` apart; check every field."""
@@ -214,8 +222,7 @@ class PruneConfig:
         Raises:
             InputError: an unknown option, or a value out of range.
         """
-        if config is not None and not isinstance(config, PruneConfig):
-            raise InputError(f"config must be a cpd.PruneConfig; got {type(config).__name__}.")
+        PRUNING.demand("config", config, optional=True)
         defaults = {item.name: item.default for item in options_of(cls)}
         check_names(given, defaults, what)
         start = {name: defaults[name] for name in SCHEDULED if isinstance(given.get("schedule"), Schedule)}
@@ -260,3 +267,6 @@ class PruneConfig:
     def settings(self) -> dict[str, Any]:
         """All options as JSON types but for the inputs, as a checkpoint keeps them."""
         return {name: plain(value) for name, value in vars(self).items() if name != "latency_inputs"}
+
+
+PRUNING = instance(PruneConfig, "a cpd.PruneConfig")

@@ -98,3 +98,23 @@ def let_through(error: BaseException) -> None:
         if isinstance(found, MemoryError):
             raise found
         found = found.__cause__ or found.__context__
+
+
+@contextmanager
+def of_the_user(what: str, where: str = "") -> Iterator[None]:
+    """Tell what a function of the user's raises within a block as that function's, the exception itself as the cause.
+
+    Args:
+        what: what is called, as the user knows it: "evaluate", "loss", "data".
+        where: when, or on what, in words that end the sentence: "on the model before pruning".
+
+    Raises:
+        InputError: in the place of what it raises, unless that is an error of `cpd` already.
+    """
+    try:
+        yield
+    except CPDError:
+        raise
+    except Exception as error:
+        let_through(error)
+        raise InputError(f"{what} raised {type(error).__name__}{where and ' '}{where}: {first_line(error)}.") from error

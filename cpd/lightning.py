@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from cpd.errors import InputError, needs_extra
+from cpd.model.arguments import INPUTS
+from cpd.options import checked, text
 from cpd.pruner import Pruner
 
 with needs_extra("lightning", "cpd.lightning"):
@@ -30,6 +32,7 @@ class PrunerCallback(Callback):
         InputError: several processes or several optimizers: use `cpd.compress` or a loop of your own.
     """
 
+    @checked(example_inputs=INPUTS, part=text("the name of a part of the module, as 'model'"))
     def __init__(self, example_inputs: Any, part: str | None = None, **options: Any) -> None:
         self.example_inputs, self.part, self.options = example_inputs, part, options
         self.pruner: Pruner | None = None

@@ -1,41 +1,66 @@
-"""Options: each is declared once, as a field of a dataclass, with its default, its help and its check.
+"""Options and arguments: what each may be is declared once, and looked at before anything is done.
 
-`cpd.PruneConfig` and `cpd.DistillConfig` are made of such fields. The signatures and docstrings of functions, the
-options of commands and the keys of recipes follow from them.
+`cpd.PruneConfig` and `cpd.DistillConfig` are made of options: fields of a dataclass, each with its default, its help
+and its check. The signatures and docstrings of functions, the options of commands and the keys of recipes follow from
+them. What a public function takes beside them is looked at by `checked`, with checks of the same kind.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import math
+import os
+import reprlib
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from cpd.errors import InputError
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+#: No integer and no duration is larger: what would never end, or fits no memory, is refused at once.
+LARGEST = 10**9
 
 
 @dataclass(frozen=True)
 class Check:
-    """What an option may be.
+    """What an option or an argument may be.
 
     Attributes:
         wanted: what it may be, in words that follow "must be".
         accepts: whether a value is that.
         kind: the type of one value on a command line.
         read: where an option is given several times on a command line: makes its value of all those texts.
+        names: the names that it may be, of which the nearest is named where another one is given.
+        fault: of a value that is accepted: what is wrong with it all the same, in words that follow its name.
     """
 
     wanted: str
     accepts: Callable[[Any], bool]
     kind: type = str
     read: Callable[[Sequence[str]], Any] | None = None
+    names: Callable[[], Collection[str]] = tuple
+    fault: Callable[[Any], str | None] = lambda value: None
+
+    def demand(self, name: str, value: Any, *, optional: bool = False) -> None:
+        """Raise `InputError` unless a value is what it may be, or is None and may be that."""
+        if value is None and optional:
+            return
+        if not self.accepts(value):
+            near = difflib.get_close_matches(value, self.names(), 1) if isinstance(value, str) else []
+            meant = f" Is {near[0]} meant?" if near else ""
+            raise InputError(f"{name} must be {self.wanted}{', or None' * optional}; got {shown(value)}.{meant}")
+        if (fault := self.fault(value)) is not None:
+            raise InputError(f"{name} {fault}")
 
 
 @dataclass(frozen=True)
@@ -75,9 +100,7 @@ def options_of(config: Any) -> tuple[Option, ...]:
 def check_options(config: Any) -> None:
     """Raise `InputError` unless every option of a config is what it may be."""
     for item in options_of(config):
-        value = getattr(config, item.name)
-        if not (value is None and item.optional) and not item.check.accepts(value):
-            raise InputError(f"{item.name} must be {item.check.wanted}{', or None' * item.optional}; got {value!r}.")
+        item.check.demand(item.name, getattr(config, item.name), optional=item.optional)
 
 
 def changed(config: Any) -> dict[str, Any]:
@@ -97,8 +120,24 @@ def check_names(given: Collection[str], known: Collection[str], what: str) -> No
 # ------------------------------------------------------------------------------------------ checks
 
 
+def shown(value: Any) -> str:
+    """A value as a message shows it: short, and whatever it is."""
+    if isinstance(value, type):
+        return f"the class {value.__qualname__}"
+    if not isinstance(value, (bool, int, float, complex, str, bytes, list, tuple, dict, set, range, Path, type(None))):
+        return type(value).__qualname__
+    kind = f"{type(value).__qualname__} " if isinstance(value, (list, tuple, dict, set)) else ""
+    try:
+        return kind + textwrap.shorten(reprlib.repr(value), 120, placeholder=" …")
+    except Exception:  # an integer of thousands of digits, or what a class of the user's makes of itself
+        return type(value).__qualname__
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def number(wanted: str, accepts: Callable[[float], bool]) -> Check:
@@ -106,20 +145,20 @@ def number(wanted: str, accepts: Callable[[float], bool]) -> Check:
     return Check(f"a number {wanted}", lambda value: _is_number(value) and accepts(value), float)
 
 
-def integer(least: int, below: int | None = None) -> Check:
-    """An integer of at least `least`, and below `below` if that is given."""
-    wanted = f"an integer of at least {least}" + ("" if below is None else f" and below {below}")
+def integer(least: int, most: int = LARGEST) -> Check:
+    """An integer from `least` to `most`."""
 
     def accepts(value: object) -> bool:
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        return whole and value >= least and (below is None or value < below)  # type: ignore[operator]
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
-    return Check(wanted, accepts, int)
+    return Check(f"an integer from {least} to {most}", accepts, int)
 
 
 def choice(*names: str) -> Check:
     """One of several names."""
-    return Check(f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names)
+    return Check(
+        f"one of {', '.join(names)}", lambda value: isinstance(value, str) and value in names, names=lambda: names
+    )
 
 
 def flag() -> Check:
@@ -127,7 +166,96 @@ def flag() -> Check:
     return Check("True or False", lambda value: isinstance(value, bool), bool)
 
 
+def instance(kind: type | tuple[type, ...], wanted: str) -> Check:
+    """An object of a class; the class itself is none."""
+    return Check(wanted, lambda value: isinstance(value, kind))
+
+
+def function(form: str) -> Check:
+    """Something that is called as `form` says. A class is called to make an object: that is another thing."""
+    return Check(f"a function, called as {form}", is_function)
+
+
+def is_function(value: object) -> bool:
+    """Whether a value can be called, and is no class."""
+    return callable(value) and not isinstance(value, type)
+
+
+def text(wanted: str) -> Check:
+    """A string that is not empty."""
+    return Check(wanted, lambda value: isinstance(value, str) and bool(value))
+
+
+def or_none(check: Check) -> Check:
+    """The same, or None: for an argument that has no default."""
+    return dataclasses.replace(
+        check, wanted=f"{check.wanted}, or None", accepts=lambda value: value is None or check.accepts(value),
+        fault=lambda value: None if value is None else check.fault(value),
+    )  # fmt: skip
+
+
+def _is_path(value: object) -> bool:
+    found = os.fspath(value) if isinstance(value, (str, os.PathLike)) else None
+    return isinstance(found, str) and found != "" and "\0" not in found
+
+
+#: What several functions take.
+PATH = Check("a path, as 'out' or pathlib.Path('out')", _is_path)
+SEED = integer(0, 2**31 - 1)
+THREADS = integer(1, 1024)
+SECONDS = number("of seconds, above 0 and at most 86400 (a day)", lambda value: 0 < value <= 86400)
+LIMIT = integer(1)
+FLAG = flag()
+
+
+def _are_parts(value: Any) -> bool:
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return bool(parts) and all(isinstance(item, (str, int)) and not isinstance(item, bool) for item in parts)
+
+
+OUTPUTS = Check(
+    "a name or a position, several of them, or a function of the output",
+    lambda value: is_function(value) or _are_parts(value),
+    read=tuple,
+)
+LOSS = function("loss(output, target)")
+EVALUATE = function("evaluate(model)")
+
+
 # ------------------------------------------------------------------------------------------ signatures
+
+
+def checks_of(config: Any, *names: str) -> dict[str, Check]:
+    """The checks of some options of a config, for a function that takes them too."""
+    return {item.name: item.check for item in options_of(config) if item.name in names}
+
+
+def checked(**checks: Check) -> Callable[[F], F]:
+    """Look at the arguments of a function before it does anything; one whose default is None may be None.
+
+    Args:
+        checks: what each argument may be, by its name.
+    """
+
+    def decorated(called: F) -> F:
+        signature = inspect.signature(called)
+        optional = {name for name in checks if signature.parameters[name].default is None}
+        ordered = [(name, checks[name]) for name in signature.parameters if name in checks]
+
+        @functools.wraps(called)
+        def looked_at(*args: Any, **kwargs: Any) -> Any:
+            try:
+                given = signature.bind(*args, **kwargs).arguments
+            except TypeError:
+                return called(*args, **kwargs)  # which says it in Python's own words
+            for name, check in ordered:
+                if name in given:
+                    check.demand(name, given[name], optional=name in optional)
+            return called(*args, **kwargs)
+
+        return cast(F, looked_at)
+
+    return decorated
 
 
 def takes_options(config: type, leave_out: Collection[str] = (), *, others: bool = False) -> Callable[[T], T]:

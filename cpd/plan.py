@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cpd.errors import ArtifactError, PlanError
 from cpd.files.reading import conform
+from cpd.options import instance
 
 FORMAT = 1
 #: What torch keeps of every module; no plan changes it.
@@ -128,6 +129,7 @@ class Plan:
         Raises:
             PlanError: if this plan keeps what the earlier one has removed.
         """
+        PLAN.demand("earlier", earlier)
         kept, shapes = dict[str, dict[int, Tensor]](), dict[str, tuple[int, ...]]()
         for name in {**earlier.kept, **self.kept}:
             before, now = earlier.kept.get(name, {}), self.kept.get(name, {})
@@ -256,6 +258,9 @@ def _fault(found: _Saved) -> str | None:
         if not lists and not (isinstance(old, int) and isinstance(new, int)):
             return f"{attribute.module}.{attribute.name} is {old} before and {new} after"
     return None
+
+
+PLAN = instance(Plan, "a plan, as comb.plan({group: channels}) gives it")
 
 
 def _within(left: Tensor, kept: Tensor, what: str) -> Tensor:

@@ -18,17 +18,18 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cpd import processes
-from cpd.config import PruneConfig
-from cpd.coupling.comb import Comb
+from cpd.config import PRUNING, PruneConfig
+from cpd.coupling.comb import COMB, Comb
 from cpd.coupling.comb import comb as comb_model
 from cpd.coupling.cost import unused_sentence
 from cpd.criteria import DATA_FREE
@@ -37,14 +38,15 @@ from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
 from cpd.criteria.score import score
 from cpd.deploy.export import check_runs
 from cpd.deploy.latency import LatencyProbe
-from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError
+from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError, of_the_user
+from cpd.model.arguments import INPUTS, MODEL, OPTIMIZER, REPEATED_DATA
 from cpd.model.inputs import as_call, check_model, device_of, of_shape
 from cpd.model.masks import masks_applied
 from cpd.model.outputs import outputs_sentence
 from cpd.model.skeleton import skeleton
 from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of, named_tensors
-from cpd.options import takes_options
+from cpd.options import LOSS, Check, checked, function, integer, takes_options, text
 from cpd.plan import Plan
 from cpd.randomness import random_states_kept, seeded
 from cpd.selection.decision import Decider
@@ -81,6 +83,15 @@ class Shrink:
     macs: int
     parameters: int
     plan_hash: str
+
+
+@contextmanager
+def _entered(stage: Stage, name: str) -> Iterator[None]:
+    """A stage of the user's; what fails in it is not the user's."""
+    with ExitStack() as stack:
+        with of_the_user("stage", f"for {name!r}"):
+            stack.enter_context(stage(name))
+        yield
 
 
 @takes_options(PruneConfig)
@@ -140,6 +151,10 @@ class Pruner:
         True
     """
 
+    @checked(
+        model=MODEL, example_inputs=INPUTS, steps=integer(0), optimizer=OPTIMIZER, data=REPEATED_DATA, loss=LOSS,
+        config=PRUNING, comb=COMB, stage=function("stage(name)"),
+    )  # fmt: skip
     def __init__(
         self,
         model: nn.Module,
@@ -159,7 +174,7 @@ class Pruner:
         if self.config.masks == "permanent":
             masks_applied(self.model)
         self.target, limits = self.config.target, self.config.limits
-        self._stage = stage or (lambda _: nullcontext())
+        self._stage = (lambda _: nullcontext()) if stage is None else partial(_entered, stage)
         self._events = self.config.when.events(steps)
         self.data = None if data is None else processes.Share(data, self.config.score_batches)
         if comb is None:
@@ -243,6 +258,7 @@ class Pruner:
         self.prune()
         return True
 
+    @checked(between=function("between()"))
     def prune(self, between: Callable[[], None] | None = None) -> Shrink:
         """Make the next shrink now.
 
@@ -310,8 +326,8 @@ class Pruner:
         else:
             found = decider.decide(scores, kept, share)
         decider.scopes, decider.goal = found.scopes, found.goal
-        for text in found.notes:
-            self.note(text)
+        for note in found.notes:
+            self.note(note)
         return self.comb.plan(found.keep)
 
     def _error_of(self, plan: Plan) -> float:
@@ -339,7 +355,8 @@ class Pruner:
                 there = self.model if device_of(self.model) == device else copy_of(self.model).to(device)
                 self.checks["masked equals shrunk"] = masked_error(before.to(device), there, self.comb, plan)
         if between is not None:
-            between()
+            with of_the_user("between", "after the shrink"):
+                between()
         if self.data is not None:
             assert before is not None
             self._recover(before, step)
@@ -358,6 +375,7 @@ class Pruner:
         limit, compensation = self.config.score_batches, self.config.compensation
         return recover(narrower, wider, step, self.data, limit=limit, compensation=compensation, read=self.comb.read)
 
+    @checked(text=text("a sentence"))
     def note(self, text: str) -> None:
         """Say something to the user, now and in the report."""
         self.notes.append(text)
@@ -380,6 +398,7 @@ class Pruner:
             **({"sums": [], "count": 0} if self._accumulated is None else self._accumulated.state_dict()),
         }
 
+    @checked(state=Check("a mapping, as state_dict() gives it", lambda value: isinstance(value, Mapping)))
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state: the model, as it was given, is shrunk to what it says. Weights are not in it.
 

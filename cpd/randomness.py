@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
+from cpd.errors import of_the_user
+
 
 def random_states() -> dict[str, Any]:
     """The states of the global generators of Python, NumPy and PyTorch."""
@@ -61,7 +63,8 @@ def seeded(data: Any, seed: int) -> Iterator[None]:
         generator.manual_seed(seed)
     for holder in holders:
         if callable(set_epoch := getattr(holder, "set_epoch", None)):
-            set_epoch(seed)
+            with of_the_user("set_epoch of the data"):
+                set_epoch(seed)
     try:
         yield
     finally:

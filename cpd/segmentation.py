@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cpd.errors import InputError, needs_extra
+from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import batches, device_of, evaluating, logits
 from cpd.model.task_loss import IGNORED_CLASS
+from cpd.options import FLAG, PATH, Check, checked, integer, number, text
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Training images are scaled by a factor of this range before they are cropped.
@@ -32,8 +34,26 @@ SCALES = (0.5, 2.0)
 IMAGES, LABELS = "images", "labels"
 
 
+def _three_of(check: Check) -> Check:
+    return Check(
+        f"three numbers, each {check.wanted}",
+        lambda value: isinstance(value, (list, tuple)) and len(value) == 3 and all(map(check.accepts, value)),
+    )
+
+
+_CLASSES, _PIXELS = integer(1, 65536), integer(1, 65536)
+_SIZE = Check(
+    "two integers of pixels, (height, width)",
+    lambda value: isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_PIXELS.accepts, value)),
+)
+_MEAN = _three_of(number("from -1000 to 1000", lambda value: abs(value) <= 1000))
+_STD = _three_of(number("above 0", lambda value: value > 0))
+
+
+@checked(folder=PATH)
 def has_maps(folder: Path) -> bool:
     """Whether a folder holds images with label maps."""
+    folder = Path(folder)
     return (folder / IMAGES).is_dir() and (folder / LABELS).is_dir()
 
 
@@ -52,6 +72,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         InputError: if a folder is missing or empty, or an image has no label map.
     """
 
+    @checked(root=PATH, classes=_CLASSES, size=_SIZE, training=FLAG, mean=_MEAN, std=_STD)
     def __init__(
         self,
         root: Path,
@@ -64,6 +85,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         from torchvision.transforms import v2
 
+        root = Path(root)
         if not has_maps(root):
             raise InputError(f"{root} holds no folders {IMAGES}/ and {LABELS}/.")
         labels = {path.stem: path for path in sorted((root / LABELS).iterdir())}
@@ -97,6 +119,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         return image.as_subclass(Tensor), target.as_subclass(Tensor).long()
 
 
+@checked(model=MODEL, data=DATA, classes=integer(2, 65536))
 def mean_iou(model: nn.Module, data: Iterable[Any], classes: int) -> float:
     """The mean over classes of the intersection over union of predicted and true pixels, in per cent.
 
@@ -112,7 +135,8 @@ def mean_iou(model: nn.Module, data: Iterable[Any], classes: int) -> float:
     metric = MulticlassJaccardIndex(classes, ignore_index=IGNORED_CLASS).to(device)
     with torch.no_grad(), evaluating(model):
         for batch in batches(data):
-            metric.update(logits(batch.call.to(device).on(model)).argmax(1), batch.target.to(device))
+            batch = batch.to(device)
+            metric.update(logits(batch.on(model)).argmax(1), batch.target)
     return 100 * float(metric.compute())
 
 
@@ -128,6 +152,7 @@ class EncoderDecoder(nn.Module):
     Its forward takes images `[N, 3, H, W]` and gives logits `[N, classes, H, W]`.
     """
 
+    @checked(backbone=text("the name of a timm model"), classes=_CLASSES, width=integer(1, 65536), pretrained=FLAG)
     def __init__(self, backbone: str, classes: int, width: int = 64, *, pretrained: bool = False) -> None:
         import timm
 

@@ -111,7 +111,7 @@ def test_a_name_that_there_is_not_is_refused() -> None:
         cpd.compress(model, target_macs=0.5, example_inputs=inputs, round_two=8)
     with pytest.raises(cpd.InputError, match=r"cpd\.Pruner has no option epochs"):
         cpd.Pruner(model, inputs, target_macs=0.5, steps=1, epochs=3)
-    with pytest.raises(cpd.InputError, match=r"config must be a cpd\.PruneConfig; got dict"):
+    with pytest.raises(cpd.InputError, match=r"config must be a cpd\.PruneConfig, or None; got dict"):
         cpd.compress(model, target_macs=0.5, example_inputs=inputs, config={"round_to": 8})
     with pytest.raises(cpd.InputError, match="sweep takes its targets from speedups; leave target_macs out"):
         cpd.sweep(model, [2], target_macs=0.5)
@@ -236,8 +236,8 @@ def command_options(arguments: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--round-to 0", "error: --round-to must be an integer of at least 1; got 0."),
-        ("--seed -1", "error: --seed must be an integer of at least 0"),
+        ("--round-to 0", "error: --round-to must be an integer from 1 to 1000000000; got 0."),
+        ("--seed -1", "error: --seed must be an integer from 0 to 2147483647; got -1."),
         ("--ratios fc", "error: --ratios takes PATTERN=SHARE"),
         ("--latency-inputs big", "error: --latency-inputs takes shapes"),
         ("--target-macs 2 --target-params 2", "got --target-macs, --target-params"),

@@ -199,8 +199,9 @@ def accuracy(model: nn.Module, images: Iterable[Any]) -> float:
 
     device, right, total = device_of(model), 0, 0
     with torch.no_grad(), evaluating(model):
-        for call, target in batches(images):
-            predicted = logits(call.to(device).on(model)).argmax(1)
+        for batch in batches(images):
+            target = batch.target
+            predicted = logits(batch.to(device).on(model)).argmax(1)
             right += int((predicted == move(target, device)).sum())
             total += len(target)
     return right / total

@@ -8,7 +8,7 @@ The model is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -25,11 +25,13 @@ from cpd.algebra.ties import Tie
 from cpd.coupling.cost import Cost, FrozenShare
 from cpd.coupling.exactness import Exactness
 from cpd.errors import InputError, PlanError
+from cpd.model.arguments import INPUTS, MODEL
 from cpd.model.inputs import as_call, check_model
 from cpd.model.outputs import Outputs, reader, whole
 from cpd.model.state import cold, preserved
 from cpd.model.tensors import every_tensor
-from cpd.plan import Cache, Plan, Rescale
+from cpd.options import FLAG, LIMIT, OUTPUTS, SECONDS, Check, checked, instance
+from cpd.plan import PLAN, Cache, Plan, Rescale
 from cpd.proof.auxiliary import auxiliary_graph
 from cpd.proof.constants import Scale
 from cpd.proof.copies import edits
@@ -84,6 +86,20 @@ class Group:
     members: tuple[Member, ...]
     ties: tuple[str, ...]
     axis: Axis = field(repr=False, compare=False)
+
+
+def _are_channels(value: Any) -> bool:
+    """Whether a value holds channels one beside the other; which they may be is for the group to say."""
+    if isinstance(value, (Tensor, np.ndarray)):
+        return value.ndim == 1
+    return isinstance(value, Collection) and not isinstance(value, (str, bytes, Mapping))
+
+
+def _are_widths(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) and _are_channels(value[key]) for key in value)
+
+
+KEEP = Check("a mapping from names of groups to the channels that are kept, as {'layer1.0.conv1': [0, 2]}", _are_widths)
 
 
 @dataclass(frozen=True, repr=False)
@@ -165,6 +181,7 @@ class Comb:
         """The rest of `open_share` by reason, most costly first."""
         return self.cost.frozen_share()
 
+    @checked(plan=PLAN)
     def left_alone(self, plan: Plan) -> tuple[str, ...]:
         """The integers that a plan leaves as they are though they equal a width that it changes: `block.dim = 64`.
 
@@ -177,6 +194,7 @@ class Comb:
             if any(axes.count(dim, counts) < dim.size for dim in dims)
         )
 
+    @checked(model=MODEL, plan=PLAN)
     def narrowed(self, model: nn.Module, plan: Plan) -> Comb:
         """The groups of `model`, this comb's model with `plan` applied to it, for scoring: no trace, no proof.
 
@@ -191,6 +209,7 @@ class Comb:
         dims = {name: tuple(axes.substitute(dim, others) for dim in found) for name, found in self.dims.items()}
         return replace(self, groups=groups, dims=dims, model=model)
 
+    @checked(keep=KEEP, strict=FLAG)
     def plan(self, keep: Mapping[str, Any], *, strict: bool = False) -> Plan:
         """Make a plan that keeps the given channels.
 
@@ -270,10 +289,13 @@ class Comb:
         )
 
 
+COMB = instance(Comb, "a comb, as cpd.comb(model, example_inputs) gives it")
+
+
 def _mask(named: Mapping[str, Group], name: str, positions: Any) -> Mask:
     """The kept channels of a group as a mask, checked."""
     group = named[name]
-    index = np.asarray(positions.tolist() if isinstance(positions, Tensor) else list(positions))
+    index = np.array(positions.tolist() if isinstance(positions, Tensor) else list(positions), ndmin=1)
     if index.size == 0:
         raise PlanError(f"The plan empties {name}; keep at least one of its {group.size} channels.")
     if index.dtype.kind not in "iu" or index.min() < 0 or index.max() >= group.size:
@@ -285,6 +307,7 @@ def _mask(named: Mapping[str, Group], name: str, positions: Any) -> Mask:
     return mask
 
 
+@checked(model=MODEL, example_inputs=INPUTS, outputs=OUTPUTS, proof_copies=LIMIT, proof_seconds=SECONDS)
 def comb(
     model: nn.Module, example_inputs: Any, *, outputs: Outputs | None = None, proof_copies: int = MAX_COPIES,
     proof_seconds: float | None = None,
@@ -328,8 +351,6 @@ def comb(
         "the model's output [linear in 4, ...]"
     """
     model = check_model(model)
-    if not proof_copies >= 1 or not (proof_seconds is None or proof_seconds > 0):
-        raise InputError(f"proof_copies ({proof_copies}) must be at least 1, proof_seconds ({proof_seconds}) above 0.")
     call = as_call(example_inputs)
     with preserved(model):
         with garbage_collection_paused():

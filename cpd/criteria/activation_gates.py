@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cpd.criteria.context import Setting, require_grad
 from cpd.criteria.gates import Gates, Site, parameters_of, slices
-from cpd.errors import InputError
+from cpd.errors import InputError, of_the_user
 from cpd.model.inputs import Batch, Call, batches, evaluating
 from cpd.trace.layer_calls import LayerCall, LayerCalls, seen
 
@@ -74,7 +74,8 @@ def _shapes(setting: Setting, call: Call) -> dict[tuple[str, int], tuple[str, to
         found[layer.weight, times[layer.weight]] = (layer.kind, layer.input.shape, layer.output.shape)
         times[layer.weight] += 1
 
-    with torch.no_grad(), evaluating(setting.model), seen(LayerCalls(setting.model, after=after)):
+    told = of_the_user("The model", "on the first batch of data")
+    with torch.no_grad(), evaluating(setting.model), seen(LayerCalls(setting.model, after=after)), told:
         call.on(setting.model)
     return found
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cpd.coupling.comb import Comb
 from cpd.criteria.gates import Gates, parameters_of
 from cpd.errors import TrainingError
-from cpd.model.inputs import Batch, batches, device_of, in_mode, move
+from cpd.model.inputs import Batch, batches, device_of, in_mode
 from cpd.model.task_loss import task_loss
 
 #: float16 gradients of small losses vanish unless the loss is enlarged (Micikevicius et al., arXiv 1710.03740).
@@ -71,15 +71,15 @@ class Setting:
         if self.data is None:
             raise TrainingError("This criterion needs data: pass data=loader, or choose criterion='magnitude'.")
         with in_mode(self.model, self.training), _buffers_kept(self.model, self.training):
-            for batch in batches(self.data, self.limit):
-                yield Batch(batch.call.to(self.device), move(batch.target, self.device))
+            for batch in batches(self.data, self.limit, finite=True):
+                yield batch.to(self.device)
 
     def output(self, batch: Batch) -> Any:
         """The model's output; dropout draws the same numbers whenever the same batch is run."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
-                return batch.call.on(self.model)
+                return batch.on(self.model)
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The loss on one batch, a scalar.
@@ -87,7 +87,7 @@ class Setting:
         Raises:
             TrainingError: if there is none, or it is not finite.
         """
-        value = task_loss(self.output(batch), batch.target, self.loss, self.comb.read)
+        value = task_loss(self.output(batch), batch.target, self.loss, self.comb.read, batch.place)
         if value is None:
             raise TrainingError("The batches have no target, so there is no loss to score with: pass loss=….")
         if not bool(torch.isfinite(value)):

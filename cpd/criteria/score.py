@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cpd.coupling.comb import Comb
+from cpd.coupling.comb import COMB, Comb
 from cpd.criteria import CRITERIA, Criterion, Setting
-from cpd.errors import InputError, TrainingError
+from cpd.criteria.choice import criterion_name
+from cpd.errors import InputError, TrainingError, of_the_user
+from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import check_model
+from cpd.options import FLAG, LIMIT, LOSS, SEED, Check, checked, choice, function, is_function, shown
 
 #: Name -> dtype of mixed precision.
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+_CRITERION = Check(
+    "a name in cpd.criteria.CRITERIA, or a function of a cpd.criteria.Setting",
+    lambda value: is_function(value) or (isinstance(value, str) and value in CRITERIA),
+    names=lambda: CRITERIA,
+)
+
+
+@checked(
+    model=MODEL, comb=COMB, data=DATA, loss=LOSS, criterion=_CRITERION, limit=LIMIT, probes=LIMIT, seed=SEED,
+    training=FLAG, precision=choice(*PRECISIONS), total=function("total(tensor)"),
+)  # fmt: skip
 def score(
     model: nn.Module,
     comb: Comb,
@@ -68,20 +82,20 @@ def score(
         Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
     """
     model = check_model(model)
-    if isinstance(criterion, str) and criterion not in CRITERIA:
-        raise InputError(f"Unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}.")
-    if precision is not None and precision not in PRECISIONS:
-        raise InputError(f"Unknown precision {precision!r}; known are {', '.join(PRECISIONS)}, or None.")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     dtype = None if precision is None else PRECISIONS[precision]
     setting = Setting(model, comb, data, loss, limit, probes, seed, training, dtype)
-    scores = function(setting if total is None else replace(setting, total=total))
+    with of_the_user(f"The criterion {criterion_name(criterion)}"):
+        scores = function(setting if total is None else replace(setting, total=total))
+    if not isinstance(scores, Mapping):
+        raise InputError(f"The criterion must return {{group name: tensor}}, not {shown(scores)}.")
     result = {}
     for group in comb.open:
         value = scores.get(group.name)
-        if value is None or tuple(value.shape) != (group.size,):
+        if not isinstance(value, Tensor) or tuple(value.shape) != (group.size,):
+            found = list(value.shape) if isinstance(value, Tensor) else "no score"
             raise InputError(
-                f"The criterion gave {'no score' if value is None else list(value.shape)} for {group.name}; it must "
+                f"The criterion gave {found} for {group.name}; it must "
                 f"return a tensor of {group.size} numbers for it, as for every group of comb.open."
             )
         value = value.detach().to("cpu", torch.float64)

@@ -23,13 +23,21 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from cpd.errors import ExportError, InputError, first_line
+from cpd.errors import ExportError, InputError, first_line, of_the_user
+from cpd.model.arguments import INPUTS, MODEL
 from cpd.model.inputs import Call, as_call, check_model, device_of, evaluating
 from cpd.model.state import preserved
+from cpd.options import FLAG, PATH, Check, checked, number
 from cpd.trace.quiet import quiet
 
 OnnxSource: TypeAlias = bytes | str | os.PathLike[str] | onnx.ModelProto
 """A serialised ONNX model, the path of its file, or the protobuf that `onnx.load` gives."""
+
+ONNX_MODEL = Check(
+    "an ONNX model: the path of its file, its bytes, or an onnx.ModelProto",
+    lambda value: isinstance(value, (bytes, onnx.ModelProto)) or PATH.accepts(value),
+)
+TOLERANCE = number("above 0", lambda value: value > 0)
 
 PROTOBUF_LIMIT = 2**31
 """Bytes: no protobuf message, hence no ONNX model without external data, is larger."""
@@ -69,6 +77,7 @@ def export_onnx(
 ) -> Path: ...
 
 
+@checked(model=MODEL, example_inputs=INPUTS, path=PATH, check=FLAG, tolerance=TOLERANCE)
 def export_onnx(
     model: nn.Module,
     example_inputs: Any,
@@ -162,7 +171,12 @@ def onnx_parity(model: nn.Module, onnx_model: OnnxSource, example_inputs: Any) -
     call = as_call(example_inputs).to(device_of(model))
     session = open_session(onnx_model)
     found = run_session(session, feed(session, call))
-    with preserved(model), evaluating(model), torch.no_grad():
+    with (
+        preserved(model),
+        evaluating(model),
+        torch.no_grad(),
+        of_the_user("The model", "on the example inputs"),
+    ):
         expected = [leaf for leaf in pytree.tree_leaves(call.on(model)) if isinstance(leaf, Tensor)]
     expected_shapes = [tuple(tensor.shape) for tensor in expected]
     found_shapes = [array.shape for array in found]

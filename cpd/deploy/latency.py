@@ -21,10 +21,12 @@ import onnxruntime
 import torch
 
 from cpd.deploy.backends import BACKENDS, Backend, Model, OnnxRuntime, Run, exported
-from cpd.deploy.export import OnnxSource, feed, open_session
+from cpd.deploy.export import ONNX_MODEL, TOLERANCE, OnnxSource, feed, open_session
 from cpd.deploy.profiling import NodeTime, profile_nodes
-from cpd.errors import InputError
+from cpd.errors import of_the_user
+from cpd.model.arguments import INPUTS
 from cpd.model.inputs import as_call
+from cpd.options import SECONDS, THREADS, Check, checked, choice, integer, number
 
 Times = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -73,6 +75,15 @@ class LatencyComparison:
         return asdict(self)
 
 
+_SOURCE = Check(
+    f"a torch.nn.Module, or {ONNX_MODEL.wanted}",
+    lambda value: isinstance(value, torch.nn.Module) or ONNX_MODEL.accepts(value),
+)
+_PRECISION = number("above 0 and below 1 (0.02 is +-2 %)", lambda value: 0 < value < 1)
+_TIMING = {"threads": THREADS, "seconds": SECONDS, "min_runs": integer(MIN_PAIRS), "precision": _PRECISION}
+
+
+@checked(original=_SOURCE, candidate=_SOURCE, example_inputs=INPUTS, tolerance=TOLERANCE, **_TIMING)
 def compare_latency(
     original: Model,
     candidate: Model,
@@ -112,7 +123,6 @@ def compare_latency(
         >>> latency.speedup_low > 1  # the lower end of the 95 % confidence interval
         True
     """
-    _check_timing(seconds, min_runs, precision, threads)
     probe = LatencyProbe(original, example_inputs, threads=threads, tolerance=tolerance)
     return probe.compare(candidate, seconds=seconds, min_runs=min_runs, precision=precision)
 
@@ -159,7 +169,12 @@ class LatencyTable:
     environment: dict[str, str]
 
     def __getitem__(self, name: str) -> Timing:
-        """The first row of a model."""
+        """The first row of a model.
+
+        Raises:
+            InputError: if there is none.
+        """
+        choice(*dict.fromkeys(row.name for row in self.rows)).demand("name", name)
         return next(row for row in self.rows if row.name == name)
 
     def to_dict(self) -> dict[str, Any]:
@@ -167,6 +182,26 @@ class LatencyTable:
         return asdict(self)
 
 
+_MODELS = Check(
+    "{name: model} of at least one model",
+    lambda value: isinstance(value, Mapping) and bool(value) and all(isinstance(name, str) for name in value),
+)
+
+
+def _runs_models(value: object) -> bool:
+    """Whether a value is a backend, by name or as an object."""
+    if isinstance(value, str):
+        return value in BACKENDS
+    return not isinstance(value, type) and callable(getattr(value, "open", None)) and hasattr(value, "name")
+
+
+_BACKENDS = Check(
+    f"a list of names ({', '.join(BACKENDS)}), or of objects with a name and open(model, call)",
+    lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(_runs_models, value)),
+)
+
+
+@checked(models=_MODELS, example_inputs=INPUTS, backends=_BACKENDS, batch_size=integer(1, 2**20), **_TIMING)
 def measure_latency(
     models: Mapping[str, Model],
     example_inputs: Any,
@@ -209,9 +244,9 @@ def measure_latency(
         >>> table["narrow"].speedup > 1
         True
     """
-    _check_timing(seconds, min_runs, precision, threads)
-    if not models:
-        raise InputError("measure_latency needs at least one model: {name: model}.")
+    if any(isinstance(backend, str) for backend in backends):
+        for name, model in models.items():
+            _SOURCE.demand(f"models[{name!r}]", model)
     call = as_call(example_inputs)
     if batch_size is not None:
         call = call.resized(batch_size)
@@ -219,18 +254,16 @@ def measure_latency(
     for backend in map(partial(_backend, threads=threads), backends):
         for name, model in models.items():
             names.append((name, backend.name))
-            runners.append(_Runner(backend.open(model, call)))
-    times = _time_rounds(runners, seconds, min_runs, precision)
+            with of_the_user(f"The backend {backend.name}", f"when it opened {name}"):
+                runners.append(_Runner(backend.open(model, call)))
+    with of_the_user("A backend", "while it ran a model"):
+        times = _time_rounds(runners, seconds, min_runs, precision)
     rows = tuple(Timing(*name, **vars(_column(times, index))) for index, name in enumerate(names))
     return LatencyTable(rows, len(times), threads, call.samples, environment())
 
 
 def _backend(given: str | Backend, threads: int) -> Backend:
-    if not isinstance(given, str):
-        return given
-    if given not in BACKENDS:
-        raise InputError(f"Unknown backend {given!r}; known are {', '.join(BACKENDS)}.")
-    return BACKENDS[given](threads)
+    return BACKENDS[given](threads) if isinstance(given, str) else given
 
 
 class LatencyProbe:
@@ -260,8 +293,7 @@ class LatencyProbe:
         tolerance: float = 1e-3,
         others: Sequence[Any] = (),
     ) -> None:
-        if threads < 1:
-            raise InputError(f"threads must be at least 1, got {threads}.")
+        THREADS.demand("threads", threads)
         self.calls = [as_call(example_inputs), *map(as_call, others)]
         self._backend = OnnxRuntime(threads, tolerance=tolerance)
         self._sources = [exported(original, call, tolerance) for call in self.calls]
@@ -276,6 +308,7 @@ class LatencyProbe:
             for runner in self._originals
         )
 
+    @checked(candidate=_SOURCE, seconds=SECONDS, min_runs=integer(MIN_PAIRS), precision=_PRECISION)
     def compare(
         self,
         candidate: Model,
@@ -289,7 +322,6 @@ class LatencyProbe:
 
         Of several batches the comparison is given for which `slowest` is least.
         """
-        _check_timing(seconds, min_runs, precision, self._backend.threads)
         return min(
             (
                 self._compared(original, _Runner(self._backend.open(candidate, call)), seconds, min_runs, precision)
@@ -351,17 +383,6 @@ class _Runner:
         for _ in range(repeat):
             run()
         return (time.perf_counter_ns() - start) / repeat / 1e6
-
-
-def _check_timing(seconds: float, min_runs: int, precision: float, threads: int) -> None:
-    if threads < 1:
-        raise InputError(f"threads must be at least 1, got {threads}.")
-    if not seconds > 0:
-        raise InputError(f"seconds must be above 0, got {seconds}.")
-    if not precision > 0:
-        raise InputError(f"precision must be above 0 (0.02 is +-2 %), got {precision}.")
-    if min_runs < MIN_PAIRS:
-        raise InputError(f"min_runs must be at least {MIN_PAIRS} for a 95 % interval, got {min_runs}.")
 
 
 def _time_rounds(runners: Sequence[_Runner], seconds: float, min_runs: int, precision: float) -> Times:

@@ -24,7 +24,9 @@ from cpd.deploy.kernels import KernelTimes, MatrixProduct
 from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.profiling import NodeTime
 from cpd.deploy.workload import Contraction, Workload, workload
+from cpd.model.arguments import INPUTS, MODEL
 from cpd.model.tensors import copy_of
+from cpd.options import SECONDS, SEED, THREADS, checked, integer
 from cpd.surgery.shrink import shrink
 
 #: What a node costs however small its tensors are, in ms.
@@ -339,6 +341,9 @@ class ModelProfile:
         return found
 
 
+@checked(
+    model=MODEL, example_inputs=INPUTS, threads=THREADS, check=integer(0, 1000), seconds=SECONDS, seed=SEED
+)  # fmt: skip
 def profile_model(
     model: nn.Module, example_inputs: Any, *, threads: int = 1, check: int = 0, seconds: float = 5.0, seed: int = 0
 ) -> ModelProfile:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,12 @@ import onnx
 import torch
 from torch import nn
 
-from cpd.deploy.export import OnnxSource, export_bytes, feed, open_session, run_session, writable
+from cpd.deploy.export import ONNX_MODEL, OnnxSource, export_bytes, feed, open_session, run_session, writable
 from cpd.deploy.latency import LatencyTable, measure_latency
 from cpd.errors import ExportError, InputError, first_line
+from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import Call, batches, evaluated
+from cpd.options import EVALUATE, FLAG, LIMIT, PATH, SECONDS, THREADS, Check, checked, choice
 from cpd.trace.quiet import quiet
 
 log = logging.getLogger("cpd")
@@ -72,6 +74,25 @@ class Quantized:
         )
 
 
+#: How the ranges of activations are taken; what ONNX Runtime calls it.
+CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
+_NODES = Check(
+    "names of ONNX nodes in a list",
+    lambda value: (
+        isinstance(value, Collection)
+        and not isinstance(value, (str, bytes, Mapping))
+        and all(isinstance(item, str) for item in value)
+    ),
+)
+_ORIGINAL = Check(
+    f"a torch.nn.Module, or {ONNX_MODEL.wanted}", lambda value: MODEL.accepts(value) or ONNX_MODEL.accepts(value)
+)
+
+
+@checked(
+    model=ONNX_MODEL, data=DATA, path=PATH, original=_ORIGINAL, evaluate=EVALUATE,
+    calibration=choice(*CALIBRATIONS), per_channel=FLAG, limit=LIMIT, exclude=_NODES, threads=THREADS, seconds=SECONDS,
+)  # fmt: skip
 def quantize_onnx(
     model: OnnxSource,
     data: Iterable[Any],
@@ -135,7 +156,10 @@ def quantize_onnx(
         models.update({"float": content, "int8": int8})
         call = first
     latency = measure_latency(models, call, threads=threads, seconds=seconds)
-    metric, metric_float = (evaluated(evaluate, OnnxModule(source)) for source in (int8, content))
+    metric, metric_float = (
+        evaluated(evaluate, OnnxModule(source), f"of the {name} ONNX model")
+        for name, source in (("INT8", int8), ("float", content))
+    )
     draft = target.with_name(f".{target.name}.part")
     try:
         draft.write_bytes(int8)
@@ -154,6 +178,7 @@ class OnnxModule(nn.Module):
         threads: ONNX Runtime's threads; None: one a core.
     """
 
+    @checked(model=ONNX_MODEL, threads=THREADS)
     def __init__(self, model: OnnxSource, threads: int | None = None) -> None:
         super().__init__()
         self._session = open_session(model, threads or os.cpu_count() or 1)
@@ -206,12 +231,6 @@ def _quantized(
         def get_next(self) -> Arrays | None:
             return next(self._left, None)
 
-    methods = {
-        "minmax": CalibrationMethod.MinMax, "entropy": CalibrationMethod.Entropy,
-        "percentile": CalibrationMethod.Percentile,
-    }  # fmt: skip
-    if calibration not in methods:
-        raise InputError(f"Unknown calibration {calibration!r}; known are {', '.join(methods)}.")
     with tempfile.TemporaryDirectory(prefix="cpd-int8-") as folder:
         given, prepared, made = (Path(folder, f"{name}.onnx") for name in ("given", "prepared", "int8"))
         given.write_bytes(content)
@@ -221,7 +240,7 @@ def _quantized(
                 quantize_static(
                     str(prepared), str(made), Reader(), quant_format=QuantFormat.QDQ, per_channel=per_channel,
                     activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=list(exclude),
-                    calibrate_method=methods[calibration],
+                    calibrate_method=CalibrationMethod[CALIBRATIONS[calibration]],
                 )  # fmt: skip
             result = made.read_bytes()
             open_session(result)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from cpd.errors import InputError
-from cpd.options import Check, check_options, choice, flag, integer, number, option, with_help
+from cpd.options import SEED, Check, check_options, choice, flag, instance, integer, number, option, with_help
 
 DEFAULT_LR = {"sgd": 0.01, "adamw": 5e-4}
 #: Every distillation loss -> the temperature that is usual for it, and its usual weight beside the task's loss.
@@ -110,7 +110,7 @@ class DistillConfig:
     max_grad_norm: float | None = option(
         5.0, _POSITIVE, "L2 norm to which the gradient of all parameters is clipped; None: no clipping.", optional=True
     )
-    seed: int = option(0, integer(0, 2**31), "Seed of the training; global random states are as before after it.")
+    seed: int = option(0, SEED, "Seed of the training; global random states are as before after it.")
     progress: bool | None = option(None, flag(), "Whether a progress bar is shown. Default: if stderr is a terminal.")
 
     def __post_init__(self) -> None:
@@ -150,6 +150,9 @@ class DistillConfig:
         """{the student's module: the teacher's} whose outputs the distillation loss compares."""
         given = self.features
         return dict(given) if isinstance(given, Mapping) else {name: name for name in given}
+
+
+TRAINING = instance(DistillConfig, "a cpd.DistillConfig")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from statistics import fmean
-from types import GeneratorType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -25,20 +24,22 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from cpd import processes
 from cpd.distillation.accelerator import Trainee, accelerating, placed
-from cpd.distillation.config import DistillConfig, EpochRecord, Progressed
+from cpd.distillation.config import TRAINING, DistillConfig, EpochRecord, Progressed
 from cpd.distillation.kd import Distillation
 from cpd.distillation.optimizers import lr_schedule, make_optimizer
+from cpd.distillation.request import CHECKPOINT, PRUNER, check_data, check_models, is_shared_out, steps_per_epoch
 from cpd.errors import CheckpointError, CPDError, InputError, TrainingError
 from cpd.files.checkpoint import Checkpoint
 from cpd.files.reading import conform
-from cpd.model.inputs import Batch, Call, as_module, batches, evaluating, logits, move
+from cpd.model.arguments import DATA, MODEL
+from cpd.model.inputs import Batch, Call, batches, evaluated, evaluating, logits
 from cpd.model.outputs import Outputs, reader
 from cpd.model.task_loss import LossFunction, task_loss
 from cpd.model.tensors import named_tensors, restore, state_of
+from cpd.options import EVALUATE, LOSS, OUTPUTS, checked, or_none
 from cpd.randomness import random_states, random_states_kept, seeded, set_random_states
 
 if TYPE_CHECKING:
@@ -68,6 +69,10 @@ class ShrinksWhileTrained(Protocol):
         """Go on from a state."""
 
 
+@checked(
+    student=MODEL, teacher=or_none(MODEL), data=DATA, loss=LOSS, evaluate=EVALUATE, config=TRAINING, pruner=PRUNER,
+    checkpoint=CHECKPOINT, outputs=OUTPUTS,
+)  # fmt: skip
 def distill(
     student: nn.Module,
     teacher: nn.Module | None,
@@ -126,64 +131,16 @@ def distill(
         True
     """
     config = config or DistillConfig()
-    _check_models(student, teacher, config)
+    check_models(student, teacher, config)
     if config.epochs == 0:
         return []
-    _check_data(data, config)
+    check_data(data, config)
     with accelerating(config.mixed_precision) as accelerator, random_states_kept():
         device, reference = accelerator.device, teacher if config.needs_teacher else None
         with placed(student, device), placed(reference, device):
             with nullcontext() if checkpoint is None else checkpoint.taken_up():
                 run = _Run(accelerator, student, reference, data, loss, config, pruner, checkpoint, reader(outputs))
             return run.train(evaluate)
-
-
-def _check_models(student: nn.Module, teacher: nn.Module | None, config: DistillConfig) -> None:
-    """Raise `InputError` unless the student can be trained and the teacher, if needed, is another model."""
-    trained = {id(p): name for name, p in as_module(student).named_parameters() if p.requires_grad}
-    if not trained:
-        raise InputError("No parameter of the student has requires_grad: set it on those to be trained.")
-    if not config.needs_teacher:
-        return
-    if teacher is None:
-        raise InputError(f"kd={config.kd!r} needs a teacher: pass the unpruned model, or kd='none'.")
-    shared = [trained[id(p)] for p in as_module(teacher).parameters() if id(p) in trained]
-    if shared:
-        raise InputError(
-            f"Student and teacher share the parameter {shared[0]!r}, so the teacher would change with the "
-            "student. Pass as teacher a copy.deepcopy(model) made before pruning."
-        )
-
-
-def _check_data(data: Iterable[Any], config: DistillConfig) -> None:
-    """Raise before anything is read if the data cannot last as many epochs as are asked for."""
-    if isinstance(data, (GeneratorType, map, filter, zip)) and config.epochs > 1:
-        raise TrainingError(
-            f"The data is a {type(data).__name__}, which can be iterated once only, but epochs is "
-            f"{config.epochs:g}. Pass a DataLoader, a list, or an object whose __iter__ starts afresh."
-        )
-    if config.epochs < 1 and _length(data) is None:
-        raise InputError("A fraction of an epoch needs data with a length (__len__); use epochs=1.")
-
-
-def _length(data: Iterable[Any]) -> int | None:
-    """The number of batches; None if the data does not tell."""
-    try:
-        return len(data)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def steps_per_epoch(data: Iterable[Any], accumulate: int = 1) -> int | None:
-    """Optimizer steps in one pass over the data, with `accumulate` batches a step; None if the data has no length."""
-    length, count = _length(data), processes.count()
-    if length is None:
-        return None
-    return math.ceil((math.ceil(length / count) if _is_shared_out(data) else length // count) / accumulate)
-
-
-def _is_shared_out(data: Iterable[Any]) -> bool:
-    return processes.count() > 1 and isinstance(data, DataLoader)
 
 
 class _Run:
@@ -222,7 +179,7 @@ class _Run:
             pruner.optimizer = self.inner
         self.data, self.steps = data, steps_per_epoch(data, config.accumulate)
         #: Accelerate shares out a DataLoader, so that no process loads what another one takes.
-        self.shard = accelerator.prepare_data_loader(data) if _is_shared_out(data) else processes.Share(data)
+        self.shard = accelerator.prepare_data_loader(data) if is_shared_out(data) else processes.Share(data)
         self.ema = self.averaged()
         self.mix: Callable[[Any, Any], Any] | None = None
         #: Where the training stands: epochs behind, steps of this one, its losses, records of those behind.
@@ -363,23 +320,25 @@ class _Run:
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The parts of the loss on one batch, `loss` being their weighted sum."""
-        config, device, parts = self.config, self.accelerator.device, dict[str, Tensor]()
-        call, target = batch.call.to(device), move(batch.target, device)
+        config, parts = self.config, dict[str, Tensor]()
+        batch = batch.to(self.accelerator.device)
         if config.mixup or config.cutmix:
-            call, target = self.mixed(call, target)
+            batch = self.mixed(batch)
         if self.teacher is not None and self.kd is None:
-            self.kd = Distillation(config, self.student, self.teacher, call.part(1), self.read).to(device)
+            self.kd = Distillation(config, self.student, self.teacher, batch.call.part(1), self.read).to(
+                self.accelerator.device
+            )
         reference = None
         with nullcontext() if self.kd is None else self.kd.watching():
             if self.teacher is not None:
                 with torch.no_grad(), self.accelerator.autocast():
-                    reference = call.on(self.teacher)
-            output = call.on(self.trainee)
-        task = task_loss(output, target, self.loss, self.read)
+                    reference = batch.on(self.teacher, "The teacher")
+            output = batch.on(self.trainee, "The student")
+        task = task_loss(output, batch.target, self.loss, self.read, batch.place)
         if task is not None:
             parts["task"], parts["loss"] = task, config.task_weight * task
         if self.kd is not None:
-            parts["kd"] = self.kd(output, reference, target)
+            parts["kd"] = self.kd(output, reference, batch.target)
             self.add_projections()
             parts["loss"] = config.weight_of_kd * parts["kd"] + parts.get("loss", 0)
         if "loss" not in parts:
@@ -388,9 +347,9 @@ class _Run:
             raise InputError("The loss has no gradient: compute it from the output, without detaching it.")
         return parts
 
-    def mixed(self, call: Call, target: Any) -> tuple[Call, Any]:
+    def mixed(self, batch: Batch) -> Batch:
         """Images mixed in pairs, and their targets as class probabilities."""
-        config = self.config
+        config, (call, target, number) = self.config, batch
         if len(call.args) != 1 or not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
             raise InputError("mixup and cutmix need batches of (images, class indices [N]).")
         if self.mix is None:
@@ -400,11 +359,11 @@ class _Run:
                 classes = logits(self.read(call.part(1).on(self.student))).shape[1]
             self.mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)
         if len(target) == 1:
-            return call, target
+            return batch
         if len(target) % 2:  # images are mixed in pairs
             call, target = call.part(len(target) - 1), target[:-1]
         images, target = self.mix(call.args[0].clone(), target)
-        return Call((images,), call.kwargs), target
+        return Batch(Call((images,), call.kwargs), target, number)
 
     def reduced(self, parts: dict[str, Tensor]) -> dict[str, float]:
         """The parts as numbers, averaged over the processes: what is not finite is seen by all of them."""
@@ -415,11 +374,9 @@ class _Run:
         """The record with the user's metric; under DDP all processes first take over the buffers of one."""
         if self.accelerator.num_processes > 1:
             processes.copy_from_first(self.student.buffers())
-        if evaluate is None:
-            return record
         model = self.student if self.ema is None else self.ema.module
-        with random_states_kept(), torch.no_grad(), evaluating(model):
-            return replace(record, metric=float(evaluate(model)))
+        with random_states_kept():
+            return replace(record, metric=evaluated(evaluate, model, f"after epoch {record.epoch}"))
 
     # ------------------------------------------------------------------------------ distillation's own parameters
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cpd import processes
 from cpd.distillation.losses import channel_wise, cross_image, feature_error, kl_divergence, to_memory
-from cpd.errors import InputError
+from cpd.errors import InputError, of_the_user
 from cpd.model.inputs import Call, evaluating, logits
 from cpd.model.outputs import whole
 
@@ -217,7 +217,7 @@ def last_layer(model: nn.Module, call: Call) -> str:
         if isinstance(weight := getattr(module, "weight", None), Tensor) and weight.dim() > 1
     ]
     try:
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), of_the_user(type(model).__name__, "on the first batch of data"):
             call.on(model)
     finally:
         for handle in handles:

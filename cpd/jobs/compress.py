@@ -18,25 +18,26 @@ from rich.console import Console
 from torch import nn
 
 from cpd import processes
-from cpd.config import PruneConfig
+from cpd.config import PRUNING, PruneConfig
 from cpd.coupling.comb import comb
 from cpd.deploy.export import check_runs, export_onnx
 from cpd.deploy.latency import LatencyComparison, LatencyProbe
 from cpd.deploy.profiling import paired
-from cpd.distillation.config import DistillConfig
+from cpd.distillation.config import TRAINING, DistillConfig
 from cpd.distillation.distiller import distill
 from cpd.errors import CPDError, first_line
 from cpd.files.checkpoint import Checkpoint
 from cpd.files.reading import conform
 from cpd.jobs.outcome import Measured, Result, call_record, missed, report_of
 from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
+from cpd.model.arguments import INPUTS, MODEL, REPEATED_DATA
 from cpd.model.inputs import Call, check_model, evaluated
 from cpd.model.masks import masks_applied
 from cpd.model.recorded import why_not_by_name
 from cpd.model.state import preserved
 from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of
-from cpd.options import takes_options
+from cpd.options import EVALUATE, FLAG, LOSS, PATH, checked, checks_of, number, takes_options, text
 from cpd.pruner import Pruner
 from cpd.report.artifacts import check_output_dir
 
@@ -47,8 +48,17 @@ FINAL_SECONDS, PROFILE_SECONDS = 15.0, 0.5
 
 Evaluate = Callable[[nn.Module], float]
 
+_LEARNING = checks_of(DistillConfig, "epochs", "lr")
+_MINUTES = number("above 0 and at most 1440 (a day)", lambda value: 0 < value <= 1440)
+_SOURCE = text("a name, as 'timm:resnet18'")
+
 
 @takes_options(PruneConfig)
+@checked(
+    model=MODEL, data=REPEATED_DATA, example_inputs=INPUTS, loss=LOSS, evaluate=EVALUATE, **_LEARNING,
+    training=TRAINING, teacher=MODEL, output_dir=PATH, resume=FLAG, checkpoint_minutes=_MINUTES, source=_SOURCE,
+    progress=FLAG, config=PRUNING,
+)  # fmt: skip
 def compress(
     model: nn.Module,
     target_speedup: float | None = None,
@@ -139,7 +149,7 @@ def compress(
             check_runs(model, call)
         student = copy_of(model)
         if data is not None:
-            check_data(student, data, loss, settings.outputs)
+            check_data(student, data, loss, settings.outputs, learning, teacher)
         per_epoch = steps_an_epoch(settings, learning, data)
         stages = _Stages(progress)
         with stages("comb"):
@@ -216,14 +226,14 @@ class _Run:
             )
             while not self.pruner.done:
                 self.pruner.prune()
-            after = evaluated(evaluate, self.student)
+            after = evaluated(evaluate, self.student, "after the training")
         self.student.eval()
         self.metrics = (before, after)
 
     def _before(self, evaluate: Evaluate | None) -> float | None:
         """The metric of the unpruned model; that of the checkpoint, with its history, where there is one."""
         if self.checkpoint is None or self.checkpoint.state is None:
-            return evaluated(evaluate, self.student)
+            return evaluated(evaluate, self.student, "before pruning")
         with self.checkpoint.taken_up():
             extra = conform(self.checkpoint.extra, _Before, "a state")
         self.history = extra["history"]
@@ -234,13 +244,13 @@ class _Run:
 
         def pruned() -> None:
             if before is not None:
-                found = evaluated(evaluate, self.student)
+                found = evaluated(evaluate, self.student, "directly after pruning")
                 self.pruner.note(
                     f"Metric: {before:.4g} before pruning, {found:.4g} directly after it, before recovery."
                 )
 
         self.pruner.prune(pruned)
-        after = evaluated(evaluate, self.student)
+        after = evaluated(evaluate, self.student, "after pruning")
         if after is not None:
             self.history.append({"epoch": 0, "metric": after})
             self.pruner.note(f"Metric of the recovered model, before any training: {after:.4g}.")

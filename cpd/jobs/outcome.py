@@ -16,7 +16,7 @@ from cpd.config import PruneConfig
 from cpd.deploy.latency import LatencyComparison, environment
 from cpd.distillation.config import DistillConfig
 from cpd.model import sources
-from cpd.options import changed, plain
+from cpd.options import FLAG, PATH, changed, checked, plain
 from cpd.plan import Plan
 from cpd.pruner import Pruner
 from cpd.report.artifacts import PRETRAINED, check_output_dir, save_pretrained, save_result
@@ -49,6 +49,7 @@ class Result:
         """Measured latency of the original over the result's in ONNX Runtime; None where it was not exported."""
         return self.report.speedup
 
+    @checked(directory=PATH, overwrite=FLAG)
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write weights, plan, ONNX model, report and model card to a folder that `cpd.load` reads.
 
@@ -67,6 +68,7 @@ class Result:
         save_result(target, self.model, self.plan, self.report, self._onnx)
         return target
 
+    @checked(directory=PATH, overwrite=FLAG)
     def save_pretrained(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write `config.json`, `model.safetensors` and a model card to a folder that `cpd.from_pretrained` reads.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,20 @@ from torch import nn
 
 from cpd.config import PruneConfig
 from cpd.distillation.config import DistillConfig
-from cpd.distillation.distiller import steps_per_epoch
+from cpd.distillation.request import check_distillation, steps_per_epoch
 from cpd.errors import InputError, TrainingError
 from cpd.files.checkpoint import Checkpoint
 from cpd.model import sources
-from cpd.model.inputs import Call, as_call, batches, device_of, evaluating, move
+from cpd.model.inputs import Call, as_call, batches, device_of, evaluating
 from cpd.model.outputs import Outputs, reader
 from cpd.model.task_loss import LossFunction, task_loss
+from cpd.model.tensors import copy_of
 
 log = logging.getLogger("cpd")
 
 
 def example_call(model: nn.Module, example_inputs: Any, data: Iterable[Any] | None) -> Call:
     """The example inputs: those given, one sample of the data, or what timm and torchvision models take."""
-    if isinstance(data, Iterator):
-        raise InputError("data can be iterated only once (it is an iterator); pass a list or a DataLoader.")
     if example_inputs is None and data is not None:
         example_inputs = next(batches(data, 1)).call.part(1)
     if example_inputs is None:
@@ -42,26 +41,35 @@ def example_call(model: nn.Module, example_inputs: Any, data: Iterable[Any] | No
 
 
 def check_data(
-    model: nn.Module, data: Iterable[Any], loss: LossFunction | None, outputs: Outputs | None = None
+    model: nn.Module,
+    data: Iterable[Any],
+    loss: LossFunction | None,
+    outputs: Outputs | None,
+    training: DistillConfig,
+    teacher: nn.Module | None,
 ) -> None:
-    """The first batch must go through the model and give a finite loss.
+    """The first batch must go through the models and give finite losses, of which the model can learn if it is to.
 
     Raises:
-        TrainingError: if there is no batch or the loss is not finite.
-        InputError: if the model fails on the batch, or no loss can be inferred.
+        TrainingError: if there is no batch, its values or its loss are not finite.
+        InputError: if a model fails on the batch, no loss can be inferred, or it has no gradient; if the distillation
+            loss cannot be taken.
     """
-    batch = next(batches(data, 1))
-    device = device_of(model)
-    with torch.no_grad(), evaluating(model):
-        try:
-            output = batch.call.to(device).on(model)
-        except Exception as error:  # the user's forward may raise anything
-            raise InputError(f"The model fails on the first batch of data: {type(error).__name__}: {error}.") from error
-        value = task_loss(output, move(batch.target, device), loss, reader(outputs))
-    if value is not None and not bool(torch.isfinite(value)):
+    batch = next(batches(data, 1, finite=True))
+    batch, learns = batch.to(device_of(model)), bool(training.epochs and training.task_weight and loss is not None)
+    with torch.set_grad_enabled(learns), evaluating(model):
+        value = task_loss(batch.on(model), batch.target, loss, reader(outputs), batch.place)
+    if value is not None and not bool(torch.isfinite(value.detach())):
         raise TrainingError(
-            f"The loss of the unpruned model on the first batch is {float(value)}: check data and loss."
+            f"The loss of the unpruned model on the first batch is {float(value.detach())}: check data and loss."
         )
+    if learns and value is not None and not value.requires_grad and any(p.requires_grad for p in model.parameters()):
+        raise InputError(
+            "What loss returns has no gradient, so nothing can be learned of it: compute it from the output by "
+            "functions of torch, without detach(), item() or no_grad()."
+        )
+    if training.epochs and training.needs_teacher:
+        check_distillation(model, copy_of(model) if teacher is None else teacher, batch, training, reader(outputs))
 
 
 def training_settings(
@@ -110,8 +118,6 @@ def checkpoint_of(
         if resume:
             raise InputError("resume=True needs the output_dir of the run that is to go on.")
         return None
-    if not minutes > 0:
-        raise InputError(f"checkpoint_minutes must be above 0; got {minutes!r}.")
     shapes = sorted((name, *tensor.shape) for name, tensor in model.state_dict().items())
     model_key = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     key = {**config.settings(), **vars(training), "model": model_key}

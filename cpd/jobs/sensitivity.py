@@ -17,12 +17,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from cpd.coupling.comb import Comb
+from cpd.coupling.comb import COMB, Comb
 from cpd.criteria.score import score
 from cpd.errors import InputError, needs_extra
-from cpd.model.inputs import batches, check_model, device_of, evaluated, evaluating, move
+from cpd.model.arguments import DATA, MODEL
+from cpd.model.inputs import batches, check_model, device_of, evaluated, evaluating
 from cpd.model.task_loss import task_loss
 from cpd.model.tensors import copy_of
+from cpd.options import EVALUATE, FLAG, LIMIT, LOSS, PATH, Check, checked, number
 from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 from cpd.surgery.recovery import logits_error
@@ -88,6 +90,7 @@ class Sensitivity:
         """Which figure of the points is shown: "metric" where there is one, else "loss", else "error"."""
         return "metric" if self.metric is not None else "loss" if self.loss is not None else "error"
 
+    @checked(path=PATH)
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw a map, groups by ratios, to a file of any format that matplotlib knows: metric, else loss, else error.
 
@@ -133,6 +136,21 @@ def check_plot(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+_RATIO = number("between 0 and 1", lambda value: 0 < value < 1)
+_RATIOS = Check(
+    "a list of numbers between 0 and 1",
+    lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(_RATIO.accepts, value)),
+)
+_SCORES = Check(
+    "a mapping from names of groups to tensors of scores, as cpd.score gives it",
+    lambda value: isinstance(value, Mapping) and all(isinstance(item, Tensor) for item in value.values()),
+)
+
+
+@checked(
+    model=MODEL, comb=COMB, data=DATA, loss=LOSS, evaluate=EVALUATE, scores=_SCORES, ratios=_RATIOS, limit=LIMIT,
+    progress=FLAG,
+)  # fmt: skip
 def sensitivity(
     model: nn.Module,
     comb: Comb,
@@ -180,17 +198,15 @@ def sensitivity(
         True
     """
     model = check_model(model)
-    if not ratios or not all(0 < ratio < 1 for ratio in ratios):
-        raise InputError(f"ratios must lie between 0 and 1; got {list(ratios)}.")
-    kept = [(batch.call, batch.target) for batch in batches(data, limit)]
+    kept = [(batch.call, batch.target) for batch in batches(data, limit, finite=True)]
     scores = score(model, comb, criterion="magnitude") if scores is None else scores
     selector, full = Selector(comb, scores, Limits(round_to=1)), comb.cost({}).macs
     console, points = Console(stderr=True), []
 
-    def figures(narrow: nn.Module) -> tuple[float | None, float | None]:
-        return _loss(narrow, kept, loss, comb.read), evaluated(evaluate, narrow)
+    def figures(narrow: nn.Module, when: str) -> tuple[float | None, float | None]:
+        return _loss(narrow, kept, loss, comb.read), evaluated(evaluate, narrow, when)
 
-    before = figures(model)
+    before = figures(model, "before pruning")
     with Progress(console=console, disable=not (console.is_terminal if progress is None else progress)) as bar:
         for group in bar.track(comb.open, description="sensitivity"):
             for ratio in ratios:
@@ -200,7 +216,11 @@ def sensitivity(
                 counts = {item.axis: len(plan.groups[item.name]) for item in comb.groups}
                 error = logits_error(narrow, model, kept, read=comb.read)
                 macs, left = comb.cost(counts).macs / max(full, 1), len(plan.groups[group.name])
-                points.append(Point(group.name, ratio, left, group.size, macs, error, *figures(narrow)))
+                points.append(
+                    Point(
+                        group.name, ratio, left, group.size, macs, error, *figures(narrow, f"with {group.name} pruned")
+                    )
+                )
     return Sensitivity(tuple(points), *before)
 
 
@@ -215,8 +235,8 @@ def _loss(
     values = []
     with evaluating(model):
         for batch in batches(data):
-            device = device_of(model)
-            value = task_loss(batch.call.to(device).on(model), move(batch.target, device), loss, read)
+            batch = batch.to(device_of(model))
+            value = task_loss(batch.on(model), batch.target, loss, read, batch.place)
             if value is None:
                 return None
             values.append(float(value))

@@ -17,7 +17,8 @@ from cpd.errors import ArtifactError, InputError, TargetError, needs_extra
 from cpd.files.folder import reading, write_files
 from cpd.files.reading import conform, naming, read_json
 from cpd.jobs.compress import compress
-from cpd.options import takes_options
+from cpd.model.arguments import MODEL
+from cpd.options import PATH, Check, checked, number, takes_options
 from cpd.report.artifacts import PAGE, SWEEP, SWEPT, check_output_dir
 from cpd.report.records import Figures, SweepPoint, plain_fields
 from cpd.report.report import sweep_page
@@ -61,6 +62,7 @@ class Sweep:
         """Accuracy against measured latency as one self-contained page, with links to the reports in the folders."""
         return sweep_page(self.original, self.points)
 
+    @checked(path=PATH)
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw accuracy (or the share of MACs that is left, where none was evaluated) against measured latency.
 
@@ -106,7 +108,15 @@ def read_sweep(folder: Path) -> Sweep:
         return Sweep.from_dict(content)
 
 
+_SPEEDUP = number("", lambda value: value >= 1)
+_SPEEDUPS = Check(
+    "a list of at least one speed-up, each a number of at least 1, as [1.5, 2, 3]",
+    lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(_SPEEDUP.accepts, value)),
+)
+
+
 @takes_options(PruneConfig, leave_out=TARGETS, others=True)
+@checked(model=MODEL, speedups=_SPEEDUPS, output_dir=PATH)
 def sweep(
     model: nn.Module,
     speedups: Iterable[float],
@@ -139,8 +149,6 @@ def sweep(
         True
     """
     asked = list(speedups)
-    if not asked:
-        raise InputError("sweep needs at least one speed-up, as in speedups=[1.5, 2, 3].")
     for name in TARGETS:
         if options.get(name) is not None:
             raise InputError(f"sweep takes its targets from speedups; leave {name} out.")

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import chain, islice
+from itertools import chain, count
+from numbers import Real
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._export.utils import _compiling_state_context
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only, tree_unflatten
 
-from cpd.errors import InputError, TraceError, TrainingError
+from cpd.errors import InputError, TraceError, TrainingError, of_the_user
+from cpd.options import LIMIT, shown
 
 LABEL_KEYS = ("labels", "label", "target", "targets")
 
@@ -90,10 +95,30 @@ def _stacks(left: Any, right: Any) -> bool:
 
 
 class Batch(NamedTuple):
-    """One batch of a loader: how to call the model on it, and the target (None where there is none)."""
+    """One batch of a loader: how to call the model on it, the target (None where there is none), and which it is."""
 
     call: Call
     target: Any
+    number: int = 1
+
+    @property
+    def place(self) -> str:
+        """Which batch it is, in words."""
+        return "the first batch of data" if self.number == 1 else f"batch {self.number} of data"
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with every tensor in it moved to `device`."""
+        return Batch(self.call.to(device), move(self.target, device), self.number)
+
+    def on(self, model: nn.Module, whose: str = "The model") -> Any:
+        """Run `model` on it.
+
+        Raises:
+            InputError: if the model raises anything: which batch it was, and of what shapes.
+        """
+        shapes = [list(leaf.shape) for leaf in tree_leaves(tuple(self.call)) if isinstance(leaf, Tensor)]
+        with of_the_user(whose, f"on {self.place}, inputs of {', '.join(map(str, shapes))}"):
+            return self.call.on(model)
 
 
 def move(value: Any, device: torch.device | str) -> Any:
@@ -177,12 +202,37 @@ def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     return in_mode(model, False)
 
 
-def evaluated(evaluate: Callable[[nn.Module], float] | None, model: nn.Module) -> float | None:
-    """What a user's `evaluate` gives, in eval mode and without gradients; None without one."""
+def evaluated(evaluate: Callable[[nn.Module], float] | None, model: nn.Module, when: str) -> float | None:
+    """What a user's `evaluate` gives, in eval mode and without gradients; None without one.
+
+    Args:
+        evaluate: the user's.
+        model: what it is called with.
+        when: in words that end a sentence, as "before pruning".
+
+    Raises:
+        InputError: if it raises anything, or gives no finite number.
+    """
     if evaluate is None:
         return None
-    with torch.no_grad(), evaluating(model):
-        return float(evaluate(model))
+    with torch.no_grad(), evaluating(model), of_the_user("evaluate", when):
+        found = evaluate(model)
+    return metric_of(found, when)
+
+
+def metric_of(found: Any, when: str) -> float:
+    """What `evaluate` gave as a number.
+
+    Raises:
+        InputError: if it is none, or is not finite.
+    """
+    try:
+        value = float(found) if isinstance(found, (Real, Tensor, np.ndarray, np.generic)) else math.nan
+    except (TypeError, ValueError, RuntimeError):  # several numbers, or complex ones
+        value = math.nan
+    if math.isfinite(value):
+        return value
+    raise InputError(f"evaluate must return one finite number, the higher the better; {when} it gave {shown(found)}.")
 
 
 @contextmanager
@@ -201,15 +251,32 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             module.training = mode
 
 
-@contextmanager
-def plain_attention() -> Iterator[None]:
+class _PlainAttention:
+    """The fast path of attention is one switch for all threads: the first block turns it off, the last one back."""
+
+    def __init__(self) -> None:
+        self.lock, self.blocks, self.before = threading.Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.blocks:
+                self.before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self.blocks += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.blocks -= 1
+            if not self.blocks:
+                torch.backends.mha.set_fastpath_enabled(self.before)
+
+
+_PLAIN_ATTENTION = _PlainAttention()
+
+
+def plain_attention() -> AbstractContextManager[None]:
     """`torch.nn.MultiheadAttention` without its inference fast path, one op that hides its layers, in a block."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    return _PLAIN_ATTENTION
 
 
 @contextmanager
@@ -275,6 +342,8 @@ def as_batch(batch: Any) -> Batch:
     Raises:
         InputError: if it is none of these.
     """
+    if isinstance(batch, Batch):
+        return batch
     if isinstance(batch, Mapping):
         kwargs = dict(batch)
         target = next((kwargs.pop(key) for key in LABEL_KEYS if key in kwargs), None)
@@ -289,26 +358,48 @@ def as_batch(batch: Any) -> Batch:
     )
 
 
-def check_limit(limit: int | None) -> None:
-    """Raise `InputError` unless `limit`, a number of batches, is None or an integer >= 1."""
-    if limit is not None and not (isinstance(limit, int) and limit >= 1):
-        raise InputError(f"limit is {limit!r}; it must be an integer >= 1, or None for all batches.")
-
-
-def batches(data: Iterable[Any], limit: int | None = None) -> Iterator[Batch]:
+def batches(data: Iterable[Any], limit: int | None = None, *, finite: bool = False) -> Iterator[Batch]:
     """The first `limit` batches of `data` (all if None); no item beyond them is taken from it.
 
+    Args:
+        data: anything that can be iterated.
+        limit: at most so many.
+        finite: whether an input that is not finite is refused.
+
     Raises:
-        InputError: if `limit` is below 1, or an item is no batch.
-        TrainingError: if `data` is empty.
+        InputError: if `limit` is below 1, `data` raises anything, or an item is no batch.
+        TrainingError: if `data` is empty, or an input is not finite.
     """
-    check_limit(limit)
-    empty = True
-    for item in islice(data, limit):
-        empty = False
-        yield as_batch(item)
-    if empty:
-        raise TrainingError("The data loader gave no batch: check its dataset, and that it can be iterated twice.")
+    LIMIT.demand("limit", limit, optional=True)
+    with of_the_user("data", "when its iteration began"):
+        items = iter(data)
+    for number in count(1) if limit is None else range(1, limit + 1):
+        with of_the_user("data", f"when batch {number} was taken from it"):
+            item = next(items, _END)
+        if item is _END and number == 1:
+            raise TrainingError("The data loader gave no batch: check its dataset, and that it can be iterated twice.")
+        if item is _END:
+            return
+        found = as_batch(item)._replace(number=number)
+        if finite and not_finite(found.call):
+            raise TrainingError(f"The inputs of {found.place} hold values that are not finite (NaN or infinity).")
+        yield found
+
+
+_END = object()
+_CHECKED_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def not_finite(call: Call) -> bool:
+    """Whether an input holds NaN or infinity. Minus infinity is let through: a mask that is added may hold it."""
+    return any(
+        bool((leaf.isnan() | leaf.isposinf()).any())
+        for leaf in tree_leaves(tuple(call))
+        if isinstance(leaf, Tensor)
+        and leaf.dtype in _CHECKED_DTYPES
+        and leaf.layout is torch.strided
+        and not leaf.is_meta
+    )
 
 
 def logits(output: Any) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from cpd.errors import InputError, first_line
+from cpd.errors import InputError, first_line, of_the_user
 
 Part: TypeAlias = str | int
 Outputs: TypeAlias = Part | Sequence[Part] | Callable[[Any], Any]
@@ -35,8 +35,19 @@ def reader(outputs: Outputs | None) -> Callable[[Any], Any]:
     if outputs is None:
         return whole
     if callable(outputs):
-        return outputs
+        return _Asked(outputs)
     return _Named((outputs,) if isinstance(outputs, (str, int)) else tuple(outputs))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """Gives the part of an output that a function of the user's picks."""
+
+    pick: Callable[[Any], Any]
+
+    def __call__(self, output: Any) -> Any:
+        with of_the_user("outputs", "on the model's output"):
+            return self.pick(output)
 
 
 @dataclass(frozen=True)
@@ -117,7 +128,7 @@ def read_by(outputs: Outputs, output: Any) -> frozenset[int]:
         raise InputError("The model returns a single tensor, which matters: leave outputs out.")
     with _Watching(output) as watching:
         try:
-            watching.note(reader(outputs)(output))
+            watching.note((outputs if callable(outputs) else reader(outputs))(output))
         except InputError:
             raise
         except Exception as error:  # the user's function may raise anything

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cpd.errors import InputError
+from cpd.errors import InputError, of_the_user
 from cpd.model.inputs import logits
 from cpd.model.outputs import whole
 
@@ -20,7 +20,11 @@ IGNORED_CLASS = -100  # as in `torch.nn.functional.cross_entropy`
 
 
 def task_loss(
-    output: Any, target: Any, loss: LossFunction | None = None, read: Callable[[Any], Any] = whole
+    output: Any,
+    target: Any,
+    loss: LossFunction | None = None,
+    read: Callable[[Any], Any] = whole,
+    place: str = "a batch of data",
 ) -> Tensor | None:
     """The loss of the task: the user's, else cross-entropy inferred from the target.
 
@@ -30,6 +34,7 @@ def task_loss(
             the logits' shape; with `loss`, anything that it takes.
         loss: `loss(output, target) -> scalar`, on the unchanged output.
         read: gives the part of the output that an inferred loss is taken of.
+        place: which batch it is, for a message.
 
     Returns:
         A scalar; None where there is neither target nor loss.
@@ -38,21 +43,24 @@ def task_loss(
         InputError: if no loss can be inferred, or `loss` returns no scalar tensor.
     """
     if loss is not None:
-        value = loss(output, target)
+        with of_the_user("loss", f"on {place}"):
+            value = loss(output, target)
         if isinstance(value, Tensor) and value.numel() == 1:
             return value.reshape(())
         found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"loss= must return a tensor of one number, not {found}: average over the batch in it.")
+        raise InputError(
+            f"loss= must return a tensor of one number, not {found} (on {place}): average over the batch in it."
+        )
     if target is None:
         return None
     prediction = logits(read(output))
-    _check_target(prediction, target)
+    _check_target(prediction, target, place)
     prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
     target = target.to(prediction.dtype) if target.is_floating_point() else target.long()
     return F.cross_entropy(prediction, target, ignore_index=IGNORED_CLASS)
 
 
-def _check_target(prediction: Tensor, target: Any) -> None:
+def _check_target(prediction: Tensor, target: Any, place: str) -> None:
     """Raise `InputError` unless `target` holds class indices or class probabilities for `prediction`."""
     shape, found, remedy = prediction.shape, type(target).__name__, "a function (output, target) -> scalar"
     if isinstance(target, Tensor) and len(shape) >= 2:
@@ -71,6 +79,6 @@ def _check_target(prediction: Tensor, target: Any) -> None:
             found += f" that holds the class {int(wrong[0])}"
             remedy = f"for instance torch.nn.CrossEntropyLoss(ignore_index={int(wrong[0])}) to leave it out"
     raise InputError(
-        f"No loss can be inferred from an output of shape {list(shape)} and a {found}: cross-entropy needs "
-        f"[N, C, ...] with class indices [N, ...] or class probabilities [N, C, ...]. Pass loss=, {remedy}."
+        f"No loss can be inferred from an output of shape {list(shape)} and a {found} (on {place}): cross-entropy "
+        f"needs [N, C, ...] with class indices [N, ...] or class probabilities [N, C, ...]. Pass loss=, {remedy}."
     )

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import jinja2
 
-from cpd.coupling.comb import Comb, Group
+from cpd.coupling.comb import COMB, Comb, Group
 from cpd.coupling.cost import split_reason
 from cpd.errors import ArtifactError, InputError
+from cpd.options import PATH, checked
 from cpd.picture.graph import contract
 from cpd.picture.scene import GREY, arrange, colours, counted, details, references, sentence
 
@@ -59,6 +60,7 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     return target
 
 
+@checked(comb=COMB, path=PATH)
 def draw(comb: Comb, path: str | os.PathLike[str]) -> Path:
     """Draw the grouped graph of a model to a self-contained `.svg` or `.html` file.
 

@@ -35,8 +35,10 @@ from torch import Tensor, nn
 from cpd.errors import ArtifactError, InputError, first_line
 from cpd.files.folder import Folder, reading, sha256_of, write_files
 from cpd.files.reading import conform, naming, read_json
+from cpd.model.arguments import MODEL
 from cpd.model.inputs import check_model
 from cpd.model.recorded import rebuilt
+from cpd.options import FLAG, PATH, checked
 from cpd.plan import Cache, Plan
 from cpd.report.report import Report
 from cpd.surgery.shrink import shrink
@@ -244,6 +246,7 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
     return result
 
 
+@checked(directory=PATH, model=MODEL, trust_source=FLAG)
 def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, trust_source: bool = False) -> nn.Module:
     """Rebuild a compressed model from its folder. No code of the folder is run, and nothing is downloaded.
 
@@ -300,6 +303,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
     return given.eval()
 
 
+@checked(name=PATH, model=MODEL, trust_source=FLAG)
 def from_pretrained(
     name: str | os.PathLike[str], model: nn.Module | None = None, *, trust_source: bool = False, **download: Any
 ) -> nn.Module:

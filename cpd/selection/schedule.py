@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field
 
 from cpd.errors import InputError
+from cpd.options import LIMIT, checked, choice, integer, number
 
 #: Shrinks of a gradual schedule for which no interval is given.
 SHRINKS = 10
@@ -18,6 +19,9 @@ KINDS: dict[str, Callable[[float], float]] = {
     "linear": lambda time: time,
     "cubic": lambda time: 1 - (1 - time) ** 3,
 }
+
+
+_FRACTION = number("from 0 to 1", lambda value: 0 <= value <= 1)
 
 
 @dataclass(frozen=True)
@@ -47,21 +51,22 @@ class Schedule:
         if warmup is not None:
             warnings.warn("Schedule(warmup=…) is called start=… now.", DeprecationWarning, stacklevel=3)
             object.__setattr__(self, "start", warmup)
-        if self.kind not in KINDS:
-            raise InputError(f"Unknown schedule {self.kind!r}; known are {', '.join(KINDS)}.")
+        choice(*KINDS).demand("kind", self.kind)
+        for name in ("start", "end"):
+            _FRACTION.demand(name, getattr(self, name))
+        LIMIT.demand("interval", self.interval, optional=True)
         if not (0 <= self.start < 1 and (self.kind == "one-shot" or self.start < self.end <= 1)):
             raise InputError(
                 "Pruning starts at a fraction of the training below the one at which it ends, both from 0 to 1; got "
                 f"{self.start!r} and {self.end!r}."
             )
-        if self.interval is not None and not (isinstance(self.interval, int) and self.interval >= 1):
-            raise InputError(f"interval must be an integer of at least 1, or None; got {self.interval!r}.")
 
     @staticmethod
     def of(schedule: Schedule | str) -> Schedule:
         """The schedule itself, or the one of that kind with defaults."""
         return Schedule(schedule) if isinstance(schedule, str) else schedule
 
+    @checked(steps=integer(0))
     def events(self, steps: int) -> list[tuple[int, float]]:
         """(optimizer step after which the model shrinks, share of what is to go that has then gone), in order.
 

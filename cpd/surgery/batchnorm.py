@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpd.errors import TrainingError
-from cpd.model.inputs import batches, check_limit, check_model, device_of, evaluating
+from cpd.model.inputs import batches, check_model, device_of, evaluating
+from cpd.options import LIMIT
 
 
 @torch.no_grad()
@@ -36,8 +37,8 @@ def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, limit: int |
         TrainingError: if the data is empty, or gives statistics that are not finite. As after any other
             error, the old statistics are back.
     """
-    check_limit(limit)
     model = check_model(model)
+    LIMIT.demand("limit", limit, optional=True)
     layers = {
         name: module
         for name, module in model.named_modules()
@@ -46,8 +47,8 @@ def recalibrate_batchnorm(model: nn.Module, data: Iterable[Any], *, limit: int |
     if not layers:
         return 0
     with evaluating(model), _averaging(layers):
-        for batch in batches(data, limit):
-            batch.call.to(device_of(model)).on(model)
+        for batch in batches(data, limit, finite=True):
+            batch.to(device_of(model)).on(model)
         return sum(bool(layer.num_batches_tracked) for layer in layers.values())
 
 

@@ -26,10 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cpd.errors import InputError
-from cpd.model.inputs import Call, batches, check_limit, check_model, device_of, evaluating, joined
+from cpd.errors import InputError, of_the_user
+from cpd.model.arguments import DATA, MODEL
+from cpd.model.inputs import Call, batches, check_model, device_of, evaluating, joined
 from cpd.model.tensors import restore, state_of
-from cpd.plan import Plan
+from cpd.options import LIMIT, SEED, checked
+from cpd.plan import PLAN, Plan
 from cpd.trace.layer_calls import LayerCall, LayerCalls, from_matrix, matrix, seen
 
 #: Bytes that the largest input or output of a layer may take, by which the samples are limited.
@@ -61,6 +63,7 @@ class Refit:
     after: float
 
 
+@checked(model=MODEL, original=MODEL, plan=PLAN, data=DATA, limit=LIMIT, seed=SEED)
 @torch.no_grad()
 def compensate(
     model: nn.Module, original: nn.Module, plan: Plan, data: Iterable[Any], *, limit: int = 16, seed: int = 0
@@ -84,7 +87,7 @@ def compensate(
 
     Raises:
         InputError: if the models do not run alike on the data; `model` is then as it was before.
-        TrainingError: if there is no data.
+        TrainingError: if there is no data, or it holds values that are not finite.
 
     Examples:
         >>> from copy import deepcopy
@@ -99,8 +102,7 @@ def compensate(
         >>> refit.after < refit.before
         True
     """
-    check_limit(limit)
-    calls = [batch.call for batch in batches(data, limit)]
+    calls = [batch.call for batch in batches(data, limit, finite=True)]
     model, original = check_model(model), check_model(original)
     device = device_of(model)
     before = state_of(model)
@@ -108,7 +110,8 @@ def compensate(
         probe = _Probe(original, calls[0].part(1).to(device))
         call = joined(calls).part(probe.samples).to(device)
         try:
-            return _Lockstep(model, original, plan, probe, seed).run(call)
+            with of_the_user("A model", "while both ran beside one another on data"):
+                return _Lockstep(model, original, plan, probe, seed).run(call)
         except BaseException:
             restore(model, before)
             raise
@@ -133,7 +136,7 @@ class _Probe:
             if id(given["input"]) in latest:
                 self.normed.add(latest[id(given["input"])][1])
 
-        with seen(LayerCalls(original, after=after, norm=norm)):
+        with seen(LayerCalls(original, after=after, norm=norm)), of_the_user("original", "on the first batch of data"):
             call.on(original)
         self.once = {name for name, count in times.items() if count == 1}
 

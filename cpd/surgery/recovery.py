@@ -102,8 +102,8 @@ def logits_error(
     mean: Tensor | float = 0.0
     with evaluating(model), evaluating(original):
         for batch in batches(data, limit):
-            found = logits(read(batch.call.to(device_of(model)).on(model))).double()
-            expected = logits(read(batch.call.to(device_of(original)).on(original))).double().to(found.device)
+            found = logits(read(batch.to(device_of(model)).on(model))).double()
+            expected = logits(read(batch.to(device_of(original)).on(original))).double().to(found.device)
             difference += float((found - expected).square().sum())
             mean = mean + expected.sum(0)
             total += float(expected.square().sum())

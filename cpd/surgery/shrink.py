@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from cpd.errors import ShrinkError
 from cpd.model import kept
+from cpd.model.arguments import MODEL
 from cpd.model.inputs import check_model, evaluating
 from cpd.model.skeleton import refresh, set_attributes
 from cpd.model.state import forget
 from cpd.model.tensors import derived, every_tensor, sliced
-from cpd.plan import Attribute, Plan
+from cpd.options import checked
+from cpd.plan import PLAN, Attribute, Plan
 
 
+@checked(model=MODEL, plan=PLAN)
 def shrink(model: nn.Module, plan: Plan) -> nn.Module:
     """Shrink `model` in place to what `plan` keeps, and return it.
 

@@ -11,7 +11,7 @@ from cpd.selection.schedule import Schedule
 from helpers.training import X, loader, net
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     pass
 
 

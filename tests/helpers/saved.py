@@ -64,7 +64,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(8), labels.split(8), strict=True))
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """The end of a run in the midst of its training."""
 
 

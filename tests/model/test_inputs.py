@@ -111,13 +111,13 @@ def test_as_call_refuses(wrong: object) -> None:
 
 @pytest.mark.parametrize("kind", [tuple, list])
 def test_as_batch_of_a_pair(kind: type) -> None:
-    call, target = as_batch(kind([X, Y]))
+    call, target, _ = as_batch(kind([X, Y]))
     assert call.args[0] is X
     assert target is Y
 
 
 def test_as_batch_of_several_arguments() -> None:
-    call, target = as_batch(((X, X), Y))
+    call, target, _ = as_batch(((X, X), Y))
     assert torch.equal(call.on(Add()), 2 * X)
     assert target is Y
 
@@ -126,7 +126,7 @@ def test_as_batch_of_several_arguments() -> None:
 @pytest.mark.parametrize("kind", [dict, OrderedDict])
 def test_as_batch_of_keywords_takes_the_label_out(kind: type, key: str) -> None:
     item = kind(a=X, **{key: Y})
-    call, target = as_batch(item)
+    call, target, _ = as_batch(item)
     assert target is Y
     assert call.args == ()
     assert list(call.kwargs) == ["a"]
@@ -136,7 +136,7 @@ def test_as_batch_of_keywords_takes_the_label_out(kind: type, key: str) -> None:
 
 def test_as_batch_without_a_target() -> None:
     assert as_batch({"a": X}).target is None
-    call, target = as_batch(X)
+    call, target, _ = as_batch(X)
     assert call.args[0] is X
     assert target is None
 
@@ -188,7 +188,7 @@ def test_batches_of_nothing() -> None:
 @pytest.mark.parametrize("limit", [0, -1, 2.0])
 def test_batches_refuses_a_limit_and_reads_nothing(limit: object) -> None:
     data = Counted(5)
-    with pytest.raises(InputError, match="limit is"):
+    with pytest.raises(InputError, match=r"^limit must be an integer from 1"):
         next(batches(data, limit))
     assert data.taken == 0
 

@@ -1,0 +1,159 @@
+"""Every argument of everything public, replaced in turn by values of every kind.
+
+What may not be is refused by an error of `cpd` before anything is done; nothing around the call changes.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import cpd
+from helpers.calls import BEGINS, CALLS, Began, began, model, result
+from helpers.world import differences, files, same, whole, world
+
+#: Seconds that any call may take.
+LIMIT = 20.0
+
+
+class Broken:
+    """An object on which nothing works but that it can be made."""
+
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+    def __eq__(self, other: object) -> bool:
+        raise RuntimeError("no comparison")
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+KINDS: dict[str, Any] = {
+    "None": lambda: None,
+    "True": lambda: True,
+    "-1": lambda: -1,
+    "0": lambda: 0,
+    "1": lambda: 1,
+    "0.5": lambda: 0.5,
+    "-0.5": lambda: -0.5,
+    "a huge integer": lambda: 10**30,
+    "an integer beyond all floats": lambda: 10**5000,
+    "NaN": lambda: float("nan"),
+    "infinity": lambda: float("inf"),
+    "a complex number": lambda: 1j,
+    "a number in a string": lambda: "4",
+    "an empty string": lambda: "",
+    "a string": lambda: "nonsense",
+    "a string with a zero": lambda: "a\0b",
+    "bytes": lambda: b"nonsense",
+    "a list": lambda: [],
+    "a list of None": lambda: [None],
+    "a list of strings": lambda: ["nonsense"],
+    "a tuple of numbers": lambda: (1, 3, 6, 6),
+    "a dict": lambda: {},
+    "a dict of strings": lambda: {"nonsense": "nonsense"},
+    "a set": lambda: {1},
+    "an object": object,
+    "a broken object": Broken,
+    "a function": lambda: lambda: None,
+    "a class": lambda: nn.ReLU,
+    "a module": nn.Identity,
+    "a tensor": lambda: torch.zeros(2),
+    "an empty tensor": lambda: torch.zeros(0, 3, 6, 6),
+    "a tensor of NaN": lambda: torch.full((1, 3, 6, 6), float("nan")),
+    "an array": lambda: np.zeros(2),
+    "a generator": lambda: (item for item in ()),
+    "a file": lambda: Path("file"),
+    "a module of python": lambda: np,
+}
+
+CASES = [(name, parameter) for name, valid in CALLS.items() for parameter in valid.parameters]
+
+#: Types that an annotation may consist of, where it says all; a value of another type is refused.
+SIMPLE = {"int": int, "float": (int, float), "bool": bool, "str": str, "None": type(None), "nn.Module": nn.Module,
+          "Plan": cpd.Plan, "Comb": cpd.Comb, "PruneConfig": cpd.PruneConfig, "DistillConfig": cpd.DistillConfig,
+          "os.PathLike[str]": Path, "Path": (str, Path)}  # fmt: skip
+
+
+def wrong(annotation: str, value: Any) -> bool:
+    """Whether a value must be refused by what the signature says alone."""
+    parts = [part.strip() for part in str(annotation).split("|")]
+    if not all(part in SIMPLE for part in parts):
+        return False
+    if isinstance(value, bool):
+        return "bool" not in parts
+    number = isinstance(value, (int, float))
+    return not isinstance(value, tuple(SIMPLE[part] for part in parts)) or (number and not abs(value) < 10**30)
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A folder with a saved result and a file; where the work of long calls begins, they end."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    result().save("saved")
+    Path("file").write_text("mine")
+    for module, name in BEGINS:
+        monkeypatch.setattr(module, name, began)
+    yield
+
+
+def hang(*_: Any) -> None:
+    raise TimeoutError
+
+
+def outcome(name: str, parameter: str, kind: str, before: dict[str, bytes]) -> list[str]:
+    """What is wrong with how one call ended."""
+    valid, value = CALLS[name], KINDS[kind]()
+    given = {**valid.given(), parameter: value}
+    models = [item for item in given.values() if isinstance(item, nn.Module)]
+    kept, around = [whole(item) for item in models], world()
+    refused, found = True, []
+    start = time.perf_counter()
+    try:
+        valid.call(**given)
+        refused = False
+    except Began:
+        refused = False
+    except cpd.CPDError:
+        pass
+    except BaseException as error:
+        found.append(f"raised {type(error).__name__}: {error!s:.150}")
+    if time.perf_counter() - start > LIMIT / 2:
+        found.append("took too long")
+    if not refused and wrong(valid.parameters[parameter].annotation, value):
+        found.append("was accepted")
+    found += differences(around, world())
+    if refused:
+        found += [f"changed {names}" for item, old in zip(models, kept, strict=True) if (names := same(old, whole(item)))]
+        now = files(Path())
+        if now != before:
+            found.append(f"changed files: {sorted(set(now) ^ set(before))}")
+    return [f"{name}({parameter}={kind}) {text}" for text in found]
+
+
+@pytest.mark.parametrize(("name", "parameter"), CASES, ids=[f"{name}-{parameter}" for name, parameter in CASES])
+def test_values_of_every_kind(name: str, parameter: str) -> None:
+    former = signal.signal(signal.SIGALRM, hang)
+    found = []
+    try:
+        for kind in KINDS:
+            before = files(Path())
+            signal.setitimer(signal.ITIMER_REAL, LIMIT)
+            found += outcome(name, parameter, kind, before)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+    assert found == []
+
+
+def test_there_are_many_cases() -> None:
+    assert len(CASES) * len(KINDS) > 5000
