@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -72,6 +72,139 @@ class Cache:
     value: bool | int | float | str | None = None
 
 
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a module is, apart from the values in it.
+
+    Attributes:
+        kind: the name of its class.
+        parameters: the shape of each parameter that it holds itself.
+        buffers: the shape of each buffer that it holds itself and saves.
+        settings: what its constructor gave it and the forward reads; an integer inside a container by the keys that
+            lead to it, joined by dots.
+    """
+
+    kind: str
+    parameters: Mapping[str, Shape] = field(default_factory=dict)
+    buffers: Mapping[str, Shape] = field(default_factory=dict)
+    settings: Mapping[str, bool | int | str] = field(default_factory=dict)
+
+    def difference(self, other: Form, path: str) -> str | None:
+        """What differs first, as the end of a sentence; None where nothing does."""
+        if self.kind != other.kind:
+            return f"{path or 'the model itself'} was a {self.kind}, and is a {other.kind}"
+        for name in {**self.parameters, **other.parameters}:
+            before, now = (form.parameters.get(name) for form in (self, other))
+            if before != now:
+                return f"{_joined(path, name)} was {_told(before)}, and is {_told(now)}"
+        for ours, theirs in ((self.buffers, other.buffers), (self.settings, other.settings)):
+            for name in ours:
+                if name in theirs and ours[name] != theirs[name]:  # one alone may be of another version of a library
+                    return f"{_joined(path, name)} was {_told(ours[name])}, and is {_told(theirs[name])}"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        shapes = [{name: list(shape) for name, shape in part.items()} for part in (self.parameters, self.buffers)]
+        return {"kind": self.kind, "parameters": shapes[0], "buffers": shapes[1], "settings": dict(self.settings)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Form:
+        """The form that `to_dict` wrote."""
+        shapes = [
+            {name: tuple(map(int, shape)) for name, shape in data[key].items()} for key in ("parameters", "buffers")
+        ]
+        return Form(str(data["kind"]), *shapes, dict(data["settings"]))
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _told(value: Any) -> str:
+    return "absent" if value is None else f"of shape {list(value)}" if isinstance(value, tuple) else repr(value)
+
+
+@dataclass(frozen=True, repr=False)
+class Architecture:
+    """What a model is, apart from the values in it: `cpd.model.architecture` says what counts.
+
+    Attributes:
+        modules: the form of every module by its path, in the order of the model.
+    """
+
+    modules: Mapping[str, Form]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all of it: equal for models that a plan, a comb or a checkpoint of one fits."""
+        made = self.to_dict()
+        return hashlib.sha256(json.dumps([made["forms"], [*made["modules"].items()]]).encode()).hexdigest()
+
+    def difference(self, other: Architecture) -> str | None:
+        """What differs first, as the end of a sentence: "act was a ReLU, and is a GELU"; None where nothing does."""
+        for path, form in self.modules.items():
+            if path not in other.modules:
+                return f"{path} was a {form.kind}, and is absent"
+            if (found := form.difference(other.modules[path], path)) is not None:
+                return found
+        for path, form in other.modules.items():
+            if path not in self.modules:
+                return f"{path} was absent, and is a {form.kind}"
+        return next(
+            (
+                f"{before} stood where {now} stands in the order of the modules"
+                for before, now in zip(self.modules, other.modules, strict=True)
+                if before != now
+            ),
+            None,
+        )
+
+    def narrowed(self, plan: Plan) -> Architecture:
+        """What a model of this architecture is once a plan of it has been applied."""
+        modules = dict(self.modules)
+
+        def change(path: str, part: str, new: Mapping[str, Any]) -> None:
+            old: Mapping[str, Any] = getattr(modules[path], part) if path in modules else {}
+            if new.keys() & old.keys():
+                values = {name: new.get(name, value) for name, value in old.items()}
+                modules[path] = replace(modules[path], **{part: values})
+
+        for tensor, dims in plan.kept.items():
+            path, _, name = tensor.rpartition(".")
+            shape = tuple(len(dims.get(dim, range(size))) for dim, size in enumerate(plan.shapes[tensor]))
+            change(path, "parameters", {name: shape})
+            change(path, "buffers", {name: shape})
+        for item in plan.attributes:
+            parts = enumerate(item.new) if isinstance(item.new, list) else ()
+            new = {f"{item.name}.{index}": part for index, part in parts} or {item.name: item.new}
+            change(item.module, "settings", new)
+        for cache in plan.caches:  # emptied, whatever was in it
+            if cache.module in modules:
+                form = modules[cache.module]
+                left = {name: value for name, value in form.settings.items() if name.split(".")[0] != cache.name}
+                modules[cache.module] = replace(form, settings=left)
+        return Architecture(modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types. Each form is stored once, however many modules have it."""
+        numbers: dict[str, int] = {}
+        modules = {
+            path: numbers.setdefault(json.dumps(form.to_dict(), sort_keys=True), len(numbers))
+            for path, form in self.modules.items()
+        }
+        return {"forms": [json.loads(text) for text in numbers], "modules": modules}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Architecture:
+        """The architecture that `to_dict` wrote."""
+        forms = [Form.from_dict(form) for form in data["forms"]]
+        return Architecture({path: forms[number] for path, number in data["modules"].items()})
+
+
 @dataclass(frozen=True, repr=False)
 class Plan:
     """What is kept of a model.
@@ -84,6 +217,7 @@ class Plan:
         rescales: rows whose scale changes so that the function does not.
         adjusted: one sentence for each group that keeps more than was asked, because a tie demands it.
         caches: attributes that hold what a forward computed at the old widths, to be emptied.
+        architecture: what the plan can be applied to; None in one that was written before plans told.
     """
 
     kept: Mapping[str, Mapping[int, Tensor]]
@@ -93,6 +227,7 @@ class Plan:
     rescales: tuple[Rescale, ...] = ()
     adjusted: tuple[str, ...] = field(default=())
     caches: tuple[Cache, ...] = field(default=())
+    architecture: Architecture | None = None
 
     def __post_init__(self) -> None:
         frozen = {name: MappingProxyType(dict(dims)) for name, dims in self.kept.items()}
@@ -108,8 +243,14 @@ class Plan:
         """What is left to do of this plan on a model that `earlier`, a plan of the same model, was applied to.
 
         Raises:
-            PlanError: if this plan keeps what the earlier one has removed.
+            PlanError: if this plan keeps what the earlier one has removed, or is of another architecture.
         """
+        if self.architecture and earlier.architecture:
+            found = earlier.architecture.difference(self.architecture)
+            if found is not None:
+                raise PlanError(
+                    f"The two plans are of different models: in this one, {found}. Make both with one comb."
+                )
         kept, shapes = dict[str, dict[int, Tensor]](), dict[str, tuple[int, ...]]()
         for name in {**earlier.kept, **self.kept}:
             before, now = earlier.kept.get(name, {}), self.kept.get(name, {})
@@ -128,7 +269,7 @@ class Plan:
         }
         return Plan(
             kept, groups, shapes, self._attributes_since(earlier), self._rescales_since(earlier), self.adjusted,
-            self.caches,
+            self.caches, earlier.architecture and earlier.architecture.narrowed(earlier),
         )  # fmt: skip
 
     def _attributes_since(self, earlier: Plan) -> tuple[Attribute, ...]:
@@ -162,7 +303,9 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of every channel kept: equal for plans that make the same model."""
-        made = {key: value for key, value in self.to_dict().items() if key not in ("adjusted", "caches")}
+        made = {
+            key: value for key, value in self.to_dict().items() if key not in ("adjusted", "caches", "architecture")
+        }
         return hashlib.sha256(json.dumps(made | {"adjusted": []}, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -183,6 +326,7 @@ class Plan:
             "rescales": [{**vars(item), "positions": list(item.positions)} for item in self.rescales],
             "adjusted": list(self.adjusted),
             **({"caches": [vars(cache) for cache in self.caches]} if self.caches else {}),
+            **({} if self.architecture is None else {"architecture": self.architecture.to_dict()}),
         }
 
     @staticmethod
@@ -207,6 +351,7 @@ class Plan:
                 rescales=tuple(Rescale(**{**item, "positions": tuple(item["positions"])}) for item in data["rescales"]),
                 adjusted=tuple(data["adjusted"]),
                 caches=tuple(Cache(**item) for item in data.get("caches", ())),
+                architecture=Architecture.from_dict(data["architecture"]) if "architecture" in data else None,
             )
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise ArtifactError(f"This is not a plan that cpd wrote: {type(error).__name__}: {error}.") from error

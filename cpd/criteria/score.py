@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cpd.coupling.comb import Comb
 from cpd.criteria import CRITERIA, Criterion, Setting
 from cpd.errors import InputError, TrainingError
+from cpd.model.architecture import check_architecture
 from cpd.model.inputs import check_model
 
 #: Name -> dtype of mixed precision.
@@ -52,7 +53,7 @@ def score(
         {group name: Tensor[size]} on the CPU, float64.
 
     Raises:
-        InputError: an unknown criterion or precision, or one that does not score every group.
+        InputError: an unknown criterion or precision, one that does not score every group, or a comb of another model.
         TrainingError: no data where it is needed, no batch, or a loss that is not finite.
 
     Examples:
@@ -68,6 +69,10 @@ def score(
         Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
     """
     model = check_model(model)
+    check_architecture(
+        model, comb.architecture, InputError, "The comb is",
+        "Comb this model, or, if it was shrunk by a plan, score it with comb.narrowed(model, plan).",
+    )  # fmt: skip
     if isinstance(criterion, str) and criterion not in CRITERIA:
         raise InputError(f"Unknown criterion {criterion!r}; known are {', '.join(CRITERIA)}.")
     if precision is not None and precision not in PRECISIONS:

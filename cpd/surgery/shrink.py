@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cpd.errors import ShrinkError
 from cpd.model import kept
+from cpd.model.architecture import check_architecture
 from cpd.model.inputs import check_model, evaluating
 from cpd.model.skeleton import refresh, set_attributes
 from cpd.model.state import forget
@@ -24,7 +25,8 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
     """Shrink `model` in place to what `plan` keeps, and return it.
 
     Args:
-        model: a model of the architecture that the plan was made for, unpruned.
+        model: a model of the architecture that the plan was made for, unpruned: of the same modules, shapes and
+            settings; its weights, their type and their device do not matter.
         plan: what is kept.
 
     Raises:
@@ -112,6 +114,9 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> None:
             raise ShrinkError(f"The plan changes {item.module}.{item.name}, which this model lacks.") from error
         if (list(value) if isinstance(value, (tuple, list)) else value) != item.old:
             raise ShrinkError(f"{item.module}.{item.name} is {value}; the plan was made for {item.old}.")
+    check_architecture(
+        model, plan.architecture, ShrinkError, "The plan is", "Comb this model, and make a plan with that comb."
+    )
 
 
 def _narrow(name: str, tensor: Tensor, plan: Plan) -> Tensor:
