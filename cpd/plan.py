@@ -114,10 +114,10 @@ class Form:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Form:
         """The form that `to_dict` wrote."""
-        shapes = [
+        parameters, buffers = (
             {name: tuple(map(int, shape)) for name, shape in data[key].items()} for key in ("parameters", "buffers")
-        ]
-        return Form(str(data["kind"]), *shapes, dict(data["settings"]))
+        )
+        return Form(str(data["kind"]), parameters, buffers, dict(data["settings"]))
 
 
 def _joined(path: str, name: str) -> str:
@@ -170,7 +170,7 @@ class Architecture:
         def change(path: str, part: str, new: Mapping[str, Any]) -> None:
             old: Mapping[str, Any] = getattr(modules[path], part) if path in modules else {}
             if new.keys() & old.keys():
-                values = {name: new.get(name, value) for name, value in old.items()}
+                values: Any = {name: new.get(name, value) for name, value in old.items()}
                 modules[path] = replace(modules[path], **{part: values})
 
         for tensor, dims in plan.kept.items():
@@ -179,9 +179,10 @@ class Architecture:
             change(path, "parameters", {name: shape})
             change(path, "buffers", {name: shape})
         for item in plan.attributes:
-            parts = enumerate(item.new) if isinstance(item.new, list) else ()
-            new = {f"{item.name}.{index}": part for index, part in parts} or {item.name: item.new}
-            change(item.module, "settings", new)
+            if isinstance(item.new, list):
+                change(item.module, "settings", {f"{item.name}.{at}": part for at, part in enumerate(item.new)})
+            else:
+                change(item.module, "settings", {item.name: item.new})
         for cache in plan.caches:  # emptied, whatever was in it
             if cache.module in modules:
                 form = modules[cache.module]
