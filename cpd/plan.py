@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Literal, NotRequired, TypedDict
@@ -77,6 +77,146 @@ class Cache:
     value: bool | int | float | str | None = None
 
 
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a module is, apart from the values in it.
+
+    Attributes:
+        kind: the name of its class.
+        parameters: the shape of each parameter that it holds itself.
+        buffers: the shape of each buffer that it holds itself and saves.
+        settings: what its constructor gave it and the forward reads; an integer inside a container by the keys that
+            lead to it, joined by dots.
+    """
+
+    kind: str
+    parameters: Mapping[str, Shape] = field(default_factory=dict)
+    buffers: Mapping[str, Shape] = field(default_factory=dict)
+    settings: Mapping[str, bool | int | str] = field(default_factory=dict)
+
+    def difference(self, other: Form, path: str) -> str | None:
+        """What differs first, as the end of a sentence; None where nothing does."""
+        if self.kind != other.kind:
+            return f"{path or 'the model itself'} was a {self.kind}, and is a {other.kind}"
+        for name in {**self.parameters, **other.parameters}:
+            before, now = (form.parameters.get(name) for form in (self, other))
+            if before != now:
+                return f"{_joined(path, name)} was {_told(before)}, and is {_told(now)}"
+        for ours, theirs in ((self.buffers, other.buffers), (self.settings, other.settings)):
+            for name in ours:
+                if name in theirs and ours[name] != theirs[name]:  # one alone may be of another version of a library
+                    return f"{_joined(path, name)} was {_told(ours[name])}, and is {_told(theirs[name])}"
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        shapes = [{name: list(shape) for name, shape in part.items()} for part in (self.parameters, self.buffers)]
+        return {"kind": self.kind, "parameters": shapes[0], "buffers": shapes[1], "settings": dict(self.settings)}
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _told(value: Any) -> str:
+    return "absent" if value is None else f"of shape {list(value)}" if isinstance(value, tuple) else repr(value)
+
+
+@dataclass(frozen=True, repr=False)
+class Architecture:
+    """What a model is, apart from the values in it: `cpd.model.architecture` says what counts.
+
+    Attributes:
+        modules: the form of every module by its path, in the order of the model.
+    """
+
+    modules: Mapping[str, Form]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all of it: equal for models that a plan, a comb or a checkpoint of one fits."""
+        made = self.to_dict()
+        return hashlib.sha256(json.dumps([made["forms"], [*made["modules"].items()]]).encode()).hexdigest()
+
+    def difference(self, other: Architecture) -> str | None:
+        """What differs first, as the end of a sentence: "act was a ReLU, and is a GELU"; None where nothing does."""
+        for path, form in self.modules.items():
+            if path not in other.modules:
+                return f"{path} was a {form.kind}, and is absent"
+            if (found := form.difference(other.modules[path], path)) is not None:
+                return found
+        for path, form in other.modules.items():
+            if path not in self.modules:
+                return f"{path} was absent, and is a {form.kind}"
+        return next(
+            (
+                f"{before} stood where {now} stands in the order of the modules"
+                for before, now in zip(self.modules, other.modules, strict=True)
+                if before != now
+            ),
+            None,
+        )
+
+    def narrowed(self, plan: Plan) -> Architecture:
+        """What a model of this architecture is once a plan of it has been applied."""
+        modules = dict(self.modules)
+
+        def change(path: str, part: str, new: Mapping[str, Any]) -> None:
+            old: Mapping[str, Any] = getattr(modules[path], part) if path in modules else {}
+            if new.keys() & old.keys():
+                values: Any = {name: new.get(name, value) for name, value in old.items()}
+                modules[path] = replace(modules[path], **{part: values})
+
+        for tensor, dims in plan.kept.items():
+            path, _, name = tensor.rpartition(".")
+            shape = tuple(len(dims.get(dim, range(size))) for dim, size in enumerate(plan.shapes[tensor]))
+            change(path, "parameters", {name: shape})
+            change(path, "buffers", {name: shape})
+        for item in plan.attributes:
+            if isinstance(item.new, list):
+                change(item.module, "settings", {f"{item.name}.{at}": part for at, part in enumerate(item.new)})
+            else:
+                change(item.module, "settings", {item.name: item.new})
+        for cache in plan.caches:  # emptied, whatever was in it
+            if cache.module in modules:
+                form = modules[cache.module]
+                left = {name: value for name, value in form.settings.items() if name.split(".")[0] != cache.name}
+                modules[cache.module] = replace(form, settings=left)
+        return Architecture(modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types. Each form is stored once, however many modules have it."""
+        numbers: dict[str, int] = {}
+        modules = {
+            path: numbers.setdefault(json.dumps(form.to_dict(), sort_keys=True), len(numbers))
+            for path, form in self.modules.items()
+        }
+        return {"forms": [json.loads(text) for text in numbers], "modules": modules}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Architecture:
+        """The architecture that `to_dict` wrote.
+
+        Raises:
+            ArtifactError: if `data` is none.
+        """
+        saved = conform(data, _SavedArchitecture, "an architecture")
+        forms, numbers = saved["forms"], saved["modules"]
+        if any(not 0 <= number < len(forms) for number in numbers.values()):
+            raise ArtifactError("This is not an architecture that cpd wrote: a module has a form that is not there.")
+        return Architecture({path: forms[number] for path, number in numbers.items()})
+
+
+class _SavedArchitecture(TypedDict):
+    """What `Architecture.to_dict` gives."""
+
+    forms: tuple[Form, ...]
+    modules: dict[str, int]
+
+
 class _Saved(TypedDict):
     """What `Plan.to_dict` gives."""
 
@@ -89,6 +229,7 @@ class _Saved(TypedDict):
     rescales: tuple[Rescale, ...]
     adjusted: tuple[str, ...]
     caches: NotRequired[tuple[Cache, ...]]
+    architecture: NotRequired[Any]
 
 
 @dataclass(frozen=True, repr=False)
@@ -103,6 +244,7 @@ class Plan:
         rescales: rows whose scale changes so that the function does not.
         adjusted: one sentence for each group that keeps more than was asked, because a tie demands it.
         caches: attributes that hold what a forward computed at the old widths, to be emptied.
+        architecture: what the plan can be applied to; None in one that was written before plans told.
     """
 
     kept: Mapping[str, Mapping[int, Tensor]]
@@ -112,6 +254,7 @@ class Plan:
     rescales: tuple[Rescale, ...] = ()
     adjusted: tuple[str, ...] = field(default=())
     caches: tuple[Cache, ...] = field(default=())
+    architecture: Architecture | None = None
 
     def __post_init__(self) -> None:
         frozen = {name: MappingProxyType(dict(dims)) for name, dims in self.kept.items()}
@@ -127,9 +270,15 @@ class Plan:
         """What is left to do of this plan on a model that `earlier`, a plan of the same model, was applied to.
 
         Raises:
-            PlanError: if this plan keeps what the earlier one has removed.
+            PlanError: if this plan keeps what the earlier one has removed, or is of another architecture.
         """
         PLAN.demand("earlier", earlier)
+        if self.architecture and earlier.architecture:
+            found = earlier.architecture.difference(self.architecture)
+            if found is not None:
+                raise PlanError(
+                    f"The two plans are of different models: in this one, {found}. Make both with one comb."
+                )
         kept, shapes = dict[str, dict[int, Tensor]](), dict[str, tuple[int, ...]]()
         for name in {**earlier.kept, **self.kept}:
             before, now = earlier.kept.get(name, {}), self.kept.get(name, {})
@@ -148,7 +297,7 @@ class Plan:
         }
         return Plan(
             kept, groups, shapes, self._attributes_since(earlier), self._rescales_since(earlier), self.adjusted,
-            self.caches,
+            self.caches, earlier.architecture and earlier.architecture.narrowed(earlier),
         )  # fmt: skip
 
     def _attributes_since(self, earlier: Plan) -> tuple[Attribute, ...]:
@@ -182,7 +331,9 @@ class Plan:
     @property
     def digest(self) -> str:
         """SHA-256 of every channel kept: equal for plans that make the same model."""
-        made = {key: value for key, value in self.to_dict().items() if key not in ("adjusted", "caches")}
+        made = {
+            key: value for key, value in self.to_dict().items() if key not in ("adjusted", "caches", "architecture")
+        }
         return hashlib.sha256(json.dumps(made | {"adjusted": []}, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
@@ -203,6 +354,7 @@ class Plan:
             "rescales": [{**vars(item), "positions": list(item.positions)} for item in self.rescales],
             "adjusted": list(self.adjusted),
             **({"caches": [vars(cache) for cache in self.caches]} if self.caches else {}),
+            **({} if self.architecture is None else {"architecture": self.architecture.to_dict()}),
         }
 
     @staticmethod
@@ -229,6 +381,7 @@ class Plan:
             rescales=found["rescales"],
             adjusted=found["adjusted"],
             caches=found.get("caches", ()),
+            architecture=Architecture.from_dict(found["architecture"]) if "architecture" in found else None,
         )
 
 

@@ -103,8 +103,8 @@ def check_same(value: str, what: str) -> None:
     others = [index for index, item in enumerate(found) if not torch.equal(item, found[0])]
     if others:
         raise TrainingError(
-            f"The processes of rank {others} have made another {what} than rank 0. Give all of them the same model, "
-            "weights, seed and example inputs, and data whose order depends on nothing else."
+            f"The processes of rank {others} differ from rank 0 in the {what}. Give all of them the same model, "
+            "weights, teacher, loss, seed and example inputs, and data whose order depends on nothing else."
         )
 
 

@@ -20,7 +20,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,8 @@ from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
 from cpd.criteria.score import score
 from cpd.deploy.export import check_runs
 from cpd.deploy.latency import LatencyProbe
-from cpd.errors import CheckpointError, InputError, NothingToPruneError, PlanError, of_the_user
+from cpd.errors import ArtifactError, CheckpointError, InputError, NothingToPruneError, PlanError, of_the_user
+from cpd.model.architecture import check_architecture
 from cpd.model.arguments import INPUTS, MODEL, OPTIMIZER, REPEATED_DATA
 from cpd.model.inputs import as_call, check_model, device_of, of_shape
 from cpd.model.masks import masks_applied
@@ -47,7 +48,7 @@ from cpd.model.skeleton import skeleton
 from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of, named_tensors
 from cpd.options import LOSS, Check, checked, function, integer, takes_options, text
-from cpd.plan import Plan
+from cpd.plan import Architecture, Plan
 from cpd.randomness import random_states_kept, seeded
 from cpd.selection.decision import Decider
 from cpd.selection.limits import check_ratios
@@ -182,6 +183,11 @@ class Pruner:
                 check_runs(self.model, as_call(example_inputs))
             with self._stage("comb"):  # of a copy: the model itself will not stay as it is
                 comb = comb_model(skeleton(self.model, {}), example_inputs, **self.config.combing)
+        check_architecture(
+            self.model, comb.architecture, InputError, "The comb is", "Comb this model, or leave comb= to the pruner."
+        )
+        if comb.model is self.model:  # which will not stay as it is
+            comb = replace(comb, model=skeleton(self.model, {}))
         self.comb = comb
         if not self.comb.open:
             reasons = "\n".join(f"  {group.name} ({group.size}): {group.frozen}" for group in self.comb.groups)
@@ -388,6 +394,7 @@ class Pruner:
         return {
             "plan": {name: list(channels) for name, channels in self.plan.groups.items()},
             "digest": self.plan.digest,
+            "architecture": self.comb.architecture.to_dict(),
             "steps_taken": self.steps_taken,
             "shrinks": [asdict(item) for item in self.shrinks],
             "scopes": list(self._decider.scopes),
@@ -410,6 +417,9 @@ class Pruner:
         if self.shrinks:
             raise CheckpointError("This pruner has shrunk its model already: make a new one of the unpruned model.")
         try:
+            then = Architecture.from_dict(state["architecture"]) if "architecture" in state else self.comb.architecture
+            if (found := then.difference(self.comb.architecture)) is not None:
+                raise CheckpointError(f"The state is not of this model: {found}.")
             plan = self.comb.plan(state["plan"])
             if plan.digest != state["digest"]:
                 raise CheckpointError(
@@ -417,7 +427,7 @@ class Pruner:
                 )
             shrinks = [Shrink(**item) for item in state["shrinks"]]
             scopes, _ = tuple(state["scopes"]), state["sums"]
-        except (KeyError, TypeError, ValueError, PlanError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArtifactError, PlanError) as error:
             raise CheckpointError(f"The state is not of this model: {type(error).__name__}: {error}.") from error
         shrink(self.model, plan)
         self.plan, self.shrinks, self.steps_taken = plan, shrinks, int(state["steps_taken"])

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import cpd
-from helpers.calls import BEGINS, CALLS, Began, began, model, result
+from helpers.calls import BEGINS, CALLS, Began, began, result
 from helpers.world import differences, files, same, whole, world
 
 #: Seconds that any call may take.
@@ -133,7 +133,9 @@ def outcome(name: str, parameter: str, kind: str, before: dict[str, bytes]) -> l
         found.append("was accepted")
     found += differences(around, world())
     if refused:
-        found += [f"changed {names}" for item, old in zip(models, kept, strict=True) if (names := same(old, whole(item)))]
+        found += [
+            f"changed {names}" for item, old in zip(models, kept, strict=True) if (names := same(old, whole(item)))
+        ]
         now = files(Path())
         if now != before:
             found.append(f"changed files: {sorted(set(now) ^ set(before))}")

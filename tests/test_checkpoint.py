@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -26,11 +27,13 @@ import cpd
 from cpd.distillation.distiller import DistillConfig
 from cpd.errors import CheckpointError, InputError, TrainingError
 from cpd.files.checkpoint import Checkpoint, _digest
+from cpd.jobs.identity import TOLD, identity
+from cpd.model.tensors import hash_of
 from cpd.randomness import random_states, set_random_states
 from helpers.files import Killed, stopped
 from helpers.mutations import mutations
 from helpers.runs import OPTIONS, Interrupted, Shuffled, run
-from helpers.training import net
+from helpers.training import loader, net
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -258,6 +261,94 @@ def stopped_run(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:
     with pytest.raises(Interrupted):
         run(folder, stop=9)
     return folder
+
+
+BATCHES = loader()
+
+
+def of_batches(folder: Path, *, resume: bool = True, **changed) -> cpd.Result:
+    """A run on a list of batches, interrupted unless it goes on."""
+    calls = 0
+
+    def loss(output, target):
+        nonlocal calls
+        calls += 1
+        if calls == 9 and not resume:
+            raise Interrupted
+        return torch.nn.functional.cross_entropy(output, target)
+
+    given = {"model": net(), "data": BATCHES, "loss": loss, "teacher": net().eval(), **changed}
+    return cpd.compress(given.pop("model"), output_dir=folder, resume=resume, **given, **OPTIONS)
+
+
+def other_net() -> torch.nn.Module:
+    model = net()
+    with torch.no_grad():
+        model.conv.weight[0, 0, 0, 0] += 1e-3
+    return model
+
+
+def mean_loss(output, target):
+    return torch.nn.functional.cross_entropy(output, target)
+
+
+OTHERS = {
+    "weights of the model": {"model": other_net()},
+    "weights of the teacher": {"teacher": other_net()},
+    "loss": {"loss": mean_loss},
+    "first batch": {"data": [(x.neg(), y) for x, y in BATCHES]},
+    "number of batches": {"data": BATCHES[:-1]},
+}
+
+
+def test_a_run_goes_on_with_what_it_was_given_alone(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        of_batches(tmp_path, resume=False)
+    before = (tmp_path / "checkpoint.safetensors").read_bytes()
+    for name, changed in OTHERS.items():
+        with pytest.raises(CheckpointError, match=f"{name}: .* then, .* now"):
+            of_batches(tmp_path, **changed)
+        assert (tmp_path / "checkpoint.safetensors").read_bytes() == before
+    assert of_batches(tmp_path, data=tuple(BATCHES)).plan.groups  # the same in another container
+
+
+def test_what_a_run_is_of_is_told_without_false_alarms() -> None:
+    images = torch.utils.data.TensorDataset(torch.randn(10, 3), torch.arange(10))
+    shuffled = torch.utils.data.DataLoader(images, batch_size=4, shuffle=True)
+    first = identity(net(), None, shuffled, functools.partial(mean_loss))
+    list(shuffled)
+    again = torch.utils.data.DataLoader(images, batch_size=4, shuffle=True, num_workers=1)
+    assert identity(net().eval().requires_grad_(False), None, again, mean_loss) == first
+    assert {key: value for key, value in first.items() if "weights" not in key} == {
+        "loss": "mean_loss", "number of batches": 3, "batch size": 4, "data set": "TensorDataset",
+        "number of samples": 10,
+    }  # fmt: skip
+
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(())
+
+    endless = torch.utils.data.DataLoader(Endless())
+    assert identity(net(), None, endless, torch.nn.MSELoss()).keys() == {
+        "weights of the model", "loss", "batch size", "data set"
+    }  # fmt: skip
+    assert set(identity(net(), net(), BATCHES, mean_loss)) <= set(TOLD)
+
+
+def test_a_hash_tells_every_bit_and_nothing_else() -> None:
+    for tensor in (
+        torch.randn(3000), torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last), torch.tensor(3),
+        torch.randn(5, dtype=torch.complex64).conj(), torch.ones(3, dtype=torch.bool), torch.randn(9, 9).bfloat16()[1:],
+        torch.empty(0), torch.arange(5, dtype=torch.uint8),
+    ):  # fmt: skip
+        assert hash_of({"a": tensor}) == hash_of({"a": tensor.clone().contiguous()})
+        assert hash_of({"a": tensor}) != hash_of({"b": tensor})
+        for index in range(min(tensor.numel(), 3)):
+            changed = tensor.clone().contiguous()
+            changed.view(-1)[index] = 0 if tensor.dtype == torch.bool else changed.view(-1)[index] + 1
+            assert hash_of({"a": tensor}) != hash_of({"a": changed})
+    weights = torch.randn(4096)
+    assert hash_of({"a": weights}) != hash_of({"a": weights.roll(1024)})
 
 
 def test_a_loss_that_is_not_finite_leaves_a_checkpoint_from_before(tmp_path: Path) -> None:

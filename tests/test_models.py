@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cpd.coupling.comb import Comb
 from cpd.deploy.export import export_onnx, onnx_parity
+from cpd.model.architecture import architecture_of
 from cpd.plan import Plan
 from cpd.surgery.masked import masked_error
 from cpd.surgery.shrink import shrink
@@ -99,6 +100,12 @@ def test_the_model_stays_the_object_and_the_class_it_was(case: Case) -> None:
 
 def test_shapes_are_as_predicted(case: Case) -> None:
     assert_shapes_as_predicted(case.comb, case.plan, case.again)
+
+
+def test_the_architecture_is_predicted(case: Case) -> None:
+    assert case.comb.architecture.difference(architecture_of(case.model)) is None
+    narrower = case.comb.architecture.narrowed(case.plan)
+    assert narrower.fingerprint == architecture_of(case.shrunk).fingerprint == case.again.architecture.fingerprint
 
 
 def test_cost_is_predicted_without_a_trace(case: Case) -> None:

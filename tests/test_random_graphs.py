@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, assume, given, note, seed, settings
 from hypothesis import strategies as st
 
 from cpd.coupling.comb import Comb
+from cpd.model.architecture import architecture_of
 from cpd.plan import Plan
 from cpd.surgery.masked import masked_error
 from cpd.surgery.shrink import shrink
@@ -40,6 +41,7 @@ def check(steps: list[tuple], head: str = "mean", share: float = 0.3, number: in
     assert not combed.unknown
     plan = random_plan(combed, share, seed=number, at_least=1)
     shrunk = shrink(copy.deepcopy(model), plan)
+    assert combed.architecture.narrowed(plan).fingerprint == architecture_of(shrunk).fingerprint
     with torch.no_grad():
         assert shrunk(x).shape == (BATCH, CLASSES)
     assert masked_error(model, shrunk, combed, plan) <= 1e-9

@@ -30,8 +30,8 @@ def sensitivity_table(found: Sensitivity) -> Table:
     table.add_column("size", justify="right")
     for ratio in sorted({point.ratio for point in found.points}):
         table.add_column(f"{ratio:.0%}", justify="right")
-    for group, points in found.by_group.items():
-        table.add_row(group, str(points[0].size), *(f"{getattr(point, name):.3g}" for point in points))
+    for points in found.by_group.values():
+        table.add_row(points[0].label, str(points[0].size), *(f"{getattr(point, name):.3g}" for point in points))
     return table
 
 

@@ -25,13 +25,15 @@ from cpd.algebra.ties import Tie
 from cpd.coupling.cost import Cost, FrozenShare
 from cpd.coupling.exactness import Exactness
 from cpd.errors import InputError, PlanError
+from cpd.model.architecture import architecture_of, check_architecture
 from cpd.model.arguments import INPUTS, MODEL
 from cpd.model.inputs import as_call, check_model
 from cpd.model.outputs import Outputs, reader, whole
+from cpd.model.skeleton import skeleton
 from cpd.model.state import cold, preserved
 from cpd.model.tensors import every_tensor
 from cpd.options import FLAG, LIMIT, OUTPUTS, SECONDS, Check, checked, instance
-from cpd.plan import PLAN, Cache, Plan, Rescale
+from cpd.plan import PLAN, Architecture, Cache, Plan, Rescale
 from cpd.proof.auxiliary import auxiliary_graph
 from cpd.proof.constants import Scale
 from cpd.proof.copies import edits
@@ -111,7 +113,11 @@ class Comb:
         graph: the operations as a `networkx.DiGraph`, each node with `op`, `module`, `shape`, `line` and `groups`.
         unknown: ATen ops without a rule; what they touch is frozen.
         unread: integers that equal a width and do not follow it, each with the widths that it equals.
+        model: the model that was combed.
+        architecture: what another model must be for this comb, and plans of it, to hold for it.
+        frame: a copy of the model without values, as it was: its integers are those that plans change.
         read: gives the parts of the model's output that matter; `outputs` names them.
+        applied: the plan that `model` has gone through, where this is the comb of a narrower one.
     """
 
     groups: tuple[Group, ...]
@@ -121,9 +127,12 @@ class Comb:
     attributes: Mapping[Place, Dim]
     scales: tuple[Scale, ...]
     model: nn.Module
+    architecture: Architecture
+    frame: nn.Module
     caches: tuple[Cache, ...] = ()
     unread: Mapping[Place, tuple[Dim, ...]] = field(default_factory=dict)
     read: Callable[[Any], Any] = whole
+    applied: Plan | None = None
 
     def __repr__(self) -> str:
         """How many groups there are; `groups` lists them."""
@@ -199,15 +208,26 @@ class Comb:
         """The groups of `model`, this comb's model with `plan` applied to it, for scoring: no trace, no proof.
 
         Its groups and `dims` are those of the narrower model; its operations, and with them its cost and what it
-        plans, remain those of the unpruned one.
+        plans, remain those of the unpruned one: plan with the comb of that, and apply `plan.since(earlier)`.
+
+        Raises:
+            PlanError: if `plan` is of another model, or `model` is not what it makes of this comb's.
         """
+        found = plan.architecture and self.architecture.difference(plan.architecture)
+        if found:
+            raise PlanError(f"The plan is of another model than the comb: {found}. Make it with this comb.")
+        narrower = self.architecture.narrowed(plan)
+        check_architecture(
+            model, narrower, PlanError, "The comb and the plan are",
+            "Give the model that this plan, and nothing else, was applied to.",
+        )  # fmt: skip
         sizes = {group.axis: len(plan.groups[group.name]) for group in self.groups}
         others = {axis: Axis(size) for axis, size in sizes.items() if size < axis.size}
         groups = tuple(
             replace(group, size=sizes[group.axis], axis=others.get(group.axis, group.axis)) for group in self.groups
         )
         dims = {name: tuple(axes.substitute(dim, others) for dim in found) for name, found in self.dims.items()}
-        return replace(self, groups=groups, dims=dims, model=model)
+        return replace(self, groups=groups, dims=dims, model=model, architecture=narrower, applied=plan)
 
     @checked(keep=KEEP, strict=FLAG)
     def plan(self, keep: Mapping[str, Any], *, strict: bool = False) -> Plan:
@@ -219,7 +239,7 @@ class Comb:
 
         Raises:
             PlanError: a group is unknown, frozen or emptied, a channel is out of range, or, if `strict`,
-                a tie or a minimum is broken.
+                a tie or a minimum is broken; or this is the comb of a narrower model (`narrowed`), for scoring alone.
 
         Examples:
             >>> from torch import nn
@@ -231,6 +251,11 @@ class Comb:
             >>> len(plan.kept["0.weight"][0]), len(plan.kept["3.weight"][1])  # 36 features a channel, after the flatten
             (8, 288)
         """
+        if self.applied is not None and self.applied.kept:
+            raise PlanError(
+                "This comb is of a model that was shrunk since, and good for scores alone: plan with the comb of the "
+                "unpruned model, and shrink by what is new of it, plan.since(earlier)."
+            )
         named = {group.name: group for group in self.groups}
         masks = {named[name].axis: _mask(named, name, positions) for name, positions in keep.items() if name in named}
         unknown = sorted(set(keep) - set(named))
@@ -277,7 +302,7 @@ class Comb:
                 for group in self.groups
             },
             shapes={name: tuple(dim.size for dim in self.dims[name]) for name in kept},
-            attributes=tuple(edits(self.model, self.attributes, counts)),
+            attributes=tuple(edits(self.frame, self.attributes, counts)),
             rescales=tuple(
                 Rescale(tensor, 0, positions, scale.factor(counts))
                 for scale in self.scales
@@ -286,6 +311,7 @@ class Comb:
             ),
             adjusted=tuple(adjusted),
             caches=self.caches,
+            architecture=self.architecture,
         )
 
 
@@ -376,8 +402,8 @@ def comb(
     groups = _groups(ctx, dims, inexact)
     caches = tuple(dict.fromkeys([*emptied, *graph.caches]))
     return Comb(
-        groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model, caches, proof.left_alone,
-        reader(outputs),
+        groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model, architecture_of(model),
+        skeleton(model, {}, meta=True), caches, proof.left_alone, reader(outputs),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from cpd.coupling.comb import COMB, Comb
 from cpd.criteria import CRITERIA, Criterion, Setting
 from cpd.criteria.choice import criterion_name
 from cpd.errors import InputError, TrainingError, of_the_user
+from cpd.model.architecture import check_architecture
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import check_model
 from cpd.options import FLAG, LIMIT, LOSS, SEED, Check, checked, choice, function, is_function, shown
@@ -66,7 +67,7 @@ def score(
         {group name: Tensor[size]} on the CPU, float64.
 
     Raises:
-        InputError: an unknown criterion or precision, or one that does not score every group.
+        InputError: an unknown criterion or precision, one that does not score every group, or a comb of another model.
         TrainingError: no data where it is needed, no batch, or a loss that is not finite.
 
     Examples:
@@ -82,6 +83,10 @@ def score(
         Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1))
     """
     model = check_model(model)
+    check_architecture(
+        model, comb.architecture, InputError, "The comb is",
+        "Comb this model, or, if it was shrunk by a plan, score it with comb.narrowed(model, plan).",
+    )  # fmt: skip
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     dtype = None if precision is None else PRECISIONS[precision]
     setting = Setting(model, comb, data, loss, limit, probes, seed, training, dtype)

@@ -28,6 +28,7 @@ from cpd.distillation.distiller import distill
 from cpd.errors import CPDError, first_line
 from cpd.files.checkpoint import Checkpoint
 from cpd.files.reading import conform
+from cpd.jobs.identity import TOLD, identity
 from cpd.jobs.outcome import Measured, Result, call_record, missed, report_of
 from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
 from cpd.model.arguments import INPUTS, MODEL, REPEATED_DATA
@@ -134,13 +135,16 @@ def compress(
     """
     model = check_model(model)
     processes.start()
-    given = options if target_speedup is None else {"target_speedup": target_speedup, **options}
-    settings = PruneConfig.of(config, given, "cpd.compress")
+    named = options if target_speedup is None else {"target_speedup": target_speedup, **options}
+    settings = PruneConfig.of(config, named, "cpd.compress")
     if settings.masks == "permanent":
         model = masks_applied(copy_of(model))
     learning = training_settings(training, epochs, lr, settings.seed, progress)
     folder = None if output_dir is None else check_output_dir(output_dir, overwrite=overwrite)
-    checkpoint = checkpoint_of(folder, resume, checkpoint_minutes, settings, learning, model)
+    given = identity(model, teacher, data, loss) if folder is not None or processes.count() > 1 else {}
+    for what in TOLD:
+        processes.check_same(repr(given.get(what)), what)
+    checkpoint = checkpoint_of(folder, resume, checkpoint_minutes, settings, learning, model, given)
     objects = {"data": data, "example_inputs": example_inputs, "loss": loss, "evaluate": evaluate, "teacher": teacher}
     record = call_record(settings, learning, objects, folder)
     with preserved(model):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,8 +108,19 @@ def checkpoint_of(
     config: PruneConfig,
     training: DistillConfig,
     model: nn.Module,
+    given: Mapping[str, Any],
 ) -> Checkpoint | None:
     """The checkpoint of a run, read if it is to be resumed.
+
+    Args:
+        folder: where it lies; None: there is none.
+        resume: whether the run is to go on from it.
+        minutes: between two writings at least.
+        config: the options of pruning.
+        training: those of the training.
+        model: the unpruned model.
+        given: what else the run is of, as `cpd.jobs.identity` tells it; a checkpoint that was written before there was
+            such is taken to be of the same.
 
     Raises:
         InputError: nowhere to resume from, or a checkpoint that would be overwritten.
@@ -120,9 +131,9 @@ def checkpoint_of(
         return None
     shapes = sorted((name, *tensor.shape) for name, tensor in model.state_dict().items())
     model_key = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
-    key = {**config.settings(), **vars(training), "model": model_key}
+    key = {**config.settings(), **vars(training), "model": model_key, **given}
     del key["progress"]
-    checkpoint = Checkpoint(folder, key, minutes, PruneConfig().settings())
+    checkpoint = Checkpoint(folder, key, minutes, {**PruneConfig().settings(), **given})
     if resume and checkpoint.read() is None:
         log.info("There is no checkpoint in %s yet: the run starts at its beginning.", folder)
     if not resume and checkpoint.path.exists():

@@ -1,7 +1,8 @@
 """Sensitivity: what each group's loss alone does to the model, as data and as a picture.
 
-Every group is pruned by itself to several widths, on a copy, by the scores given, and nothing makes up for it. Surgery
-takes milliseconds, so this costs about one evaluation a point.
+Every group is pruned by itself to several widths, on a copy, by the scores given, and nothing makes up for it. Groups
+that are tied in number (the halves of a chunk, say) go together, each to the same share of its width, for a tie would
+bring back what went from one of them. Surgery takes milliseconds, so this costs about one evaluation a point.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from cpd.coupling.comb import COMB, Comb
+from cpd.algebra import ties
+from cpd.coupling.comb import COMB, Comb, Group
 from cpd.criteria.score import score
 from cpd.errors import InputError, needs_extra
+from cpd.model.architecture import check_architecture
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import batches, check_model, device_of, evaluated, evaluating
 from cpd.model.task_loss import task_loss
@@ -36,17 +39,18 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Point:
-    """One group pruned alone.
+    """One group pruned alone, or all groups that are tied to one another.
 
     Attributes:
-        group: its name.
-        ratio: the share that was to go.
-        kept: how many channels stayed (of this group; ties may have narrowed nothing else).
+        group: the name of the group; of several, of the first.
+        ratio: the share of each that was to go.
+        kept: how many channels of the first stayed: more than were to where a minimum or a tie demands it.
         size: how many there were.
         macs: share of the model's MACs left.
         error: mean squared change of the logits, relative to their variance.
         loss: of the task; None without targets.
         metric: what `evaluate` gave; None without it.
+        tied: the names of the others that went with it.
     """
 
     group: str
@@ -57,6 +61,13 @@ class Point:
     error: float
     loss: float | None = None
     metric: float | None = None
+    tied: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What went, for a table: "a", "a with b", "a with 24 tied to it"."""
+        others = self.tied[0] if len(self.tied) == 1 else f"{len(self.tied)} tied to it"
+        return f"{self.group} with {others}" if self.tied else self.group
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ class Sensitivity:
     """What pruning each group alone does.
 
     Attributes:
-        points: one for each group and ratio.
+        points: one for each group, or set of tied groups, and ratio.
         loss: of the unpruned model.
         metric: of the unpruned model.
     """
@@ -79,7 +90,7 @@ class Sensitivity:
 
     @property
     def by_group(self) -> dict[str, list[Point]]:
-        """The points of each group, the least that went first."""
+        """The points of each group, or of the first of each set of tied ones, the least that went first."""
         found: dict[str, list[Point]] = {}
         for point in self.points:
             found.setdefault(point.group, []).append(point)
@@ -109,7 +120,7 @@ class Sensitivity:
         area = figure.add_subplot()
         image = area.imshow(values, aspect="auto", cmap="viridis" if name == "metric" else "viridis_r")
         area.set_xticks(range(len(ratios)), [f"{ratio:.0%}" for ratio in ratios])
-        labels = [f"{group} ({points[0].size})" for group, points in groups.items()]
+        labels = [f"{points[0].label} ({points[0].size})" for points in groups.values()]
         area.set_yticks(range(len(groups)), labels, fontsize=7)
         area.set_xlabel("share of the group that goes, alone")
         before = getattr(self, name, None)
@@ -163,7 +174,7 @@ def sensitivity(
     limit: int = 4,
     progress: bool | None = None,
 ) -> Sensitivity:
-    """Prune each open group alone, at several ratios, and see what it does.
+    """Prune each open group alone, tied ones together, at several ratios, and see what it does.
 
     Args:
         model: the unpruned model; left as it was.
@@ -180,7 +191,7 @@ def sensitivity(
         A `Sensitivity`: points, `to_dict()`, `plot(path)`.
 
     Raises:
-        InputError: a ratio out of range, or no loss can be inferred.
+        InputError: a ratio out of range, a comb of another model, or no loss can be inferred.
         TrainingError: if there is no data.
 
     Examples:
@@ -198,6 +209,7 @@ def sensitivity(
         True
     """
     model = check_model(model)
+    check_architecture(model, comb.architecture, InputError, "The comb is", "Comb this model.")
     kept = [(batch.call, batch.target) for batch in batches(data, limit, finite=True)]
     scores = score(model, comb, criterion="magnitude") if scores is None else scores
     selector, full = Selector(comb, scores, Limits(round_to=1)), comb.cost({}).macs
@@ -208,20 +220,25 @@ def sensitivity(
 
     before = figures(model, "before pruning")
     with Progress(console=console, disable=not (console.is_terminal if progress is None else progress)) as bar:
-        for group in bar.track(comb.open, description="sensitivity"):
+        for first, *others in bar.track(_tied(comb), description="sensitivity"):
             for ratio in ratios:
-                count = max(group.minimum, round(group.size * (1 - ratio)))
-                plan = comb.plan({group.name: sorted(selector.order[group.name][:count].tolist())})
-                narrow = shrink(copy_of(model), plan)
-                counts = {item.axis: len(plan.groups[item.name]) for item in comb.groups}
-                error = logits_error(narrow, model, kept, read=comb.read)
-                macs, left = comb.cost(counts).macs / max(full, 1), len(plan.groups[group.name])
-                points.append(
-                    Point(
-                        group.name, ratio, left, group.size, macs, error, *figures(narrow, f"with {group.name} pruned")
-                    )
+                counts = {item: max(item.minimum, round(item.size * (1 - ratio))) for item in (first, *others)}
+                plan = comb.plan(
+                    {item.name: sorted(selector.order[item.name][:count].tolist()) for item, count in counts.items()}
                 )
+                narrow = shrink(copy_of(model), plan)
+                macs = comb.cost({item.axis: len(plan.groups[item.name]) for item in comb.groups}).macs / max(full, 1)
+                error, left = logits_error(narrow, model, kept, read=comb.read), len(plan.groups[first.name])
+                tied = tuple(item.name for item in others)
+                found = figures(narrow, f"with {first.name} pruned")
+                points.append(Point(first.name, ratio, left, first.size, macs, error, *found, tied))
     return Sensitivity(tuple(points), *before)
+
+
+def _tied(comb: Comb) -> list[list[Group]]:
+    """The open groups, those together that ties join."""
+    groups = {group.axis: group for group in comb.open}
+    return [[groups[axis] for axis in part] for part, _ in ties.components(groups, comb.ties)]
 
 
 @torch.no_grad()

@@ -127,6 +127,14 @@ BOOKKEEPING: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], Callable
 )
 
 
+#: The names of those widths.
+WIDTHS = frozenset({
+    "in_channels", "out_channels", "in_features", "out_features", "in1_features", "in2_features", "num_features",
+    "num_channels", "num_embeddings", "embedding_dim", "num_parameters", "embed_dim", "kdim", "vdim", "head_dim",
+    "hidden_size", "input_size", "proj_size",
+})  # fmt: skip
+
+
 def refresh(model: nn.Module, changed: Iterable[str]) -> None:
     """Bring the widths that torch.nn's modules keep in line with their weights."""
     modules = dict(model.named_modules(remove_duplicate=False))

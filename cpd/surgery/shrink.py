@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cpd.errors import ShrinkError
 from cpd.model import kept
+from cpd.model.architecture import check_architecture
 from cpd.model.arguments import MODEL
 from cpd.model.inputs import check_model, evaluating
 from cpd.model.skeleton import refresh, set_attributes
@@ -27,7 +28,8 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
     """Shrink `model` in place to what `plan` keeps, and return it.
 
     Args:
-        model: a model of the architecture that the plan was made for, unpruned.
+        model: a model of the architecture that the plan was made for, unpruned: of the same modules, shapes and
+            settings; its weights, their type and their device do not matter.
         plan: what is kept.
 
     Raises:
@@ -117,6 +119,9 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> None:
         kept_now = list(value) if isinstance(value, (tuple, list)) else value
         if not isinstance(kept_now, (int, list)) or kept_now != item.old:
             raise ShrinkError(f"{item.module}.{item.name} is {value}; the plan was made for {item.old}.")
+    check_architecture(
+        model, plan.architecture, ShrinkError, "The plan is", "Comb this model, and make a plan with that comb."
+    )
 
 
 def _narrow(name: str, tensor: Tensor, plan: Plan) -> Tensor:

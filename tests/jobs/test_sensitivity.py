@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 
 import pytest
+import torch
 from torch import nn
 
 import cpd
+from cpd.cli.tables import sensitivity_table
 from cpd.surgery.recovery import logits_error
 from helpers.layers import Net, batches
 from helpers.zoo import comb, group, randomize
@@ -37,6 +39,49 @@ def test_sensitivity_prunes_each_group_alone(tmp_path):
         found.plot(tmp_path / "map.docx")
     with pytest.raises(cpd.InputError, match="ratios"):
         cpd.sensitivity(model, combed, data, ratios=(1.5,))
+
+
+class Chunked(nn.Module):
+    """Two halves that are read by a layer each, tied in number; and a group that is tied to none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.both = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 16, 1)
+        self.left, self.right, self.head = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        left, right = self.both(self.stem(x).relu()).chunk(2, dim=1)
+        return self.head((self.left(left) + self.right(right)).mean((2, 3)))
+
+
+def test_tied_groups_go_together(tmp_path):
+    model = randomize(Chunked().eval(), 0)
+    data = [(torch.randn(8, 3, 8, 8), torch.randint(4, (8,)))]
+    combed = cpd.comb(model, data[0][0])
+    tied = [item for item in combed.open if item.ties]
+    assert [item.size for item in tied] == [8, 8]
+    assert comb_keeps(combed, tied[0].name) == (8, 8)  # alone, the tie brings back what went
+    found = cpd.sensitivity(model, combed, data, ratios=(0.25, 0.5))
+    alone = [item.name for item in combed.open if not item.ties]
+    assert list(found.by_group) == [item.name for item in combed.open if item.name != tied[1].name]
+    points = found.by_group[tied[0].name]
+    assert [(point.kept, point.tied) for point in points] == [(6, (tied[1].name,)), (4, (tied[1].name,))]
+    assert all(not found.by_group[name][0].tied for name in alone)
+    scores = cpd.score(model, combed, criterion="magnitude")
+    plan = combed.plan({item.name: sorted(scores[item.name].topk(4).indices.tolist()) for item in tied})
+    narrow = cpd.shrink(copy.deepcopy(model), plan)
+    assert narrow.both.out_channels == 8
+    assert points[1].error == pytest.approx(logits_error(narrow, model, data))
+    assert found.to_dict()["points"][found.points.index(points[0])]["tied"] == (tied[1].name,)
+    label = f"{tied[0].name} with {tied[1].name}"
+    assert label in sensitivity_table(found).columns[0]._cells
+    assert label in found.plot(tmp_path / "map.svg").read_text()
+
+
+def comb_keeps(combed: cpd.Comb, name: str) -> tuple[int, ...]:
+    """The widths of the tied groups once one of them was to be halved."""
+    groups = combed.plan({name: range(4)}).groups
+    return tuple(len(groups[item.name]) for item in combed.open if item.ties)
 
 
 def found_positions(model: nn.Module, combed: cpd.Comb, name: str, count: int) -> list[int]:
