@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import atexit
 import json
 import os
@@ -227,3 +228,22 @@ def test_one_process_needs_nothing() -> None:
     assert processes.from_first(lambda: 5) == 5
     assert list(processes.Share([1, 2, 3], 2)) == [1, 2]
     processes.check_same("a", "plan")
+
+
+def test_nothing_that_a_file_holds_is_unpickled() -> None:
+    """Objects are pickled between processes by `from_first` alone, which takes what was made in memory."""
+    wanted = {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    loads = {("torch", "load"), ("np", "load"), ("numpy", "load"), ("torch", "package")}
+    found = []
+    for path in sorted((HERE.parent / "cpd").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names if alias.name.partition(".")[0] in wanted]
+            elif isinstance(node, ast.ImportFrom):
+                names = [str(node.module)] if str(node.module).partition(".")[0] in wanted else []
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                read = (node.value.id, node.attr) in loads or ("_object" in node.attr and node.value.id == "dist")
+                names = [node.attr] if read else []
+            found += [(path.name, name) for name in names]
+    assert found == [("processes.py", "broadcast_object_list")]

@@ -166,7 +166,7 @@ class _Run:
                 pruner.load_state_dict(state["pruner"])
             _load(student, state["student"])
         self.inner = make_optimizer(student, config.optimizer, config.peak_lr, config.weight_decay, config.momentum)
-        self.schedule = lr_schedule(self.inner, config)
+        self.schedule = lr_schedule(self.inner, config.scheduler, config.epochs, config.warmup)
         self.kd: Distillation | None = None
         if state is not None:
             if teacher is not None and state["kd"] is not None:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from cpd.distillation.config import DistillConfig
 from cpd.errors import InputError
 
 
@@ -36,14 +35,14 @@ def make_optimizer(
     return made
 
 
-def lr_schedule(optimizer: torch.optim.Optimizer, config: DistillConfig) -> Any:
-    """A scheduler of timm whose time is in epochs, parts of them too."""
+def lr_schedule(optimizer: torch.optim.Optimizer, name: str, epochs: float, warmup: float) -> Any:
+    """A scheduler of timm whose time is in epochs, parts of them too; `warmup` is a share of them."""
     from timm.scheduler import create_scheduler_v2  # some seconds to import, hence not at the top
 
-    warmup = config.warmup * config.epochs
-    length: Any = config.epochs - warmup
+    rising = warmup * epochs
+    length: Any = epochs - rising
     schedule, _ = create_scheduler_v2(
-        optimizer, config.scheduler, num_epochs=length, decay_epochs=length / 3, min_lr=0.0, warmup_lr=0.0,
-        decay_rate=1.0 if config.scheduler == "poly" else 0.1, warmup_epochs=warmup, warmup_prefix=True,
+        optimizer, name, num_epochs=length, decay_epochs=length / 3, min_lr=0.0, warmup_lr=0.0,
+        decay_rate=1.0 if name == "poly" else 0.1, warmup_epochs=rising, warmup_prefix=True,
     )  # fmt: skip
     return schedule

@@ -88,7 +88,7 @@ def test_config_defaults() -> None:
 
 def test_the_learning_rate_rises_then_falls() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule, found = lr_schedule(optimizer, DistillConfig(epochs=2.5, warmup=0.2)), []
+    schedule, found = lr_schedule(optimizer, DistillConfig().scheduler, epochs=2.5, warmup=0.2), []
     for at in (0, 0.25, 0.5, 1.5, 2.499999):
         schedule.step(at)
         found.append(optimizer.param_groups[0]["lr"])
