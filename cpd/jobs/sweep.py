@@ -57,7 +57,7 @@ class Sweep:
                 SweepPoint(**{**point, "figures": point["figures"] and Figures.from_dict(point["figures"])})
                 for point in data["points"]
             ]
-        except (KeyError, TypeError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ArtifactError(f"This is not a sweep that cpd wrote: {error}.") from error
         return cls(original or None, tuple(points))
 
