@@ -19,7 +19,9 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 from cpd.errors import needs_extra
+from cpd.model.arguments import MODEL, TENSOR
 from cpd.model.inputs import evaluating
+from cpd.options import FLAG, LIMIT, PATH, SEED, Check, checked, instance, integer, number
 
 if TYPE_CHECKING:
     from cpd.jobs.outcome import Result
@@ -41,6 +43,7 @@ class AugmentedLoader:
     seed give the same batches: in the first pass, in the second, and so on.
     """
 
+    @checked(images=TENSOR, labels=TENSOR, crop=LIMIT, batch_size=LIMIT, flip=FLAG, seed=SEED)
     def __init__(
         self,
         images: Tensor,
@@ -110,9 +113,16 @@ class ResidualBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
+_WIDTHS = Check(
+    "widths of at least one stage, as (48, 96)",
+    lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(LIMIT.accepts, value)),
+)
+
+
 class DigitsNet(nn.Module):
     """A residual CNN for grey images of ten classes: a stem, stages of residual blocks, pooling, a linear layer."""
 
+    @checked(widths=_WIDTHS, blocks=LIMIT)
     def __init__(self, widths: Sequence[int] = (48, 96), blocks: int = 2) -> None:
         """Build it with random weights.
 
@@ -139,12 +149,14 @@ class DigitsNet(nn.Module):
         return logits
 
 
+@checked(count=LIMIT, test_count=integer(0))
 def split(count: int, test_count: int = TEST_COUNT) -> tuple[Tensor, Tensor]:
     """Indices for training and for testing: a shuffle of `count`, always the same one, cut in two."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return order[test_count:], order[:test_count]
 
 
+@checked(batch_size=LIMIT, seed=SEED)
 def digits(batch_size: int = 64, seed: int = 0) -> tuple[AugmentedLoader, Tensor, Tensor]:
     """The handwritten digits of scikit-learn (1,797 of them, part of the package: nothing is downloaded).
 
@@ -168,6 +180,10 @@ def digits(batch_size: int = 64, seed: int = 0) -> tuple[AugmentedLoader, Tensor
     return loader, images[test], labels[test]
 
 
+@checked(
+    loader=instance(AugmentedLoader, "what cpd.demo.digits gives first"), epochs=LIMIT,
+    lr=number("above 0", lambda value: value > 0), seed=SEED, progress=FLAG,
+)  # fmt: skip
 def train_teacher(
     loader: AugmentedLoader,
     *,
@@ -208,6 +224,7 @@ def train_teacher(
     return model.eval()
 
 
+@checked(model=MODEL, images=TENSOR, labels=TENSOR, batch_size=LIMIT)
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
     """Share of `images` `[N, C, H, W]` that `model` puts in the class of `labels` `[N]`, in per cent.
 
@@ -220,6 +237,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
     return 100 * correct / len(images)
 
 
+@checked(output_dir=PATH, seed=SEED, progress=FLAG, overwrite=FLAG)
 def run_demo(
     output_dir: Path | None = None, seed: int = 0, progress: bool | None = None, overwrite: bool = False
 ) -> Result:

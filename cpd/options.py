@@ -27,8 +27,8 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-#: No integer and no duration is larger: what would never end, or fits no memory, is refused at once.
-LARGEST = 10**9
+#: No integer is larger, and no number: what would never end, or fits no memory, is refused at once.
+LARGEST, MOST = 10**9, 1e18
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,12 @@ def _is_number(value: object) -> bool:
 
 
 def number(wanted: str, accepts: Callable[[float], bool]) -> Check:
-    """A finite number."""
-    return Check(f"a number {wanted}", lambda value: _is_number(value) and accepts(value), float)
+    """A finite number that somebody may mean."""
+    return Check(f"a number {wanted}", lambda value: _is_number(value) and accepts(value), float, fault=_too_large)
+
+
+def _too_large(value: float) -> str | None:
+    return f"is too large: at most {MOST:g} makes sense; got {shown(value)}." if abs(value) > MOST else None
 
 
 def integer(least: int, most: int = LARGEST) -> Check:
@@ -218,6 +222,7 @@ OUTPUTS = Check(
     lambda value: is_function(value) or _are_parts(value),
     read=tuple,
 )
+MAPPING = Check("a mapping", lambda value: isinstance(value, Mapping))
 LOSS = function("loss(output, target)")
 EVALUATE = function("evaluate(model)")
 

@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cpd.errors import InputError, needs_extra
+from cpd.errors import InputError, needs_extra, of_the_user
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import batches, device_of, evaluating, logits
 from cpd.model.task_loss import IGNORED_CLASS
-from cpd.options import FLAG, PATH, Check, checked, integer, number, text
+from cpd.options import FLAG, PATH, Check, checked, integer, number, shown, text
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Training images are scaled by a factor of this range before they are cropped.
@@ -136,7 +136,13 @@ def mean_iou(model: nn.Module, data: Iterable[Any], classes: int) -> float:
     with torch.no_grad(), evaluating(model):
         for batch in batches(data):
             batch = batch.to(device)
-            metric.update(logits(batch.on(model)).argmax(1), batch.target)
+            predicted = logits(batch.on(model)).argmax(1)
+            if not isinstance(batch.target, Tensor) or batch.target.shape != predicted.shape:
+                raise InputError(
+                    f"The label maps of {batch.place} must be a tensor of shape {list(predicted.shape)}, as what the "
+                    f"model predicts; they are {shown(getattr(batch.target, 'shape', batch.target))}."
+                )
+            metric.update(predicted, batch.target)
     return 100 * float(metric.compute())
 
 
@@ -157,7 +163,8 @@ class EncoderDecoder(nn.Module):
         import timm
 
         super().__init__()
-        self.encoder = timm.create_model(backbone, pretrained=pretrained, features_only=True)
+        with of_the_user("timm", f"for the backbone {backbone!r}"):
+            self.encoder = timm.create_model(backbone, pretrained=pretrained, features_only=True)
         channels = self.encoder.feature_info.channels()[1:]
         self.lateral = nn.ModuleList(nn.Conv2d(count, width, 1) for count in channels)
         self.smooth = nn.Sequential(nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU())

@@ -326,7 +326,7 @@ def _export(model: nn.Module, call: Call) -> Any:
     if not kwargs and args and isinstance(args[-1], dict):
         args = (*args, {})  # else the exporter takes the last argument for the keyword arguments
     try:
-        with preserved(model), evaluating(model), torch.no_grad(), quiet():
+        with preserved(model), evaluating(model), torch.no_grad(), torch.random.fork_rng(devices=[]), quiet():
             program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, verbose=False)
             assert program is not None
     except Exception as error:  # whatever the exporter or the traced forward raises; chained, not hidden

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,23 @@ def _quantized(
     content: bytes, samples: list[Arrays], calibration: str, per_channel: bool, exclude: Iterable[str]
 ) -> bytes:
     """The INT8 model."""
+    with _path_kept():
+        return _made_of_integers(content, samples, calibration, per_channel, exclude)
+
+
+@contextmanager
+def _path_kept() -> Iterator[None]:
+    """Where Python looks for modules: ONNX Runtime's tools put a folder of theirs there, and leave it."""
+    before = sys.path.copy()
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _made_of_integers(
+    content: bytes, samples: list[Arrays], calibration: str, per_channel: bool, exclude: Iterable[str]
+) -> bytes:
     from onnxruntime.quantization import (
         CalibrationDataReader,
         CalibrationMethod,

@@ -53,7 +53,7 @@ class DistillConfig:
     """
 
     epochs: float = option(
-        10, _AT_LEAST_0,
+        10, number("from 0 to 100000", lambda value: 0 <= value <= 100_000),
         "Passes over the data; 0 prunes without a gradient step. A fraction (0.5, 2.5) ends within the last pass and "
         "needs data with a length.",
     )  # fmt: skip

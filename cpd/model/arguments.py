@@ -14,6 +14,7 @@ from cpd.model.inputs import Call, as_call, not_finite
 from cpd.options import Check, instance
 
 MODEL = instance(nn.Module, "a torch.nn.Module: the model itself, rather than its state dict, its class or its name")
+TENSOR = instance(Tensor, "a tensor")
 OPTIMIZER = instance(torch.optim.Optimizer, "a torch.optim.Optimizer")
 
 

@@ -35,6 +35,7 @@ LEGEND_WIDTH, LEGEND_CHARACTERS = 440.0, 64
 MANY = 120
 
 
+@checked(path=PATH)
 def check_path(path: str | os.PathLike[str]) -> Path:
     """Make sure that a picture can be written to `path`, before any work is done.
 

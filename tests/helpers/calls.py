@@ -163,9 +163,6 @@ def _calls() -> dict[str, Valid]:
         "Comb.left_alone": (lambda plan: comb().left_alone(plan), {"plan": plan}),
         "Plan.since": (lambda earlier: plan().since(earlier), {"earlier": plan}),
         "Plan.from_dict": (cpd.Plan.from_dict, {"data": lambda: plan().to_dict()}),
-        "PruneConfig.of": (
-            cpd.PruneConfig.of, {"config": lambda: None, "given": lambda: {"seed": 1}, "what": lambda: "a test"},
-        ),
         "Schedule.of": (cpd.Schedule.of, {"schedule": lambda: "cubic"}),
         "Schedule.events": (lambda steps: cpd.Schedule().events(steps), {"steps": lambda: 100}),
         "Pruner.prune": (lambda between=None: pruner().prune(between), {}),

@@ -22,6 +22,7 @@ from torch.nn.modules import module as modules
 def world() -> dict[str, Any]:
     """Everything of the process that code can change for all other code, in values that can be compared."""
     loggers = {name: item for name, item in logging.root.manager.loggerDict.items() if isinstance(item, logging.Logger)}
+    loggers.pop("torch.__trace", None)  # has its handlers once torch.compile is loaded
     return {
         "random of python": random.getstate(),
         "random of numpy": str(np.random.get_state()),
@@ -48,7 +49,7 @@ def world() -> dict[str, Any]:
         "streams": (sys.stdout, sys.stderr, sys.excepthook, sys.settrace, sys.getrecursionlimit()),
         "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
         "garbage collection": (gc.isenabled(), gc.get_threshold()),
-        "running threads": {item.name for item in threading.enumerate() if not item.name.startswith("pydevd")},
+        "running threads": {item.name for item in threading.enumerate() if item.name != "tqdm_monitor"},
         "numpy's errors": np.geterr(),
     }  # fmt: skip
 
@@ -94,6 +95,12 @@ def _equal(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too, with its content."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file and folder below a folder, hidden ones too, with its size and when it was written."""
+    found = {}
+    for place, folders, names in os.walk(folder):
+        found.update({os.path.join(place, name): (0, 0) for name in folders})
+        for name in names:
+            path = os.path.join(place, name)
+            found[path] = os.stat(path).st_size, os.stat(path).st_mtime_ns
+    return found
