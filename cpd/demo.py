@@ -6,7 +6,6 @@ Runtime and distills it against itself. Read `run_demo` first: it is also how yo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from cpd.errors import needs_extra
 from cpd.model.inputs import evaluating
+from cpd.model.metric import named
+from cpd.model.progress import part, shown
 
 if TYPE_CHECKING:
     from cpd.jobs.outcome import Result
@@ -183,7 +182,7 @@ def train_teacher(
         epochs: passes over it.
         lr: the peak learning rate.
         seed: of the first weights; the state of PyTorch's own generator is left as found.
-        progress: whether a bar is shown on stderr; None: if stderr is a terminal.
+        progress: False shows no progress line; else there is one where stderr is a terminal.
 
     Returns:
         The trained model, in eval mode.
@@ -194,9 +193,7 @@ def train_teacher(
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
-    shown = sys.stderr.isatty() if progress is None else progress
-    with Progress(console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("Training the teacher", total=steps)
+    with shown(progress), part("train the teacher", steps) as training:
         for _ in range(epochs):
             for images, labels in loader:
                 loss = F.cross_entropy(model(images), labels)
@@ -204,10 +201,11 @@ def train_teacher(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                bar.advance(task)
+                training.advance()
     return model.eval()
 
 
+@named("top-1 accuracy [%]")
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
     """Share of `images` `[N, C, H, W]` that `model` puts in the class of `labels` `[N]`, in per cent.
 
@@ -226,7 +224,7 @@ def run_demo(output_dir: Path | None = None, seed: int = 0, progress: bool | Non
     Args:
         output_dir: where the artifacts go; None writes none.
         seed: of the teacher's training and of the compression.
-        progress: whether bars are shown on stderr; None: if stderr is a terminal.
+        progress: False shows no progress line; else there is one where stderr is a terminal.
 
     Returns:
         What `cpd.compress` returns; its report's metric is the accuracy on the test digits in per cent.

@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cpd.errors import InputError, needs_extra
+from cpd.errors import InputError, first_line, needs_extra
 from cpd.model.inputs import batches, device_of, evaluating, logits
+from cpd.model.metric import named
 from cpd.model.task_loss import IGNORED_CLASS
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -47,6 +48,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         training: scale, crop and mirror at random.
         mean: of each channel, for the normalisation.
         std: likewise.
+        scales: range of the factor by which training images are scaled.
 
     Raises:
         InputError: if a folder is missing or empty, or an image has no label map.
@@ -61,6 +63,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         training: bool = False,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        scales: tuple[float, float] = SCALES,
     ) -> None:
         from torchvision.transforms import v2
 
@@ -74,7 +77,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         self.labels = [labels[path.stem] for path in self.images]
         self.classes = classes
         crop = [
-            v2.ScaleJitter(size, SCALES),
+            v2.ScaleJitter(size, scales),
             v2.RandomCrop(size, pad_if_needed=True, fill={_mask(): IGNORED_CLASS, "others": 0}),
             v2.RandomHorizontalFlip(),
         ]
@@ -88,15 +91,32 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """One image and its labels."""
-        with Image.open(self.images[index]) as file:
-            pixels = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
-        with Image.open(self.labels[index]) as file:
-            labels = torch.from_numpy(np.array(file)).long()
+        pixels = torch.from_numpy(np.array(opened(self.images[index], "RGB"))).permute(2, 0, 1)
+        labels = torch.from_numpy(np.array(opened(self.labels[index]))).long()
+        if labels.shape != pixels.shape[1:]:
+            raise InputError(
+                f"{self.labels[index]} is no label map of {self.images[index]}: a number a pixel is wanted, "
+                f"{list(pixels.shape[1:])}; it holds {list(labels.shape)}."
+            )
         labels = labels.where(labels < self.classes, IGNORED_CLASS)
         image, target = self.transform(_image()(pixels), _mask()(labels))
         return image.as_subclass(Tensor), target.as_subclass(Tensor).long()
 
 
+def opened(path: str | Path, mode: str | None = None) -> Image.Image:
+    """An image file, in a mode of PIL if one is given.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            return file.copy() if mode is None else file.convert(mode)
+    except Exception as error:  # PIL's plugins raise whatever they like
+        raise InputError(f"{path} cannot be read as an image: {first_line(error)}. Repair or remove it.") from error
+
+
+@named("mean IoU [%]")
 def mean_iou(model: nn.Module, data: Iterable[Any], classes: int) -> float:
     """The mean over classes of the intersection over union of predicted and true pixels, in per cent.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cpd.errors import InputError
+from cpd.model.progress import part
 
 if TYPE_CHECKING:
     from torch import nn
@@ -53,6 +55,24 @@ AutoAugment = Annotated[
 RandomErasing = Annotated[
     float, typer.Option(min=0, max=1, help="Chance that a patch of an image is erased.", rich_help_panel="Training")
 ]
+Augment = Annotated[
+    str,
+    typer.Option(
+        help="What training images go through: none; light (crops of at least 70 % of an image, mirrored); imagenet "
+        "(crops from 8 % on, mirrored, colours changed). Channels are scored on plain images whatever it is.",
+        rich_help_panel="Training",
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        "--mean", metavar="R,G,B", help="Mean that images are normalised by.", show_default="the model's, or ImageNet's"
+    ),
+]
+Std = Annotated[
+    str | None,
+    typer.Option("--std", metavar="R,G,B", help="Their standard deviation.", show_default="the model's, or ImageNet's"),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 WORKERS = min(4, os.cpu_count() or 1)
 Workers = Annotated[
@@ -72,16 +92,24 @@ def parse_size(text: str) -> tuple[int, int]:
     raise InputError(f"--input-size takes H or H,W in pixels, as in 224 or 224,320; got {text!r}.")
 
 
-def parse_numbers(text: str) -> list[float]:
+def parse_numbers(text: str, option: str = "") -> list[float]:
     """`1.5,2,3` as numbers.
+
+    Args:
+        text: what is given.
+        option: what it is given for, for the message.
 
     Raises:
         InputError: if it is something else.
     """
     try:
-        return [float(part) for part in text.split(",")]
+        found = [float(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"Numbers with commas between are wanted, as in 1.5,2,3; got {text!r}.") from None
+        found = []
+    if not found or not all(map(math.isfinite, found)):
+        where = f" for {option}" if option else ""
+        raise InputError(f"Numbers with commas between are wanted{where}, as in 1.5,2,3; got {text!r}.")
+    return found
 
 
 def build(name: str, input_size: str | None, pretrained: bool) -> tuple[ModelSource, nn.Module, Any]:
@@ -91,10 +119,11 @@ def build(name: str, input_size: str | None, pretrained: bool) -> tuple[ModelSou
         InputError: if there is no such model, or its input is not known.
     """
     size = None if input_size is None else parse_size(input_size)
-    from cpd.model import sources
+    with part("load"):
+        from cpd.model import sources
 
-    source = sources.resolve(name)
-    model = source.build(pretrained=pretrained and source.by_name).eval()
+        source = sources.resolve(name)
+        model = source.build(pretrained=pretrained and source.by_name).eval()
     if size is not None:
         return source, model, sources.image_inputs(model, size)
     inputs = sources.default_inputs(model, source)

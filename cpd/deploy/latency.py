@@ -25,6 +25,7 @@ from cpd.deploy.export import OnnxSource, feed, open_session
 from cpd.deploy.profiling import NodeTime, profile_nodes
 from cpd.errors import InputError
 from cpd.model.inputs import as_call
+from cpd.model.progress import Part, part
 
 Times = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -219,7 +220,8 @@ def measure_latency(
     for backend in map(partial(_backend, threads=threads), backends):
         for name, model in models.items():
             names.append((name, backend.name))
-            runners.append(_Runner(backend.open(model, call)))
+            with part(f"export {name}"):
+                runners.append(_Runner(backend.open(model, call)))
     times = _time_rounds(runners, seconds, min_runs, precision)
     rows = tuple(Timing(*name, **vars(_column(times, index))) for index, name in enumerate(names))
     return LatencyTable(rows, len(times), threads, call.samples, environment())
@@ -372,6 +374,11 @@ def _time_rounds(runners: Sequence[_Runner], seconds: float, min_runs: int, prec
     """
     for runner in runners:
         runner.warm_up()
+    with part("timing", seconds, undisturbed=True) as timing:
+        return _rounds(runners, seconds, min_runs, precision, timing)
+
+
+def _rounds(runners: Sequence[_Runner], seconds: float, min_runs: int, precision: float, timing: Part) -> Times:
     times: list[list[float]] = []
     deadline = time.perf_counter() + seconds
     look = min_runs
@@ -381,6 +388,7 @@ def _time_rounds(runners: Sequence[_Runner], seconds: float, min_runs: int, prec
             index = (len(times) + offset) % len(runners)
             row[index] = runners[index].sample()
         times.append(row)
+        timing.advance(timing.seconds - timing.done)
         if len(times) < min_runs:
             continue
         if len(times) >= look:

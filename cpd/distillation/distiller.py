@@ -1,7 +1,7 @@
 """Distill: a narrower student is trained back against the unpruned teacher, `L = L_task + weight * L_KD`.
 
 Reading order: the settings (`config`), `distill`, and the loop that it runs. The parts of the loss are in `losses`,
-what is restored after a training in `accelerator`. Devices, mixed precision and DDP are left to `accelerate`.
+what is restored after a training in `accelerator`, what is kept in `best`. Devices, mixed precision, DDP: `accelerate`.
 """
 
 from __future__ import annotations
@@ -9,33 +9,32 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from statistics import fmean
-from types import GeneratorType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from cpd import processes
 from cpd.checkpoint import Checkpoint
 from cpd.distillation.accelerator import Trainee, accelerating, placed
+from cpd.distillation.best import Best
 from cpd.distillation.config import DistillConfig, EpochRecord
 from cpd.distillation.kd import Distillation
-from cpd.distillation.optimizers import make_optimizer
+from cpd.distillation.length import check_data, is_shared_out, steps_per_epoch
+from cpd.distillation.optimizers import lr_schedule, make_optimizer
 from cpd.errors import CheckpointError, CPDError, InputError, TrainingError
 from cpd.model.inputs import Batch, Call, as_module, batches, evaluating, logits, move
+from cpd.model.metric import metric_name
 from cpd.model.outputs import Outputs, reader
+from cpd.model.progress import Part, part, shown
 from cpd.model.task_loss import LossFunction, task_loss
 from cpd.model.tensors import named_tensors, restore, state_of
 from cpd.randomness import random_states, random_states_kept, seeded, set_random_states
@@ -53,9 +52,14 @@ class ShrinksWhileTrained(Protocol):
 
     Attributes:
         optimizer: whose state is sliced with the parameters; set by `distill`.
+        done: whether it will shrink the student no more.
     """
 
     optimizer: torch.optim.Optimizer | None
+
+    @property
+    def done(self) -> bool:
+        """Whether it will shrink the student no more."""
 
     def step(self) -> bool:
         """Note one optimizer step; shrink the student if it is time. True if it shrank."""
@@ -78,6 +82,7 @@ def distill(
     pruner: ShrinksWhileTrained | None = None,
     checkpoint: Checkpoint | None = None,
     outputs: Outputs | None = None,
+    before: float | None = None,
 ) -> list[EpochRecord]:
     """Train `student` in place against `teacher`: `task_loss + kd_weight * kd_loss`.
 
@@ -93,8 +98,9 @@ def distill(
         data: batches as `cpd.model.inputs.as_batch` takes them, in any iterable that can be iterated once an
             epoch. Without a length, the learning rate stands still in its first epoch.
         loss: the task's loss; inferred by `task_loss` if None.
-        evaluate: called after each epoch, without gradients, on the student in evaluation mode on the
-            training device (under DDP in every process); its number becomes `EpochRecord.metric`.
+        evaluate: called before the training and after each epoch, without gradients, on the student in evaluation
+            mode on the training device (under DDP in every process); its number becomes `EpochRecord.metric`, and
+            decides which weights the student has in the end (`keep_best`).
         config: the settings; `DistillConfig()` if None.
         pruner: of the student, which it shrinks on its schedule meanwhile; its optimizer is set.
         checkpoint: written at the start, at every shrink, every few minutes and at the end. If it has been read
@@ -103,9 +109,11 @@ def distill(
             generators, on the loader's or on `set_epoch`, all of which are seeded at each epoch).
         outputs: the parts of the output that the models are compared by, and an inferred loss is taken of, as in
             `cpd.comb`; None: its logits.
+        before: what `evaluate` gives of the student as it is, where that is known.
 
     Returns:
-        One record an epoch; empty for `epochs=0`, where nothing is read or changed.
+        One record an epoch, `kept` that whose weights the student has; empty for `epochs=0`, where nothing is read or
+        changed.
 
     Raises:
         InputError: if models, targets and outputs do not fit each other, or the machine not the config.
@@ -128,12 +136,12 @@ def distill(
     _check_models(student, teacher, config)
     if config.epochs == 0:
         return []
-    _check_data(data, config)
+    check_data(data, config)
     with accelerating(config.mixed_precision) as accelerator, random_states_kept():
         device, reference = accelerator.device, teacher if config.needs_teacher else None
         with placed(student, device), placed(reference, device):
             return _Run(accelerator, student, reference, data, loss, config, pruner, checkpoint, reader(outputs)).train(
-                evaluate
+                evaluate, before
             )
 
 
@@ -152,37 +160,6 @@ def _check_models(student: nn.Module, teacher: nn.Module | None, config: Distill
             f"Student and teacher share the parameter {shared[0]!r}, so the teacher would change with the "
             "student. Pass as teacher a copy.deepcopy(model) made before pruning."
         )
-
-
-def _check_data(data: Iterable[Any], config: DistillConfig) -> None:
-    """Raise before anything is read if the data cannot last as many epochs as are asked for."""
-    if isinstance(data, (GeneratorType, map, filter, zip)) and config.epochs > 1:
-        raise TrainingError(
-            f"The data is a {type(data).__name__}, which can be iterated once only, but epochs is "
-            f"{config.epochs:g}. Pass a DataLoader, a list, or an object whose __iter__ starts afresh."
-        )
-    if config.epochs < 1 and _length(data) is None:
-        raise InputError("A fraction of an epoch needs data with a length (__len__); use epochs=1.")
-
-
-def _length(data: Iterable[Any]) -> int | None:
-    """The number of batches; None if the data does not tell."""
-    try:
-        return len(data)  # type: ignore[arg-type]
-    except (TypeError, NotImplementedError):
-        return None
-
-
-def steps_per_epoch(data: Iterable[Any], accumulate: int = 1) -> int | None:
-    """Optimizer steps in one pass over the data, with `accumulate` batches a step; None if the data has no length."""
-    length, count = _length(data), processes.count()
-    if length is None:
-        return None
-    return math.ceil((math.ceil(length / count) if _is_shared_out(data) else length // count) / accumulate)
-
-
-def _is_shared_out(data: Iterable[Any]) -> bool:
-    return processes.count() > 1 and isinstance(data, DataLoader)
 
 
 class _Run:
@@ -208,7 +185,7 @@ class _Run:
                 pruner.load_state_dict(state["pruner"])
             _load(student, state["student"])
         self.inner = make_optimizer(student, config.optimizer, config.peak_lr, config.weight_decay, config.momentum)
-        self.schedule = _lr_schedule(self.inner, config)
+        self.schedule = lr_schedule(self.inner, config)
         self.kd: Distillation | None = None
         if state is not None:
             if teacher is not None and state["kd"] is not None:
@@ -221,13 +198,14 @@ class _Run:
             pruner.optimizer = self.inner
         self.data, self.steps = data, steps_per_epoch(data, config.accumulate)
         #: Accelerate shares out a DataLoader, so that no process loads what another one takes.
-        self.shard = accelerator.prepare_data_loader(data) if _is_shared_out(data) else processes.Share(data)
+        self.shard = accelerator.prepare_data_loader(data) if is_shared_out(data) else processes.Share(data)
         self.ema = self.averaged()
         self.mix: Callable[[Any, Any], Any] | None = None
         #: Where the training stands: epochs behind, steps of this one, its losses, records of those behind.
         self.epoch, self.done = 0, 0
         self.sums: dict[str, list[float]] = {}
         self.records: list[EpochRecord] = []
+        self.best = Best()
 
     def averaged(self) -> ModelEmaV3 | None:
         """An average of the student's weights, which starts from what they are now."""
@@ -239,17 +217,17 @@ class _Run:
 
     # ------------------------------------------------------------------------------ the loop
 
-    def train(self, evaluate: Evaluate | None) -> list[EpochRecord]:
+    def train(self, evaluate: Evaluate | None, before: float | None) -> list[EpochRecord]:
         """All epochs; what an epoch that fails has done since the last shrink is undone."""
-        wanted = sys.stderr.isatty() if self.config.progress is None else self.config.progress
-        hidden = not (wanted and self.accelerator.is_main_process)
-        state = self.resumed()
-        with Progress(console=Console(stderr=True), disable=hidden) as bar:
-            while self.epoch < math.ceil(self.config.epochs):
+        state, epochs = self.resumed(), math.ceil(self.config.epochs)
+        if state is None and evaluate is not None and self.may_be_kept:
+            self.best.consider(0, self.metric(evaluate) if before is None else before, self.judged)
+        with shown(self.config.progress if self.accelerator.is_main_process else False), self.part() as under_way:
+            while self.epoch < epochs:
                 self.kept = state_of(self.student)
                 try:
                     with seeded(self.data, self.config.seed + self.epoch):
-                        record = self.one_epoch(bar, state)
+                        record = self.one_epoch(under_way, state)
                     _check_weights(self.student, self.kept, self.epoch)
                 except CPDError:
                     restore(self.student, self.kept)
@@ -257,20 +235,24 @@ class _Run:
                 finally:
                     self.student.zero_grad(set_to_none=True)
                 self.records.append(self.evaluated(record, evaluate))
-                log.info("%s", self.records[-1])
+                log.info("%s", self.records[-1].told(metric_name(evaluate), epochs))
+                log.debug("%s", self.records[-1])
                 self.epoch, self.done, self.sums, state = self.epoch + 1, 0, {}, None
-        if self.ema is not None:
-            restore(self.student, state_of(self.ema.module))
+        self.keep(metric_name(evaluate))
         self.save()
         return self.records
 
-    def one_epoch(self, bar: Progress, state: Mapping[str, Any] | None) -> EpochRecord:
+    def part(self) -> AbstractContextManager[Part]:
+        """All epochs as a part of what is under way."""
+        total = None if self.steps is None else self.config.epochs * self.steps
+        return part("", total, self.done if self.steps is None else self.epoch * self.steps + self.done)
+
+    def one_epoch(self, under_way: Part, state: Mapping[str, Any] | None) -> EpochRecord:
         """One pass over the data, or the fraction of it that is left."""
         config, sums = self.config, defaultdict[str, list[float]](list, self.sums)
         self.sums = sums
         share = min(1.0, config.epochs - self.epoch)
         limit = max(1, round(share * self.steps)) if self.steps is not None and share < 1 else None
-        task = bar.add_task(f"epoch {self.epoch + 1}", total=limit or self.steps, completed=self.done)
         self.student.to(self.accelerator.device).train()
         groups = islice(self.groups(), limit)
         if state is not None:  # what has been read is read again, as workers count what they have read
@@ -292,9 +274,11 @@ class _Run:
             if self.checkpoint is not None and (shrunk or self.due()):
                 self.save()
             aside += time.perf_counter() - paused
-            bar.update(task, advance=1, description=f"epoch {self.epoch + 1}  loss {sums['loss'][-1]:.4g}")
+            where = f"epoch {self.epoch + 1} of {math.ceil(config.epochs)}"
+            under_way.advance(name=f"{where}, loss {sums['loss'][-1]:.4g}")
         speed = (self.done - first) / (time.perf_counter() - start - aside)
-        self.steps = self.done if limit is None else self.steps
+        if limit is None:
+            self.steps, under_way.total = self.done, config.epochs * self.done
         means = {name: fmean(values) for name, values in sums.items()}
         lr = float(self.inner.param_groups[0]["lr"])
         return EpochRecord(self.epoch + 1, means["loss"], means.get("task"), means.get("kd"), lr, speed)
@@ -320,7 +304,7 @@ class _Run:
 
     def shrunk(self) -> None:
         """The student is narrower now: wrap it anew, and take what it has become for what is put back."""
-        self.kept = state_of(self.student)
+        self.kept, self.best = state_of(self.student), Best()
         self.ema = self.averaged()
         if self.accelerator.num_processes > 1:  # the buckets of DDP have the old shapes
             del self.trainee
@@ -416,9 +400,37 @@ class _Run:
             processes.copy_from_first(self.student.buffers())
         if evaluate is None:
             return record
-        model = self.student if self.ema is None else self.ema.module
-        with random_states_kept(), torch.no_grad(), evaluating(model):
-            return replace(record, metric=float(evaluate(model)))
+        found = self.metric(evaluate)
+        if self.may_be_kept:
+            self.best.consider(record.epoch, found, self.judged)
+        return replace(record, metric=found)
+
+    # ------------------------------------------------------------------------------ the best
+
+    @property
+    def judged(self) -> nn.Module:
+        """What is evaluated, and has the weights that the student gets in the end."""
+        return self.student if self.ema is None else self.ema.module
+
+    def metric(self, evaluate: Evaluate) -> float:
+        """What `evaluate` gives; under DDP the first process's number counts for all."""
+        with random_states_kept(), torch.no_grad(), evaluating(self.judged), part("evaluate"):
+            found = float(evaluate(self.judged))
+        return processes.from_first(lambda: found)
+
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether the weights as they are now may be those in the end: nothing is pruned after it."""
+        return self.config.keep_best and (self.pruner is None or self.pruner.done)
+
+    def keep(self, metric: str) -> None:
+        """Give the student the weights that it has in the end, and mark their epoch."""
+        kept = self.epoch if self.best.epoch is None else self.best.epoch
+        if kept != self.epoch:
+            self.best.give(self.student, metric)
+        elif self.ema is not None:
+            restore(self.student, state_of(self.ema.module))
+        self.records = [replace(record, kept=record.epoch == kept) for record in self.records]
 
     # ------------------------------------------------------------------------------ distillation's own parameters
 
@@ -459,6 +471,7 @@ class _Run:
             "done": self.done,
             "sums": dict(self.sums),
             "records": [record.to_dict() for record in self.records],
+            "best": self.best.state_dict(),
             "student": state_of(self.student),
             "optimizer": self.inner.state_dict(),
             "ema": None if self.ema is None else state_of(self.ema.module),
@@ -476,25 +489,14 @@ class _Run:
             return None
         self.epoch, self.done, self.sums = state["epoch"], state["done"], state["sums"]
         self.records = [EpochRecord(**record) for record in state["records"]]
+        if "best" in state:  # there is none in a checkpoint of an earlier version
+            self.best.load_state_dict(state["best"])
         if self.ema is not None and state["ema"] is not None:
             _load(self.ema.module, state["ema"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         log.info("Resumed in epoch %d after %d steps.", self.epoch + 1, self.done)
         return state
-
-
-def _lr_schedule(optimizer: torch.optim.Optimizer, config: DistillConfig) -> Any:
-    """A scheduler of timm whose time is in epochs, parts of them too."""
-    from timm.scheduler import create_scheduler_v2  # some seconds to import, hence not at the top
-
-    warmup = config.warmup * config.epochs
-    length: Any = config.epochs - warmup
-    schedule, _ = create_scheduler_v2(
-        optimizer, config.scheduler, num_epochs=length, decay_epochs=length / 3, min_lr=0.0, warmup_lr=0.0,
-        decay_rate=1.0 if config.scheduler == "poly" else 0.1, warmup_epochs=warmup, warmup_prefix=True,
-    )  # fmt: skip
-    return schedule
 
 
 @torch.no_grad()

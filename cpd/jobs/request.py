@@ -15,7 +15,7 @@ from torch import nn
 from cpd.checkpoint import Checkpoint
 from cpd.config import PruneConfig
 from cpd.distillation.config import DistillConfig
-from cpd.distillation.distiller import steps_per_epoch
+from cpd.distillation.length import steps_per_epoch
 from cpd.errors import InputError, TrainingError
 from cpd.model import sources
 from cpd.model.inputs import Call, as_call, batches, device_of, evaluating, move
@@ -116,7 +116,7 @@ def checkpoint_of(
     model_key = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     key = {**config.settings(), **vars(training), "model": model_key}
     del key["progress"]
-    checkpoint = Checkpoint(folder, key, minutes, PruneConfig().settings())
+    checkpoint = Checkpoint(folder, key, minutes, {**PruneConfig().settings(), **vars(DistillConfig())})
     if resume and checkpoint.read() is None:
         log.info("There is no checkpoint in %s yet: the run starts at its beginning.", folder)
     if not resume and checkpoint.path.exists():

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from cpd.coupling.comb import Comb
 from cpd.criteria.score import score
 from cpd.errors import InputError, needs_extra
 from cpd.model.inputs import batches, check_model, device_of, evaluated, evaluating, move
+from cpd.model.metric import UNNAMED, metric_name, title, written
+from cpd.model.progress import part, shown
 from cpd.model.task_loss import task_loss
 from cpd.model.tensors import copy_of
 from cpd.selection.limits import Limits
@@ -65,15 +65,18 @@ class Sensitivity:
         points: one for each group and ratio.
         loss: of the unpruned model.
         metric: of the unpruned model.
+        metric_name: what `evaluate` gives, with its unit in brackets.
     """
 
     points: tuple[Point, ...]
     loss: float | None = None
     metric: float | None = None
+    metric_name: str = UNNAMED
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {"loss": self.loss, "metric": self.metric, "points": [asdict(point) for point in self.points]}
+        own = {"loss": self.loss, "metric": self.metric, "metric_name": self.metric_name}
+        return {**own, "points": [asdict(point) for point in self.points]}
 
     @property
     def by_group(self) -> dict[str, list[Point]]:
@@ -87,6 +90,16 @@ class Sensitivity:
     def shown(self) -> str:
         """Which figure of the points is shown: "metric" where there is one, else "loss", else "error"."""
         return "metric" if self.metric is not None else "loss" if self.loss is not None else "error"
+
+    def heading(self, state: str) -> str:
+        """What is shown, and what it is of the unpruned model, which is called `state`."""
+        name, before = self.shown, getattr(self, self.shown, None)
+        called = title(self.metric_name) if name == "metric" else name
+        return called if before is None else f"{called} ({state} {self.value(before)})"
+
+    def value(self, found: float) -> str:
+        """A figure of what is shown, for reading."""
+        return written(self.metric_name, found) if self.shown == "metric" else f"{found:.4g}"
 
     def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw a map, groups by ratios, to a file of any format that matplotlib knows: metric, else loss, else error.
@@ -102,17 +115,16 @@ class Sensitivity:
         ratios = sorted({point.ratio for point in self.points})
         found = {(point.group, point.ratio): getattr(point, name) for point in self.points}
         values = [[found.get((group, ratio), float("nan")) for ratio in ratios] for group in groups]
-        figure = Figure(figsize=(2.5 + 0.6 * len(ratios), 1.5 + 0.22 * len(groups)), layout="constrained")
-        area = figure.add_subplot()
+        drawing = Figure(figsize=(2.5 + 0.6 * len(ratios), 1.5 + 0.22 * len(groups)), layout="constrained")
+        area = drawing.add_subplot()
         image = area.imshow(values, aspect="auto", cmap="viridis" if name == "metric" else "viridis_r")
         area.set_xticks(range(len(ratios)), [f"{ratio:.0%}" for ratio in ratios])
         labels = [f"{group} ({points[0].size})" for group, points in groups.items()]
         area.set_yticks(range(len(groups)), labels, fontsize=7)
         area.set_xlabel("share of the group that goes, alone")
-        before = getattr(self, name, None)
-        figure.colorbar(image, label=name if before is None else f"{name} (unpruned {before:.4g})")
+        drawing.colorbar(image, label=self.heading("unpruned"))
         try:
-            figure.savefig(target)
+            drawing.savefig(target)
         except OSError as error:
             raise InputError(f"The picture cannot be written to {target}: {error}.") from error
         return target
@@ -185,14 +197,14 @@ def sensitivity(
     kept = [(batch.call, batch.target) for batch in batches(data, limit)]
     scores = score(model, comb, criterion="magnitude") if scores is None else scores
     selector, full = Selector(comb, scores, Limits(round_to=1)), comb.cost({}).macs
-    console, points = Console(stderr=True), []
+    points = []
 
     def figures(narrow: nn.Module) -> tuple[float | None, float | None]:
         return _loss(narrow, kept, loss, comb.read), evaluated(evaluate, narrow)
 
-    before = figures(model)
-    with Progress(console=console, disable=not (console.is_terminal if progress is None else progress)) as bar:
-        for group in bar.track(comb.open, description="sensitivity"):
+    with shown(progress), part("sensitivity", len(comb.open) * len(ratios)) as under_way:
+        before = figures(model)
+        for group in comb.open:
             for ratio in ratios:
                 count = max(group.minimum, round(group.size * (1 - ratio)))
                 plan = comb.plan({group.name: sorted(selector.order[group.name][:count].tolist())})
@@ -201,7 +213,8 @@ def sensitivity(
                 error = logits_error(narrow, model, kept, read=comb.read)
                 macs, left = comb.cost(counts).macs / max(full, 1), len(plan.groups[group.name])
                 points.append(Point(group.name, ratio, left, group.size, macs, error, *figures(narrow)))
-    return Sensitivity(tuple(points), *before)
+                under_way.advance()
+    return Sensitivity(tuple(points), *before, metric_name(evaluate))
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any
 from cpd.errors import ArtifactError
 
 #: Arguments that are objects, which a call holds by their names.
-OBJECTS = ("data", "example_inputs", "loss", "evaluate", "teacher", "latency_inputs")
+OBJECTS = ("data", "calibration", "example_inputs", "loss", "evaluate", "teacher", "latency_inputs")
 
 
 @dataclass(frozen=True)

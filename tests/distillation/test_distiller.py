@@ -14,8 +14,9 @@ from accelerate.state import AcceleratorState, PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from cpd.distillation.distiller import DistillConfig, EpochRecord, _lr_schedule, distill
+from cpd.distillation.distiller import DistillConfig, EpochRecord, distill
 from cpd.distillation.losses import kl_divergence
+from cpd.distillation.optimizers import lr_schedule
 from cpd.errors import InputError, TrainingError
 from cpd.surgery.batchnorm import recalibrate_batchnorm
 from helpers.teaching import CLASSES, Net, images, make, same, state
@@ -87,7 +88,7 @@ def test_config_defaults() -> None:
 
 def test_the_learning_rate_rises_then_falls() -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    schedule, found = _lr_schedule(optimizer, DistillConfig(epochs=2.5, warmup=0.2)), []
+    schedule, found = lr_schedule(optimizer, DistillConfig(epochs=2.5, warmup=0.2)), []
     for at in (0, 0.25, 0.5, 1.5, 2.499999):
         schedule.step(at)
         found.append(optimizer.param_groups[0]["lr"])
@@ -190,7 +191,8 @@ def test_a_loss_that_is_not_finite_undoes_its_epoch() -> None:
     seen: list[dict[str, Tensor]] = []
     config = DistillConfig(epochs=3)
     with pytest.raises(TrainingError, match="step 3 of epoch 2"):
-        distill(student, teacher, Data(), config=config, evaluate=lambda model: seen.append(state(model)) or 0)
+        distill(student, teacher, Data(), config=config, before=0.0,
+            evaluate=lambda model: seen.append(state(model)) or 0)  # fmt: skip
     assert len(seen) == 1
     assert same(student, seen[0])
     assert not same(student, state(expected))
@@ -237,6 +239,7 @@ def test_an_iterator_that_comes_back_empty() -> None:
             iter(images()),
             config=DistillConfig(epochs=2),
             evaluate=lambda model: first.append(state(model)) or 0,
+            before=0.0,
         )
     assert same(student, first[0])
 
