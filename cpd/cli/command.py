@@ -112,7 +112,7 @@ def register(app: typer.Typer, function: Callable[..., Output], *examples: str) 
             console = Console()
             for item in output.shown:
                 if isinstance(item, str):
-                    console.print(Text(in_options(item, given)), soft_wrap=True)
+                    console.print(Text(in_options(item, given)), soft_wrap=not console.file.isatty())
                 else:
                     console.print(item)
 
@@ -174,7 +174,8 @@ def _running(quiet: bool, verbose: bool, debug: bool, given: Mapping[str, Any]) 
         if debug:
             raise
         told, code = _ending(error, given)
-        Console(stderr=True).print(Text(told, "red"), soft_wrap=True)
+        screen = Console(stderr=True)
+        screen.print(Text(told, "red"), soft_wrap=not screen.file.isatty())
         raise typer.Exit(code) from None
     finally:
         logger.removeHandler(handler)

@@ -258,14 +258,14 @@ class _Run:
             if before is not None:
                 found = self._evaluated(evaluate)
                 assert found is not None
-                self.pruner.note(f"{told(name, before)} before pruning, {written(name, found)} directly after it.")
+                self.pruner.note(f"Before pruning: {told(name, before)}; directly after it {written(name, found)}.")
 
         name = metric_name(evaluate)
         self.pruner.prune(pruned)
         after = self._evaluated(evaluate)
         if after is not None:
             self.history.append({"epoch": 0, "metric": after})
-            self.pruner.note(f"{told(name, after)} of the recovered model, before any training.")
+            self.pruner.note(f"Recovered, before any training: {told(name, after)}.")
         return after
 
     def finish(self, record: dict[str, Any], source: str | None, metric: str) -> Result:

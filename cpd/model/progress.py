@@ -84,14 +84,13 @@ class _Line:
     """The line: the names of all parts, the bar of the innermost that has a length, and its time left."""
 
     def __init__(self) -> None:
-        self.console, self.parts = Console(stderr=True), list[Part]()
+        self.console, self.parts, self._drawn = Console(stderr=True), list[Part](), 0.0
+        self._spinner = Spinner("line" if self.console.options.ascii_only else "dots")
         self.live = _Live(
             get_renderable=self.drawn, console=self.console, transient=True, refresh_per_second=RATE,
             redirect_stdout=sys.stdout.isatty(),
         )  # fmt: skip
         self.live.undisturbed = lambda: any(part.undisturbed for part in self.parts)
-        self._spinner = Spinner("line" if self.console.options.ascii_only else "dots")
-        self._drawn = 0.0
 
     def draw_at_times(self) -> None:
         """Draw it, unless that was done a moment ago."""

@@ -11,6 +11,7 @@ from torch import nn
 
 from cpd.cli.folders import image_folders
 from cpd.errors import InputError
+from cpd.model.metric import metric_name
 from helpers.fakes import Fakes
 from helpers.folders import LEAKY, write_images
 
@@ -32,7 +33,8 @@ def test_compress_reads_image_folders(fakes: Fakes, run: Any, tmp_path: Path) ->
             return torch.tensor([0.0, 1.0]).expand(len(images), 2)
 
     model = Always().train()
-    assert call["evaluate"](model) == 0.5
+    assert call["evaluate"](model) == 50.0  # per cent
+    assert metric_name(call["evaluate"]) == "top-1 accuracy [%]"
     assert model.training
 
 
