@@ -230,7 +230,10 @@ def run_demo(output_dir: Path | None = None, seed: int = 0, progress: bool | Non
         What `cpd.compress` returns; its report's metric is the accuracy on the test digits in per cent.
     """
     from cpd.jobs.compress import compress
+    from cpd.report.artifacts import check_output_dir
 
+    if output_dir is not None:
+        check_output_dir(output_dir)
     loader, images, labels = digits(seed=seed)
     teacher = train_teacher(loader, seed=seed, progress=progress)
     return compress(

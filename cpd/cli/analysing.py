@@ -25,6 +25,7 @@ from cpd.cli.arguments import (
     Workers,
     build,
     opened,
+    result_folder,
 )  # fmt: skip
 from cpd.cli.command import Output
 from cpd.cli.compressing import report_output
@@ -194,7 +195,7 @@ def report(
     from cpd.jobs.sweep import NAME, read_sweep
     from cpd.report.artifacts import PAGE, read_report, write_files
 
-    if (folder / NAME).exists():
+    if (result_folder(folder) / NAME).exists():
         swept = read_sweep(folder)
         write_files(folder, {PAGE: swept.to_html().encode()})
         return Output(swept.to_dict(), (sweep_table(swept), f"Written to {folder / PAGE}"))

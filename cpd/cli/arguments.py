@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpd.errors import InputError
+from cpd.errors import CPDError, InputError, first_line
 from cpd.model.progress import part
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def build(name: str, input_size: str | None, pretrained: bool) -> tuple[ModelSou
         from cpd.model import sources
 
         source = sources.resolve(name)
-        model = source.build(pretrained=pretrained and source.by_name).eval()
+        model = _built(source, pretrained)
     if size is not None:
         return source, model, sources.image_inputs(model, size)
     inputs = sources.default_inputs(model, source)
@@ -145,8 +145,34 @@ def build_teacher(name: str, pretrained: bool) -> nn.Module:
         return load(name)
     from cpd.model import sources
 
-    source = sources.resolve(name)
-    return source.build(pretrained=pretrained and source.by_name).eval()
+    return _built(sources.resolve(name), pretrained)
+
+
+def _built(source: ModelSource, pretrained: bool) -> nn.Module:
+    """A model of a source, in eval mode; what a factory of the user's raises is told as its own."""
+    if source.by_name:
+        return source.build(pretrained=pretrained).eval()
+    try:
+        return source.build().eval()
+    except CPDError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{source} raised {type(error).__name__}: {first_line(error)}. It is called with the arguments that follow "
+            "its name after commas, and must give the model."
+        ) from error
+
+
+def result_folder(folder: Path) -> Path:
+    """A folder that is there.
+
+    Raises:
+        InputError: if it is not, or is a file.
+    """
+    if not folder.is_dir():
+        found = "it is a file" if folder.exists() else "it is not there"
+        raise InputError(f"{folder} is no folder that result.save wrote or cpd compress: {found}.")
+    return folder
 
 
 def opened(name: str, input_size: str | None, inputs: Any) -> tuple[Any, Any]:
@@ -154,6 +180,10 @@ def opened(name: str, input_size: str | None, inputs: Any) -> tuple[Any, Any]:
     path = Path(name)
     if path.is_dir():
         path = path / "model.onnx"
+        if not path.is_file():
+            raise InputError(f"{name} holds no model.onnx: it is no folder that cpd compress wrote.")
+    if path.suffix == ".onnx" and not path.is_file():
+        raise InputError(f"{name} is not there: give an ONNX file, a folder that cpd compress wrote, or a model.")
     if path.suffix == ".onnx":
         if inputs is None:
             from cpd.deploy.export import random_inputs

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,6 +31,7 @@ from cpd.cli.arguments import (
     build,
     build_teacher,
     parse_numbers,
+    result_folder,
 )  # fmt: skip
 from cpd.cli.command import Output
 from cpd.cli.folders import Images
@@ -39,6 +39,7 @@ from cpd.cli.options import takes, values
 from cpd.cli.tables import figures_table, latency_table, sweep_table
 from cpd.config import PruneConfig
 from cpd.distillation.config import DistillConfig
+from cpd.errors import InputError
 from cpd.selection.target import TARGETS
 
 if TYPE_CHECKING:
@@ -125,8 +126,10 @@ def sweep(
     )  # fmt: skip
     asked = parse_numbers(speedups, "--speedups")
     config, training = _configs(options, images)
-    for speedup in asked:
-        replace(config, target_speedup=speedup)  # checks it
+    if min(asked) < 1:
+        raise InputError(
+            f"--speedups must each be at least 1 (original over result: for half the latency, 2); got {speedups}."
+        )
     if output_dir is None:
         log.info("No model will be written: without --output-dir a sweep gives its table alone.")
     if plot is not None:
@@ -190,7 +193,7 @@ def quantize(
     from cpd.report.artifacts import read_document
 
     images = Images(data, batch_size, workers, seed, mean=mean, std=std)
-    pruned = cpd.load(folder)
+    pruned = cpd.load(result_folder(folder))
     source = sources.resolve(str(read_document(folder)["source"]))
     original = source.build().eval()
     example_inputs = sources.default_inputs(original, source)

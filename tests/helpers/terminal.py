@@ -102,8 +102,8 @@ def run_in_terminal(
         for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR"):
             os.environ.pop(name, None)
         os.environ["TERM"] = "xterm-256color"
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
         os.execvp(command[0], list(command))
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
     written, deadline = b"", time.monotonic() + seconds
     with contextlib.suppress(OSError):  # Linux reports the end of a terminal so
         while part := os.read(terminal, 1 << 16):
