@@ -103,9 +103,9 @@ def test_ctrl_c_brings_the_cursor_back_and_exits_with_130(images: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (("comb", "helpers.tiny:Tiny", "--input-size", 16), ["load", "comb"]),
-        (("profile", "helpers.tiny:Tiny", "--input-size", 16, "--check", 1), ["load", "narrower copy 1 of 1, timing"]),
-        (("latency", "helpers.tiny:Tiny", "--input-size", 16, "--seconds", 1), ["load", "timing"]),
+        (("comb", "helpers.tiny:Tiny", "--input-size", 16), ["comb"]),
+        (("profile", "helpers.tiny:Tiny", "--input-size", 16, "--check", 1), ["narrower copy 1 of 1, timing"]),
+        (("latency", "helpers.tiny:Tiny", "--input-size", 16, "--seconds", 1), ["timing"]),
         (("sweep", "helpers.tiny:Tiny", "--input-size", 16, "--speedups", "1.1,1.2", "--tolerance", 0.5),
          ["target 1 of 2: 1.1x, stage 1 of 6: comb", "target 2 of 2: 1.2x, stage 6 of 6: deploy"]),
     ],
