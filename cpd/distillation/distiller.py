@@ -29,9 +29,11 @@ from cpd.distillation.best import Best
 from cpd.distillation.config import DistillConfig, EpochRecord
 from cpd.distillation.kd import Distillation
 from cpd.distillation.length import check_data, is_shared_out, steps_per_epoch
-from cpd.distillation.optimizers import lr_schedule, make_optimizer
+from cpd.distillation.mixing import Mixing
+from cpd.distillation.optimizers import make_optimizer
+from cpd.distillation.rates import lr_schedule
 from cpd.errors import CheckpointError, CPDError, InputError, TrainingError
-from cpd.model.inputs import Batch, Call, as_module, batches, evaluating, logits, move
+from cpd.model.inputs import Batch, as_module, batches, evaluating, move
 from cpd.model.metric import metric_name
 from cpd.model.outputs import Outputs, reader
 from cpd.model.progress import Part, part, shown
@@ -200,7 +202,7 @@ class _Run:
         #: Accelerate shares out a DataLoader, so that no process loads what another one takes.
         self.shard = accelerator.prepare_data_loader(data) if is_shared_out(data) else processes.Share(data)
         self.ema = self.averaged()
-        self.mix: Callable[[Any, Any], Any] | None = None
+        self.mixing = Mixing(config, read)
         #: Where the training stands: epochs behind, steps of this one, its losses, records of those behind.
         self.epoch, self.done = 0, 0
         self.sums: dict[str, list[float]] = {}
@@ -349,7 +351,7 @@ class _Run:
         config, device, parts = self.config, self.accelerator.device, dict[str, Tensor]()
         call, target = batch.call.to(device), move(batch.target, device)
         if config.mixup or config.cutmix:
-            call, target = self.mixed(call, target)
+            call, target = self.mixing(self.student, call, target)
         if self.teacher is not None and self.kd is None:
             self.kd = Distillation(config, self.student, self.teacher, call.part(1), self.read).to(device)
         reference = None
@@ -370,24 +372,6 @@ class _Run:
         if not parts["loss"].requires_grad:
             raise InputError("The loss has no gradient: compute it from the output, without detaching it.")
         return parts
-
-    def mixed(self, call: Call, target: Any) -> tuple[Call, Any]:
-        """Images mixed in pairs, and their targets as class probabilities."""
-        config = self.config
-        if len(call.args) != 1 or not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
-            raise InputError("mixup and cutmix need batches of (images, class indices [N]).")
-        if self.mix is None:
-            from timm.data import Mixup
-
-            with torch.no_grad(), evaluating(self.student):
-                classes = logits(self.read(call.part(1).on(self.student))).shape[1]
-            self.mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)
-        if len(target) == 1:
-            return call, target
-        if len(target) % 2:  # images are mixed in pairs
-            call, target = call.part(len(target) - 1), target[:-1]
-        images, target = self.mix(call.args[0].clone(), target)
-        return Call((images,), call.kwargs), target
 
     def reduced(self, parts: dict[str, Tensor]) -> dict[str, float]:
         """The parts as numbers, averaged over the processes: what is not finite is seen by all of them."""

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
 from torch import nn
 
 from cpd.errors import InputError
-
-if TYPE_CHECKING:
-    from cpd.distillation.config import DistillConfig
 
 
 def make_optimizer(
@@ -36,16 +31,3 @@ def make_optimizer(
     if getattr(made, "is_second_order", False):  # as timm marks those that differentiate the gradient once more
         raise InputError(f"The optimizer {name!r} needs second derivatives, which this training does not give it.")
     return made
-
-
-def lr_schedule(optimizer: torch.optim.Optimizer, config: DistillConfig) -> Any:
-    """A scheduler of timm whose time is in epochs, parts of them too."""
-    from timm.scheduler import create_scheduler_v2  # some seconds to import, hence not at the top
-
-    warmup = config.warmup * config.epochs
-    length: Any = config.epochs - warmup
-    schedule, _ = create_scheduler_v2(
-        optimizer, config.scheduler, num_epochs=length, decay_epochs=length / 3, min_lr=0.0, warmup_lr=0.0,
-        decay_rate=1.0 if config.scheduler == "poly" else 0.1, warmup_epochs=warmup, warmup_prefix=True,
-    )  # fmt: skip
-    return schedule

@@ -142,9 +142,8 @@ def compress(
         if settings.measures:
             check_runs(model, call)
         student = copy_of(model)
-        for batches_given in (data, calibration):
-            if batches_given is not None:
-                check_data(student, batches_given, loss, settings.outputs)
+        for given_data in (item for item in (data, calibration) if item is not None):
+            check_data(student, given_data, loss, settings.outputs)
         per_epoch = steps_an_epoch(settings, learning, data)
         stages = _Stages(_planned(settings, learning, data))
         with stages("comb"):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cpd.distillation.distiller import DistillConfig, EpochRecord, distill
 from cpd.distillation.losses import kl_divergence
-from cpd.distillation.optimizers import lr_schedule
+from cpd.distillation.rates import lr_schedule
 from cpd.errors import InputError, TrainingError
 from cpd.surgery.batchnorm import recalibrate_batchnorm
 from helpers.teaching import CLASSES, Net, images, make, same, state
