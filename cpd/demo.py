@@ -6,7 +6,6 @@ Runtime and distills it against itself. Read `run_demo` first: it is also how yo
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,13 +13,13 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from cpd.errors import needs_extra
 from cpd.model.arguments import MODEL, TENSOR
 from cpd.model.inputs import evaluating
+from cpd.model.metric import named
+from cpd.model.progress import part, shown
 from cpd.options import FLAG, LIMIT, PATH, SEED, Check, checked, instance, integer, number
 
 if TYPE_CHECKING:
@@ -199,7 +198,7 @@ def train_teacher(
         epochs: passes over it.
         lr: the peak learning rate.
         seed: of the first weights; the state of PyTorch's own generator is left as found.
-        progress: whether a bar is shown on stderr; None: if stderr is a terminal.
+        progress: False shows no progress line; else there is one where stderr is a terminal.
 
     Returns:
         The trained model, in eval mode.
@@ -210,9 +209,7 @@ def train_teacher(
     optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     steps = epochs * len(loader)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
-    shown = sys.stderr.isatty() if progress is None else progress
-    with Progress(console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("Training the teacher", total=steps)
+    with shown(progress), part("train the teacher", steps) as training:
         for _ in range(epochs):
             for images, labels in loader:
                 loss = F.cross_entropy(model(images), labels)
@@ -220,10 +217,11 @@ def train_teacher(
                 loss.backward()
                 optimizer.step()
                 schedule.step()
-                bar.advance(task)
+                training.advance()
     return model.eval()
 
 
+@named("top-1 accuracy [%]")
 @checked(model=MODEL, images=TENSOR, labels=TENSOR, batch_size=LIMIT)
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
     """Share of `images` `[N, C, H, W]` that `model` puts in the class of `labels` `[N]`, in per cent.
@@ -246,7 +244,7 @@ def run_demo(
     Args:
         output_dir: where the artifacts go; None writes none.
         seed: of the teacher's training and of the compression.
-        progress: whether bars are shown on stderr; None: if stderr is a terminal.
+        progress: False shows no progress line; else there is one where stderr is a terminal.
         overwrite: as for `cpd.compress`.
 
     Returns:

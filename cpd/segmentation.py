@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cpd.errors import InputError, needs_extra, of_the_user
+from cpd.errors import InputError, first_line, needs_extra, of_the_user
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import batches, device_of, evaluating, logits
+from cpd.model.metric import named
 from cpd.model.task_loss import IGNORED_CLASS
 from cpd.options import FLAG, PATH, Check, checked, integer, number, shown, text
 
@@ -67,6 +68,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         training: scale, crop and mirror at random.
         mean: of each channel, for the normalisation.
         std: likewise.
+        scales: range of the factor by which training images are scaled.
 
     Raises:
         InputError: if a folder is missing or empty, or an image has no label map.
@@ -82,6 +84,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         training: bool = False,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        scales: tuple[float, float] = SCALES,
     ) -> None:
         from torchvision.transforms import v2
 
@@ -96,7 +99,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         self.labels = [labels[path.stem] for path in self.images]
         self.classes = classes
         crop = [
-            v2.ScaleJitter(size, SCALES),
+            v2.ScaleJitter(size, scales),
             v2.RandomCrop(size, pad_if_needed=True, fill={_mask(): IGNORED_CLASS, "others": 0}),
             v2.RandomHorizontalFlip(),
         ]
@@ -110,15 +113,32 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """One image and its labels."""
-        with Image.open(self.images[index]) as file:
-            pixels = torch.from_numpy(np.array(file.convert("RGB"))).permute(2, 0, 1)
-        with Image.open(self.labels[index]) as file:
-            labels = torch.from_numpy(np.array(file)).long()
+        pixels = torch.from_numpy(np.array(opened(self.images[index], "RGB"))).permute(2, 0, 1)
+        labels = torch.from_numpy(np.array(opened(self.labels[index]))).long()
+        if labels.shape != pixels.shape[1:]:
+            raise InputError(
+                f"{self.labels[index]} is no label map of {self.images[index]}: a number a pixel is wanted, "
+                f"{list(pixels.shape[1:])}; it holds {list(labels.shape)}."
+            )
         labels = labels.where(labels < self.classes, IGNORED_CLASS)
         image, target = self.transform(_image()(pixels), _mask()(labels))
         return image.as_subclass(Tensor), target.as_subclass(Tensor).long()
 
 
+def opened(path: str | Path, mode: str | None = None) -> Image.Image:
+    """An image file, in a mode of PIL if one is given.
+
+    Raises:
+        InputError: if it cannot be read.
+    """
+    try:
+        with Image.open(path) as file:
+            return file.copy() if mode is None else file.convert(mode)
+    except Exception as error:  # PIL's plugins raise whatever they like
+        raise InputError(f"{path} cannot be read as an image: {first_line(error)}. Repair or remove it.") from error
+
+
+@named("mean IoU [%]")
 @checked(model=MODEL, data=DATA, classes=integer(2, 65536))
 def mean_iou(model: nn.Module, data: Iterable[Any], classes: int) -> float:
     """The mean over classes of the intersection over union of predicted and true pixels, in per cent.

@@ -13,20 +13,24 @@ from cpd.cli.arguments import (
     WORKERS,
     BatchSize,
     InputSize,
+    Mean,
     Model,
     NeededData,
     Plot,
     Pretrained,
     Seconds,
     Seed,
+    Std,
     Threads,
     Workers,
     build,
     folder_path,
     opened,
+    result_folder,
 )  # fmt: skip
 from cpd.cli.command import Output
 from cpd.cli.compressing import report_output
+from cpd.cli.folders import Images
 from cpd.cli.tables import (
     frozen_table,
     group_dict,
@@ -37,6 +41,7 @@ from cpd.cli.tables import (
     sweep_table,
 )  # fmt: skip
 from cpd.errors import InputError
+from cpd.model.progress import part
 
 log = logging.getLogger("cpd.cli")
 
@@ -69,9 +74,10 @@ def comb(
     from cpd.coupling.cost import unused_sentence
     from cpd.model.outputs import outputs_sentence
 
-    combed = cpd.comb(
-        built, example_inputs, outputs=outputs or None, proof_copies=proof_copies, proof_seconds=proof_seconds
-    )
+    with part("comb"):
+        combed = cpd.comb(
+            built, example_inputs, outputs=outputs or None, proof_copies=proof_copies, proof_seconds=proof_seconds
+        )
     share: dict[str, float] = combed.open_share
     if plot is not None:
         from cpd.picture import draw
@@ -107,30 +113,32 @@ def sensitivity(
     limit: Annotated[int, typer.Option(min=1, help="Batches of training images used.")] = 4,
     workers: Workers = WORKERS,
     accuracy: Annotated[bool, typer.Option(help="Also the accuracy on val/ at every point.")] = False,
+    mean: Mean = None,
+    std: Std = None,
     seed: Seed = 0,
     pretrained: Pretrained = True,
     input_size: InputSize = None,
     progress: bool | None = None,
 ) -> Output:
     """Prune each group alone, 10 to 90 % of it, and show what that does to the loss."""
-    from cpd.cli.folders import image_folders, load_images
-
     if plot is not None:
         from cpd.jobs.sensitivity import check_plot
 
         check_plot(plot)
-    folders = image_folders(data)
+    images = Images(data, batch_size, workers, seed, mean=mean, std=std)
     _, built, example_inputs = build(model, input_size, pretrained)
 
     import cpd
 
-    loader, evaluate = load_images(built, folders, example_inputs, batch_size=batch_size, workers=workers, seed=seed)
-    if accuracy and evaluate is None:
+    loaded = images.load(built, example_inputs)
+    if accuracy and loaded.evaluate is None:
         raise InputError(f"--accuracy needs validation images: {data}/val.")
-    combed = cpd.comb(built, example_inputs)
-    scores = cpd.score(built, combed, loader, criterion=criterion, limit=limit, seed=seed)
+    with part("comb"):
+        combed = cpd.comb(built, example_inputs)
+    with part("score"):
+        scores = cpd.score(built, combed, loaded.plain, criterion=criterion, limit=limit, seed=seed)
     found = cpd.sensitivity(
-        built, combed, loader, scores=scores, limit=limit, evaluate=evaluate if accuracy else None,
+        built, combed, loaded.plain, scores=scores, limit=limit, evaluate=loaded.evaluate if accuracy else None,
         progress=progress,
     )  # fmt: skip
     if plot is not None:
@@ -192,7 +200,7 @@ def report(
     from cpd.jobs.sweep import read_sweep
     from cpd.report.artifacts import PAGE, SWEEP, add_files, read_report
 
-    with reading(folder) as files:
+    with reading(result_folder(folder)) as files:
         is_sweep = files.has(SWEEP)
     if is_sweep:
         swept = read_sweep(folder)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cpd.errors import InputError
+from cpd.errors import CPDError, InputError, first_line
+from cpd.model.progress import part
 
 if TYPE_CHECKING:
     from torch import nn
@@ -78,6 +80,24 @@ AutoAugment = Annotated[
 RandomErasing = Annotated[
     float, typer.Option(min=0, max=1, help="Chance that a patch of an image is erased.", rich_help_panel="Training")
 ]
+Augment = Annotated[
+    str,
+    typer.Option(
+        help="What training images go through: none; light (crops of at least 70 % of an image, mirrored); imagenet "
+        "(crops from 8 % on, mirrored, colours changed). Channels are scored on plain images whatever it is.",
+        rich_help_panel="Training",
+    ),
+]
+Mean = Annotated[
+    str | None,
+    typer.Option(
+        "--mean", metavar="R,G,B", help="Mean that images are normalised by.", show_default="the model's, or ImageNet's"
+    ),
+]
+Std = Annotated[
+    str | None,
+    typer.Option("--std", metavar="R,G,B", help="Their standard deviation.", show_default="the model's, or ImageNet's"),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 WORKERS = min(4, os.cpu_count() or 1)
 Workers = Annotated[
@@ -97,16 +117,24 @@ def parse_size(text: str) -> tuple[int, int]:
     raise InputError(f"--input-size takes H or H,W in pixels, as in 224 or 224,320; got {text!r}.")
 
 
-def parse_numbers(text: str) -> list[float]:
+def parse_numbers(text: str, option: str = "") -> list[float]:
     """`1.5,2,3` as numbers.
+
+    Args:
+        text: what is given.
+        option: what it is given for, for the message.
 
     Raises:
         InputError: if it is something else.
     """
     try:
-        return [float(part) for part in text.split(",")]
+        found = [float(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"Numbers with commas between are wanted, as in 1.5,2,3; got {text!r}.") from None
+        found = []
+    if not found or not all(map(math.isfinite, found)):
+        where = f" for {option}" if option else ""
+        raise InputError(f"Numbers with commas between are wanted{where}, as in 1.5,2,3; got {text!r}.")
+    return found
 
 
 def build(name: str, input_size: str | None, pretrained: bool) -> tuple[ModelSource, nn.Module, Any]:
@@ -117,10 +145,11 @@ def build(name: str, input_size: str | None, pretrained: bool) -> tuple[ModelSou
     """
     if input_size is not None:
         parse_size(input_size)
-    from cpd.model import sources
+    with part("load"):
+        from cpd.model import sources
 
-    source = sources.resolve(name)
-    model = source.build(pretrained=pretrained and source.by_name).eval()
+        source = sources.resolve(name)
+        model = _built(source, pretrained)
     return source, model, example_inputs_of(model, name, input_size, source)
 
 
@@ -153,8 +182,34 @@ def build_teacher(name: str, pretrained: bool) -> nn.Module:
         return load(name)
     from cpd.model import sources
 
-    source = sources.resolve(name)
-    return source.build(pretrained=pretrained and source.by_name).eval()
+    return _built(sources.resolve(name), pretrained)
+
+
+def _built(source: ModelSource, pretrained: bool) -> nn.Module:
+    """A model of a source, in eval mode; what a factory of the user's raises is told as its own."""
+    if source.by_name:
+        return source.build(pretrained=pretrained).eval()
+    try:
+        return source.build().eval()
+    except CPDError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"{source} raised {type(error).__name__}: {first_line(error)}. It is called with the arguments that follow "
+            "its name after commas, and must give the model."
+        ) from error
+
+
+def result_folder(folder: Path) -> Path:
+    """A folder that is there.
+
+    Raises:
+        InputError: if it is not, or is a file.
+    """
+    if not folder.is_dir():
+        found = "it is a file" if folder.exists() else "it is not there"
+        raise InputError(f"{folder} is no folder that result.save wrote or cpd compress: {found}.")
+    return folder
 
 
 def opened(name: str, input_size: str | None, inputs: Any) -> tuple[Any, Any]:
@@ -162,6 +217,10 @@ def opened(name: str, input_size: str | None, inputs: Any) -> tuple[Any, Any]:
     path = Path(name)
     if path.is_dir():
         path = path / "model.onnx"
+        if not path.is_file():
+            raise InputError(f"{name} holds no model.onnx: it is no folder that cpd compress wrote.")
+    if path.suffix == ".onnx" and not path.is_file():
+        raise InputError(f"{name} is not there: give an ONNX file, a folder that cpd compress wrote, or a model.")
     if path.suffix == ".onnx":
         if inputs is None:
             from cpd.deploy.export import random_inputs

@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +17,12 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.console import Console, ConsoleRenderable, RenderableType
-from rich.logging import RichHandler
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from cpd.cli.wording import in_options
-from cpd.errors import CPDError, InputError, NothingToPruneError, TargetError
+from cpd.errors import CPDError, InputError, NothingToPruneError, TargetError, first_line
+from cpd.model import progress
 from cpd.options import check_names
 
 FAILED, WRONG, OUT_OF_REACH, INTERRUPTED = 1, 2, 3, 130
@@ -96,7 +97,8 @@ def register(app: typer.Typer, function: Callable[..., Output], *examples: str) 
         with _running(shown["quiet"], shown["verbose"], shown["debug"], given):
             if "progress" in signature.parameters:
                 given["progress"] = False if shown["quiet"] else None
-            output = function(**given)
+            with progress.shown(False if shown["quiet"] or not is_first_process() else None):
+                output = function(**given)
             if not is_first_process():
                 return
             if given.get("output_dir") is not None:
@@ -107,7 +109,7 @@ def register(app: typer.Typer, function: Callable[..., Output], *examples: str) 
             console = Console()
             for item in output.shown:
                 if isinstance(item, str):
-                    console.print(Text(in_options(item, given)), soft_wrap=True)
+                    console.print(Text(in_options(item, given)), soft_wrap=not console.file.isatty())
                 else:
                     console.print(item)
 
@@ -134,24 +136,30 @@ def exit_code(error: CPDError) -> int:
     return WRONG if isinstance(error, InputError) else FAILED
 
 
-class _Log(RichHandler):
-    """Shows the log in the words of the command line."""
+class _Log(logging.Handler):
+    """Shows the log on stderr in the words of the command line: a line a message, above the progress line."""
 
-    def __init__(self, given: Mapping[str, Any], **settings: Any) -> None:
-        super().__init__(**settings)
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        super().__init__()
         self._given = given
 
-    def render_message(self, record: logging.LogRecord, message: str) -> ConsoleRenderable:
-        """The message as it is shown."""
-        return super().render_message(record, in_options(message, self._given))
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print the time and the message; on a terminal it is wrapped between words."""
+        head = time.strftime("%H:%M:%S ", time.localtime(record.created))
+        warned = record.levelno >= logging.WARNING
+        message = Text("warning: " * warned + in_options(self.format(record), self._given), "yellow" * warned)
+        screen = progress.console()
+        if screen.file.isatty():
+            rest = max(screen.width - len(head), 20)
+            message = Text("\n" + " " * len(head)).join(message.wrap(screen, rest))
+        screen.print(Text(head, "dim") + message, soft_wrap=True)
 
 
 @contextlib.contextmanager
 def _running(quiet: bool, verbose: bool, debug: bool, given: Mapping[str, Any]) -> Iterator[None]:
-    """Show the log of `cpd` on stderr; turn a `CPDError` into one line and an exit code (unless `debug`)."""
+    """Show the log of `cpd` on stderr; turn an error into one line and an exit code (unless `debug`)."""
     logger = logging.getLogger("cpd")
-    console = Console(stderr=True)
-    handler = _Log(given, console=console, show_path=False, log_time_format="%H:%M:%S")
+    handler = _Log(given)
     level, propagate = logger.level, logger.propagate
     quiet = quiet or not is_first_process()
     logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
@@ -159,20 +167,30 @@ def _running(quiet: bool, verbose: bool, debug: bool, given: Mapping[str, Any]) 
     logger.addHandler(handler)
     try:
         yield
-    except CPDError as error:
+    except (Exception, KeyboardInterrupt) as error:
         if debug:
             raise
-        console.print(Text(f"error: {in_options(str(error), given)}", style="red"), soft_wrap=True)
-        raise typer.Exit(exit_code(error)) from None
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        console.print(Text(f"interrupted. {_how_to_resume(given)}".strip(), style="red"), soft_wrap=True)
-        raise typer.Exit(INTERRUPTED) from None
+        told, code = _ending(error, given)
+        screen = Console(stderr=True)
+        screen.print(Text(told, "red"), soft_wrap=not screen.file.isatty())
+        raise typer.Exit(code) from None
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate
+
+
+def _ending(error: BaseException, given: Mapping[str, Any]) -> tuple[str, int]:
+    """What is said of an error, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return f"interrupted. {_how_to_resume(given)}".strip(), INTERRUPTED
+    if isinstance(error, CPDError):
+        text = str(error)
+        if text.startswith("Caught "):  # by a process that loads data: the traceback, and then the error
+            text = text.strip().rpartition(f"{type(error).__name__}: ")[2]
+        return f"error: {in_options(text, given)}", exit_code(error)
+    told = f"{type(error).__name__}: {first_line(error)}"
+    return f"error: not foreseen: {told}. With --debug the traceback is shown.", FAILED
 
 
 def _how_to_resume(given: Mapping[str, Any]) -> str:

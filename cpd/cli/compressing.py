@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,10 +10,12 @@ import typer
 
 from cpd.cli.arguments import (
     WORKERS,
+    Augment,
     AutoAugment,
     BatchSize,
     Data,
     InputSize,
+    Mean,
     Model,
     NeededData,
     OutputDir,
@@ -25,6 +26,7 @@ from cpd.cli.arguments import (
     Saved,
     Seconds,
     Seed,
+    Std,
     Teacher,
     Threads,
     TrustSource,
@@ -33,12 +35,15 @@ from cpd.cli.arguments import (
     build_teacher,
     example_inputs_of,
     parse_numbers,
+    result_folder,
 )  # fmt: skip
 from cpd.cli.command import Output
+from cpd.cli.folders import Images
 from cpd.cli.options import takes, values
 from cpd.cli.tables import figures_table, latency_table, sweep_table
 from cpd.config import PruneConfig
 from cpd.distillation.config import DistillConfig
+from cpd.errors import InputError
 from cpd.selection.target import TARGETS
 
 if TYPE_CHECKING:
@@ -67,8 +72,11 @@ def compress(
     pretrained: Pretrained = True,
     input_size: InputSize = None,
     teacher: Teacher = None,
+    augment: Augment = "light",
     auto_augment: AutoAugment = None,
     random_erasing: RandomErasing = 0.0,
+    mean: Mean = None,
+    std: Std = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the checkpoint in --output-dir.", rich_help_panel=TRAIN)
     ] = False,
@@ -81,8 +89,12 @@ def compress(
     """Make a model faster, train it back, measure it, and write what came of it. Without a target: twice as fast."""
     if not any(options[name] for name in TARGETS):
         options["target_speedup"] = DEFAULT_SPEEDUP
-    config, training = _configs(options, data)
-    images = Images(data, batch_size, workers, config.seed, auto_augment, random_erasing)
+    images = Images(
+        data, batch_size, workers, options["seed"], augment, auto_augment, random_erasing, mean, std
+    )  # fmt: skip
+    config, training = _configs(options, images)
+    if output_dir is None:
+        log.info("Nothing will be written: without --output-dir the result is measured and shown, then lost.")
     source, given = _prepared(model, input_size, pretrained, images, teacher)
 
     import cpd
@@ -108,19 +120,30 @@ def sweep(
     pretrained: Pretrained = True,
     input_size: InputSize = None,
     teacher: Teacher = None,
+    augment: Augment = "light",
     auto_augment: AutoAugment = None,
     random_erasing: RandomErasing = 0.0,
+    mean: Mean = None,
+    std: Std = None,
     progress: bool | None = None,
     **options: Any,
 ) -> Output:
     """Compress a model to several speed-ups: one table, and one picture of accuracy against measured latency."""
-    asked = parse_numbers(speedups)
-    config, training = _configs(options, data)
+    images = Images(
+        data, batch_size, workers, options["seed"], augment, auto_augment, random_erasing, mean, std
+    )  # fmt: skip
+    asked = parse_numbers(speedups, "--speedups")
+    config, training = _configs(options, images)
+    if min(asked) < 1:
+        raise InputError(
+            f"--speedups must each be at least 1 (original over result: for half the latency, 2); got {speedups}."
+        )
+    if output_dir is None:
+        log.info("No model will be written: without --output-dir a sweep gives its table alone.")
     if plot is not None:
         from cpd.jobs.sensitivity import check_plot
 
         check_plot(plot)
-    images = Images(data, batch_size, workers, config.seed, auto_augment, random_erasing)
     source, given = _prepared(model, input_size, pretrained, images, teacher)
 
     import cpd
@@ -134,43 +157,11 @@ def sweep(
     return Output({"model": model, **found.to_dict()}, (sweep_table(found),))
 
 
-@dataclass(frozen=True)
-class Images:
-    """Where the images come from, and how they are loaded."""
-
-    folder: Path | None
-    batch_size: int
-    workers: int
-    seed: int
-    auto_augment: str | None
-    random_erasing: float
-
-    def load(self, model: nn.Module, example_inputs: Any) -> dict[str, Any]:
-        """`data`, and `evaluate` where there are images to validate on; nothing without a folder."""
-        if self.folder is None:
-            return {}
-        from cpd.cli.folders import image_folders, load_images, load_maps
-        from cpd.segmentation import has_maps
-
-        folders = image_folders(self.folder)
-        loading = {"batch_size": self.batch_size, "workers": self.workers, "seed": self.seed}
-        if has_maps(folders[0]):
-            loader, evaluate = load_maps(model, folders, example_inputs, **loading)
-        else:
-            augmentation = {"auto_augment": self.auto_augment, "re_prob": self.random_erasing}
-            loader, evaluate = load_images(model, folders, example_inputs, **loading, augmentation=augmentation)
-        return {"data": loader} if evaluate is None else {"data": loader, "evaluate": evaluate}
-
-
-def _configs(options: dict[str, Any], data: Path | None) -> tuple[PruneConfig, DistillConfig]:
+def _configs(options: dict[str, Any], images: Images) -> tuple[PruneConfig, DistillConfig]:
     """What was given of the options of pruning and of the training; checked before anything is loaded."""
     pruning, training = values(PruneConfig, options), values(DistillConfig, options)
-    if data is not None:
-        from cpd.cli.folders import image_folders
-        from cpd.segmentation import has_maps
-
-        maps = has_maps(image_folders(data)[0])
-        training.setdefault("kd", "cwd" if maps else "kl")
+    if images.folder is not None:
+        training.setdefault("kd", "cwd" if images.have_maps else "kl")
     return PruneConfig(**pruning), DistillConfig(**training)
 
 
@@ -179,7 +170,12 @@ def _prepared(
 ) -> tuple[str, dict[str, Any]]:
     """The source of a model, and what `cpd.compress` is given of objects."""
     source, built, example_inputs = build(model, input_size, pretrained)
-    given = {"model": built, "example_inputs": example_inputs, **images.load(built, example_inputs)}
+    given = {"model": built, "example_inputs": example_inputs}
+    if images.folder is not None:
+        loaded = images.load(built, example_inputs)
+        given |= {"data": loaded.training, "calibration": loaded.plain}
+        if loaded.evaluate is not None:
+            given["evaluate"] = loaded.evaluate
     if teacher is not None:
         given["teacher"] = build_teacher(teacher, pretrained)
     return str(source), given
@@ -200,18 +196,19 @@ def quantize(
     workers: Workers = WORKERS,
     threads: Threads = 1,
     seconds: Seconds = 20.0,
+    mean: Mean = None,
+    std: Std = None,
     seed: Seed = 0,
     input_size: InputSize = None,
 ) -> Output:
     """Bring a compressed model to INT8, compare it with the float one, and time pruning, quantization and both."""
     import cpd
-    from cpd.cli.folders import image_folders, load_folder
     from cpd.model.recorded import rebuilt
     from cpd.model.sources import resolve
     from cpd.report.artifacts import read_document
 
-    folders = image_folders(data)
-    document = read_document(folder)
+    images = Images(data, batch_size, workers, seed, mean=mean, std=std)
+    document = read_document(result_folder(folder))
     name = model or document["source"] or document["model_class"]
 
     def fresh() -> nn.Module:
@@ -221,9 +218,10 @@ def quantize(
 
     original, pruned = fresh().eval(), cpd.load(folder, fresh())
     example_inputs = example_inputs_of(original, name, input_size)
-    loader, evaluate = load_folder(pruned, folders, example_inputs, batch_size=batch_size, workers=workers, seed=seed)
+    loaded = images.load(pruned, example_inputs)
     found = cpd.quantize_onnx(
-        folder / "model.onnx", loader, output or folder / "model.int8.onnx", original=original, evaluate=evaluate,
+        folder / "model.onnx", loaded.plain, output or folder / "model.int8.onnx", original=original,
+        evaluate=loaded.evaluate,
         calibration=calibration, limit=limit, threads=threads, seconds=seconds,
     )  # fmt: skip
     return Output(found.to_dict(), (latency_table(found.latency), found.summary()))

@@ -5,11 +5,16 @@ torch and timm are imported inside the functions, so that `cpd --help` answers a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cpd.cli.arguments import parse_numbers
 from cpd.errors import InputError
+from cpd.model.metric import named
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -17,6 +22,13 @@ if TYPE_CHECKING:
 
 TRAIN_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("val", "validation", "valid", "test")
+
+#: How training images are changed at random.
+AUGMENTATIONS = ("none", "light", "imagenet")
+#: Of light augmentation: the share of an image that is cut out, its height to its width; factors of label maps.
+LIGHT_SCALE, LIGHT_RATIO, LIGHT_SCALES = (0.7, 1.0), (6 / 7, 7 / 6), (0.8, 1.25)
+
+log = logging.getLogger("cpd.cli")
 
 
 def image_folders(root: Path) -> tuple[Path, Path | None]:
@@ -38,144 +50,240 @@ def image_folders(root: Path) -> tuple[Path, Path | None]:
     return train, validation
 
 
-def load_folder(
-    model: nn.Module, folders: tuple[Path, Path | None], example_inputs: Any, **loading: Any
-) -> tuple[DataLoader[Any], Callable[[nn.Module], float] | None]:
-    """`load_maps` where there are label maps, else `load_images`; arguments and errors are theirs."""
-    from cpd.segmentation import has_maps
+@dataclass(frozen=True)
+class Loaded:
+    """A folder of images, as batches.
 
-    load = load_maps if has_maps(folders[0]) else load_images
-    return load(model, folders, example_inputs, **loading)
+    Attributes:
+        training: batches of training images, augmented.
+        plain: batches of the same images as the model meets them in use.
+        evaluate: the metric on the validation images; None where there are none.
+    """
+
+    training: DataLoader[Any]
+    plain: DataLoader[Any]
+    evaluate: Callable[[nn.Module], float] | None
 
 
-def load_images(
-    model: nn.Module,
-    folders: tuple[Path, Path | None],
-    example_inputs: Any,
-    *,
-    batch_size: int,
-    workers: int,
-    seed: int,
-    augmentation: Mapping[str, Any] | None = None,
-) -> tuple[DataLoader[Any], Callable[[nn.Module], float] | None]:
-    """A loader of the training images, and the accuracy on the validation images where there are any.
+@dataclass(frozen=True)
+class Images:
+    """How images are loaded; checked on construction.
 
-    Args:
-        model: names its own preprocessing, if it is timm's; ImageNet's otherwise.
-        folders: of training and of validation images.
-        example_inputs: [1, C, H, W], the size that images are brought to.
+    Attributes:
+        folder: holds them; None: there are none.
         batch_size: images a step.
         workers: processes that load images.
         seed: of the order of the images.
-        augmentation: further arguments of `timm.data.create_transform` for the training images.
+        augment: one of `AUGMENTATIONS`.
+        auto_augment: a policy of timm beside it.
+        random_erasing: chance that a patch of an image is erased.
+        mean: of each channel, with commas between; None: the model's own.
+        std: likewise.
 
     Raises:
-        InputError: if the model takes no images, or the folders' classes are not the model's or not each other's.
+        InputError: if one of them is not what it may be, or they contradict each other.
     """
-    import torch
-    from torch.utils.data import DataLoader
 
-    if not isinstance(example_inputs, torch.Tensor) or example_inputs.dim() != 4:
-        raise InputError(
-            f"--data reads folders of images for classifiers; {type(model).__name__} takes something else. "
-            "Call cpd.compress(model, data=your_loader, loss=…) from Python."
+    folder: Path | None
+    batch_size: int = 64
+    workers: int = 0
+    seed: int = 0
+    augment: str = "none"
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    mean: str | None = None
+    std: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.augment not in AUGMENTATIONS:
+            raise InputError(f"--augment must be one of {', '.join(AUGMENTATIONS)}; got {self.augment!r}.")
+        if self.augment == "none" and self._more:
+            raise InputError("--auto-augment and --random-erasing augment further: take --augment light or imagenet.")
+        if (self.mean is None) != (self.std is None):
+            raise InputError("--mean and --std belong together: give both, or neither for the model's own.")
+        for name in ("mean", "std"):
+            numbers = self._numbers(name)
+            if numbers is not None and (len(numbers) not in (1, 3) or (name == "std" and min(numbers) <= 0)):
+                wanted = "one number, or three with commas between" + ", above 0" * (name == "std")
+                raise InputError(f"--{name} takes {wanted}, as in 0.485,0.456,0.406; got {getattr(self, name)!r}.")
+        if self.folder is not None:
+            image_folders(self.folder)
+
+    @property
+    def _more(self) -> bool:
+        return self.auto_augment is not None or self.random_erasing > 0
+
+    def _numbers(self, name: str) -> list[float] | None:
+        given = getattr(self, name)
+        return None if given is None else parse_numbers(given, f"--{name}")
+
+    @property
+    def have_maps(self) -> bool:
+        """Whether there are label maps, rather than a folder a class."""
+        from cpd.segmentation import has_maps
+
+        return self.folder is not None and has_maps(image_folders(self.folder)[0])
+
+    def load(self, model: nn.Module, example_inputs: Any) -> Loaded:
+        """Batches of the images, of the size and the channels of the example inputs, [1, C, H, W].
+
+        Raises:
+            InputError: if the model takes no images, or the folders' classes are not the model's or each other's.
+        """
+        import torch
+        from torch.utils.data import DataLoader
+
+        assert self.folder is not None
+        if not isinstance(example_inputs, torch.Tensor) or example_inputs.dim() != 4:
+            raise InputError(
+                f"--data reads folders of images; {type(model).__name__} takes something else. "
+                "Call cpd.compress(model, data=your_loader, loss=…) from Python."
+            )
+        folders, config = image_folders(self.folder), self._preprocessing(model, example_inputs)
+        of = self._maps if self.have_maps else self._classes
+        training, plain, validation, evaluate = of(model, folders, example_inputs, config)
+        if validation is None:
+            return Loaded(self._shuffled(training), self._shuffled(plain), None)
+        images: DataLoader[Any] = DataLoader(validation, batch_size=self.batch_size, num_workers=self.workers)
+        return Loaded(self._shuffled(training), self._shuffled(plain), partial(evaluate, images=images))
+
+    def _preprocessing(self, model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
+        """The arguments of timm's transforms: those given, those of the model's own weights, else ImageNet's."""
+        from timm.data import resolve_data_config
+
+        _, channels, height, width = example_inputs.shape
+        if channels not in (1, 3):
+            raise InputError(f"Image files have 1 or 3 channels, the model takes {channels}.")
+        config: dict[str, Any] = resolve_data_config({"input_size": (channels, height, width)}, model=model)
+        own = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+        whose = "the model's own" if "mean" in own else "ImageNet's"
+        for name in ("mean", "std"):
+            given = self._numbers(name)
+            if given is not None:
+                whose = "as given"
+                if len(given) > channels:
+                    raise InputError(f"--{name} holds {len(given)} numbers, the model takes {channels} channel.")
+                config[name] = tuple(given * channels)[:channels]
+            elif channels == 1 and len(config[name]) == 3:
+                config[name] = (sum(config[name]) / 3,)
+        mean, std = (", ".join(f"{number:.3g}" for number in config[name]) for name in ("mean", "std"))
+        log.info("Images: %d x %d pixels, mean %s, std %s (%s).", height, width, mean, std, whose)
+        return config
+
+    def _classes(
+        self, model: nn.Module, folders: tuple[Path, Path | None], example_inputs: Tensor, config: Mapping[str, Any]
+    ) -> tuple[Any, Any, Any, Callable[..., float]]:
+        """Training images augmented and plain, validation images, and the metric, of a folder a class."""
+        from timm.data import create_transform
+
+        plain = create_transform(**config)
+        training = plain if self.augment == "none" else create_transform(**config, **self._augmentation())
+        mode = "L" if example_inputs.shape[1] == 1 else "RGB"
+        augmented = read_classes(folders[0], training, mode)
+        _check_classes(model, folders[0], augmented.classes, example_inputs)
+        validation = None if folders[1] is None else read_classes(folders[1], plain, mode)
+        if validation is not None and validation.classes != augmented.classes:
+            raise InputError(f"{folders[0]} and {folders[1]} hold different classes (folder names).")
+        return augmented, replace(augmented, transform=plain), validation, accuracy
+
+    def _augmentation(self) -> dict[str, Any]:
+        """Arguments of `timm.data.create_transform` for training images."""
+        more = {"is_training": True, "auto_augment": self.auto_augment, "re_prob": self.random_erasing}
+        if self.augment == "imagenet":
+            return more
+        return {**more, "scale": LIGHT_SCALE, "ratio": LIGHT_RATIO, "color_jitter": None}
+
+    def _maps(
+        self, model: nn.Module, folders: tuple[Path, Path | None], example_inputs: Tensor, config: Mapping[str, Any]
+    ) -> tuple[Any, Any, Any, Callable[..., float]]:
+        """Training images augmented and plain, validation images, and the metric, of images with label maps."""
+        import torch
+
+        from cpd.model.inputs import evaluating, logits
+        from cpd.segmentation import SCALES, SegmentationFolder
+
+        if self._more:
+            raise InputError("--auto-augment and --random-erasing are for folders of classes, not for label maps.")
+        with torch.no_grad(), evaluating(model):
+            shape = logits(model(example_inputs)).shape
+        if len(shape) != 4:
+            raise InputError(f"{folders[0]} holds label maps, but the model gives {list(shape)}, no map of classes.")
+        size = (int(example_inputs.shape[2]), int(example_inputs.shape[3]))
+
+        def maps(folder: Path, augment: str) -> SegmentationFolder:
+            return SegmentationFolder(
+                folder, shape[1], size, training=augment != "none", mean=config["mean"], std=config["std"],
+                scales=SCALES if augment == "imagenet" else LIGHT_SCALES,
+            )  # fmt: skip
+
+        validation = None if folders[1] is None else maps(folders[1], "none")
+        evaluate = partial(overlap, classes=shape[1])
+        return maps(folders[0], self.augment), maps(folders[0], "none"), validation, evaluate
+
+    def _shuffled(self, dataset: Any) -> DataLoader[Any]:
+        """Batches in a new order each time; without the rest that would make a small batch."""
+        import torch
+        from torch.utils.data import DataLoader
+
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=True,
+            num_workers=self.workers,
+            drop_last=len(dataset) > self.batch_size,
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
-    training = _dataset(model, folders[0], example_inputs, is_training=True, **(augmentation or {}))
-    _check_classes(model, folders[0], training, example_inputs)
-    loader = _shuffled(training, batch_size, workers, seed)
-    if folders[1] is None:
-        return loader, None
-    validation = _dataset(model, folders[1], example_inputs)
-    if validation.reader.class_to_idx != training.reader.class_to_idx:
-        raise InputError(f"{folders[0]} and {folders[1]} hold different classes (folder names).")
-    images: DataLoader[Any] = DataLoader(validation, batch_size=batch_size, num_workers=workers)
-    return loader, lambda candidate: accuracy(candidate, images)
+
+@dataclass(frozen=True)
+class ClassFolder:
+    """Images of one folder a class, and the numbers of their classes.
+
+    Attributes:
+        samples: (file, number of its class).
+        classes: {folder: number of the class}.
+        transform: from a PIL image to a tensor.
+        mode: what PIL converts an image to: "RGB" or "L".
+    """
+
+    samples: Sequence[tuple[str, int]]
+    classes: Mapping[str, int]
+    transform: Callable[[Any], Tensor]
+    mode: str
+
+    def __len__(self) -> int:
+        """How many images there are."""
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One image and its class; raises `InputError` if it cannot be read."""
+        from cpd.segmentation import opened
+
+        path, label = self.samples[index]
+        return self.transform(opened(path, self.mode)), label
 
 
-def load_maps(
-    model: nn.Module,
-    folders: tuple[Path, Path | None],
-    example_inputs: Any,
-    *,
-    batch_size: int,
-    workers: int,
-    seed: int,
-) -> tuple[DataLoader[Any], Callable[[nn.Module], float] | None]:
-    """A loader of the training images with their label maps, and the mean IoU on the validation images, if any.
-
-    Args:
-        model: gives logits `[1, classes, H, W]` of the example inputs; labels from `classes` on are ignored.
-        folders: as for `load_images`, each with images/ and labels/.
-        example_inputs: [1, 3, H, W], the size that images are brought to.
-        batch_size: images a step.
-        workers: processes that load images.
-        seed: of the order of the images.
+def read_classes(folder: Path, transform: Callable[[Any], Tensor], mode: str) -> ClassFolder:
+    """The images of a folder, one folder a class, as timm numbers them.
 
     Raises:
-        InputError: if the model gives no maps of classes, or a folder is not complete.
+        InputError: if it holds no images, or of one class only.
     """
-    import torch
-    from torch.utils.data import DataLoader
+    from timm.data import create_dataset
 
-    from cpd.model.inputs import evaluating, logits
-    from cpd.segmentation import SegmentationFolder, mean_iou
-
-    with torch.no_grad(), evaluating(model):
-        shape = logits(model(example_inputs)).shape
-    if len(shape) != 4:
-        raise InputError(f"{folders[0]} holds label maps, but the model gives {list(shape)}, no map of classes.")
-    from timm.data import resolve_data_config
-
-    config = resolve_data_config({"input_size": tuple(example_inputs.shape[1:])}, model=model)
-    size = (int(example_inputs.shape[2]), int(example_inputs.shape[3]))
-
-    def maps(folder: Path, training: bool) -> SegmentationFolder:
-        return SegmentationFolder(folder, shape[1], size, training=training, mean=config["mean"], std=config["std"])
-
-    training = maps(folders[0], True)
-    loader = _shuffled(training, batch_size, workers, seed)
-    if folders[1] is None:
-        return loader, None
-    images: DataLoader[Any] = DataLoader(maps(folders[1], False), batch_size=batch_size, num_workers=workers)
-    return loader, lambda candidate: mean_iou(candidate, images, shape[1])
-
-
-def _shuffled(dataset: Any, batch_size: int, workers: int, seed: int) -> DataLoader[Any]:
-    """Batches of training images in a new order each time; without the rest that would make a small batch."""
-    import torch
-    from torch.utils.data import DataLoader
-
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=True,
-        num_workers=workers,
-        drop_last=len(dataset) > batch_size,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def _dataset(model: nn.Module, folder: Path, example_inputs: Tensor, **transform: Any) -> Any:
-    """A folder of images through timm's reader and transforms."""
-    from timm.data import create_dataset, create_transform, resolve_data_config
-
-    channels = example_inputs.shape[1]
-    if channels not in (1, 3):
-        raise InputError(f"Image files have 1 or 3 channels, the model takes {channels}.")
-    config = resolve_data_config({"input_size": tuple(example_inputs.shape[1:])}, model=model)
-    if channels == 1 and len(config["mean"]) == 3:
-        config |= {key: (sum(config[key]) / 3,) for key in ("mean", "std")}
-    mode = "L" if channels == 1 else "RGB"
     try:
-        dataset = create_dataset("", root=str(folder), search_split=False, input_img_mode=mode)
+        reader = create_dataset("", root=str(folder), search_split=False).reader
     except RuntimeError as error:
         raise InputError(f"{folder} holds no images that can be read: {error}") from error
-    dataset.transform = create_transform(**config, **transform)
-    return dataset
+    if len(reader.class_to_idx) < 2:
+        raise InputError(
+            f"{folder} holds images of one class alone ({', '.join(reader.class_to_idx)}/): one folder a class is "
+            "wanted, and at least two of them."
+        )
+    return ClassFolder(tuple(reader.samples), dict(reader.class_to_idx), transform, mode)
 
 
-def _check_classes(model: nn.Module, folder: Path, dataset: Any, example_inputs: Tensor) -> None:
+def _check_classes(model: nn.Module, folder: Path, found: Mapping[str, int], example_inputs: Tensor) -> None:
     """Labels are numbered by folder; they mean something to the model only if it has as many outputs."""
     import torch
 
@@ -183,7 +291,7 @@ def _check_classes(model: nn.Module, folder: Path, dataset: Any, example_inputs:
 
     with torch.no_grad():
         outputs = logits(model(example_inputs)).shape[1]
-    classes = len(dataset.reader.class_to_idx)
+    classes = len(found)
     if classes != outputs:
         raise InputError(
             f"{folder} holds {classes} classes (folders), the model has {outputs} outputs. Give a model trained on "
@@ -191,8 +299,9 @@ def _check_classes(model: nn.Module, folder: Path, dataset: Any, example_inputs:
         )
 
 
+@named("top-1 accuracy [%]")
 def accuracy(model: nn.Module, images: Iterable[Any]) -> float:
-    """Share of the images [0 to 1] whose highest logit is the label's; the model's mode is left as found."""
+    """Per cent of the images whose highest logit is the label's; the model's mode is left as found."""
     import torch
 
     from cpd.model.inputs import batches, device_of, evaluating, logits, move
@@ -204,4 +313,12 @@ def accuracy(model: nn.Module, images: Iterable[Any]) -> float:
             predicted = logits(batch.to(device).on(model)).argmax(1)
             right += int((predicted == move(target, device)).sum())
             total += len(target)
-    return right / total
+    return 100 * right / total
+
+
+@named("mean IoU [%]")
+def overlap(model: nn.Module, images: Iterable[Any], classes: int) -> float:
+    """`cpd.segmentation.mean_iou`, which is loaded when it is called."""
+    from cpd.segmentation import mean_iou
+
+    return mean_iou(model, images, classes)

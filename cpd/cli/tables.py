@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from cpd.model.metric import title, written
+
 if TYPE_CHECKING:
     from cpd.coupling.cost import FrozenShare
     from cpd.deploy.latency import LatencyTable
@@ -23,9 +25,7 @@ PLACES_SHOWN = 2
 def sensitivity_table(found: Sensitivity) -> Table:
     """A row a group, a column a ratio: the loss, or the metric where there is one."""
     name = found.shown
-    before = getattr(found, name, None)
-    now = "" if before is None else f" (now {before:.4g})"
-    table = Table(title=f"{name} when a group alone loses this share{now}")
+    table = Table(title=f"{found.heading('now')}, when a group alone loses this share")
     table.add_column("group")
     table.add_column("size", justify="right")
     for ratio in sorted({point.ratio for point in found.points}):
@@ -65,10 +65,10 @@ def profile_table(found: ModelProfile) -> Table:
 def sweep_table(found: Sweep) -> Table:
     """One row a speed-up."""
     table = Table()
-    for column in ("asked", "measured", "ms", "MACs left", "parameters left", "metric"):
+    for column in ("asked", "measured", "ms", "MACs left", "parameters left", title(found.metric_name)):
         table.add_column(column, justify="right")
     if (whole := found.original) is not None:
-        table.add_row("original", "1", f"{whole.latency_ms or 0:.3g}", "100%", "100%", _number(whole.metric))
+        table.add_row("original", "1", f"{whole.latency_ms or 0:.3g}", "100%", "100%", _metric(found, whole.metric))
     for point in found.points:
         if (figures := point.figures) is None or whole is None:
             table.add_row(f"{point.asked:g}", "out of reach", "", "", "", "")
@@ -76,13 +76,13 @@ def sweep_table(found: Sweep) -> Table:
         table.add_row(
             f"{point.asked:g}", f"{point.speedup:.2f}", f"{figures.latency_ms:.3g}",
             f"{figures.macs / max(whole.macs, 1):.1%}", f"{figures.parameters / max(whole.parameters, 1):.1%}",
-            _number(figures.metric),
+            _metric(found, figures.metric),
         )  # fmt: skip
     return table
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+def _metric(found: Sweep, value: float | None) -> str:
+    return "-" if value is None else written(found.metric_name, value)
 
 
 def figures_table(report: Report) -> Table:

@@ -39,6 +39,9 @@ def in_options(message: str, given: Collection[str]) -> str:
     names = [name for name in given if "_" in name]
     if names:
         text = re.sub(rf"(?<![\w./-])({'|'.join(names)})(?![\w=/-]|\.\w)", lambda match: option(match[1]), text)
-    return re.sub(
-        r"^([a-z]+)(?= must be | takes )", lambda match: option(match[1]) if match[1] in given else match[1], text
+    text = re.sub(
+        r"^([a-z]+)(?= must be | takes )|(?<=\bleave )([a-z]+)(?= out\b)",
+        lambda match: option(match[0]) if match[0] in given else match[0],
+        text,
     )
+    return re.sub(r"(--[\w-]+) \(\1\)", r"\1", text)  # where the library names the option itself

@@ -28,6 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cpd.deploy.latency import environment
 from cpd.deploy.profiling import profile_nodes
+from cpd.model.progress import part
 
 log = logging.getLogger("cpd")
 
@@ -212,31 +213,26 @@ class KernelTimes:
             found *= self._along(anchor, name, changed[name]) / self._along(anchor, name, getattr(anchor, name))
         return found
 
-    def prepare(
-        self, anchors: Iterable[tuple[Kernel, Sequence[str]]], tick: Callable[[int, int], None] | None = None
-    ) -> None:
+    def prepare(self, anchors: Iterable[tuple[Kernel, Sequence[str]]]) -> None:
         """Measure what `time` will need, many at once.
 
         Args:
             anchors: kernels at the widths of the unpruned model, and which of their widths may change.
-            tick: called with how many of how many are done.
         """
         wanted = []
         for anchor, names in anchors:
             for name in names:
                 wanted += [anchor.at(**{name: width}) for width in _grid(getattr(anchor, name))]
-        self.measure(wanted, tick)
+        self.measure(wanted)
 
-    def measure(self, kernels: Iterable[Kernel], tick: Callable[[int, int], None] | None = None) -> None:
+    def measure(self, kernels: Iterable[Kernel]) -> None:
         """Measure those of some kernels that are not known, and write the file."""
         missing = [kernel for kernel in dict.fromkeys(kernels) if self._key(kernel) not in self._known]
-        done = 0
-        for chunk in _chunks(missing):
-            for kernel, ms in zip(chunk, _measured(chunk, self.threads), strict=True):
-                self._known[self._key(kernel)] = ms
-            done += len(chunk)
-            if tick is not None:
-                tick(done, len(missing))
+        with part("kernels", len(missing), undisturbed=True) as measuring:
+            for chunk in _chunks(missing):
+                for kernel, ms in zip(chunk, _measured(chunk, self.threads), strict=True):
+                    self._known[self._key(kernel)] = ms
+                measuring.advance(len(chunk))
         if missing:
             self._known = _write(self.path, self._known)
 

@@ -26,6 +26,7 @@ from cpd.deploy.profiling import NodeTime, profile_nodes
 from cpd.errors import of_the_user
 from cpd.model.arguments import INPUTS
 from cpd.model.inputs import as_call
+from cpd.model.progress import Part, part
 from cpd.options import SECONDS, THREADS, Check, checked, choice, integer, number
 
 Times = np.ndarray[Any, np.dtype[np.float64]]
@@ -254,7 +255,7 @@ def measure_latency(
     for backend in map(partial(_backend, threads=threads), backends):
         for name, model in models.items():
             names.append((name, backend.name))
-            with of_the_user(f"The backend {backend.name}", f"when it opened {name}"):
+            with part(f"export {name}"), of_the_user(f"The backend {backend.name}", f"when it opened {name}"):
                 runners.append(_Runner(backend.open(model, call)))
     with of_the_user("A backend", "while it ran a model"):
         times = _time_rounds(runners, seconds, min_runs, precision)
@@ -393,6 +394,11 @@ def _time_rounds(runners: Sequence[_Runner], seconds: float, min_runs: int, prec
     """
     for runner in runners:
         runner.warm_up()
+    with part("timing", seconds, undisturbed=True) as timing:
+        return _rounds(runners, seconds, min_runs, precision, timing)
+
+
+def _rounds(runners: Sequence[_Runner], seconds: float, min_runs: int, precision: float, timing: Part) -> Times:
     times: list[list[float]] = []
     deadline = time.perf_counter() + seconds
     look = min_runs
@@ -402,6 +408,7 @@ def _time_rounds(runners: Sequence[_Runner], seconds: float, min_runs: int, prec
             index = (len(times) + offset) % len(runners)
             row[index] = runners[index].sample()
         times.append(row)
+        timing.advance(timing.seconds - timing.done)
         if len(times) < min_runs:
             continue
         if len(times) >= look:

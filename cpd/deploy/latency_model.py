@@ -8,7 +8,7 @@ which is what memory-bound operations follow. Candidates that were exported and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.profiling import NodeTime
 from cpd.deploy.workload import Contraction, Workload, workload
 from cpd.model.arguments import INPUTS, MODEL
+from cpd.model.progress import part
 from cpd.model.tensors import copy_of
 from cpd.options import SECONDS, SEED, THREADS, checked, integer
 from cpd.surgery.shrink import shrink
@@ -66,7 +67,6 @@ class LatencyModel:
         comb: the comb of the model.
         nodes: its profile, unpruned.
         times: times of kernels.
-        tick: called with how many of how many kernels are measured.
 
     Attributes:
         original_ms: the sum of the times of all nodes, unpruned; little is spent between them.
@@ -78,7 +78,6 @@ class LatencyModel:
         comb: Comb,
         nodes: Sequence[NodeTime],
         times: KernelTimes,
-        tick: Callable[[int, int], None] | None = None,
     ) -> None:
         work = workload(comb.context)
         self.shares = _assigned(nodes, work)
@@ -93,7 +92,7 @@ class LatencyModel:
         self._sums = ProductSums([*products, *own], [[weight] for weight in (*weights, *(0.0 for _ in own))], figures=1)
         self._items = [_Item(item, ms, self._sums.places) for item, ms in moving]
         self._users = {axis: [item for item in self._items if axis in item.axes] for axis in self._sums.axes}
-        times.prepare([(item.anchor, _open(item)) for item, _ in moving], tick)
+        times.prepare([(item.anchor, _open(item)) for item, _ in moving])
         alone = {item: times.time(item.contraction.anchor, item.contraction.anchor) for item in self._items}
         self._pace = sum(item.ms for item in self._items) / max(sum(alone.values()), 1e-9)
         self._excess = {item: item.ms - self._pace * alone[item] for item in self._items}
@@ -372,8 +371,10 @@ def profile_model(
         >>> costly.half_ms < costly.ms  # predicted, at half of every width that can change
         True
     """
-    combed = make_comb(model, example_inputs)
-    probe = LatencyProbe(model, example_inputs, threads=threads)
+    with part("comb"):
+        combed = make_comb(model, example_inputs)
+    with part("export"):
+        probe = LatencyProbe(model, example_inputs, threads=threads)
     nodes, times = probe.profile(), KernelTimes(threads)
     latency = LatencyModel(combed, nodes, times)
     half = latency.by_share({group.axis: max(group.minimum, group.size // 2) for group in combed.open})
@@ -382,7 +383,7 @@ def profile_model(
         entry = operators.setdefault(share.op, [0, 0.0, 0.0])
         entry[:] = entry[0] + share.nodes, entry[1] + share.ms, entry[2] + ms
     rows = sorted((OperatorTime(op, int(n), ms, h) for op, (n, ms, h) in operators.items()), key=lambda row: -row.ms)
-    rng, checks = np.random.default_rng(seed), []
+    rng, checks = np.random.default_rng(seed), list[Checked]()
     for _ in range(check):
         least = rng.uniform(0.25, 0.9)
         keep = {
@@ -392,7 +393,8 @@ def profile_model(
         plan = combed.plan(keep)
         counts = {group.axis: len(plan.groups[group.name]) for group in combed.groups}
         expected = latency.speedup(counts)
-        measured = probe.compare(shrink(copy_of(model), plan), seconds=seconds, precision=0.01).speedup
+        with part(f"narrower copy {len(checks) + 1} of {check}"):
+            measured = probe.compare(shrink(copy_of(model), plan), seconds=seconds, precision=0.01).speedup
         left = combed.cost(counts).macs / max(combed.cost({}).macs, 1)
         checks.append(Checked(left, expected, measured))
     return ModelProfile(latency.original_ms, threads, tuple(rows), len(times), str(times.path), tuple(checks))

@@ -16,6 +16,7 @@ from typing import Any
 
 from cpd.deploy.export import OnnxSource, open_session, run_session
 from cpd.errors import InputError
+from cpd.model.progress import part
 
 Shape = tuple[int, ...]
 
@@ -61,7 +62,7 @@ def profile_nodes(
         folder = tempfile.TemporaryDirectory(prefix="cpd-profile-")
     except OSError as error:
         raise InputError(f"ONNX Runtime's profile needs a temporary folder: {error}.") from error
-    with folder as name:
+    with folder as name, part("profile", undisturbed=True):
         session = open_session(model, threads, profile=Path(name, "profile"))
         runs, start = 0, 0.0
         while runs < _WARM_UP_RUNS + min_runs or time.perf_counter() - start < seconds:

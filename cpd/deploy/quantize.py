@@ -29,6 +29,8 @@ from cpd.deploy.latency import LatencyTable, measure_latency
 from cpd.errors import ExportError, InputError, first_line
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import Call, batches, evaluated
+from cpd.model.metric import UNNAMED, metric_name, told, written
+from cpd.model.progress import part
 from cpd.options import EVALUATE, FLAG, LIMIT, PATH, SECONDS, THREADS, Check, checked, choice
 from cpd.trace.quiet import quiet
 
@@ -51,6 +53,7 @@ class Quantized:
         latency: medians and ratios of "original", "original int8" (where the original was given), "float" and "int8".
         bytes: the size of the file, and of the float model.
         bytes_float: that of the float one.
+        metric_name: what `evaluate` gives, with its unit in brackets.
     """
 
     path: Path
@@ -61,6 +64,7 @@ class Quantized:
     latency: LatencyTable
     bytes: int
     bytes_float: int
+    metric_name: str = UNNAMED
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for `json.dumps`."""
@@ -69,7 +73,9 @@ class Quantized:
     def summary(self) -> str:
         """Parity, agreement, metrics and size in a sentence."""
         agreement = "" if self.agreement is None else f", the same class in {self.agreement:.1%} of the samples"
-        metric = "" if self.metric is None else f"; metric {self.metric:.4g} (float {self.metric_float:.4g})"
+        metric = ""
+        if self.metric is not None and self.metric_float is not None:
+            metric = f"; {told(self.metric_name, self.metric)} (float {written(self.metric_name, self.metric_float)})"
         return (
             f"Outputs differ by {self.parity:.2g} of the largest{agreement}{metric}. {self.path}: "
             f"{self.bytes / 1e6:.1f} MB (float {self.bytes_float / 1e6:.1f} MB)."
@@ -145,7 +151,8 @@ def quantize_onnx(
     content = _content(model)
     session = open_session(content)
     samples = list(_samples(session, data, limit))
-    int8 = _quantized(content, samples, calibration, per_channel, exclude)
+    with part("quantize"):
+        int8 = _quantized(content, samples, calibration, per_channel, exclude)
     parity, agreement = _compared(session, int8, samples)
     models: dict[str, Any] = {"float": content, "int8": int8}
     call = Call((), {name: torch.from_numpy(array) for name, array in samples[0].items()})
@@ -154,14 +161,16 @@ def quantize_onnx(
         whole = export_bytes(original, first) if isinstance(original, nn.Module) else _content(original)
         names = [item.name for item in open_session(whole).get_inputs()]
         renamed = [dict(zip(names, sample.values(), strict=True)) for sample in samples]
-        models = {"original": whole, "original int8": _quantized(whole, renamed, calibration, per_channel, exclude)}
+        with part("quantize the original"):
+            models = {"original": whole, "original int8": _quantized(whole, renamed, calibration, per_channel, exclude)}
         models.update({"float": content, "int8": int8})
         call = first
     latency = measure_latency(models, call, threads=threads, seconds=seconds)
-    metric, metric_float = (
-        evaluated(evaluate, OnnxModule(source), f"of the {name} ONNX model")
-        for name, source in (("INT8", int8), ("float", content))
-    )
+    with part("evaluate"):
+        metric, metric_float = (
+            evaluated(evaluate, OnnxModule(source), f"of the {name} ONNX model")
+            for name, source in (("INT8", int8), ("float", content))
+        )
     draft = target.with_name(f".{target.name}.part")
     try:
         draft.write_bytes(int8)
@@ -169,7 +178,8 @@ def quantize_onnx(
     except OSError as error:
         draft.unlink(missing_ok=True)
         raise InputError(f"{target} cannot be written: {error}.") from error
-    return Quantized(target, parity, agreement, metric, metric_float, latency, len(int8), len(content))
+    sizes = len(int8), len(content)
+    return Quantized(target, parity, agreement, metric, metric_float, latency, *sizes, metric_name(evaluate))
 
 
 class OnnxModule(nn.Module):
@@ -199,8 +209,8 @@ class OnnxModule(nn.Module):
 def _samples(session: Any, data: Iterable[Any], limit: int) -> Iterator[Arrays]:
     """The inputs of the model, batch by batch, in parts as large as its own batch."""
     for batch in batches(data, limit):
-        for part in _parts(session, batch.call):
-            yield feed(session, part)
+        for call in _parts(session, batch.call):
+            yield feed(session, call)
 
 
 def _parts(session: Any, call: Call) -> Iterator[Call]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from cpd.errors import InputError
+from cpd.model.metric import told
 from cpd.options import SEED, Check, check_options, choice, flag, instance, integer, number, option, with_help
 
 DEFAULT_LR = {"sgd": 0.01, "adamw": 5e-4}
@@ -110,8 +111,13 @@ class DistillConfig:
     max_grad_norm: float | None = option(
         5.0, _POSITIVE, "L2 norm to which the gradient of all parameters is clipped; None: no clipping.", optional=True
     )
+    keep_best: bool = option(
+        True, flag(),
+        "Keep the weights that do best by `evaluate`, of those before the training and after each epoch (once all "
+        "pruning is done); otherwise, and without `evaluate`, the last.",
+    )  # fmt: skip
     seed: int = option(0, SEED, "Seed of the training; global random states are as before after it.")
-    progress: bool | None = option(None, flag(), "Whether a progress bar is shown. Default: if stderr is a terminal.")
+    progress: bool | None = option(None, flag(), "Whether a progress line is shown. Default: if stderr is a terminal.")
 
     def __post_init__(self) -> None:
         """Check every field."""
@@ -167,6 +173,7 @@ class EpochRecord:
         lr: the learning rate at the last step.
         steps_per_second: optimizer steps a second; evaluation, shrinks and checkpoints are not counted.
         metric: what `evaluate` returned; None without it.
+        kept: whether the student has the weights after this epoch now.
     """
 
     epoch: int
@@ -176,6 +183,7 @@ class EpochRecord:
     lr: float
     steps_per_second: float
     metric: float | None = None
+    kept: bool = False
 
     def __str__(self) -> str:
         """One line of a log."""
@@ -183,6 +191,11 @@ class EpochRecord:
         told = ", ".join(f"{name} {value:.4g}" for name, value in parts if value is not None)
         metric = "" if self.metric is None else f", metric {self.metric:.4g}"
         return f"Epoch {self.epoch}: loss {self.loss:.4g} ({told}){metric}, {self.steps_per_second:.3g} steps/s"
+
+    def told(self, metric: str, epochs: int) -> str:
+        """A short line of a log, with the metric by its name."""
+        found = "" if self.metric is None else f"{told(metric, self.metric)}, "
+        return f"Epoch {self.epoch} of {epochs}: {found}loss {self.loss:.4g}, {self.steps_per_second:.3g} steps/s"
 
     def to_dict(self) -> dict[str, float | int | None]:
         """The fields by name, ready for JSON."""

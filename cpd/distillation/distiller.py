@@ -1,7 +1,7 @@
 """Distill: a narrower student is trained back against the unpruned teacher, `L = L_task + weight * L_KD`.
 
 Reading order: the settings (`config`), `distill`, and the loop that it runs. The parts of the loss are in `losses`,
-what is restored after a training in `accelerator`. Devices, mixed precision and DDP are left to `accelerate`.
+what is restored after a training in `accelerator`, what is kept in `best`. Devices, mixed precision, DDP: `accelerate`.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ from __future__ import annotations
 import gc
 import logging
 import math
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from statistics import fmean
@@ -21,22 +20,24 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from cpd import processes
 from cpd.distillation.accelerator import Trainee, accelerating, placed
+from cpd.distillation.best import Best
 from cpd.distillation.config import TRAINING, DistillConfig, EpochRecord, Progressed
 from cpd.distillation.kd import Distillation
+from cpd.distillation.mixing import Mixing
 from cpd.distillation.optimizers import lr_schedule, make_optimizer
 from cpd.distillation.request import CHECKPOINT, PRUNER, check_data, check_models, is_shared_out, steps_per_epoch
 from cpd.errors import CheckpointError, CPDError, InputError, TrainingError
 from cpd.files.checkpoint import Checkpoint
 from cpd.files.reading import conform
 from cpd.model.arguments import DATA, MODEL
-from cpd.model.inputs import Batch, Call, batches, evaluated, evaluating, logits
+from cpd.model.inputs import Batch, batches, evaluated
+from cpd.model.metric import metric_name
 from cpd.model.outputs import Outputs, reader
+from cpd.model.progress import Part, part, shown
 from cpd.model.task_loss import LossFunction, task_loss
 from cpd.model.tensors import named_tensors, restore, state_of
 from cpd.options import EVALUATE, LOSS, OUTPUTS, checked, or_none
@@ -55,9 +56,14 @@ class ShrinksWhileTrained(Protocol):
 
     Attributes:
         optimizer: whose state is sliced with the parameters; set by `distill`.
+        done: whether it will shrink the student no more.
     """
 
     optimizer: torch.optim.Optimizer | None
+
+    @property
+    def done(self) -> bool:
+        """Whether it will shrink the student no more."""
 
     def step(self) -> bool:
         """Note one optimizer step; shrink the student if it is time. True if it shrank."""
@@ -84,6 +90,7 @@ def distill(
     pruner: ShrinksWhileTrained | None = None,
     checkpoint: Checkpoint | None = None,
     outputs: Outputs | None = None,
+    before: float | None = None,
 ) -> list[EpochRecord]:
     """Train `student` in place against `teacher`: `task_loss + kd_weight * kd_loss`.
 
@@ -99,8 +106,9 @@ def distill(
         data: batches as `cpd.model.inputs.as_batch` takes them, in any iterable that can be iterated once an
             epoch. Without a length, the learning rate stands still in its first epoch.
         loss: the task's loss; inferred by `task_loss` if None.
-        evaluate: called after each epoch, without gradients, on the student in evaluation mode on the
-            training device (under DDP in every process); its number becomes `EpochRecord.metric`.
+        evaluate: called before the training and after each epoch, without gradients, on the student in evaluation
+            mode on the training device (under DDP in every process); its number becomes `EpochRecord.metric`, and
+            decides which weights the student has in the end (`keep_best`).
         config: the settings; `DistillConfig()` if None.
         pruner: of the student, which it shrinks on its schedule meanwhile; its optimizer is set.
         checkpoint: written at the start, at every shrink, every few minutes and at the end. If it has been read
@@ -109,9 +117,11 @@ def distill(
             generators, on the loader's or on `set_epoch`, all of which are seeded at each epoch).
         outputs: the parts of the output that the models are compared by, and an inferred loss is taken of, as in
             `cpd.comb`; None: its logits.
+        before: what `evaluate` gives of the student as it is, where that is known.
 
     Returns:
-        One record an epoch; empty for `epochs=0`, where nothing is read or changed.
+        One record an epoch, `kept` that whose weights the student has; empty for `epochs=0`, where nothing is read or
+        changed.
 
     Raises:
         InputError: if models, targets and outputs do not fit each other, or the machine not the config.
@@ -140,7 +150,7 @@ def distill(
         with placed(student, device), placed(reference, device):
             with nullcontext() if checkpoint is None else checkpoint.taken_up():
                 run = _Run(accelerator, student, reference, data, loss, config, pruner, checkpoint, reader(outputs))
-            return run.train(evaluate)
+            return run.train(evaluate, before)
 
 
 class _Run:
@@ -181,11 +191,12 @@ class _Run:
         #: Accelerate shares out a DataLoader, so that no process loads what another one takes.
         self.shard = accelerator.prepare_data_loader(data) if is_shared_out(data) else processes.Share(data)
         self.ema = self.averaged()
-        self.mix: Callable[[Any, Any], Any] | None = None
+        self.mixing = Mixing(config, read)
         #: Where the training stands: epochs behind, steps of this one, its losses, records of those behind.
         self.epoch, self.done = 0, 0
         self.sums: dict[str, list[float]] = {}
         self.records: list[EpochRecord] = []
+        self.best = Best()
 
     def averaged(self) -> ModelEmaV3 | None:
         """An average of the student's weights, which starts from what they are now."""
@@ -197,17 +208,19 @@ class _Run:
 
     # ------------------------------------------------------------------------------ the loop
 
-    def train(self, evaluate: Evaluate | None) -> list[EpochRecord]:
+    def train(self, evaluate: Evaluate | None, before: float | None) -> list[EpochRecord]:
         """All epochs; what an epoch that fails has done since the last shrink is undone."""
-        wanted = sys.stderr.isatty() if self.config.progress is None else self.config.progress
-        hidden = not (wanted and self.accelerator.is_main_process)
-        state = self.resumed()
-        with Progress(console=Console(stderr=True), disable=hidden) as bar:
-            while self.epoch < math.ceil(self.config.epochs):
+        state, epochs = self.resumed(), math.ceil(self.config.epochs)
+        if state is None and evaluate is not None and self.may_be_kept:
+            self.best.consider(
+                0, self.metric(evaluate, "before the training") if before is None else before, self.judged
+            )
+        with shown(self.config.progress if self.accelerator.is_main_process else False), self.part() as under_way:
+            while self.epoch < epochs:
                 self.kept = state_of(self.student)
                 try:
                     with seeded(self.data, self.config.seed + self.epoch):
-                        record = self.one_epoch(bar, state)
+                        record = self.one_epoch(under_way, state)
                     _check_weights(self.student, self.kept, self.epoch)
                 except CPDError:
                     restore(self.student, self.kept)
@@ -215,20 +228,24 @@ class _Run:
                 finally:
                     self.student.zero_grad(set_to_none=True)
                 self.records.append(self.evaluated(record, evaluate))
-                log.info("%s", self.records[-1])
+                log.info("%s", self.records[-1].told(metric_name(evaluate), epochs))
+                log.debug("%s", self.records[-1])
                 self.epoch, self.done, self.sums, state = self.epoch + 1, 0, {}, None
-        if self.ema is not None:
-            restore(self.student, state_of(self.ema.module))
+        self.keep(metric_name(evaluate))
         self.save()
         return self.records
 
-    def one_epoch(self, bar: Progress, state: Mapping[str, Any] | None) -> EpochRecord:
+    def part(self) -> AbstractContextManager[Part]:
+        """All epochs as a part of what is under way."""
+        total = None if self.steps is None else self.config.epochs * self.steps
+        return part("", total, self.done if self.steps is None else self.epoch * self.steps + self.done)
+
+    def one_epoch(self, under_way: Part, state: Mapping[str, Any] | None) -> EpochRecord:
         """One pass over the data, or the fraction of it that is left."""
         config, sums = self.config, defaultdict[str, list[float]](list, self.sums)
         self.sums = sums
         share = min(1.0, config.epochs - self.epoch)
         limit = max(1, round(share * self.steps)) if self.steps is not None and share < 1 else None
-        task = bar.add_task(f"epoch {self.epoch + 1}", total=limit or self.steps, completed=self.done)
         self.student.to(self.accelerator.device).train()
         groups = islice(self.groups(), limit)
         if state is not None:  # what has been read is read again, as workers count what they have read
@@ -250,9 +267,11 @@ class _Run:
             if self.checkpoint is not None and (shrunk or self.due()):
                 self.save()
             aside += time.perf_counter() - paused
-            bar.update(task, advance=1, description=f"epoch {self.epoch + 1}  loss {sums['loss'][-1]:.4g}")
+            where = f"epoch {self.epoch + 1} of {math.ceil(config.epochs)}"
+            under_way.advance(name=f"{where}, loss {sums['loss'][-1]:.4g}")
         speed = (self.done - first) / (time.perf_counter() - start - aside)
-        self.steps = self.done if limit is None else self.steps
+        if limit is None:
+            self.steps, under_way.total = self.done, config.epochs * self.done
         means = {name: fmean(values) for name, values in sums.items()}
         lr = float(self.inner.param_groups[0]["lr"])
         return EpochRecord(self.epoch + 1, means["loss"], means.get("task"), means.get("kd"), lr, speed)
@@ -278,7 +297,7 @@ class _Run:
 
     def shrunk(self) -> None:
         """The student is narrower now: wrap it anew, and take what it has become for what is put back."""
-        self.kept = state_of(self.student)
+        self.kept, self.best = state_of(self.student), Best()
         self.ema = self.averaged()
         if self.accelerator.num_processes > 1:  # the buckets of DDP have the old shapes
             del self.trainee
@@ -323,7 +342,7 @@ class _Run:
         config, parts = self.config, dict[str, Tensor]()
         batch = batch.to(self.accelerator.device)
         if config.mixup or config.cutmix:
-            batch = self.mixed(batch)
+            batch = self.mixing(self.student, batch)
         if self.teacher is not None and self.kd is None:
             self.kd = Distillation(config, self.student, self.teacher, batch.call.part(1), self.read).to(
                 self.accelerator.device
@@ -347,24 +366,6 @@ class _Run:
             raise InputError("The loss has no gradient: compute it from the output, without detaching it.")
         return parts
 
-    def mixed(self, batch: Batch) -> Batch:
-        """Images mixed in pairs, and their targets as class probabilities."""
-        config, (call, target, number) = self.config, batch
-        if len(call.args) != 1 or not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
-            raise InputError("mixup and cutmix need batches of (images, class indices [N]).")
-        if self.mix is None:
-            from timm.data import Mixup
-
-            with torch.no_grad(), evaluating(self.student):
-                classes = logits(self.read(call.part(1).on(self.student))).shape[1]
-            self.mix = Mixup(config.mixup, config.cutmix, label_smoothing=0.0, num_classes=classes)
-        if len(target) == 1:
-            return batch
-        if len(target) % 2:  # images are mixed in pairs
-            call, target = call.part(len(target) - 1), target[:-1]
-        images, target = self.mix(call.args[0].clone(), target)
-        return Batch(Call((images,), call.kwargs), target, number)
-
     def reduced(self, parts: dict[str, Tensor]) -> dict[str, float]:
         """The parts as numbers, averaged over the processes: what is not finite is seen by all of them."""
         values = torch.stack([part.detach().float() for part in parts.values()])
@@ -374,9 +375,40 @@ class _Run:
         """The record with the user's metric; under DDP all processes first take over the buffers of one."""
         if self.accelerator.num_processes > 1:
             processes.copy_from_first(self.student.buffers())
-        model = self.student if self.ema is None else self.ema.module
-        with random_states_kept():
-            return replace(record, metric=evaluated(evaluate, model, f"after epoch {record.epoch}"))
+        if evaluate is None:
+            return record
+        found = self.metric(evaluate, f"after epoch {record.epoch}")
+        if self.may_be_kept:
+            self.best.consider(record.epoch, found, self.judged)
+        return replace(record, metric=found)
+
+    # ------------------------------------------------------------------------------ the best
+
+    @property
+    def judged(self) -> nn.Module:
+        """What is evaluated, and has the weights that the student gets in the end."""
+        return self.student if self.ema is None else self.ema.module
+
+    def metric(self, evaluate: Evaluate, when: str) -> float:
+        """What `evaluate` gives; under DDP the first process's number counts for all."""
+        with random_states_kept(), part("evaluate"):
+            found = evaluated(evaluate, self.judged, when)
+        assert found is not None
+        return processes.from_first(lambda: found)
+
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether the weights as they are now may be those in the end: nothing is pruned after it."""
+        return self.config.keep_best and (self.pruner is None or self.pruner.done)
+
+    def keep(self, metric: str) -> None:
+        """Give the student the weights that it has in the end, and mark their epoch."""
+        kept = self.epoch if self.best.epoch is None else self.best.epoch
+        if kept != self.epoch:
+            self.best.give(self.student, metric)
+        elif self.ema is not None:
+            restore(self.student, state_of(self.ema.module))
+        self.records = [replace(record, kept=record.epoch == kept) for record in self.records]
 
     # ------------------------------------------------------------------------------ distillation's own parameters
 
@@ -417,6 +449,7 @@ class _Run:
             "done": self.done,
             "sums": dict(self.sums),
             "records": [record.to_dict() for record in self.records],
+            "best": self.best.state_dict(),
             "student": state_of(self.student),
             "optimizer": self.inner.state_dict(),
             "ema": None if self.ema is None else state_of(self.ema.module),
@@ -434,6 +467,8 @@ class _Run:
         with self.checkpoint.taken_up():
             now = conform(state, Progressed, "a state")
             self.epoch, self.done, self.sums, self.records = now.epoch, now.done, now.sums, list(now.records)
+            if "best" in state:  # there is none in a checkpoint of an earlier version
+                self.best.load_state_dict(state["best"])
             if self.ema is not None and state["ema"] is not None:
                 _load(self.ema.module, state["ema"])
             if self.accelerator.scaler is not None and state["scaler"] is not None:

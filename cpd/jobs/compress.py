@@ -8,13 +8,12 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, TypedDict
 
-from rich.console import Console
 from torch import nn
 
 from cpd import processes
@@ -23,7 +22,7 @@ from cpd.coupling.comb import comb
 from cpd.deploy.export import check_runs, export_onnx
 from cpd.deploy.latency import LatencyComparison, LatencyProbe
 from cpd.deploy.profiling import paired
-from cpd.distillation.config import TRAINING, DistillConfig
+from cpd.distillation.config import TRAINING, DistillConfig, EpochRecord
 from cpd.distillation.distiller import distill
 from cpd.errors import CPDError, first_line
 from cpd.files.checkpoint import Checkpoint
@@ -34,6 +33,8 @@ from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_e
 from cpd.model.arguments import INPUTS, MODEL, REPEATED_DATA
 from cpd.model.inputs import Call, check_model, evaluated
 from cpd.model.masks import masks_applied
+from cpd.model.metric import metric_name, told, written
+from cpd.model.progress import part, shown
 from cpd.model.recorded import why_not_by_name
 from cpd.model.state import preserved
 from cpd.model.task_loss import LossFunction
@@ -65,6 +66,7 @@ def compress(
     target_speedup: float | None = None,
     *,
     data: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | None = None,
     example_inputs: Any = None,
     loss: LossFunction | None = None,
     evaluate: Evaluate | None = None,
@@ -89,10 +91,14 @@ def compress(
         target_speedup: the first of the options below; exactly one target is needed.
         data: batches of (input, target), or mappings as Hugging Face loaders give, in anything that can be iterated
             more than once. Without data, channels are chosen by magnitude and nothing is trained back.
+        calibration: batches like those of `data`, as the model meets them in use: without augmentation. Channels are
+            scored, and layers refitted, on them; on `data` if None.
         example_inputs: a tensor, a tuple, or (tuple, dict), the batch that latency is measured on; taken from `data`
             (one sample), or known for timm and torchvision models, if None.
         loss: `loss(output, target) -> scalar`; cross-entropy is inferred for class targets.
-        evaluate: `evaluate(model) -> float`, higher is better; reported before, between and after.
+        evaluate: `evaluate(model) -> float`, higher is better; reported before, between and after. The weights are
+            kept that do best by it, of those before the training and after each epoch. It is called in reports by its
+            name, or by its attribute `metric`, with the unit in brackets: `evaluate.metric = "top-1 accuracy [%]"`.
         epochs: passes over `data` that the student is trained; 0: one-shot, no gradient step. None: those of
             `training`, 10 if it says nothing.
         lr: peak learning rate; None: that of `training`, or the optimizer's default.
@@ -105,7 +111,7 @@ def compress(
             the same weights.
         checkpoint_minutes: between two checkpoints at most; there is one after every shrink anyhow.
         source: how a fresh model is built by name ("timm:resnet18"); found out for timm and torchvision models.
-        progress: whether bars are shown on stderr; None: if it is a terminal.
+        progress: False shows no progress line; else there is one where stderr is a terminal.
         config: options; those that are given by name replace its own.
         options: those of `cpd.PruneConfig`, by name:
 
@@ -145,27 +151,31 @@ def compress(
     for what in TOLD:
         processes.check_same(repr(given.get(what)), what)
     checkpoint = checkpoint_of(folder, resume, checkpoint_minutes, settings, learning, model, given)
-    objects = {"data": data, "example_inputs": example_inputs, "loss": loss, "evaluate": evaluate, "teacher": teacher}
+    objects = {
+        "data": data, "calibration": calibration, "example_inputs": example_inputs, "loss": loss,
+        "evaluate": evaluate, "teacher": teacher,
+    }  # fmt: skip
     record = call_record(settings, learning, objects, folder)
-    with preserved(model):
+    with preserved(model), shown(progress if processes.rank() == 0 else False):
         call = example_call(model, example_inputs, data)
         if settings.measures:
             check_runs(model, call)
         student = copy_of(model)
-        if data is not None:
-            check_data(student, data, loss, settings.outputs, learning, teacher)
+        for batches in (item for item in (data, calibration) if item is not None):
+            check_data(student, batches, loss, settings.outputs, learning, teacher)
         per_epoch = steps_an_epoch(settings, learning, data)
-        stages = _Stages(progress)
+        stages = _Stages(_planned(settings, learning, data))
         with stages("comb"):
             combed = comb(model, call, **settings.combing)
-        by_weight = data is None and settings.criterion is None
+        by_weight = data is None and calibration is None and settings.criterion is None
         pruner = Pruner(
-            student, call, steps=round(per_epoch * learning.epochs), data=data, loss=loss, comb=combed, stage=stages,
+            student, call, steps=round(per_epoch * learning.epochs), loss=loss, comb=combed, stage=stages,
+            data=data if calibration is None else calibration,
             config=replace(settings, criterion="magnitude") if by_weight else settings,
         )  # fmt: skip
         run = _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch)
         run.prune_and_train(data, loss, evaluate, teacher)
-        result = run.finish(record, source)
+        result = run.finish(record, source, metric_name(evaluate))
     if folder is not None:
         processes.from_first(lambda: result.save(folder, overwrite=overwrite))
     if checkpoint is not None:
@@ -204,7 +214,7 @@ class _Run:
     ) -> None:
         """Shrink the student, at once or while it is trained back."""
         log.info("Criterion: %s (%s).", self.pruner.criterion_name, self.pruner.why)
-        if data is None:
+        if self.pruner.data is None:
             self.pruner.note(
                 "No data given: channels are chosen by the size of their weights and nothing is trained back, so most "
                 "of the accuracy is lost. Pass data=loader to keep it."
@@ -215,14 +225,14 @@ class _Run:
         if self.checkpoint is not None:
             self.checkpoint.extra = {"history": list(self.history), "before": before}
         if data is not None and self.training.epochs:
-            with self.stages("distill", bar=False):
+            with self.stages("distill"):
                 guide = copy_of(self.model) if teacher is None else teacher
                 records = distill(
                     self.student, guide, data, loss=loss, evaluate=evaluate, config=self.training, pruner=self.pruner,
-                    checkpoint=self.checkpoint, outputs=self.pruner.config.outputs,
+                    checkpoint=self.checkpoint, outputs=self.pruner.config.outputs, before=after,
                 )  # fmt: skip
             self.history += [record.to_dict() for record in records]
-            after = records[-1].metric if records else after
+            after = self._trained(records, evaluate, after)
         if not self.pruner.done:  # the data was shorter than its length
             self.pruner.note(
                 "The data ran out before the pruning schedule finished; the remaining channels were pruned after "
@@ -230,14 +240,38 @@ class _Run:
             )
             while not self.pruner.done:
                 self.pruner.prune()
-            after = evaluated(evaluate, self.student, "after the training")
+            after = self._evaluated(evaluate, "after the training")
         self.student.eval()
         self.metrics = (before, after)
+
+    def _evaluated(self, evaluate: Evaluate | None, when: str) -> float | None:
+        """The metric of the student as it is."""
+        if evaluate is None:
+            return None
+        with self.stages("evaluate"):
+            return evaluated(evaluate, self.student, when)
+
+    def _trained(self, records: Sequence[EpochRecord], evaluate: Evaluate | None, before: float | None) -> float | None:
+        """The metric after the training; what is kept of it is noted where that is not the end."""
+        kept = next((record for record in records if record.kept), None)
+        if kept is not None:
+            if kept is not records[-1] and kept.metric is not None:
+                best = told(metric_name(evaluate), kept.metric)
+                self.pruner.note(f"The weights after epoch {kept.epoch} of {len(records)} are kept, the best: {best}.")
+            return kept.metric
+        if records and before is not None:
+            best = told(metric_name(evaluate), before)
+            self.pruner.note(
+                f"No epoch made the model better: the weights before the training are kept ({best}). A lower lr, more "
+                "epochs or less augmentation may help."
+            )
+            self.history = [{**row, "kept": True} if row["epoch"] == 0 else row for row in self.history]
+        return before
 
     def _before(self, evaluate: Evaluate | None) -> float | None:
         """The metric of the unpruned model; that of the checkpoint, with its history, where there is one."""
         if self.checkpoint is None or self.checkpoint.state is None:
-            return evaluated(evaluate, self.student, "before pruning")
+            return self._evaluated(evaluate, "before pruning")
         with self.checkpoint.taken_up():
             extra = conform(self.checkpoint.extra, _Before, "a state")
         self.history = extra["history"]
@@ -248,19 +282,19 @@ class _Run:
 
         def pruned() -> None:
             if before is not None:
-                found = evaluated(evaluate, self.student, "directly after pruning")
-                self.pruner.note(
-                    f"Metric: {before:.4g} before pruning, {found:.4g} directly after it, before recovery."
-                )
+                found = self._evaluated(evaluate, "directly after pruning")
+                assert found is not None
+                self.pruner.note(f"Before pruning: {told(name, before)}; directly after it {written(name, found)}.")
 
+        name = metric_name(evaluate)
         self.pruner.prune(pruned)
-        after = evaluated(evaluate, self.student, "after pruning")
+        after = self._evaluated(evaluate, "after pruning")
         if after is not None:
             self.history.append({"epoch": 0, "metric": after})
-            self.pruner.note(f"Metric of the recovered model, before any training: {after:.4g}.")
+            self.pruner.note(f"Recovered, before any training: {told(name, after)}.")
         return after
 
-    def finish(self, record: dict[str, Any], source: str | None) -> Result:
+    def finish(self, record: dict[str, Any], source: str | None, metric: str) -> Result:
         """Export, measure once more, and report."""
         comparison, onnx, nodes = None, None, list[dict[str, Any]]()
         with self.stages("deploy"):
@@ -277,8 +311,8 @@ class _Run:
         if comparison is not None and (text := missed(self.pruner.target, comparison, tolerance)):
             self.pruner.note(text)
         report = report_of(
-            self.model, self.pruner, Measured(comparison, tuple(nodes), self.metrics), call=record, source=source,
-            per_epoch=self.per_epoch, history=self.history, seconds=self.stages.seconds,
+            self.model, self.pruner, Measured(comparison, tuple(nodes), self.metrics, metric),
+            call=record, source=source, per_epoch=self.per_epoch, history=self.history, seconds=self.stages.seconds,
         )  # fmt: skip
         return Result(self.student, report, self.pruner.plan, onnx)
 
@@ -295,21 +329,36 @@ class _Run:
 
 
 class _Stages:
-    """Times the stages of a run, and shows which one is on where stderr is a terminal."""
+    """Times the stages of a run, and shows which one is on, of how many.
 
-    def __init__(self, progress: bool | None) -> None:
+    Args:
+        planned: those that follow one another; others are parts of these, or stand between them.
+    """
+
+    def __init__(self, planned: Sequence[str]) -> None:
         self.seconds: dict[str, float] = {}
-        self.console = Console(stderr=True)
-        self.shown = processes.rank() == 0 and (self.console.is_terminal if progress is None else progress)
+        self.planned, self._within = planned, False
 
     @contextmanager
-    def __call__(self, name: str, *, bar: bool = True) -> Iterator[None]:
-        start, shown = time.perf_counter(), self.shown
+    def __call__(self, name: str) -> Iterator[None]:
+        start, within = time.perf_counter(), self._within
+        numbered = name in self.planned and not within
         log.info("%s …", name.capitalize())
-        self.shown = False  # what runs within shows no second bar
+        self._within = True
         try:
-            with self.console.status(f"cpd: {name}") if bar and shown else nullcontext():
+            with part(f"stage {self.planned.index(name) + 1} of {len(self.planned)}: {name}" if numbered else name):
                 yield
         finally:
-            self.shown = shown
+            self._within = within
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def _planned(settings: PruneConfig, training: DistillConfig, data: Iterable[Any] | None) -> list[str]:
+    """The stages of a run, in their order; where it prunes while it trains, pruning is a part of that."""
+    at_once = ["score", "select", "shrink", "check", *(["recover"] if data is not None else [])]
+    return [
+        "comb",
+        *(at_once if settings.schedule == "one-shot" else []),
+        *(["distill"] if data is not None and training.epochs else []),
+        "deploy",
+    ]

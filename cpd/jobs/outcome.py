@@ -111,11 +111,13 @@ class Measured:
         latency: the comparison in ONNX Runtime; None where the result was not exported.
         nodes: one dict an ONNX node, with its time before and after.
         metrics: of the original and of the result; None without `evaluate`.
+        metric_name: what they are, with the unit in brackets.
     """
 
     latency: LatencyComparison | None
     nodes: tuple[dict[str, Any], ...]
     metrics: tuple[float | None, float | None]
+    metric_name: str
 
 
 def report_of(
@@ -164,6 +166,7 @@ def report_of(
         shrinks=tuple({"epoch": item.step / max(per_epoch, 1), **asdict(item)} for item in pruner.shrinks),
         checks=pruner.checks,
         history=tuple(history),
+        metric_name=measured.metric_name,
         search=tuple(pruner.search),
         seconds=seconds,
         environment=_environment(),

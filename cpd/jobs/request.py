@@ -133,7 +133,8 @@ def checkpoint_of(
     model_key = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     key = {**config.settings(), **vars(training), "model": model_key, **given}
     del key["progress"]
-    checkpoint = Checkpoint(folder, key, minutes, {**PruneConfig().settings(), **given})
+    usual = {**PruneConfig().settings(), **vars(DistillConfig()), **given}
+    checkpoint = Checkpoint(folder, key, minutes, usual)
     if resume and checkpoint.read() is None:
         log.info("There is no checkpoint in %s yet: the run starts at its beginning.", folder)
     if not resume and checkpoint.path.exists():

@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
 
 from cpd.algebra import ties
@@ -25,6 +23,8 @@ from cpd.errors import InputError, needs_extra
 from cpd.model.architecture import check_architecture
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import batches, check_model, device_of, evaluated, evaluating
+from cpd.model.metric import UNNAMED, metric_name, title, written
+from cpd.model.progress import part, shown
 from cpd.model.task_loss import task_loss
 from cpd.model.tensors import copy_of
 from cpd.options import EVALUATE, FLAG, LIMIT, LOSS, PATH, Check, checked, number
@@ -78,15 +78,18 @@ class Sensitivity:
         points: one for each group, or set of tied groups, and ratio.
         loss: of the unpruned model.
         metric: of the unpruned model.
+        metric_name: what `evaluate` gives, with its unit in brackets.
     """
 
     points: tuple[Point, ...]
     loss: float | None = None
     metric: float | None = None
+    metric_name: str = UNNAMED
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return {"loss": self.loss, "metric": self.metric, "points": [asdict(point) for point in self.points]}
+        own = {"loss": self.loss, "metric": self.metric, "metric_name": self.metric_name}
+        return {**own, "points": [asdict(point) for point in self.points]}
 
     @property
     def by_group(self) -> dict[str, list[Point]]:
@@ -100,6 +103,16 @@ class Sensitivity:
     def shown(self) -> str:
         """Which figure of the points is shown: "metric" where there is one, else "loss", else "error"."""
         return "metric" if self.metric is not None else "loss" if self.loss is not None else "error"
+
+    def heading(self, state: str) -> str:
+        """What is shown, and what it is of the unpruned model, which is called `state`."""
+        name, before = self.shown, getattr(self, self.shown, None)
+        called = title(self.metric_name) if name == "metric" else name
+        return called if before is None else f"{called} ({state} {self.value(before)})"
+
+    def value(self, found: float) -> str:
+        """A figure of what is shown, for reading."""
+        return written(self.metric_name, found) if self.shown == "metric" else f"{found:.4g}"
 
     @checked(path=PATH)
     def plot(self, path: str | os.PathLike[str]) -> Path:
@@ -116,17 +129,16 @@ class Sensitivity:
         ratios = sorted({point.ratio for point in self.points})
         found = {(point.group, point.ratio): getattr(point, name) for point in self.points}
         values = [[found.get((group, ratio), float("nan")) for ratio in ratios] for group in groups]
-        figure = Figure(figsize=(2.5 + 0.6 * len(ratios), 1.5 + 0.22 * len(groups)), layout="constrained")
-        area = figure.add_subplot()
+        drawing = Figure(figsize=(2.5 + 0.6 * len(ratios), 1.5 + 0.22 * len(groups)), layout="constrained")
+        area = drawing.add_subplot()
         image = area.imshow(values, aspect="auto", cmap="viridis" if name == "metric" else "viridis_r")
         area.set_xticks(range(len(ratios)), [f"{ratio:.0%}" for ratio in ratios])
         labels = [f"{points[0].label} ({points[0].size})" for points in groups.values()]
         area.set_yticks(range(len(groups)), labels, fontsize=7)
         area.set_xlabel("share of the group that goes, alone")
-        before = getattr(self, name, None)
-        figure.colorbar(image, label=name if before is None else f"{name} (unpruned {before:.4g})")
+        drawing.colorbar(image, label=self.heading("unpruned"))
         try:
-            figure.savefig(target)
+            drawing.savefig(target)
         except OSError as error:
             raise InputError(f"The picture cannot be written to {target}: {error}.") from error
         return target
@@ -213,14 +225,15 @@ def sensitivity(
     kept = [(batch.call, batch.target) for batch in batches(data, limit, finite=True)]
     scores = score(model, comb, criterion="magnitude") if scores is None else scores
     selector, full = Selector(comb, scores, Limits(round_to=1)), comb.cost({}).macs
-    console, points = Console(stderr=True), []
+    points = []
 
     def figures(narrow: nn.Module, when: str) -> tuple[float | None, float | None]:
         return _loss(narrow, kept, loss, comb.read), evaluated(evaluate, narrow, when)
 
-    before = figures(model, "before pruning")
-    with Progress(console=console, disable=not (console.is_terminal if progress is None else progress)) as bar:
-        for first, *others in bar.track(_tied(comb), description="sensitivity"):
+    together = _tied(comb)
+    with shown(progress), part("sensitivity", len(together) * len(ratios)) as under_way:
+        before = figures(model, "before pruning")
+        for first, *others in together:
             for ratio in ratios:
                 counts = {item: max(item.minimum, round(item.size * (1 - ratio))) for item in (first, *others)}
                 plan = comb.plan(
@@ -232,7 +245,8 @@ def sensitivity(
                 tied = tuple(item.name for item in others)
                 found = figures(narrow, f"with {first.name} pruned")
                 points.append(Point(first.name, ratio, left, first.size, macs, error, *found, tied))
-    return Sensitivity(tuple(points), *before)
+                under_way.advance()
+    return Sensitivity(tuple(points), *before, metric_name(evaluate))
 
 
 def _tied(comb: Comb) -> list[list[Group]]:

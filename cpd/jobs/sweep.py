@@ -12,12 +12,15 @@ from typing import Any
 
 from torch import nn
 
+from cpd import processes
 from cpd.config import PruneConfig
 from cpd.errors import ArtifactError, InputError, TargetError, needs_extra
 from cpd.files.folder import reading, write_files
 from cpd.files.reading import conform, naming, read_json
 from cpd.jobs.compress import compress
 from cpd.model.arguments import MODEL
+from cpd.model.metric import UNNAMED, metric_name
+from cpd.model.progress import part, shown
 from cpd.options import PATH, Check, checked, number, takes_options
 from cpd.report.artifacts import PAGE, SWEEP, SWEPT, check_output_dir
 from cpd.report.records import Figures, SweepPoint, plain_fields
@@ -34,10 +37,12 @@ class Sweep:
     Attributes:
         original: figures of the unpruned model.
         points: one a speed-up, in the order asked.
+        metric_name: what was evaluated, with its unit in brackets.
     """
 
     original: Figures | None
     points: tuple[SweepPoint, ...]
+    metric_name: str = UNNAMED
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON types, NaN and infinity None."""
@@ -60,7 +65,7 @@ class Sweep:
 
     def to_html(self) -> str:
         """Accuracy against measured latency as one self-contained page, with links to the reports in the folders."""
-        return sweep_page(self.original, self.points)
+        return sweep_page(self.original, self.points, self.metric_name)
 
     @checked(path=PATH)
     def plot(self, path: str | os.PathLike[str]) -> Path:
@@ -85,7 +90,7 @@ class Sweep:
         for item, time, value in zip(every, times, values, strict=True):
             label = "original" if item is self.original else f"{(self.original.latency_ms or 0.0) / time:.2f}x"
             area.annotate(label, (time, value), textcoords="offset points", xytext=(6, -10), fontsize=8)
-        area.set(xlabel="latency in ONNX Runtime [ms]", ylabel="metric" if measured else "MACs left [%]")
+        area.set(xlabel="latency in ONNX Runtime [ms]", ylabel=self.metric_name if measured else "MACs left [%]")
         area.set_xlim(0, None)
         area.grid(alpha=0.3)
         try:
@@ -158,21 +163,26 @@ def sweep(
             check_output_dir(folder / f"{speedup:g}x", overwrite=overwrite)
     original: Figures | None = None
     points: list[SweepPoint] = []
-    for speedup in asked:
-        place = None if folder is None else folder / f"{speedup:g}x"
-        log.info("Sweep: %g times as fast (%d of %d)", speedup, len(points) + 1, len(asked))
-        try:
-            result = compress(model, target_speedup=speedup, output_dir=place, overwrite=overwrite, **options)
-        except TargetError as error:
-            log.warning("%s", error)
-            points.append(SweepPoint(speedup, None, None, error=str(error)))
-        else:
-            original = original or result.report.original
-            points.append(
-                SweepPoint(speedup, result.speedup, result.report.result, None if place is None else str(place))
-            )
-        found = Sweep(original, tuple(points))
-        if folder is not None:
-            figures = json.dumps(found.to_dict(), indent=1)
-            write_files(folder, {SWEEP: figures.encode(), PAGE: found.to_html().encode()})
+    named = metric_name(options.get("evaluate"))
+    processes.start()
+    with shown(options.get("progress") if processes.rank() == 0 else False):
+        for speedup in asked:
+            place = None if folder is None else folder / f"{speedup:g}x"
+            which = f"target {len(points) + 1} of {len(asked)}"
+            log.info("Sweep: %g times as fast (%s)", speedup, which)
+            try:
+                with part(f"{which}: {speedup:g}x"):
+                    result = compress(model, target_speedup=speedup, output_dir=place, overwrite=overwrite, **options)
+            except TargetError as error:
+                log.warning("%s", error)
+                points.append(SweepPoint(speedup, None, None, error=str(error)))
+            else:
+                original = original or result.report.original
+                points.append(
+                    SweepPoint(speedup, result.speedup, result.report.result, None if place is None else str(place))
+                )
+            found = Sweep(original, tuple(points), named)
+            if folder is not None:
+                figures = json.dumps(found.to_dict(), indent=1)
+                write_files(folder, {SWEEP: figures.encode(), PAGE: found.to_html().encode()})
     return found

@@ -38,7 +38,7 @@ class LatencyRow(TypedDict, total=False):
 
 
 #: Arguments that are objects, which a call holds by their names.
-OBJECTS = ("data", "example_inputs", "loss", "evaluate", "teacher", "latency_inputs")
+OBJECTS = ("data", "calibration", "example_inputs", "loss", "evaluate", "teacher", "latency_inputs")
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,14 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import jinja2
 
 from cpd.files.reading import conform
+from cpd.model.metric import UNNAMED, title, written
 from cpd.model.sources import BY_NAME
 from cpd.report.charts import Chart, costly_nodes, is_number, line_chart, operator_rows, points_of, width_bars
 from cpd.report.records import OBJECTS, Figures, GroupRow, LatencyRow, LayerRow, NodeRow, ShrinkRow, plain_fields
@@ -75,11 +76,12 @@ class Report:
         nodes: one dict an ONNX node, as ONNX Runtime runs it (name, op, before_ms, after_ms: None where one lacks it).
         shrinks: one dict a shrink (epoch, step, share, macs, parameters, plan_hash).
         checks: name of a check to the largest relative error found.
-        history: one dict a training epoch (epoch, loss, task_loss, kd_loss, lr, steps_per_second, metric).
+        history: one dict a training epoch (epoch, loss, task_loss, kd_loss, lr, steps_per_second, metric, kept).
         search: one dict a measured candidate (macs_ratio, speedup).
         seconds: wall-clock seconds of each stage.
         environment: versions and hardware.
         notes: what the user was told on the way.
+        metric_name: what `evaluate` gives, with its unit in brackets.
     """
 
     call: dict[str, Any]
@@ -101,6 +103,7 @@ class Report:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    metric_name: str = UNNAMED
 
     def __repr__(self) -> str:
         """The figures before and after."""
@@ -171,12 +174,13 @@ class Report:
         )
 
 
-def sweep_page(original: Figures | None, points: Sequence[SweepPoint]) -> str:
+def sweep_page(original: Figures | None, points: Sequence[SweepPoint], metric_name: str) -> str:
     """A sweep as one self-contained HTML page.
 
     Args:
         original: figures of the unpruned model; None where no speed-up was reached.
         points: one a speed-up.
+        metric_name: of what was evaluated.
     """
     reached = [point for point in points if point.figures is not None]
     every = [figures for figures in (original, *(point.figures for point in reached)) if figures is not None]
@@ -185,15 +189,16 @@ def sweep_page(original: Figures | None, points: Sequence[SweepPoint]) -> str:
     heights = metrics if by_metric else [float(figures.macs) for figures in every]
     series = sorted(zip((figures.latency_ms or 0.0 for figures in every), heights, strict=True))
     chart = line_chart(
-        "Metric against measured latency" if by_metric else "MACs against measured latency",
+        f"{_headed(metric_name)} against measured latency" if by_metric else "MACs against measured latency",
         "ms in ONNX Runtime",
         {"models": series},
         reference=original.metric if by_metric and original is not None else None,
         reference_text="unpruned",
     )
     return _template("sweep.html.j2").render(
-        original=original, points=points, charts=[] if chart is None else [chart], by_metric=by_metric
-    )
+        original=original, points=points, charts=[] if chart is None else [chart], by_metric=by_metric,
+        metric_name=title(metric_name), shown=partial(written, metric_name),
+    )  # fmt: skip
 
 
 def human(number: float) -> str:
@@ -253,9 +258,10 @@ def _asked(report: Report) -> str:
 def _figure_rows(report: Report) -> Iterable[FigureRow]:
     before, after = report.original, report.result
     if before.metric is not None and after.metric is not None:
-        places = 4 if max(abs(before.metric), abs(after.metric)) <= 1.5 else 2  # a share, or per cent
+        first, last = (written(report.metric_name, value) for value in (before.metric, after.metric))
+        places = len(first.split()[0].partition(".")[2])
         change = f"{after.metric - before.metric:+.{places}f}".replace("-", "−")
-        yield FigureRow("Metric", f"{before.metric:.{places}f}", f"{after.metric:.{places}f}", change)
+        yield FigureRow(_headed(report.metric_name), first, last, change)
     if before.latency_ms is not None and after.latency_ms is not None:
         faster = "" if report.speedup is None else f"{report.speedup:.2f}× faster"
         yield FigureRow("ONNX Runtime latency", _ms(before.latency_ms), _ms(after.latency_ms), faster)
@@ -265,6 +271,12 @@ def _figure_rows(report: Report) -> Iterable[FigureRow]:
         ("Activations", before.activations, after.activations),
     ):
         yield FigureRow(label, human(was), human(now), _percent(was, now))
+
+
+def _headed(metric_name: str) -> str:
+    """The name of a metric at the beginning of a line."""
+    name = title(metric_name)
+    return name[:1].upper() + name[1:]
 
 
 def _ms(value: float) -> str:
@@ -292,9 +304,9 @@ def _charts(report: Report) -> list[Chart]:
     candidates = [
         line_chart("Loss", "epoch", {label: points_of(report.history, "epoch", key) for key, label in losses.items()}),
         line_chart(
-            "Metric" + (" (dotted: shrinks)" if report.shrinks else ""),
+            _headed(report.metric_name) + (" (dotted: shrinks)" if report.shrinks else ""),
             "epoch",
-            {"metric": points_of(report.history, "epoch", "metric")},
+            {title(report.metric_name): points_of(report.history, "epoch", "metric")},
             reference=report.original.metric,
             reference_text="unpruned",
             marks=[float(row["epoch"]) for row in report.shrinks],

@@ -193,7 +193,7 @@ def test_errors_are_one_line(fakes: Fakes, run: Any, arguments: tuple[str, ...],
 
 def test_library_errors_and_debug(fakes: Fakes, run: Any) -> None:
     fakes.error = NothingToPruneError("no group [of 3] can be pruned")
-    arguments = ("compress", "timm:resnet18", "--no-pretrained")
+    arguments = ("compress", "timm:resnet18", "--no-pretrained", "--quiet")
     result = run(*arguments)
     assert (result.exit_code, result.stderr) == (3, "error: no group [of 3] can be pruned\n")
     result = run(*arguments, "--debug")
@@ -214,7 +214,7 @@ def test_interrupted_runs_say_how_to_resume(
     monkeypatch.setattr(sys, "argv", ["cpd", *arguments])
     result = run(*arguments)
     assert f"is intact; resume with: cpd {' '.join(arguments[:-1])} '{tmp_path}/my run' --resume\n" in result.stderr
-    assert run(*arguments[:3]).stderr == "interrupted. Nothing was written.\n"
+    assert run(*arguments[:3], "--quiet").stderr == "interrupted. Nothing was written.\n"
 
 
 def test_report_is_written_anew_from_the_figures(report: Report, run: Any, tmp_path: Path) -> None:

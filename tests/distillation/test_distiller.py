@@ -191,7 +191,8 @@ def test_a_loss_that_is_not_finite_undoes_its_epoch() -> None:
     seen: list[dict[str, Tensor]] = []
     config = DistillConfig(epochs=3)
     with pytest.raises(TrainingError, match="step 3 of epoch 2"):
-        distill(student, teacher, Data(), config=config, evaluate=lambda model: seen.append(state(model)) or 0)
+        distill(student, teacher, Data(), config=config, before=0.0,
+            evaluate=lambda model: seen.append(state(model)) or 0)  # fmt: skip
     assert len(seen) == 1
     assert same(student, seen[0])
     assert not same(student, state(expected))
@@ -238,6 +239,7 @@ def test_an_iterator_that_comes_back_empty() -> None:
             iter(images()),
             config=DistillConfig(epochs=2),
             evaluate=lambda model: first.append(state(model)) or 0,
+            before=0.0,
         )
     assert same(student, first[0])
 
@@ -358,13 +360,11 @@ def test_what_does_not_fit_is_refused() -> None:
         distill(student, nn.Sequential(nn.Flatten(), nn.Linear(108, 7)), data, config=BRIEF)
 
 
-def test_the_bar_is_shown_on_stderr_only_when_wanted(capfd: pytest.CaptureFixture[str]) -> None:
-    distill(make(1), make(0), images(2), config=BRIEF)
-    assert capfd.readouterr() == ("", "")
-    distill(make(1), make(0), images(2), config=DistillConfig(**{**vars(BRIEF), "progress": True}))
-    out, err = capfd.readouterr()
-    assert out == ""
-    assert "epoch 1" in err
+def test_no_progress_line_is_written_to_what_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    """In a terminal there is one: see tests/model/test_progress.py."""
+    for wanted in (None, False, True):
+        distill(make(1), make(0), images(2), config=replace(BRIEF, progress=wanted))
+        assert capfd.readouterr() == ("", "")
 
 
 def test_record_is_plain() -> None:
@@ -381,4 +381,5 @@ def test_record_is_plain() -> None:
         "lr",
         "steps_per_second",
         "metric",
+        "kept",
     ]

@@ -1,0 +1,39 @@
+"""`calibration`: channels are scored, and layers refitted, on other batches than those that are trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import cpd
+from helpers.tiny import INPUT, Tiny, loader
+
+
+class Noted:
+    """Batches, and how often they were taken."""
+
+    def __init__(self, seed: int) -> None:
+        self.batches, self.taken = loader(seed), 0
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.taken += 1
+            yield batch
+
+
+def test_scores_and_recovery_read_calibration_alone(quick: None) -> None:
+    data, calibration = Noted(0), Noted(1)
+    options: dict[str, Any] = {"target_macs": 0.5, "example_inputs": INPUT, "score_batches": 2}
+    model = Tiny()
+    result = cpd.compress(model, data=data, calibration=calibration, epochs=0, **options)
+    assert data.taken == 1  # the first batch, which is checked
+    assert calibration.taken > 5
+    assert {"data", "calibration"} <= result.report.call.keys()
+    same = cpd.compress(model, data=Noted(1), epochs=0, **options)
+    assert result.plan.digest == same.plan.digest
+    trained = cpd.compress(model, data=Noted(0), calibration=Noted(1), epochs=1, **options)
+    assert trained.plan.digest == same.plan.digest
+    assert len(trained.report.history) == 1
