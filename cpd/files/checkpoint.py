@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cpd.errors import ArtifactError, CheckpointError, CPDError, first_line
-from cpd.files.folder import flush, keep_mode
+from cpd.files.folder import flush
 from cpd.files.reading import conform, parsed
 
 FORMAT = 2
@@ -88,8 +88,10 @@ class Checkpoint:
         beside = self.path.with_name(f".{NAME}.{os.getpid()}")
         try:
             self._tidy()
+            beside.touch()  # with the mode of the umask, which safetensors does not mind
+            mode = (self.path if self.path.exists() else beside).stat().st_mode & 0o7777
             safetensors.torch.save_file(tensors, beside, header)
-            keep_mode(self.path, beside)
+            os.chmod(beside, mode)
             with beside.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(beside, self.path)

@@ -195,14 +195,8 @@ def _write(path: Path, content: bytes, like: Path | None = None) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-    if like is not None:
-        keep_mode(like, path)
-
-
-def keep_mode(former: Path, path: Path) -> None:
-    """Give a file the mode of the one that it is to replace, if there is one."""
-    with contextlib.suppress(FileNotFoundError):
-        os.chmod(path, former.stat().st_mode & 0o7777)
+    if like is not None and like.exists():
+        os.chmod(path, like.stat().st_mode & 0o7777)
 
 
 def flush(folder: Path) -> None:

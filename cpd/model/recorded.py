@@ -9,6 +9,7 @@ say is for whoever loads the result to build.
 from __future__ import annotations
 
 import math
+from textwrap import shorten
 from typing import Any
 
 from torch import nn
@@ -64,18 +65,19 @@ def rebuilt(source: str | None, model_class: str, *, trust: bool) -> nn.Module:
     Raises:
         ArtifactError: if it is not built, for the reasons above or because it cannot be.
     """
+    shown = shorten(source or "", 200, placeholder=" …")
     by_name = source is not None and source.startswith(BY_NAME)
     if source is None or not (by_name or trust):
-        told = "" if source is None else f", only as {source}, whose code is run with trust_source=True alone"
+        told = "" if source is None else f", only as {shown}, whose code is run with trust_source=True alone"
         raise ArtifactError(
             f"This model of class {model_class} is known by no timm or torchvision name{told}. {REMEDY}"
         )
     try:
         found = resolve(source)
         if found.by_name and (fault := unsafe(found)):
-            raise ArtifactError(f"The source {source} is not built from a file: {fault}. {REMEDY}")
+            raise ArtifactError(f"The source {shown} is not built from a file: {fault}. {REMEDY}")
         return found.build()
     except ArtifactError:
         raise
     except Exception as error:  # what builders make of odd arguments, and a factory of the user's
-        raise ArtifactError(f"The model {source} cannot be built here: {first_line(error)}. {REMEDY}") from error
+        raise ArtifactError(f"The model {shown} cannot be built here: {first_line(error)}. {REMEDY}") from error

@@ -246,6 +246,7 @@ def test_new_files_follow_the_umask_and_replaced_ones_keep_their_mode(
     assert stat.S_IMODE((tmp_path / "model.onnx").stat().st_mode) == 0o604
     assert stat.S_IMODE((tmp_path / "plan.json").stat().st_mode) == 0o640
     place = Checkpoint(tmp_path, {}).path
+    assert stat.S_IMODE(place.stat().st_mode) == 0o640
     place.chmod(0o600)
     Checkpoint(tmp_path, {}).write({"step": 2})
     assert stat.S_IMODE(place.stat().st_mode) == 0o600
@@ -389,7 +390,7 @@ def test_arguments_that_load_or_name_something_are_refused(
     for library in ("timm:resnet18", "torchvision:resnet18"):
         with pytest.raises(cpd.ArtifactError, match=r"model=fresh") as caught:
             cpd.load(forged(tmp_path / "out", f"{library},{argument.format(place=weights)}"), trust_source=True)
-        assert len(str(caught.value)) < 120_000
+        assert len(str(caught.value)) < 1000
     assert not (tmp_path / "ran").exists()
 
 
