@@ -137,6 +137,8 @@ def distill(
     with accelerating(config.mixed_precision) as accelerator, random_states_kept():
         device, reference = accelerator.device, teacher if config.needs_teacher else None
         with placed(student, device), placed(reference, device):
+            if pruner is None:  # who prunes has evaluated the model before
+                evaluated(evaluate, student, "before the training")
             return _Run(accelerator, student, reference, data, loss, config, pruner, checkpoint, reader(outputs)).train(
                 evaluate
             )

@@ -20,7 +20,7 @@ import cpd.lightning
 import cpd.picture
 import cpd.segmentation
 from cpd.coupling import comb as coupling
-from cpd.deploy import latency_model
+from cpd.deploy import export, latency, latency_model, quantize
 from cpd.jobs import compress as compressing
 from cpd.picture import drawing
 
@@ -105,6 +105,7 @@ def began(*_: Any, **__: Any) -> None:
 #: Where the work of what takes seconds begins, once all arguments were looked at.
 BEGINS = (
     (compressing, "comb"), (latency_model, "make_comb"), (cpd.demo, "digits"), (coupling, "cold"),
+    (export, "_export"), (quantize, "_made_of_integers"), (latency, "_time_rounds"),
 )  # fmt: skip
 
 
