@@ -137,8 +137,6 @@ def distill(
     with accelerating(config.mixed_precision) as accelerator, random_states_kept():
         device, reference = accelerator.device, teacher if config.needs_teacher else None
         with placed(student, device), placed(reference, device):
-            if pruner is None:  # who prunes has evaluated the model before
-                evaluated(evaluate, student, "before the training")
             return _Run(accelerator, student, reference, data, loss, config, pruner, checkpoint, reader(outputs)).train(
                 evaluate
             )
@@ -210,12 +208,13 @@ class _Run:
                     with seeded(self.data, self.config.seed + self.epoch):
                         record = self.one_epoch(bar, state)
                     _check_weights(self.student, self.kept, self.epoch)
+                    record = self.evaluated(record, evaluate)
                 except CPDError:
                     restore(self.student, self.kept)
                     raise
                 finally:
                     self.student.zero_grad(set_to_none=True)
-                self.records.append(self.evaluated(record, evaluate))
+                self.records.append(record)
                 log.info("%s", self.records[-1])
                 self.epoch, self.done, self.sums, state = self.epoch + 1, 0, {}, None
         if self.ema is not None:

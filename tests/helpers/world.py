@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
+#: Where the threads come from that draw bars: they end a moment after these do, or never.
+BARS = ("tqdm._monitor", "rich.live", "rich.progress")
 SIGNALS = sorted(signal.valid_signals())
 
 
@@ -51,7 +53,7 @@ def world() -> dict[str, Any]:
         "streams": (sys.stdout, sys.stderr, sys.excepthook, sys.settrace, sys.getrecursionlimit()),
         "signals": {number: signal.getsignal(number) for number in SIGNALS},
         "garbage collection": (gc.isenabled(), gc.get_threshold()),
-        "running threads": {item.name for item in threading.enumerate() if not type(item).__module__.startswith(("tqdm", "rich"))},
+        "running threads": {item.name for item in threading.enumerate() if type(item).__module__ not in BARS},
         "numpy's errors": np.geterr(),
     }  # fmt: skip
 
