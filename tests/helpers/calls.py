@@ -87,11 +87,9 @@ def setting() -> cpd.criteria.Setting:
 
 
 def pruner() -> cpd.Pruner:
-    return cpd.Pruner(deepcopy(model()), X[:1], steps=2, comb=comb(), target_macs=0.6, round_to=1)
-
-
-def adam() -> torch.optim.Optimizer:
-    return torch.optim.Adam(model().parameters())
+    return cpd.Pruner(
+        deepcopy(model()), X[:1], steps=2, comb=comb(), target_macs=0.6, round_to=1, criterion="magnitude"
+    )
 
 
 class Began(BaseException):
