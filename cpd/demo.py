@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cpd.errors import needs_extra
+from cpd.errors import InputError, needs_extra, of_the_user
 from cpd.model.arguments import MODEL, TENSOR
 from cpd.model.inputs import evaluating
 from cpd.model.metric import named
@@ -230,7 +230,12 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
     """
     with evaluating(model), torch.no_grad():
         starts = range(0, len(images), batch_size)
-        predicted = torch.cat([model(images[start : start + batch_size]).argmax(1) for start in starts])
+        with of_the_user("The model", f"on images of shape {list(images.shape)}"):
+            predicted = torch.cat([model(images[start : start + batch_size]).argmax(1) for start in starts])
+    if labels.shape != predicted.shape:
+        raise InputError(
+            f"labels must be of shape {list(predicted.shape)}, one for each image; got {list(labels.shape)}."
+        )
     correct = int((predicted == labels).sum())
     return 100 * correct / len(images)
 

@@ -27,7 +27,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-#: No integer is larger, and no number: what would never end, or fits no memory, is refused at once.
+#: No count is larger, and no other integer: what would never end, or fits no memory, is refused at once.
 LARGEST, MOST = 10**9, 1e18
 
 
@@ -146,7 +146,8 @@ def number(wanted: str, accepts: Callable[[float], bool]) -> Check:
 
 
 def _too_large(value: float) -> str | None:
-    return f"is too large: at most {MOST:g} makes sense; got {shown(value)}." if abs(value) > MOST else None
+    huge = isinstance(value, int) and abs(value) > MOST
+    return f"is too large: at most {MOST:g} makes sense; got {shown(value)}." if huge else None
 
 
 def integer(least: int, most: int = LARGEST) -> Check:

@@ -426,14 +426,16 @@ class Pruner:
                     "This checkpoint belongs to a different model: its plan keeps different channels."
                 )
             shrinks = [Shrink(**item) for item in state["shrinks"]]
-            scopes, _ = tuple(state["scopes"]), state["sums"]
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArtifactError, PlanError) as error:
+            scopes, goal = tuple(state["scopes"]), state["goal"]
+            seen = {"sums": list(state["sums"]), "count": int(state["count"])}
+            steps, search = int(state["steps_taken"]), list(state["search"])
+            notes, checks = list(state["notes"]), dict(state["checks"])
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, ArtifactError, PlanError) as error:
             raise CheckpointError(f"The state is not of this model: {type(error).__name__}: {error}.") from error
         shrink(self.model, plan)
-        self.plan, self.shrinks, self.steps_taken = plan, shrinks, int(state["steps_taken"])
-        self._decider.scopes, self._decider.goal = scopes, state["goal"]
-        self._decider.search = list(state["search"])
-        self.notes, self.checks = list(state["notes"]), dict(state["checks"])
+        self.plan, self.shrinks, self.steps_taken = plan, shrinks, steps
+        self._decider.scopes, self._decider.goal, self._decider.search = scopes, goal, search
+        self.notes, self.checks = notes, checks
         self._accumulated = self._from_gradients()
         if self._accumulated is not None:
-            self._accumulated.load_state_dict(state)
+            self._accumulated.load_state_dict(seen)

@@ -5,6 +5,7 @@ What may not be is refused by an error of `cpd` before anything is done; nothing
 
 from __future__ import annotations
 
+import inspect
 import signal
 import time
 from collections.abc import Iterator
@@ -169,3 +170,67 @@ def test_values_of_every_kind(name: str, parameter: str) -> None:
 
 def test_there_are_many_cases() -> None:
     assert len(CASES) * len(KINDS) > 5000
+
+
+#: Classes of what the library itself makes: their constructors are not called by users.
+MADE = {
+    "Comb", "Group", "LatencyComparison", "LatencyTable", "ModelProfile", "Plan", "Quantized", "Report", "Result",
+    "Sensitivity", "Sweep",
+}  # fmt: skip
+
+
+def test_nothing_public_is_left_out() -> None:
+    errors = {name for name in cpd.__all__ if isinstance(getattr(cpd, name), type) and name.endswith("Error")}
+    assert set(cpd.__all__) - errors - MADE - set(CALLS) == set()
+    for name in {*MADE, "Pruner", "Schedule"}:
+        one = getattr(cpd, name)
+        methods = {key for key in vars(one) if not key.startswith("_")} - set(getattr(one, "__dataclass_fields__", ()))
+        for method in (key for key in methods if callable(getattr(one, key))):
+            taken = set(inspect.signature(getattr(one, method)).parameters) - {"self"}
+            assert not taken or f"{name}.{method}" in CALLS, f"{name}.{method}"
+
+
+# ------------------------------------------------------------------------------------------ what is read
+
+
+def places(value: Any, depth: int = 3) -> Iterator[tuple[Any, ...]]:
+    """The way to everything in nested dicts and lists, the first two items of each list."""
+    if depth and isinstance(value, dict):
+        for key, item in value.items():
+            yield (key,)
+            yield from ((key, *rest) for rest in places(item, depth - 1))
+    elif depth and isinstance(value, (list, tuple)):
+        for index, item in enumerate(value[:2]):
+            yield (index,)
+            yield from ((index, *rest) for rest in places(item, depth - 1))
+
+
+def replaced(value: Any, place: tuple[Any, ...], item: Any) -> Any:
+    """A copy in which something else is at a place."""
+    first, *rest = place
+    found = dict(value) if isinstance(value, dict) else list(value)
+    found[first] = replaced(value[first], tuple(rest), item) if rest else item
+    return found
+
+
+READ = {
+    "Report.from_dict": "data",
+    "Sweep.from_dict": "data",
+    "Pruner.load_state_dict": "state",
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_anything_else_in_what_is_read(name: str) -> None:
+    (whole_one,) = CALLS[name].given().values()
+    found = []
+    for place in places(whole_one):
+        for kind in ("None", "-1", "a huge integer", "NaN", "a string", "a list of None", "a dict", "an object"):
+            data = replaced(whole_one, place, KINDS[kind]())
+            try:
+                CALLS[name].call(**{READ[name]: data})
+            except cpd.CPDError:
+                pass
+            except Exception as error:
+                found.append(f"{name}, {kind} at {place}: {type(error).__name__}: {error!s:.80}")
+    assert found == []

@@ -238,6 +238,11 @@ def command_options(arguments: list[str]) -> dict[str, Any]:
     [
         ("--round-to 0", "error: --round-to must be an integer from 1 to 1000000000; got 0."),
         ("--seed -1", "error: --seed must be an integer from 0 to 2147483647; got -1."),
+        ("--threads 1000000", "error: --threads must be an integer from 1 to 1024; got 1000000."),
+        ("--lr 0", "error: --lr must be a number above 0, or None; got 0.0."),
+        ("--criterion taylro", "error: --criterion must be a name"),
+        ("--criterion taylro", "got 'taylro'. Is taylor meant?"),
+        ("--kd cdw", "got 'cdw'. Is cwd meant?"),
         ("--ratios fc", "error: --ratios takes PATTERN=SHARE"),
         ("--latency-inputs big", "error: --latency-inputs takes shapes"),
         ("--target-macs 2 --target-params 2", "got --target-macs, --target-params"),

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from cpd.criteria.activation_gates import CallSites
-from cpd.criteria.context import Setting
+from cpd.criteria.context import SETTING, Setting
 from cpd.criteria.gates import Site
+from cpd.options import checked
 from cpd.trace.layer_calls import LayerCall, LayerCalls, seen
 
 
+@checked(setting=SETTING)
 def apoz(setting: Setting) -> dict[str, Tensor]:
     """The share of a position's activations above zero, one less its APoZ (eq. 1), the mean over all layers.
 

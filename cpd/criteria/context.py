@@ -15,6 +15,7 @@ from cpd.criteria.gates import Gates, parameters_of
 from cpd.errors import TrainingError
 from cpd.model.inputs import Batch, batches, device_of, in_mode
 from cpd.model.task_loss import task_loss
+from cpd.options import instance
 
 #: float16 gradients of small losses vanish unless the loss is enlarged (Micikevicius et al., arXiv 1710.03740).
 LOSS_SCALE = 1024.0
@@ -120,6 +121,9 @@ class Setting:
     def sum_of(self, count: int) -> int:
         """The sum of a number over processes."""
         return int(self.total(torch.tensor(count)))
+
+
+SETTING = instance(Setting, "a cpd.criteria.Setting")
 
 
 @contextmanager

@@ -7,10 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cpd.criteria.context import Setting
+from cpd.criteria.context import SETTING, Setting
 from cpd.criteria.gates import Gates
+from cpd.options import checked
 
 
+@checked(setting=SETTING)
 def taylor(setting: Setting) -> dict[str, Tensor]:
     """The mean over batches of (dL/dm_u)^2: the squared change of the loss when gate u closes, to first order.
 
@@ -19,6 +21,7 @@ def taylor(setting: Setting) -> dict[str, Tensor]:
     return _mean(setting, Tensor.square, lambda mean: mean)
 
 
+@checked(setting=SETTING)
 def snip(setting: Setting) -> dict[str, Tensor]:
     """|mean over batches of dL/dm_u|: Lee et al. 2019, eq. 5, of a gate on a channel rather than on a weight."""
     return _mean(setting, lambda gradient: gradient, Tensor.abs)

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from cpd.criteria.activation_gates import CallSites, sample_gradients
-from cpd.criteria.context import LOSS_SCALE, Setting
+from cpd.criteria.context import LOSS_SCALE, SETTING, Setting
+from cpd.options import checked
 
 
+@checked(setting=SETTING)
 def fisher(setting: Setting) -> dict[str, Tensor]:
     """The mean over samples n of (the sum over coupled gates of dL_n/dm)^2, eq. 6.
 

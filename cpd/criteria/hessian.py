@@ -15,9 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cpd.criteria.context import Setting
+from cpd.criteria.context import SETTING, Setting
 from cpd.criteria.gates import Gates, parameters_of
 from cpd.model.inputs import Batch
+from cpd.options import checked
 
 #: How far the gates, which are 1, move at least. Networks of ReLUs have a gradient that jumps: over a short step the
 #: difference is a few jumps divided by next to nothing (its square grows as 1 / step). A step that crosses many
@@ -36,11 +37,13 @@ def epsilon(dtype: torch.dtype) -> float:
     return min(LONGEST, max(STEP, math.sqrt(NOISE * torch.finfo(dtype).eps)))
 
 
+@checked(setting=SETTING)
 def frobenius(setting: Setting) -> dict[str, Tensor]:
     """E[(H v)_u^2] for every gate u."""
     return _expectation(setting, lambda v, product: product.square())
 
 
+@checked(setting=SETTING)
 def trace(setting: Setting) -> dict[str, Tensor]:
     """|E[v_u (H v)_u]| = |H_uu| for every gate u."""
     return {name: score.abs() for name, score in _expectation(setting, lambda v, product: v * product).items()}

@@ -11,10 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from cpd.criteria.context import Setting
+from cpd.criteria.context import SETTING, Setting
 from cpd.criteria.gates import Gates, Site, parameters_of, slices
+from cpd.options import checked, number
+
+NORM = number("of at least 1", lambda value: value >= 1)
 
 
+@checked(setting=SETTING, p=NORM)
 def magnitude(setting: Setting, p: float = 2) -> dict[str, Tensor]:
     """The sum of |w|^p over all slices of a position, relative to the group's mean.
 
@@ -27,6 +31,7 @@ def magnitude(setting: Setting, p: float = 2) -> dict[str, Tensor]:
     return {name: _relative(score) for name, score in _sums(setting, p).items()}
 
 
+@checked(setting=SETTING)
 def lamp(setting: Setting) -> dict[str, Tensor]:
     """|w_u|^2 over the sum of |w_v|^2 of all positions v of the group that are no smaller.
 
@@ -40,6 +45,7 @@ def lamp(setting: Setting) -> dict[str, Tensor]:
     return result
 
 
+@checked(setting=SETTING)
 def fpgm(setting: Setting) -> dict[str, Tensor]:
     """The sum of distances to the other positions' slices: those near the geometric median can be replaced.
 
@@ -56,6 +62,7 @@ def fpgm(setting: Setting) -> dict[str, Tensor]:
     return _scored(setting, _producers(setting), distances)
 
 
+@checked(setting=SETTING)
 def bn_scale(setting: Setting) -> dict[str, Tensor]:
     """|gamma| of the norm layers that a position goes through (Network Slimming, Liu et al. 2017, arXiv 1708.06519).
 

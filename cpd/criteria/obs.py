@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from cpd.criteria.activation_gates import CallSites, sample_gradients
-from cpd.criteria.context import Setting
+from cpd.criteria.context import SETTING, Setting
 from cpd.criteria.gates import Site
 from cpd.model.inputs import logits
+from cpd.options import checked
 from cpd.trace.layer_calls import LayerCall, matrix
 
 #: Added to the covariance, relative to the mean variance of a feature.
@@ -42,6 +43,7 @@ EXACT = 256
 STEPS = 64
 
 
+@checked(setting=SETTING)
 def obs(setting: Setting) -> dict[str, Tensor]:
     """The expected squared change of the logits when a position goes after all that cost less, the rest refitted."""
     sites = CallSites.of(setting)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cpd.criteria.context import Setting
+from cpd.criteria.context import SETTING, Setting
+from cpd.options import checked
 
 
+@checked(setting=SETTING)
 def uniform(setting: Setting) -> dict[str, Tensor]:
     """Independent uniform numbers in [0, 1), by the seed."""
     generator = torch.Generator().manual_seed(setting.seed)

@@ -222,12 +222,13 @@ class _Run:
                     with seeded(self.data, self.config.seed + self.epoch):
                         record = self.one_epoch(under_way, state)
                     _check_weights(self.student, self.kept, self.epoch)
+                    record = self.evaluated(record, evaluate)
                 except CPDError:
                     restore(self.student, self.kept)
                     raise
                 finally:
                     self.student.zero_grad(set_to_none=True)
-                self.records.append(self.evaluated(record, evaluate))
+                self.records.append(record)
                 log.info("%s", self.records[-1].told(metric_name(evaluate), epochs))
                 log.debug("%s", self.records[-1])
                 self.epoch, self.done, self.sums, state = self.epoch + 1, 0, {}, None

@@ -224,6 +224,11 @@ def sensitivity(
     check_architecture(model, comb.architecture, InputError, "The comb is", "Comb this model.")
     kept = [(batch.call, batch.target) for batch in batches(data, limit, finite=True)]
     scores = score(model, comb, criterion="magnitude") if scores is None else scores
+    for group in comb.open:
+        if group.name not in scores or tuple(scores[group.name].shape) != (group.size,):
+            raise InputError(
+                f"scores must hold a tensor of {group.size} numbers for {group.name}, as for every open group."
+            )
     selector, full = Selector(comb, scores, Limits(round_to=1)), comb.cost({}).macs
     points = []
 

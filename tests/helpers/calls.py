@@ -20,7 +20,7 @@ import cpd.lightning
 import cpd.picture
 import cpd.segmentation
 from cpd.coupling import comb as coupling
-from cpd.deploy import latency_model
+from cpd.deploy import export, latency, latency_model, quantize
 from cpd.jobs import compress as compressing
 from cpd.picture import drawing
 
@@ -87,11 +87,9 @@ def setting() -> cpd.criteria.Setting:
 
 
 def pruner() -> cpd.Pruner:
-    return cpd.Pruner(deepcopy(model()), X[:1], steps=2, comb=comb(), target_macs=0.6, round_to=1)
-
-
-def adam() -> torch.optim.Optimizer:
-    return torch.optim.Adam(model().parameters())
+    return cpd.Pruner(
+        deepcopy(model()), X[:1], steps=2, comb=comb(), target_macs=0.6, round_to=1, criterion="magnitude"
+    )
 
 
 class Began(BaseException):
@@ -105,6 +103,7 @@ def began(*_: Any, **__: Any) -> None:
 #: Where the work of what takes seconds begins, once all arguments were looked at.
 BEGINS = (
     (compressing, "comb"), (latency_model, "make_comb"), (cpd.demo, "digits"), (coupling, "cold"),
+    (export, "_export"), (quantize, "_made_of_integers"), (latency, "_time_rounds"),
 )  # fmt: skip
 
 

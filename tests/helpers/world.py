@@ -18,6 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
+#: Where the threads come from that draw bars: they end a moment after these do, or never.
+BARS = ("tqdm._monitor", "rich.live", "rich.progress")
+SIGNALS = sorted(signal.valid_signals())
+
 
 def world() -> dict[str, Any]:
     """Everything of the process that code can change for all other code, in values that can be compared."""
@@ -25,7 +29,7 @@ def world() -> dict[str, Any]:
     loggers.pop("torch.__trace", None)  # has its handlers once torch.compile is loaded
     return {
         "random of python": random.getstate(),
-        "random of numpy": str(np.random.get_state()),
+        "random of numpy": (np.random.get_state()[1].tobytes(), np.random.get_state()[2:]),
         "random of torch": torch.get_rng_state().numpy().tobytes(),
         "threads of torch": torch.get_num_threads(),
         "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
@@ -47,9 +51,9 @@ def world() -> dict[str, Any]:
         "environment": dict(os.environ),
         "path of python": list(sys.path),
         "streams": (sys.stdout, sys.stderr, sys.excepthook, sys.settrace, sys.getrecursionlimit()),
-        "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+        "signals": {number: signal.getsignal(number) for number in SIGNALS},
         "garbage collection": (gc.isenabled(), gc.get_threshold()),
-        "running threads": {item.name for item in threading.enumerate() if item.name != "tqdm_monitor"},
+        "running threads": {item.name for item in threading.enumerate() if type(item).__module__ not in BARS},
         "numpy's errors": np.geterr(),
     }  # fmt: skip
 
