@@ -150,6 +150,27 @@ class LatencyModel:
             found.append(fixed + (share.ms - fixed) * left)
         return found
 
+    def fixed(self) -> dict[str, float]:
+        """The ms of the unpruned model that no width changes, each by the end of a sentence on its share."""
+        overhead, frozen = 0.0, dict[str, float]()
+        for share in self.shares:
+            if share.contractions:
+                parts = [(1.0, bool(_open(item))) for item in share.contractions]
+                call = 0.0
+            else:
+                parts = [(float(_size(shape, {})), any(map(axes.is_open, shape))) for shape in share.tensors]
+                call = min(share.ms, CALL_MS)
+            overhead += call
+            held = sum(size for size, is_open in parts if not is_open) / max(sum(size for size, _ in parts), 1.0)
+            frozen[share.op] = frozen.get(share.op, 0.0) + (share.ms - call) * held
+        return {
+            "goes into calling nodes, which only fewer layers would save": overhead,
+            **{
+                f"goes into {op} whose widths are frozen": frozen[op]
+                for op in sorted(frozen, key=lambda op: -frozen[op])
+            },
+        }
+
     def _ms(self, item: _Item, values: Numbers) -> float:
         """The time of one contraction where its dimensions have these sizes."""
         anchor = item.contraction.anchor

@@ -18,6 +18,7 @@ from cpd.deploy.latency_model import LatencyModel
 from cpd.errors import TargetError
 from cpd.model.inputs import Call
 from cpd.plan import Plan
+from cpd.selection.obstacles import obstacles
 from cpd.selection.search import predicted, reach
 from cpd.selection.selector import Selector
 from cpd.selection.weighing import Normalization, Scope, Weighing, by_capacity
@@ -239,11 +240,15 @@ class Decider:
         full, least = self.comb.cost({}), self.comb.cost(selector.least())
         goal = self.target.absolute(full)
         if self.target.of(least) > goal:
-            frozen = [f"{group.name}: {group.frozen}" for group in self.comb.groups if group.frozen][:8]
+            shares = "parameters" if self.target.name == "target_params" else "macs"
+            never = sum(self.comb.unused.values()) if shares == "parameters" else 0
+            stands = obstacles(
+                selector, lambda counts: self.target.of(self.comb.cost(counts)),
+                {"is of parameters that the forward never uses": never}, shares,
+            )  # fmt: skip
             raise TargetError(
                 f"{self.target.name}={self.target.value:g} cannot be reached: the narrowest widths allowed leave "
-                f"{self.target.of(least):,.0f} of {self.target.of(full):,.0f}. "
-                + (f"Frozen groups stand in the way: {'; '.join(frozen)}." if frozen else "No group is frozen.")
+                f"{self.target.of(least):,.0f} of {self.target.of(full):,.0f}. What stands in the way: {stands}"
                 + (f" {unused_sentence(self.comb.unused)}" if self.comb.unused else "")
             )
         return selector.plan(selector.meet(self.target.of, goal))

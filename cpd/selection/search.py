@@ -19,6 +19,7 @@ from cpd.deploy.latency_model import LatencyModel
 from cpd.errors import TargetError
 from cpd.model.tensors import copy_of
 from cpd.plan import Plan
+from cpd.selection.obstacles import obstacles
 from cpd.selection.selector import Selector
 from cpd.selection.target import Target
 from cpd.surgery.shrink import shrink
@@ -110,7 +111,7 @@ def reach(
             measure(least)
             best = _nearest(tried, tolerance)
         if best.attained < 1 - tolerance:
-            raise TargetError(_unreachable(selector, best, target))
+            raise TargetError(_unreachable(selector, best, target, latency))
     return best, tried
 
 
@@ -142,14 +143,11 @@ def _measure(
     return Candidate(counts, plan, ratio, expected, found, target.attained(found))
 
 
-def _unreachable(selector: Selector, best: Candidate, target: Target) -> str:
-    frozen = [group for group in selector.comb.groups if group.frozen]
-    reasons = "; ".join(f"{group.name} ({group.size}): {group.frozen}" for group in frozen[:8])
+def _unreachable(selector: Selector, best: Candidate, target: Target, latency: LatencyModel) -> str:
     reached = best.speedup if target.name == "target_speedup" else best.latency.candidate_ms
     return (
         f"{target.name}={target.value:g} cannot be reached: the narrowest widths allowed keep {best.macs_ratio:.1%} of "
         f"the MACs and are {best.speedup:.2f} times as fast ({best.latency.candidate_ms:.3g} ms). Ask for "
-        f"{reached:.3g}, or allow narrower widths "
-        f"(round_to={selector.limits.round_to}, max_ratio={selector.limits.max_ratio}). "
-        + (f"Frozen groups stand in the way: {reasons}." if frozen else "No group is frozen.")
+        f"{reached:.3g}, or for less of what stands in the way. Of the milliseconds, as predicted: "
+        f"{obstacles(selector, latency.milliseconds, latency.fixed())}"
     )

@@ -77,10 +77,7 @@ class Selector:
 
     def floor(self, group: Group) -> int:
         """The fewest channels that a group keeps: its minimum, and what the limits say, up to a whole step."""
-        share = self.limits.ratio_of(group)
-        ratio = self.limits.max_ratio if share is None else share
-        least = max(group.minimum, min(self.limits.min_width, group.size), round(group.size * (1 - ratio) + 1e-9, 6))
-        return min(self.steps[group.name] * math.ceil(least / self.steps[group.name]), group.size)
+        return _floor(group, self.limits, self.steps[group.name])
 
     def _walk(self) -> npt.NDArray[np.int64]:
         """[steps + 1, open groups]: the widths before ties, after each step."""
@@ -180,9 +177,14 @@ class Selector:
                     break
         return found
 
-    def least(self) -> dict[Axis, int]:
-        """The narrowest widths that the limits and ties allow."""
-        return self.counts(len(self._path))
+    def least(self, limits: Limits | None = None) -> dict[Axis, int]:
+        """The narrowest widths that the limits and ties allow; or that other limits would allow."""
+        if limits is None:
+            return self.counts(len(self._path))
+        floors = {
+            group.axis: _floor(group, limits, step(self.comb, group, limits.round_to)) for group in self.comb.open
+        }
+        return self._tied({axis: min(floor, self._most[axis]) for axis, floor in floors.items()})
 
     def at_floor(self, counts: Mapping[Axis, int]) -> tuple[str, ...]:
         """The groups that would lose more if they were not at their floor."""
@@ -196,6 +198,14 @@ class Selector:
         """The plan that keeps the best channels of each group at these widths."""
         keep = {group.name: np.sort(self.order[group.name][: counts[group.axis]]) for group in self.comb.open}
         return self.comb.plan(keep)
+
+
+def _floor(group: Group, limits: Limits, step: int) -> int:
+    """The fewest channels that a group keeps where widths go in steps."""
+    share = limits.ratio_of(group)
+    ratio = limits.max_ratio if share is None else share
+    least = max(group.minimum, min(limits.min_width, group.size), round(group.size * (1 - ratio) + 1e-9, 6))
+    return min(step * math.ceil(least / step), group.size)
 
 
 def _ranked(comb: Comb, scores: Mapping[str, Tensor], steps: Mapping[str, int], scope: Scope) -> dict[str, Tensor]:

@@ -47,6 +47,9 @@ class Stopwatch:
     def local(self, counts: Any) -> dict[Any, float]:
         return {}
 
+    def fixed(self) -> dict[str, float]:
+        return {"goes into calling nodes": 0.4, "goes into Softmax": 0.0}
+
     # and of the probe
     def compare(self, model: nn.Module, **_: Any) -> Any:
         self.exports += 1
@@ -79,6 +82,10 @@ def test_a_target_out_of_reach_says_what_can_be(selector):
     watch = Stopwatch(selector.comb, 0.1)
     with pytest.raises(cpd.TargetError, match=r"target_speedup=9 cannot be reached.*times as fast.*Ask for 1\.\d"):
         reach(selector.comb.model, selector, watch, watch, Target("target_speedup", 9.0), 10.0)
+    told = r"% of the unpruned model's are left .* 4.0% goes into calling nodes\. Frozen groups hold"
+    with pytest.raises(cpd.TargetError, match=told) as caught:
+        reach(selector.comb.model, selector, watch, watch, Target("target_speedup", 9.0), 10.0)
+    assert "Softmax" not in str(caught.value)
     with pytest.raises(cpd.TargetError, match="nothing to do"):
         reach(selector.comb.model, selector, watch, watch, Target("target_latency_ms", 11.0), 10.0)
 
