@@ -45,8 +45,8 @@ class Sweep:
     metric_name: str = UNNAMED
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for `json.dumps`."""
-        return asdict(self)
+        """All fields, ready for `json.dumps`; the name of the metric only where it has one."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("metric_name", UNNAMED)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sweep:
