@@ -95,9 +95,10 @@ def register(app: typer.Typer, function: Callable[..., Output], *examples: str) 
     def run(context: typer.Context, **given: Any) -> None:
         shown = {name: given.pop(name) for name in SHOWN}
         with _running(shown["quiet"], shown["verbose"], shown["debug"], given):
+            wanted = False if shown["quiet"] or not is_first_process() else None
             if "progress" in signature.parameters:
-                given["progress"] = False if shown["quiet"] else None
-            with progress.shown(False if shown["quiet"] or not is_first_process() else None):
+                given["progress"] = wanted
+            with progress.shown(wanted):
                 output = function(**given)
             if not is_first_process():
                 return

@@ -343,7 +343,7 @@ class _Stages:
     def __call__(self, name: str) -> Iterator[None]:
         start, within = time.perf_counter(), self._within
         numbered = name in self.planned and not within
-        log.info("%s …", name.capitalize())
+        log.log(logging.DEBUG if within else logging.INFO, "%s …", name.capitalize())
         self._within = True
         try:
             with part(f"stage {self.planned.index(name) + 1} of {len(self.planned)}: {name}" if numbered else name):

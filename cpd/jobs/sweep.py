@@ -45,8 +45,8 @@ class Sweep:
     metric_name: str = UNNAMED
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON types, NaN and infinity None."""
-        return plain_fields(self)
+        """All fields as plain JSON types, NaN and infinity None; the name of the metric only where it has one."""
+        return {name: value for name, value in plain_fields(self).items() if (name, value) != ("metric_name", UNNAMED)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sweep:

@@ -188,3 +188,19 @@ def test_call_text_breaks_long_calls() -> None:
     assert told.startswith("cpd.compress(\n    model,\n    schedule=cpd.Schedule(kind='cubic', end=0.6),\n")
     assert "    training=cpd.DistillConfig(kd='cwd'),\n" in told
     assert call_text({"seed": 0, "data": "data"}) == "cpd.compress(model, seed=0, data=data)"
+
+
+def test_the_metric_is_called_by_its_name(report: Report) -> None:
+    figures = [
+        dataclasses.replace(item, metric=value) for item, value in ((report.original, 92.7), (report.result, 91.5))
+    ]
+    named = dataclasses.replace(report, original=figures[0], result=figures[1], metric_name="top-1 accuracy [%]")
+    assert tuple(named.figure_rows[0]) == ("Top-1 accuracy", "92.70 %", "91.50 %", "−1.20")
+    assert "Top-1 accuracy" in Page(named.to_html()).text
+    assert "| Top-1 accuracy | 92.70 % | 91.50 % | −1.20 |" in named.model_card()
+    assert Report.from_dict(json.loads(json.dumps(named.to_dict()))) == named
+    old = {name: value for name, value in named.to_dict().items() if name != "metric_name"}
+    assert Report.from_dict(old).figure_rows[0].label == "Metric"
+    hostile = dataclasses.replace(named, metric_name="<b>|x|</b>")
+    assert "<b>" not in hostile.to_html()
+    assert "&lt;b>\\|x\\|&lt;/b>" in hostile.model_card()
