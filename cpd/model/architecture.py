@@ -3,7 +3,8 @@
 Two models are of one architecture if they have the same modules under the same paths and in the same order, and each
 pair of modules
 
-- has classes of one name (their files may be others: a script is `__main__` when it is run);
+- has classes of one name (their files may be others: a script is `__main__` when it is run). A class that changes
+  nothing of what the forward uses counts as the one that it is derived from;
 - holds parameters of the same names and shapes, and saved buffers of the same shapes;
 - was given the same settings: integers, also inside tuples and plain objects, texts, functions, and what torch's layers
   list in `__constants__`; as far as the forward reads them. So stride, groups, padding, the kind of a `GELU` and the
@@ -46,7 +47,7 @@ def architecture_of(model: nn.Module) -> Architecture:
     """What a model is, apart from the values in it."""
     named = dict(model.named_modules())
     read, written = _attributes_of_forward(frozenset(map(type, named.values())))
-    return Architecture({path: _form(module, read - written, written) for path, module in named.items()})
+    return Architecture({path: _form(module, read, written) for path, module in named.items()})
 
 
 def check_architecture(
@@ -66,18 +67,24 @@ def check_architecture(
         raise error(f"{what} of another model than this {type(model).__name__}: {found}. {remedy}")
 
 
-def _form(module: nn.Module, settings: frozenset[str], written: frozenset[str]) -> Form:
+def _form(module: nn.Module, read: frozenset[str], written: frozenset[str]) -> Form:
     unsaved = module._non_persistent_buffers_set
     return Form(
-        type(module).__name__,
+        _kind(type(module), read),
         {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)},
         {
             name: tuple(tensor.shape)
             for name, tensor in module.named_buffers(recurse=False)
             if name not in unsaved and name not in written
         },
-        dict(_settings(module, settings)),
+        dict(_settings(module, read - written)),
     )
+
+
+def _kind(kind: type[nn.Module], read: frozenset[str]) -> str:
+    """The name of the class that decides what the forward does: the first that has something of what it uses."""
+    bases = (base for base in kind.__mro__ if base.__module__.startswith("torch.") or read & vars(base).keys())
+    return next(bases, kind).__name__
 
 
 def _settings(module: nn.Module, names: frozenset[str]) -> Iterator[tuple[str, bool | int | str]]:
@@ -101,7 +108,7 @@ def _attributes_of_forward(kinds: frozenset[type[nn.Module]]) -> tuple[frozenset
         for name, value in vars(base).items():
             function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
             methods.setdefault(name, []).append(inspect.unwrap(function) if callable(function) else None)
-    read, written, pending = set[str](), set[str](), ["forward"]
+    read, written, pending = {"forward"}, set[str](), ["forward"]
     while pending:
         codes = [getattr(function, "__code__", None) for function in methods.get(pending.pop(), ())]
         for instruction in _instructions(code for code in codes if code is not None):

@@ -54,9 +54,11 @@ class Net(nn.Module):
         self.attention = Attention(heads, activation)
         self.drop, self.head = nn.Dropout(0.1), nn.Linear(8, classes)
 
+    def features(self, x: Tensor) -> Tensor:
+        return self.body(self.act(self.stem(x))).flatten(2).transpose(1, 2)
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.body(self.act(self.stem(x))).flatten(2).transpose(1, 2)
-        return self.head(self.drop(self.attention(x)).mean(1))
+        return self.head(self.drop(self.attention(self.features(x))).mean(1))
 
 
 def combed() -> tuple[Net, cpd.Comb, Plan]:
@@ -100,6 +102,20 @@ def other_head(model: nn.Module) -> nn.Module:
     return model
 
 
+class Reporting(Net):
+    """Adds what the forward does not use."""
+
+    def report(self) -> str:
+        return "nothing"
+
+
+class Doubling(Net):
+    """Changes what the forward uses, but not the forward."""
+
+    def features(self, x: Tensor) -> Tensor:
+        return 2 * super().features(x)
+
+
 SAME: dict[str, Callable[[], nn.Module]] = {
     "a copy": lambda: copy.deepcopy(Net()),
     "in train mode": lambda: Net().train(),
@@ -109,6 +125,7 @@ SAME: dict[str, Callable[[], nn.Module]] = {
     "that ran": lambda: ran(Net()),
     "that was used": lambda: used(Net()),
     "with another head of one shape": lambda: other_head(Net()),
+    "of a class that adds nothing": Reporting,
     "of a class defined elsewhere": lambda: type("Net", (Net,), {"__module__": "__main__"})(),
 }
 
@@ -164,6 +181,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "heads": (lambda: Net(heads=4), "attention.heads was 2, and is 4"),
     "order of layers": (lambda: Net(norm_first=False), "body.0 stood where body.1 stands in the order of the modules"),
     "head": (lambda: Net(classes=5), r"head.weight was of shape \[4, 8\], and is of shape \[5, 8\]"),
+    "part of the forward": (Doubling, "the model itself was a Net, and is a Doubling"),
     "one more": (lambda: nn.Sequential(Net()), "the model itself was a Net, and is a Sequential"),
 }
 
