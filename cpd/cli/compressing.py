@@ -93,9 +93,9 @@ def compress(
         data, batch_size, workers, options["seed"], augment, auto_augment, random_erasing, mean, std
     )  # fmt: skip
     config, training = _configs(options, images)
+    source, given = _prepared(model, input_size, pretrained, images, teacher)
     if output_dir is None:
         log.info("Nothing will be written: without --output-dir the result is measured and shown, then lost.")
-    source, given = _prepared(model, input_size, pretrained, images, teacher)
 
     import cpd
 
@@ -138,13 +138,13 @@ def sweep(
         raise InputError(
             f"--speedups must each be at least 1 (original over result: for half the latency, 2); got {speedups}."
         )
-    if output_dir is None:
-        log.info("No model will be written: without --output-dir a sweep gives its table alone.")
     if plot is not None:
         from cpd.jobs.sensitivity import check_plot
 
         check_plot(plot)
     source, given = _prepared(model, input_size, pretrained, images, teacher)
+    if output_dir is None:
+        log.info("No model will be written: without --output-dir a sweep gives its table alone.")
 
     import cpd
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
 from cpd.deploy import kernels
 from cpd.deploy.kernels import UNIT, Convolution, Kernel, KernelTimes, MatrixProduct
+from cpd.model.progress import Part
 
 CONV = Convolution(1, 1, 128, 256, (14, 14), (3, 3), (1, 1), (1, 1), (1, 1))
 
@@ -57,13 +59,19 @@ def test_small_widths_are_measured_together(tmp_path, monkeypatch):
     assert times.time(grouped.at(inputs=24, outputs=24), grouped) == 5.0
 
 
-def test_kernels_are_measured_for_real(tmp_path):
+def test_kernels_are_measured_for_real(tmp_path, monkeypatch):
     times = KernelTimes(path=tmp_path / "kernels.json")
     small, large = CONV.at(inputs=32, outputs=32), CONV
     seen = []
-    times.measure([small, large, MatrixProduct(2, 49, 16, 49, False), MatrixProduct(1, 49, 64, 128, True)],
-                  lambda done, total: seen.append((done, total)))  # fmt: skip
-    assert seen == [(4, 4)]
+
+    @contextmanager
+    def noted(name, total, **_):
+        yield (found := Part(name, total))
+        seen.append((found.done, found.total))
+
+    monkeypatch.setattr(kernels, "part", noted)
+    times.measure([small, large, MatrixProduct(2, 49, 16, 49, False), MatrixProduct(1, 49, 64, 128, True)])
+    assert seen == [(4, 4)]  # what the progress line shows
     assert 0 < 4 * times[small] < times[large]
     transposed = Convolution(1, 1, 16, 8, (7, 7), (2, 2), (2, 2), (0, 0), (1, 1), transposed=True)
     assert times[transposed] > 0
