@@ -603,7 +603,7 @@ def test_the_graph_can_be_queried(small: Comb) -> None:
 
 
 def test_bad_input_is_told_from_a_model_that_cannot_be_traced() -> None:
-    with pytest.raises(InputError, match=r"Expected a torch\.nn\.Module, got dict"):
+    with pytest.raises(InputError, match=r"^model must be a torch\.nn\.Module: .*; got dict"):
         comb({}, MAP)
     with pytest.raises(InputError, match=r"fails on the example inputs of shape \[\(2, 5, 12\)\]"):
         comb(nn.Linear(4, 4).double(), TOKENS)
