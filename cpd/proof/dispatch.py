@@ -35,10 +35,7 @@ Dispatch: TypeAlias = tuple[Any, Any, Any]
 
 _aten = torch.ops.aten
 #: Ops that compute nothing; an export leaves some of them out.
-_IDLE = {
-    _aten.detach.default, _aten.alias.default, _aten.lift_fresh.default, _aten.lift_fresh_copy.default,
-    _aten._assert_tensor_metadata.default,
-}  # fmt: skip
+_IDLE = {_aten.detach.default, _aten.alias.default, _aten.lift_fresh.default, _aten._assert_tensor_metadata.default}
 #: Ops whose first result is laid out like their first argument, and whose kernels without values are slow.
 _ALIKE = {_aten.native_batch_norm.default, _aten._native_batch_norm_legit_no_training.default}
 
