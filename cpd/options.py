@@ -142,7 +142,7 @@ def _is_number(value: object) -> bool:
 
 def number(wanted: str, accepts: Callable[[float], bool]) -> Check:
     """A finite number that somebody may mean."""
-    return Check(f"a number {wanted}", lambda value: _is_number(value) and accepts(value), float, fault=_too_large)
+    return Check(f"a number {wanted}".strip(), lambda value: _is_number(value) and accepts(value), float, fault=_too_large)
 
 
 def _too_large(value: float) -> str | None:

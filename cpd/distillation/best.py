@@ -40,7 +40,7 @@ class Best:
         log.info("Kept: the weights %s, %s.", where, told(metric, self._metric))
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as `cpd.checkpoint` writes it."""
+        """All of it, as `cpd.files.checkpoint` writes it."""
         return {"epoch": self.epoch, "metric": self._metric, "state": self._state}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ from cpd.model.inputs import Batch, device_of, evaluating
 from cpd.options import Check, instance
 from cpd.randomness import random_states_kept
 
-CHECKPOINT = instance(Checkpoint, "a cpd.checkpoint.Checkpoint")
+CHECKPOINT = instance(Checkpoint, "a cpd.files.checkpoint.Checkpoint")
 PRUNER = Check(
     "a cpd.Pruner of the student",
     lambda value: (

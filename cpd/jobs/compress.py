@@ -57,9 +57,9 @@ _SOURCE = text("a name, as 'timm:resnet18'")
 
 @takes_options(PruneConfig)
 @checked(
-    model=MODEL, data=REPEATED_DATA, example_inputs=INPUTS, loss=LOSS, evaluate=EVALUATE, **_LEARNING,
-    training=TRAINING, teacher=MODEL, output_dir=PATH, resume=FLAG, checkpoint_minutes=_MINUTES, source=_SOURCE,
-    progress=FLAG, config=PRUNING,
+    model=MODEL, data=REPEATED_DATA, calibration=REPEATED_DATA, example_inputs=INPUTS, loss=LOSS, evaluate=EVALUATE,
+    **_LEARNING, training=TRAINING, teacher=MODEL, output_dir=PATH, overwrite=FLAG, resume=FLAG,
+    checkpoint_minutes=_MINUTES, source=_SOURCE, progress=FLAG, config=PRUNING,
 )  # fmt: skip
 def compress(
     model: nn.Module,

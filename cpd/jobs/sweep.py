@@ -21,7 +21,7 @@ from cpd.jobs.compress import compress
 from cpd.model.arguments import MODEL
 from cpd.model.metric import UNNAMED, metric_name
 from cpd.model.progress import part, shown
-from cpd.options import PATH, Check, checked, number, takes_options
+from cpd.options import FLAG, PATH, Check, checked, number, takes_options
 from cpd.report.artifacts import PAGE, SWEEP, SWEPT, check_output_dir
 from cpd.report.records import Figures, SweepPoint, plain_fields
 from cpd.report.report import sweep_page
@@ -121,7 +121,7 @@ _SPEEDUPS = Check(
 
 
 @takes_options(PruneConfig, leave_out=TARGETS, others=True)
-@checked(model=MODEL, speedups=_SPEEDUPS, output_dir=PATH)
+@checked(model=MODEL, speedups=_SPEEDUPS, output_dir=PATH, overwrite=FLAG)
 def sweep(
     model: nn.Module,
     speedups: Iterable[float],
