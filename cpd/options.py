@@ -142,7 +142,9 @@ def _is_number(value: object) -> bool:
 
 def number(wanted: str, accepts: Callable[[float], bool]) -> Check:
     """A finite number that somebody may mean."""
-    return Check(f"a number {wanted}".strip(), lambda value: _is_number(value) and accepts(value), float, fault=_too_large)
+    return Check(
+        f"a number {wanted}".strip(), lambda value: _is_number(value) and accepts(value), float, fault=_too_large
+    )
 
 
 def _too_large(value: float) -> str | None:
@@ -205,7 +207,7 @@ def _is_path(value: object) -> bool:
 
 
 #: What several functions take.
-PATH = Check("a path, as 'out' or pathlib.Path('out')", _is_path)
+PATH = Check("the path of a file or folder, as 'out' or pathlib.Path('out')", _is_path)
 SEED = integer(0, 2**31 - 1)
 THREADS = integer(1, 1024)
 SECONDS = number("of seconds, above 0 and at most 86400 (a day)", lambda value: 0 < value <= 86400)

@@ -93,9 +93,9 @@ class Form:
     """
 
     kind: str
-    parameters: Mapping[str, Shape] = field(default_factory=dict)
-    buffers: Mapping[str, Shape] = field(default_factory=dict)
-    settings: Mapping[str, bool | int | str] = field(default_factory=dict)
+    parameters: Mapping[str, Shape]
+    buffers: Mapping[str, Shape]
+    settings: Mapping[str, bool | int | str]
 
     def difference(self, other: Form, path: str) -> str | None:
         """What differs first, as the end of a sentence; None where nothing does."""

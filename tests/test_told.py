@@ -76,7 +76,11 @@ FAILS: dict[str, tuple[str, Callable[[], Any]]] = {
         "The teacher raised OwnError on the first batch", lambda: cpd.distill(narrow(), Forward(), data()),
     ),
     "evaluate of an epoch": (
-        "evaluate raised OwnError after epoch 1", lambda: cpd.distill(narrow(), model(), data(), evaluate=fails),
+        "evaluate raised OwnError after epoch 1",
+        lambda: cpd.distill(narrow(), model(), data(), evaluate=fails, before=0.5),
+    ),
+    "evaluate of a training": (
+        "evaluate raised OwnError before the training", lambda: cpd.distill(narrow(), model(), data(), evaluate=fails),
     ),
     "evaluate of a sensitivity": (
         "evaluate raised OwnError before pruning", lambda: cpd.sensitivity(model(), comb(), data(), evaluate=fails),

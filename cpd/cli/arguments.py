@@ -186,18 +186,24 @@ def build_teacher(name: str, pretrained: bool) -> nn.Module:
 
 
 def _built(source: ModelSource, pretrained: bool) -> nn.Module:
-    """A model of a source, in eval mode; what a factory of the user's raises is told as its own."""
-    if source.by_name:
-        return source.build(pretrained=pretrained).eval()
-    try:
-        return source.build().eval()
-    except CPDError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"{source} raised {type(error).__name__}: {first_line(error)}. It is called with the arguments that follow "
-            "its name after commas, and must give the model."
-        ) from error
+    """A model of a source, in eval mode; what a factory of the user's raises is told as its own.
+
+    What is random in it is the same each time: a run that goes on, and each of several processes, has the same model.
+    """
+    from cpd.randomness import random_states_kept, seeded
+
+    with random_states_kept(), seeded(None, 0):
+        if source.by_name:
+            return source.build(pretrained=pretrained).eval()
+        try:
+            return source.build().eval()
+        except CPDError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"{source} raised {type(error).__name__}: {first_line(error)}. It is called with the arguments that "
+                "follow its name after commas, and must give the model."
+            ) from error
 
 
 def result_folder(folder: Path) -> Path:

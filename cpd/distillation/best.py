@@ -28,7 +28,6 @@ class Best:
 
     def consider(self, epoch: int, metric: float, model: nn.Module) -> None:
         """Take the weights of a model for the best if none did better; of equally good ones the later."""
-        metric = -math.inf if math.isnan(metric) else metric
         if self.epoch is None or metric >= self._metric:
             self.epoch, self._metric, self._state = epoch, metric, state_of(model)
 

@@ -193,10 +193,8 @@ class _Run:
         self.ema = self.averaged()
         self.mixing = Mixing(config, read)
         #: Where the training stands: epochs behind, steps of this one, its losses, records of those behind.
-        self.epoch, self.done = 0, 0
-        self.sums: dict[str, list[float]] = {}
-        self.records: list[EpochRecord] = []
-        self.best = Best()
+        self.epoch, self.done, self.sums = 0, 0, dict[str, list[float]]()
+        self.records, self.best = list[EpochRecord](), Best()
 
     def averaged(self) -> ModelEmaV3 | None:
         """An average of the student's weights, which starts from what they are now."""
@@ -382,8 +380,6 @@ class _Run:
         if self.may_be_kept:
             self.best.consider(record.epoch, found, self.judged)
         return replace(record, metric=found)
-
-    # ------------------------------------------------------------------------------ the best
 
     @property
     def judged(self) -> nn.Module:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypeVar
 
 from cpd.errors import ArtifactError
+from cpd.options import shown
 
 T = TypeVar("T")
 
@@ -210,8 +211,7 @@ def _needed(kind: Any) -> frozenset[str]:
 
 
 def _differs(value: Any, kind: Any) -> Any:
-    text = repr(value) if isinstance(value, (bool, int, float, str)) and len(str(value)) < 40 else type(value).__name__
-    raise _Mismatch(f"{_name(kind)} is wanted, there is {text}")
+    raise _Mismatch(f"{_name(kind)} is wanted, there is {shown(value)}")
 
 
 def _name(kind: Any) -> str:

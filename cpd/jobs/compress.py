@@ -27,7 +27,7 @@ from cpd.distillation.distiller import distill
 from cpd.errors import CPDError, first_line
 from cpd.files.checkpoint import Checkpoint
 from cpd.files.reading import conform
-from cpd.jobs.identity import TOLD, identity
+from cpd.jobs.identity import agreed_identity
 from cpd.jobs.outcome import Measured, Result, call_record, missed, report_of
 from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
 from cpd.model.arguments import INPUTS, MODEL, REPEATED_DATA
@@ -143,19 +143,15 @@ def compress(
     processes.start()
     named = options if target_speedup is None else {"target_speedup": target_speedup, **options}
     settings = PruneConfig.of(config, named, "cpd.compress")
-    if settings.masks == "permanent":
-        model = masks_applied(copy_of(model))
+    model = masks_applied(copy_of(model)) if settings.masks == "permanent" else model
     learning = training_settings(training, epochs, lr, settings.seed, progress)
     folder = None if output_dir is None else check_output_dir(output_dir, overwrite=overwrite)
-    given = identity(model, teacher, data, loss) if folder is not None or processes.count() > 1 else {}
-    for what in TOLD:
-        processes.check_same(repr(given.get(what)), what)
+    given = agreed_identity(model, teacher, data, loss)
     checkpoint = checkpoint_of(folder, resume, checkpoint_minutes, settings, learning, model, given)
     objects = {
         "data": data, "calibration": calibration, "example_inputs": example_inputs, "loss": loss,
         "evaluate": evaluate, "teacher": teacher,
     }  # fmt: skip
-    record = call_record(settings, learning, objects, folder)
     with preserved(model), shown(progress if processes.rank() == 0 else False):
         call = example_call(model, example_inputs, data)
         if settings.measures:
@@ -175,7 +171,7 @@ def compress(
         )  # fmt: skip
         run = _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch)
         run.prune_and_train(data, loss, evaluate, teacher)
-        result = run.finish(record, source, metric_name(evaluate))
+        result = run.finish(call_record(settings, learning, objects, folder), source, metric_name(evaluate))
     if folder is not None:
         processes.from_first(lambda: result.save(folder, overwrite=overwrite))
     if checkpoint is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from cpd import processes
 from cpd.model.tensors import hash_of
 
 #: Everything that may be told, in the order in which processes compare it.
@@ -39,6 +40,20 @@ def identity(model: nn.Module, teacher: nn.Module | None, data: Iterable[Any] | 
         found["loss"] = _name(loss)
     if data is not None:
         found |= _of_data(data)
+    return found
+
+
+def agreed_identity(
+    model: nn.Module, teacher: nn.Module | None, data: Iterable[Any] | None, loss: Any
+) -> dict[str, Any]:
+    """What a run is of, as all processes that take part in it must say.
+
+    Raises:
+        TrainingError: if one says something else than the first.
+    """
+    found = identity(model, teacher, data, loss)
+    for what in TOLD:
+        processes.check_same(repr(found.get(what)), what)
     return found
 
 

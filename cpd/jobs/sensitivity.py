@@ -27,7 +27,7 @@ from cpd.model.metric import UNNAMED, metric_name, title, written
 from cpd.model.progress import part, shown
 from cpd.model.task_loss import task_loss
 from cpd.model.tensors import copy_of
-from cpd.options import EVALUATE, FLAG, LIMIT, LOSS, PATH, Check, checked, number
+from cpd.options import EVALUATE, FLAG, LIMIT, LOSS, PATH, Check, checked, number, text
 from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 from cpd.surgery.recovery import logits_error
@@ -104,12 +104,14 @@ class Sensitivity:
         """Which figure of the points is shown: "metric" where there is one, else "loss", else "error"."""
         return "metric" if self.metric is not None else "loss" if self.loss is not None else "error"
 
+    @checked(state=text("a word for the unpruned model"))
     def heading(self, state: str) -> str:
         """What is shown, and what it is of the unpruned model, which is called `state`."""
         name, before = self.shown, getattr(self, self.shown, None)
         called = title(self.metric_name) if name == "metric" else name
         return called if before is None else f"{called} ({state} {self.value(before)})"
 
+    @checked(found=number("", lambda value: True))
     def value(self, found: float) -> str:
         """A figure of what is shown, for reading."""
         return written(self.metric_name, found) if self.shown == "metric" else f"{found:.4g}"

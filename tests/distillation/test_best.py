@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpd.checkpoint import Checkpoint
 from torch import Tensor, nn
 
 import cpd
 from cpd.distillation.distiller import DistillConfig, distill
+from cpd.files.checkpoint import Checkpoint
 from helpers.teaching import images, make, same, state
 from helpers.tiny import INPUT, Tiny
 from helpers.tiny import loader as tiny_loader
@@ -35,7 +35,6 @@ def judged(values: list[float], seen: list[dict[str, Tensor]]) -> Callable[[nn.M
         ([0.5, 0.1, 0.9, 0.2], 2),
         ([0.9, 0.1, 0.2, 0.3], 0),  # a training that only makes it worse
         ([0.5, 0.5, 0.5, 0.5], 3),  # of equally good ones the later
-        ([math.nan, 0.1, math.nan, math.nan], 1),
     ],
 )
 def test_the_best_of_before_and_of_every_epoch_is_kept(values: list[float], kept: int) -> None:
@@ -43,7 +42,16 @@ def test_the_best_of_before_and_of_every_epoch_is_kept(values: list[float], kept
     records = distill(student, make(0), images(2), config=DistillConfig(epochs=3), evaluate=judged(values, seen))
     assert same(student, seen[kept])
     assert [record.epoch for record in records if record.kept] == ([kept] if kept else [])
-    assert [record.metric for record in records] == pytest.approx(values[1:], nan_ok=True)
+    assert [record.metric for record in records] == pytest.approx(values[1:])
+
+
+@pytest.mark.parametrize("values", [[math.nan], [0.5, math.inf]])
+def test_a_metric_that_is_not_finite_is_refused(values: list[float]) -> None:
+    student = make(1)
+    start = state(student)
+    with pytest.raises(cpd.InputError, match=r"one finite number.* (before the training|after epoch 1) it gave"):
+        distill(student, make(0), images(2), config=DistillConfig(epochs=3), evaluate=judged(values, []))
+    assert same(student, start)
 
 
 def test_the_last_is_kept_where_that_is_wanted_or_nothing_is_evaluated() -> None:

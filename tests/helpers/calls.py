@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -104,6 +105,7 @@ def began(*_: Any, **__: Any) -> None:
 BEGINS = (
     (compressing, "comb"), (latency_model, "make_comb"), (cpd.demo, "digits"), (coupling, "cold"),
     (export, "_export"), (quantize, "_made_of_integers"), (latency, "_time_rounds"),
+    (timm, "create_model"),
 )  # fmt: skip
 
 
@@ -176,6 +178,8 @@ def _calls() -> dict[str, Valid]:
         "Report.from_dict": (cpd.Report.from_dict, {"data": lambda: result().report.to_dict()}),
         "Sweep.from_dict": (cpd.Sweep.from_dict, {"data": lambda: swept().to_dict()}),
         "Sweep.plot": (lambda path: swept().plot(path), {"path": lambda: "a.png"}),
+        "Sensitivity.heading": (lambda state: seen().heading(state), {"state": lambda: "unpruned"}),
+        "Sensitivity.value": (lambda found: seen().value(found), {"found": lambda: 0.5}),
         "Sensitivity.plot": (lambda path: seen().plot(path), {"path": lambda: "a.png"}),
         "picture.draw": (cpd.picture.draw, {"comb": comb, "path": lambda: "a.svg"}),
         "picture.check_path": (drawing.check_path, {"path": lambda: "a.svg"}),

@@ -387,7 +387,7 @@ def test_what_fails_in_three_modules_of_a_class_is_frozen_in_all_at_once(monkeyp
 
 @pytest.mark.parametrize("bound", [{"proof_copies": 0}, {"proof_seconds": 0}, {"proof_seconds": float("nan")}])
 def test_a_budget_of_nothing_is_refused(bound: dict[str, float]) -> None:
-    with pytest.raises(cpd.InputError, match="proof_copies"):
+    with pytest.raises(cpd.InputError, match=next(iter(bound))):
         cpd.comb(dense(insisting(1)), torch.randn(2, 12, dtype=torch.double), **bound)
 
 

@@ -290,7 +290,7 @@ def test_a_folder_is_loaded_by_the_model_that_it_is_of_alone(tmp_path) -> None:
     "broken", [3, {}, {"forms": [], "modules": {"": 0}}, {"forms": [{"kind": "A"}], "modules": {}}]
 )
 def test_an_architecture_that_is_none_is_refused(made: tuple[Net, cpd.Comb, Plan], broken: object) -> None:
-    with pytest.raises(cpd.ArtifactError, match="not a plan"):
+    with pytest.raises(cpd.ArtifactError, match="not an architecture"):
         Plan.from_dict({**made[2].to_dict(), "architecture": broken})
 
 
