@@ -211,7 +211,8 @@ def _needed(kind: Any) -> frozenset[str]:
 
 
 def _differs(value: Any, kind: Any) -> Any:
-    raise _Mismatch(f"{_name(kind)} is wanted, there is {shown(value)}")
+    text = shown(value) if isinstance(value, (bool, int, float, str)) else type(value).__name__
+    raise _Mismatch(f"{_name(kind)} is wanted, there is {text}")
 
 
 def _name(kind: Any) -> str:
