@@ -23,6 +23,13 @@ BARS = ("tqdm._monitor", "rich.live", "rich.progress")
 SIGNALS = sorted(signal.valid_signals())
 
 
+def _precision() -> str:
+    """Torch 2.9 warns that this setting will have another name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.get_float32_matmul_precision()
+
+
 def world() -> dict[str, Any]:
     """Everything of the process that code can change for all other code, in values that can be compared."""
     loggers = {name: item for name, item in logging.root.manager.loggerDict.items() if isinstance(item, logging.Logger)}
@@ -40,7 +47,7 @@ def world() -> dict[str, Any]:
             torch.utils.deterministic.fill_uninitialized_memory,
         ),
         "cudnn": (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
-        "precision of products": torch.get_float32_matmul_precision(),
+        "precision of products": _precision(),
         "fast path of attention": torch.backends.mha.get_fastpath_enabled(),
         "attention kernels": (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()),
         "hooks of all modules": (len(modules._global_forward_hooks), len(modules._global_forward_pre_hooks)),
