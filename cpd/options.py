@@ -213,6 +213,7 @@ THREADS = integer(1, 1024)
 SECONDS = number("of seconds, above 0 and at most 86400 (a day)", lambda value: 0 < value <= 86400)
 LIMIT = integer(1)
 FLAG = flag()
+NUMBER = number("", lambda value: True)
 
 
 def _are_parts(value: Any) -> bool:

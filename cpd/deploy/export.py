@@ -37,6 +37,10 @@ ONNX_MODEL = Check(
     "an ONNX model: the path of its file, its bytes, or an onnx.ModelProto",
     lambda value: isinstance(value, (bytes, onnx.ModelProto)) or PATH.accepts(value),
 )
+EITHER_MODEL = Check(
+    f"a torch.nn.Module, or {ONNX_MODEL.wanted}",
+    lambda value: isinstance(value, nn.Module) or ONNX_MODEL.accepts(value),
+)
 TOLERANCE = number("above 0", lambda value: value > 0)
 
 PROTOBUF_LIMIT = 2**31

@@ -21,7 +21,7 @@ import onnxruntime
 import torch
 
 from cpd.deploy.backends import BACKENDS, Backend, Model, OnnxRuntime, Run, exported
-from cpd.deploy.export import ONNX_MODEL, TOLERANCE, OnnxSource, feed, open_session
+from cpd.deploy.export import EITHER_MODEL, TOLERANCE, OnnxSource, feed, open_session
 from cpd.deploy.profiling import NodeTime, profile_nodes
 from cpd.errors import of_the_user
 from cpd.model.arguments import INPUTS
@@ -76,15 +76,11 @@ class LatencyComparison:
         return asdict(self)
 
 
-_SOURCE = Check(
-    f"a torch.nn.Module, or {ONNX_MODEL.wanted}",
-    lambda value: isinstance(value, torch.nn.Module) or ONNX_MODEL.accepts(value),
-)
 _PRECISION = number("above 0 (0.02 is +-2 %)", lambda value: value > 0)
 _TIMING = {"threads": THREADS, "seconds": SECONDS, "min_runs": integer(MIN_PAIRS), "precision": _PRECISION}
 
 
-@checked(original=_SOURCE, candidate=_SOURCE, example_inputs=INPUTS, tolerance=TOLERANCE, **_TIMING)
+@checked(original=EITHER_MODEL, candidate=EITHER_MODEL, example_inputs=INPUTS, tolerance=TOLERANCE, **_TIMING)
 def compare_latency(
     original: Model,
     candidate: Model,
@@ -247,7 +243,7 @@ def measure_latency(
     """
     if any(isinstance(backend, str) for backend in backends):
         for name, model in models.items():
-            _SOURCE.demand(f"models[{name!r}]", model)
+            EITHER_MODEL.demand(f"models[{name!r}]", model)
     call = as_call(example_inputs)
     if batch_size is not None:
         call = call.resized(batch_size)
@@ -309,7 +305,7 @@ class LatencyProbe:
             for runner in self._originals
         )
 
-    @checked(candidate=_SOURCE, seconds=SECONDS, min_runs=integer(MIN_PAIRS), precision=_PRECISION)
+    @checked(candidate=EITHER_MODEL, seconds=SECONDS, min_runs=integer(MIN_PAIRS), precision=_PRECISION)
     def compare(
         self,
         candidate: Model,

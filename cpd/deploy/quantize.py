@@ -24,10 +24,19 @@ import onnx
 import torch
 from torch import nn
 
-from cpd.deploy.export import ONNX_MODEL, OnnxSource, export_bytes, feed, open_session, run_session, writable
+from cpd.deploy.export import (
+    EITHER_MODEL,
+    ONNX_MODEL,
+    OnnxSource,
+    export_bytes,
+    feed,
+    open_session,
+    run_session,
+    writable,
+)
 from cpd.deploy.latency import LatencyTable, measure_latency
 from cpd.errors import ExportError, InputError, first_line
-from cpd.model.arguments import DATA, MODEL
+from cpd.model.arguments import DATA
 from cpd.model.inputs import Call, batches, evaluated
 from cpd.model.metric import UNNAMED, metric_name, told, written
 from cpd.model.progress import part
@@ -92,13 +101,10 @@ _NODES = Check(
         and all(isinstance(item, str) for item in value)
     ),
 )
-_ORIGINAL = Check(
-    f"a torch.nn.Module, or {ONNX_MODEL.wanted}", lambda value: MODEL.accepts(value) or ONNX_MODEL.accepts(value)
-)
 
 
 @checked(
-    model=ONNX_MODEL, data=DATA, path=PATH, original=_ORIGINAL, evaluate=EVALUATE,
+    model=ONNX_MODEL, data=DATA, path=PATH, original=EITHER_MODEL, evaluate=EVALUATE,
     calibration=choice(*CALIBRATIONS), per_channel=FLAG, limit=LIMIT, exclude=_NODES, threads=THREADS, seconds=SECONDS,
 )  # fmt: skip
 def quantize_onnx(

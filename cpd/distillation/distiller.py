@@ -40,7 +40,7 @@ from cpd.model.outputs import Outputs, reader
 from cpd.model.progress import Part, part, shown
 from cpd.model.task_loss import LossFunction, task_loss
 from cpd.model.tensors import named_tensors, restore, state_of
-from cpd.options import EVALUATE, LOSS, OUTPUTS, checked, number, or_none
+from cpd.options import EVALUATE, LOSS, NUMBER, OUTPUTS, checked, or_none
 from cpd.randomness import random_states, random_states_kept, seeded, set_random_states
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class ShrinksWhileTrained(Protocol):
 
 @checked(
     student=MODEL, teacher=or_none(MODEL), data=DATA, loss=LOSS, evaluate=EVALUATE, config=TRAINING, pruner=PRUNER,
-    checkpoint=CHECKPOINT, outputs=OUTPUTS, before=number("", lambda value: True),
+    checkpoint=CHECKPOINT, outputs=OUTPUTS, before=NUMBER,
 )  # fmt: skip
 def distill(
     student: nn.Module,

@@ -56,7 +56,7 @@ def check_data(data: Iterable[Any], config: DistillConfig) -> None:
             f"The data is a {type(data).__name__}, which can be iterated once only, but epochs is "
             f"{config.epochs:g}. Pass a DataLoader, a list, or an object whose __iter__ starts afresh."
         )
-    if config.epochs < 1 and _length(data) is None:
+    if config.epochs < 1 and length_of(data) is None:
         raise InputError("A fraction of an epoch needs data with a length (__len__); use epochs=1.")
 
 
@@ -80,11 +80,11 @@ def check_distillation(
         raise InputError(f"The distillation loss kd={config.kd!r} is {float(value)} on the first batch of data.")
 
 
-def _length(data: Iterable[Any]) -> int | None:
-    """The number of batches; None if the data does not tell."""
+def length_of(data: Any) -> int | None:
+    """The number of batches, or of samples; None if the data does not tell."""
     try:
         with of_the_user("len(data)"):
-            return len(data)  # type: ignore[arg-type]
+            return len(data)
     except InputError as error:
         if isinstance(error.__cause__, (TypeError, NotImplementedError)):
             return None
@@ -93,7 +93,7 @@ def _length(data: Iterable[Any]) -> int | None:
 
 def steps_per_epoch(data: Iterable[Any], accumulate: int = 1) -> int | None:
     """Optimizer steps in one pass over the data, with `accumulate` batches a step; None if the data has no length."""
-    length, count = _length(data), processes.count()
+    length, count = length_of(data), processes.count()
     if length is None:
         return None
     return math.ceil((math.ceil(length / count) if is_shared_out(data) else length // count) / accumulate)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from cpd import processes
+from cpd.distillation.request import length_of
 from cpd.model.tensors import hash_of
 
 #: Everything that may be told, in the order in which processes compare it.
@@ -61,22 +62,15 @@ def _of_data(data: Iterable[Any]) -> dict[str, Any]:
     """The number of batches, their size, and the data set behind them; of a list also what is in its first batch."""
     source = getattr(data, "dataset", None)
     found: dict[str, Any] = {
-        "number of batches": _length(data),
+        "number of batches": length_of(data),
         "batch size": size if isinstance(size := getattr(data, "batch_size", None), int) else None,
         "data set": None if source is None else type(source).__name__,
-        "number of samples": _length(source),
+        "number of samples": length_of(source),
     }
     if isinstance(data, (list, tuple)) and data:
         leaves = (leaf for leaf in tree_leaves(data[0]) if isinstance(leaf, Tensor))
         found["first batch"] = hash_of({str(index): leaf for index, leaf in enumerate(leaves)})[:16]
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _length(of: Any) -> int | None:
-    try:
-        return len(of)
-    except (TypeError, NotImplementedError):
-        return None
 
 
 def _name(function: Any) -> str:

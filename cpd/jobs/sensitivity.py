@@ -27,7 +27,7 @@ from cpd.model.metric import UNNAMED, metric_name, title, written
 from cpd.model.progress import part, shown
 from cpd.model.task_loss import task_loss
 from cpd.model.tensors import copy_of
-from cpd.options import EVALUATE, FLAG, LIMIT, LOSS, PATH, Check, checked, number, text
+from cpd.options import EVALUATE, FLAG, LIMIT, LOSS, NUMBER, PATH, Check, checked, number, text
 from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 from cpd.surgery.recovery import logits_error
@@ -111,7 +111,7 @@ class Sensitivity:
         called = title(self.metric_name) if name == "metric" else name
         return called if before is None else f"{called} ({state} {self.value(before)})"
 
-    @checked(found=number("", lambda value: True))
+    @checked(found=NUMBER)
     def value(self, found: float) -> str:
         """A figure of what is shown, for reading."""
         return written(self.metric_name, found) if self.shown == "metric" else f"{found:.4g}"
