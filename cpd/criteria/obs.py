@@ -29,8 +29,12 @@ from cpd.model.inputs import logits
 from cpd.options import checked
 from cpd.trace.layer_calls import LayerCall, matrix
 
-#: Added to the covariance, relative to the mean variance of a feature.
-DAMPING = 1e-3
+#: Added to the covariance, relative to the variance of each feature: the one of these that tells best what was held out.
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+#: One sample of so many is held out.
+HELD_OUT = 4
+#: Rows of a layer's input per batch: so many a feature.
+ROWS_A_FEATURE = 16
 #: With more features than this, kernel positions share one covariance of the channels.
 MOST_FEATURES = 2304
 #: Layers with more inputs than this are not refitted: their covariance takes too long to invert.
@@ -54,7 +58,8 @@ def obs(setting: Setting) -> dict[str, Tensor]:
 
     def after(layer: LayerCall) -> None:
         if layer.weight in sites.read:
-            moments.setdefault(layer.weight, _Moments(layer)).add(layer, generator)
+            along = sites.samples_along.get((layer.weight, 0), (0, 0))[0]
+            moments.setdefault(layer.weight, _Moments(layer)).add(layer, batch.call.samples, along, generator)
 
     for batch in setting.batches():
 
@@ -95,24 +100,30 @@ class _Moments:
         self.kernel = kernel if self.folded else 1
         features, outputs = weights.shape[-1], weights.shape[1] // self.kernel
         like = {"device": self.weight.device, "dtype": torch.float32}
-        self.second = torch.zeros(layer.groups, features, features, **like)
-        self.first = torch.zeros(layer.groups, features, **like)
+        #: Of the samples that are fitted, and of those that are held out.
+        self.second = torch.zeros(2, layer.groups, features, features, **like)
+        self.first = torch.zeros(2, layer.groups, features, **like)
         self.gradient = torch.zeros(layer.groups, outputs, outputs, **like)
-        self.rows = 0
+        self.rows = [0, 0]
 
-    def add(self, layer: LayerCall, generator: torch.Generator) -> None:
+    def add(self, layer: LayerCall, samples: int, along: int, generator: torch.Generator) -> None:
         """Add one call, and its gradient once that is known."""
         if not self.usable:
             return
-        index = layer.sample(ROWS, generator)
+        index = layer.spread(min(ROWS, ROWS_A_FEATURE * self.second.shape[-1]), samples, along, generator)
         with torch.no_grad():
             x = layer.features(index).float()
-            if self.folded and layer.kind == "conv":
-                x = x.unflatten(-1, (self.second.shape[-1], self.kernel)).transpose(2, 3).flatten(1, 2)
-            self.second += x.transpose(1, 2) @ x
-            self.first += x.sum(1)
-            self.rows += x.shape[1]
-        share = 1.0 if index is None or layer.kind == "transposed" else layer.positions / len(index)
+            held = torch.arange(x.shape[1], device=x.device) * samples // x.shape[1] % HELD_OUT == HELD_OUT - 1
+            for which, rows in enumerate((x[:, ~held], x[:, held])):
+                if self.folded and layer.kind == "conv":
+                    rows = rows.unflatten(-1, (self.second.shape[-1], self.kernel)).transpose(2, 3).flatten(1, 2)
+                self.second[which] += rows.transpose(1, 2) @ rows
+                self.first[which] += rows.sum(1)
+                self.rows[which] += rows.shape[1]
+        rows = layer.positions if layer.kind in ("linear", "matmul") else layer.positions * layer.input.shape[0]
+        share = rows / x.shape[1] if not (self.folded and layer.kind == "conv") else rows / max(1, x.shape[1])
+        if layer.kind == "transposed":
+            share = 1.0
         shape = layer.without_data()
 
         def at_output(gradient: Tensor) -> None:
@@ -127,14 +138,45 @@ class _Moments:
     def pool(self, setting: Setting) -> None:
         """Sum over processes."""
         self.second, self.first, self.gradient = map(setting.total, (self.second, self.first, self.gradient))
-        self.rows = setting.sum_of(self.rows)
+        self.rows = [setting.sum_of(rows) for rows in self.rows]
 
     def covariance(self) -> Tensor:
         """Of the input, damped, [groups, features, features]."""
-        mean = self.first.double() / self.rows
-        found = self.second.double() / self.rows - mean[:, :, None] * mean[:, None, :]
-        size = found.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-12)[:, None, None]
-        return found + DAMPING * size * torch.eye(found.shape[1], dtype=found.dtype, device=found.device)
+        second, first = self.second.double(), self.first.double()
+        both = _about(second.sum(0), first.sum(0), first.sum(0) / sum(self.rows), sum(self.rows))
+        if min(self.rows) == 0:
+            self.damping = DAMPINGS[-1]
+        else:
+            mean = first[0] / self.rows[0]
+            fit, held = (_about(second[i], first[i], mean, self.rows[i]) for i in (0, 1))
+            self.damping = min(DAMPINGS, key=lambda damping: _surprise(_damped(fit, damping), held))
+        return _damped(both, self.damping)
+
+
+def _about(second: Tensor, first: Tensor, mean: Tensor, rows: int) -> Tensor:
+    """The mean product of deviations from `mean`, of sums over rows, [groups, features, features]."""
+    average = first / rows
+    cross = average[:, :, None] * mean[:, None, :]
+    return second / rows - cross - cross.transpose(1, 2) + mean[:, :, None] * mean[:, None, :]
+
+
+def _damped(covariance: Tensor, damping: float) -> Tensor:
+    """More on the diagonal: a share of each feature's variance, and of the mean one's, so that none is 0."""
+    variances = covariance.diagonal(dim1=1, dim2=2)
+    least = 1e-3 * variances.mean(1, keepdim=True).clamp_min(1e-12)
+    return covariance + torch.diag_embed(damping * variances.clamp_min(0) + least)
+
+
+def _surprise(covariance: Tensor, held: Tensor) -> float:
+    """How badly a covariance tells each feature of rows held out from the others: minus their log pseudo-likelihood.
+
+    The sum over features of log v + e / v, v the variance that it leaves to a feature given the others and e the mean
+    squared error on the rows (Besag 1975, "Statistical analysis of non-lattice data").
+    """
+    precision = torch.linalg.inv(covariance)
+    left = 1 / precision.diagonal(dim1=1, dim2=2)
+    errors = ((precision @ held) * precision).sum(2) * left.square()
+    return float((left.clamp_min(1e-30).log() + errors / left).sum())
 
 
 class _Reader:

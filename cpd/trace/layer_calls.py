@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,28 @@ class LayerCall:
         chosen = torch.randperm(self.positions, generator=generator)[:wanted].sort().values
         return chosen.to(self.input.device)
 
+    def spread(self, rows: int, samples: int, along: int, generator: torch.Generator) -> Tensor | None:
+        """An index for `features` of about so many rows: the same places of every sample, samples outermost.
+
+        Args:
+            rows: how many; at least one a sample are taken. None is returned where there are no more than that.
+            samples: in the batch.
+            along: the dimension of a linear layer's input that they lie along.
+            generator: draws the places.
+        """
+        linear = self.kind in ("linear", "matmul")
+        length = self.input.shape[along if linear else 0]
+        samples = samples if length % samples == 0 else 1
+        places = self.positions // samples if linear else self.positions
+        each = max(1, rows // samples if linear else rows // length)
+        if each >= places and (not linear or along == 0):
+            return None
+        chosen = torch.randperm(places, generator=generator)[:each].sort().values
+        if linear:
+            shape = self.input.shape[:-1]
+            chosen = torch.arange(math.prod(shape)).reshape(shape).movedim(along, 0).reshape(samples, -1)[:, chosen]
+        return chosen.flatten().to(self.input.device)
+
     def outputs(self, index: Tensor | None = None, value: Tensor | None = None) -> Tensor:
         """The rows of the output, or of a tensor like it, that belong to `features`: [groups, rows, outputs]."""
         y = self.output if value is None else value
@@ -167,6 +189,7 @@ class LayerCalls(TorchFunctionMode):
         before: given the call that is to be made, returns the input to use instead.
         after: given the call with its output, returns the output to use instead, or None for its own.
         norm: told of the arguments of each `batch_norm` that uses running statistics.
+        step: told of each call of any function that gives a tensor, in their order, which is that of the forward.
     """
 
     def __init__(
@@ -175,29 +198,34 @@ class LayerCalls(TorchFunctionMode):
         before: Callable[[LayerCall], Tensor] | None = None,
         after: Callable[[LayerCall], Tensor | None] | None = None,
         norm: Callable[[dict[str, Any]], None] | None = None,
+        step: Callable[[Step], None] | None = None,
     ) -> None:
         super().__init__()
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.masked = masked_weights(model)
-        self.before, self.after, self.norm = before, after, norm
+        self.before, self.after, self.norm, self.step = before, after, norm, step
+        self.steps = 0
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        name = None
         if func in SIGNATURES:
             given = {**dict(zip(SIGNATURES[func], args, strict=False)), **kwargs}
             name = self._name(given.get("weight", given.get("other")))
-            if name is not None:
-                return self._layer(func, name, given)
         elif func is F.batch_norm and self.norm is not None:
-            given = {**dict(zip(_NORM, args, strict=False)), **kwargs}
+            given = norm_given(args, kwargs)
             if given.get("running_mean") is not None and not given.get("training"):
                 self.norm(given)
         elif isinstance(func, FunctionType) and func.__globals__ is vars(F) and func is not F.batch_norm:
             with self:
                 return without_function_modes(func)(*args, **kwargs)
-        return func(*args, **kwargs)
+        output = func(*args, **kwargs) if name is None else self._layer(func, name, given)
+        if self.step is not None and (isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__):
+            self.step(Step(self.steps, func, args, kwargs, output, name))
+            self.steps += 1
+        return output
 
     def _name(self, weight: Any) -> str | None:
         """The parameter that a weight is, or that it is computed of by a mask."""
@@ -219,6 +247,31 @@ class LayerCalls(TorchFunctionMode):
 
 
 _NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+def norm_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of `torch.nn.functional.batch_norm` by name."""
+    return {**dict(zip(_NORM, args, strict=False)), **kwargs}
+
+
+class Step(NamedTuple):
+    """One call of a function that gives a tensor.
+
+    Attributes:
+        number: how many came before it in this forward.
+        function: that of torch.
+        args: its arguments by position.
+        kwargs: those by name.
+        output: what it gave.
+        weight: name of the parameter, where it is the call of a layer.
+    """
+
+    number: int
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    weight: str | None
 
 
 @contextmanager

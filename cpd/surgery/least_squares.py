@@ -1,0 +1,104 @@
+"""Damped least squares from sums over rows, in passes: what the change of a layer's matrices should be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+#: Dampings tried, relative to the mean square of a feature.
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+#: A layer that lacks less than this share of its output's variance is not refitted.
+NEGLIGIBLE = 1e-9
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over rows of a layer's inputs x, of what its output lacks, and of their products, in float64.
+
+    Attributes:
+        rows: how many.
+        x: [groups, features].
+        lacking: [groups, outputs].
+        xx: [groups, features, features].
+        lacking_x: [groups, outputs, features].
+        squares: of all that is lacking.
+        spread: the sum of squares of the output that is wanted, less its mean, for scale.
+    """
+
+    rows: int
+    x: Tensor
+    lacking: Tensor
+    xx: Tensor
+    lacking_x: Tensor
+    squares: float
+    spread: float
+
+    @staticmethod
+    def of(x: Tensor, lacking: Tensor, wanted: Tensor) -> Sums:
+        """Of inputs [groups, rows, features], what is lacking [groups, rows, outputs], and the output, of any shape."""
+        return Sums(
+            x.shape[1],
+            x.sum(1).double(),
+            lacking.sum(1).double(),
+            (x.transpose(1, 2) @ x).double(),
+            (lacking.transpose(1, 2) @ x).double(),
+            float(lacking.square().sum()),
+            float((wanted - wanted.mean(0)).square().sum()),
+        )
+
+    def __add__(self, other: Sums) -> Sums:
+        return Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
+
+    def solve(self, damping: float, takes_mean: bool) -> Tensor:
+        """The change that makes most of what is lacking small, [groups, outputs, features]."""
+        mean = self.x / self.rows * float(takes_mean)
+        xx = self.xx / self.rows - mean[:, :, None] * mean[:, None, :]
+        cross = self.lacking_x / self.rows - (self.lacking / self.rows)[:, :, None] * mean[:, None, :]
+        size = xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None, None]
+        damped = xx + damping * size * torch.eye(xx.shape[1], dtype=xx.dtype, device=xx.device)
+        found: Tensor = torch.linalg.solve(damped, cross.transpose(1, 2))
+        return found.transpose(1, 2)
+
+    def none(self) -> Tensor:
+        """No change."""
+        return torch.zeros_like(self.lacking_x)
+
+    def shift(self, change: Tensor, takes_mean: bool) -> Tensor:
+        """The change of the bias that goes with it, [groups, outputs]."""
+        left = (self.lacking - (change @ self.x[:, :, None]).squeeze(-1)) / max(self.rows, 1)
+        return left * float(takes_mean)
+
+    def error(self, change: Tensor, shift: Tensor) -> float:
+        """The sum of squares of what is lacking after both, relative to the spread of the output."""
+        linear = (change * self.lacking_x).sum() + (shift * self.lacking).sum()
+        mixed = (shift * (change @ self.x[:, :, None]).squeeze(-1)).sum()
+        square = ((change @ self.xx) * change).sum() + 2 * mixed + self.rows * shift.square().sum()
+        return max(0.0, float(self.squares - 2 * linear + square)) / (self.spread + 1e-30)
+
+
+def best_damping(fit: Sums, held: Sums, takes_mean: bool) -> tuple[float | None, float, float]:
+    """The damping that does best on rows that were not fitted.
+
+    Returns:
+        It, None where nothing does better than no change; the error on those rows without a change, and with it.
+    """
+    none = fit.none()
+    before = held.error(none, fit.shift(none, takes_mean))
+    chosen, after = None, before
+    for damping in DAMPINGS if before > NEGLIGIBLE and fit.rows else ():
+        change = fit.solve(damping, takes_mean)
+        error = held.error(change, fit.shift(change, takes_mean))
+        if error < after:
+            chosen, after = damping, error
+    return chosen, before, after
+
+
+def total(sums: Iterable[Sums]) -> Sums:
+    """The sum of several."""
+    first, *rest = sums
+    for item in rest:
+        first = first + item
+    return first

@@ -1,0 +1,179 @@
+"""Streams: layers whose output is added to a value that the forward has computed before.
+
+The last layer of a residual branch is one: what it gives passes a BatchNorm, a scale, a permutation, and is added to
+what the branch has read. They are found from the calls of one forward, whatever modules make them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from cpd.model.inputs import Call
+from cpd.model.tensors import named_tensors
+from cpd.trace.layer_calls import LayerCalls, Step, norm_given, seen
+
+_ADD = ("add", "add_", "__add__", "__iadd__", "__radd__")
+_MULTIPLY = ("mul", "mul_", "multiply", "__mul__", "__imul__", "__rmul__")
+_SAME = ("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone")
+_RESHAPE = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "__getitem__")
+
+Scale = tuple[str | None, str | None, float]
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How the output of a layer gets to a sum.
+
+    Attributes:
+        other: number of the call that gives the other operand, which comes before the layer.
+        scales: what a channel is multiplied by on the way: names of a weight and of a running variance, each None
+            where there is none, and an epsilon; or of neither, and a factor.
+        undo: steps that bring a value of the sum's shape to that of the layer's output; they take that too.
+    """
+
+    other: int
+    scales: tuple[Scale, ...]
+    undo: tuple[Callable[[Tensor, torch.Size], Tensor], ...]
+
+    def at_output(self, value: Tensor, shape: torch.Size) -> Tensor:
+        """A value of the sum's shape laid out as the layer's output is."""
+        for step in self.undo:
+            value = step(value, shape)
+        return value
+
+    def scale(self, tensors: Mapping[str, Tensor], channels: int) -> Tensor:
+        """What each channel of the layer's output is multiplied by on its way to the sum, [channels], float64."""
+        result = torch.ones(channels, dtype=torch.double)
+        for weight, variance, number in self.scales:
+            if weight is not None:
+                found = tensors[weight].detach().flatten().double().cpu()
+                result *= found if variance is not None or len(found) in (1, channels) else torch.nan
+            if variance is not None:
+                result /= (tensors[variance].double().cpu() + number).sqrt()
+            if weight is None and variance is None:
+                result *= number
+        return result
+
+
+class _Flow:
+    """What the calls of one forward take from one another."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {id(tensor): name for name, tensor in named_tensors(model).items()}
+        self.steps: list[Step] = []
+        self.takes: list[list[int | None]] = []
+        self.read = Counter[int]()
+        self.latest: dict[int, int] = {}  # the call that last gave or changed a tensor; all are alive in `steps`
+
+    def add(self, step: Step) -> None:
+        found = [self.latest.get(id(leaf)) for leaf in tree_leaves((step.args, step.kwargs)) if _is_tensor(leaf)]
+        self.read.update(number for number in found if number is not None)
+        self.steps.append(step)
+        self.takes.append(found)
+        changed = step.args[:1] if step.function is Tensor.__setitem__ else (step.output,)
+        for leaf in tree_leaves(changed):
+            if _is_tensor(leaf):
+                self.latest[id(leaf)] = step.number
+
+    def back(self, number: int) -> tuple[Step, Stream] | None:
+        """The layer whose output came to be this value, and how; None where it is another kind of value."""
+        scales, undo = list[Scale](), list[Callable[[Tensor, torch.Size], Tensor]]()
+        while self.read[number] == 1:
+            step, taken = self.steps[number], self.takes[number]
+            if step.weight is not None:
+                return step, Stream(-1, tuple(scales), tuple(undo))
+            name, before = step.function.__name__, taken[0] if taken else None
+            if name == "batch_norm":
+                given = norm_given(step.args, step.kwargs)
+                if given.get("running_var") is None or given.get("training"):
+                    return None
+                weight = None if given.get("weight") is None else self.names.get(id(given["weight"]))
+                scales.append((weight, self.names[id(given["running_var"])], float(given.get("eps", 1e-5))))
+            elif name in _MULTIPLY:
+                found = self._constant(step)
+                if found is None:
+                    return None
+                before, scale = found
+                scales.append(scale)
+            elif name in ("permute", "transpose"):
+                undo.append(_inverse(step))
+            elif name in _RESHAPE and before is not None and self.steps[before].weight is not None:
+                undo.append(lambda value, shape: value.reshape(shape))
+            elif name not in _SAME:
+                return None
+            if before is None:
+                return None
+            number = before
+        return None
+
+    def _constant(self, step: Step) -> tuple[int | None, Scale] | None:
+        """The value that a product multiplies by a constant, and the constant; None where there is none."""
+        operands = [*step.args, *step.kwargs.values()]
+        if len(operands) != 2:
+            return None
+        for value, constant in (operands, reversed(operands)):
+            number = self.latest.get(id(value))
+            if number is None:
+                continue
+            if isinstance(constant, Real):
+                return number, (None, None, float(constant))
+            name = self._named(constant)
+            if name is not None:
+                return number, (name, None, 0.0)
+        return None
+
+    def _named(self, value: Any) -> str | None:
+        """The parameter or buffer that a tensor is, or is another shape of."""
+        while id(value) not in self.names:
+            number = self.latest.get(id(value))
+            if number is None or self.steps[number].function.__name__ not in _RESHAPE:
+                return None
+            value = self.steps[number].args[0]
+        return self.names[id(value)]
+
+
+@torch.no_grad()
+def streams(model: nn.Module, call: Call) -> dict[str, Stream]:
+    """The layers whose output is added to a value that was there before, by the name of their weight.
+
+    Args:
+        model: in eval mode.
+        call: one it runs on; one sample is enough.
+    """
+    flow, found = _Flow(model), dict[str, Stream]()
+    with seen(LayerCalls(model, step=flow.add)):
+        call.on(model)
+    for step in flow.steps:
+        operands = [value for value in step.args if _is_tensor(value)]
+        if step.function.__name__ not in _ADD or len(operands) != 2 or step.kwargs.get("alpha", 1) != 1:
+            continue
+        if operands[0].shape != operands[1].shape or step.output.shape != operands[0].shape:
+            continue
+        numbers = flow.takes[step.number]
+        for value, other in (numbers, reversed(numbers)):
+            branch = None if value is None or other is None else flow.back(value)
+            if branch is not None and other < branch[0].number:
+                found[str(branch[0].weight)] = Stream(other, branch[1].scales, branch[1].undo)
+    return found
+
+
+def _inverse(step: Step) -> Callable[[Tensor, torch.Size], Tensor]:
+    """What undoes a permutation of dimensions."""
+    numbers = [value for value in tree_leaves((step.args[1:], step.kwargs)) if isinstance(value, int)]
+    if step.function.__name__ == "transpose":
+        return lambda value, shape: value.transpose(*numbers)
+    order = [number % len(numbers) for number in numbers]
+    inverse = sorted(range(len(order)), key=order.__getitem__)
+    return lambda value, shape: value.permute(inverse)
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
