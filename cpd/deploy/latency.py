@@ -27,7 +27,7 @@ from cpd.errors import of_the_user
 from cpd.model.arguments import INPUTS
 from cpd.model.inputs import as_call
 from cpd.model.progress import Part, part
-from cpd.options import SECONDS, THREADS, Check, checked, choice, integer, number
+from cpd.options import SECONDS, THREADS, Check, checked, choice, integer, number, several
 
 Times = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -192,10 +192,9 @@ def _runs_models(value: object) -> bool:
     return not isinstance(value, type) and callable(getattr(value, "open", None)) and hasattr(value, "name")
 
 
-_BACKENDS = Check(
-    f"a list of names ({', '.join(BACKENDS)}), or of objects with a name and open(model, call)",
-    lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(_runs_models, value)),
-)
+_BACKENDS = several(
+    _runs_models, f"a list of names ({', '.join(BACKENDS)}), or of objects with a name and open(model, call)"
+)  # fmt: skip
 
 
 @checked(models=_MODELS, example_inputs=INPUTS, backends=_BACKENDS, batch_size=integer(1, 2**20), **_TIMING)

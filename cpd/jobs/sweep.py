@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from cpd.jobs.compress import compress
 from cpd.model.arguments import MODEL
 from cpd.model.metric import UNNAMED, metric_name
 from cpd.model.progress import part, shown
-from cpd.options import FLAG, PATH, Check, checked, number, takes_options
+from cpd.options import FLAG, PATH, checked, number, several, takes_options
 from cpd.report.artifacts import PAGE, SWEEP, SWEPT, check_output_dir
 from cpd.report.records import Figures, SweepPoint, plain_fields
 from cpd.report.report import sweep_page
@@ -114,17 +114,16 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 _SPEEDUP = number("", lambda value: value >= 1)
-_SPEEDUPS = Check(
-    "a list of at least one speed-up, each a number of at least 1, as [1.5, 2, 3]",
-    lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(_SPEEDUP.accepts, value)),
-)
+_SPEEDUPS = several(
+    _SPEEDUP.accepts, "a list of at least one speed-up, each a number of at least 1, as [1.5, 2, 3]"
+)  # fmt: skip
 
 
 @takes_options(PruneConfig, leave_out=TARGETS, others=True)
 @checked(model=MODEL, speedups=_SPEEDUPS, output_dir=PATH, overwrite=FLAG)
 def sweep(
     model: nn.Module,
-    speedups: Iterable[float],
+    speedups: Sequence[float],
     *,
     output_dir: str | os.PathLike[str] | None = None,
     overwrite: bool = False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,7 +20,9 @@ def test_a_sweep_goes_on_past_what_cannot_be_reached(quick, tmp_path):
         nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(),
         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 4),
     )  # fmt: skip
-    found = cpd.sweep(model, [1.5, 500.0], output_dir=tmp_path, example_inputs=IMAGE, tolerance=0.3, max_ratio=0.5)
+    found = cpd.sweep(
+        model, np.array([1.5, 500.0]), output_dir=tmp_path, example_inputs=IMAGE, tolerance=0.3, max_ratio=0.5
+    )
     reached, not_reached = found.points
     assert reached.speedup > 1
     assert reached.folder == str(tmp_path / "1.5x")
