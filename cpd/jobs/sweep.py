@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from cpd.errors import ArtifactError, InputError, TargetError, needs_extra
 from cpd.files.folder import reading, write_files
 from cpd.files.reading import conform, naming, read_json
 from cpd.jobs.compress import compress
+from cpd.jobs.sensitivity import check_plot
 from cpd.model.arguments import MODEL
 from cpd.model.metric import UNNAMED, metric_name
 from cpd.model.progress import part, shown
@@ -72,11 +74,12 @@ class Sweep:
         """Draw accuracy (or the share of MACs that is left, where none was evaluated) against measured latency.
 
         Raises:
-            InputError: if `path` cannot be written as a picture, or no point was reached.
+            InputError: if the file's ending names no format, it cannot be written, or no point was reached.
         """
         with needs_extra("plot", "A picture"):
             from matplotlib.figure import Figure
 
+        target = check_plot(path)
         found = [point.figures for point in self.points if point.figures is not None]
         if self.original is None or not found:
             raise InputError("No speed-up of the sweep was reached: there is nothing to draw.")
@@ -94,10 +97,10 @@ class Sweep:
         area.set_xlim(0, None)
         area.grid(alpha=0.3)
         try:
-            figure.savefig(path)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{os.fspath(path)!r} cannot be written as a picture: {error}.") from error
-        return Path(path)
+            figure.savefig(target)
+        except OSError as error:
+            raise InputError(f"The picture cannot be written to {target}: {error}.") from error
+        return target
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -182,6 +185,6 @@ def sweep(
                 )
             found = Sweep(original, tuple(points), named)
             if folder is not None:
-                figures = json.dumps(found.to_dict(), indent=1)
-                write_files(folder, {SWEEP: figures.encode(), PAGE: found.to_html().encode()})
+                files = {SWEEP: json.dumps(found.to_dict(), indent=1).encode(), PAGE: found.to_html().encode()}
+                processes.from_first(partial(write_files, folder, files))
     return found

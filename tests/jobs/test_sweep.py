@@ -10,8 +10,20 @@ import torch
 from torch import nn
 
 import cpd
+from cpd import processes
+from cpd.jobs import sweep
 
 IMAGE = torch.randn(1, 3, 64, 64)
+
+
+def test_the_first_process_alone_writes(monkeypatch, tmp_path):
+    def out_of_reach(*_, **__):
+        raise cpd.TargetError("out of reach")
+
+    monkeypatch.setattr(sweep, "compress", out_of_reach)
+    monkeypatch.setattr(processes, "from_first", lambda make: None)  # as in any other one
+    assert cpd.sweep(nn.Linear(2, 2), [2.0], output_dir=tmp_path).points[0].error == "out of reach"
+    assert not (tmp_path / "sweep.json").exists()
 
 
 def test_a_sweep_goes_on_past_what_cannot_be_reached(quick, tmp_path):
@@ -31,7 +43,10 @@ def test_a_sweep_goes_on_past_what_cannot_be_reached(quick, tmp_path):
     assert "Ask for" in not_reached.error
     assert json.loads((tmp_path / "sweep.json").read_text()) == json.loads(json.dumps(found.to_dict()))
     assert found.plot(tmp_path / "sweep.svg").stat().st_size > 1000
+    for name in ("sweep.nonsense", "sweep"):
+        with pytest.raises(cpd.InputError, match="ending must name a format"):
+            found.plot(tmp_path / name)
     with pytest.raises(cpd.InputError, match="cannot be written"):
-        found.plot(tmp_path / "sweep.nonsense")
+        found.plot(tmp_path / "none" / "sweep.svg")
     with pytest.raises(cpd.InputError, match="at least one speed-up"):
         cpd.sweep(model, [])
