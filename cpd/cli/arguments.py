@@ -222,7 +222,10 @@ def opened(name: str, input_size: str | None, inputs: Any) -> tuple[Any, Any]:
     """A model to be timed, and example inputs: those of the first that has some serve all."""
     path = Path(name)
     if path.is_dir():
-        path = path / "model.onnx"
+        from cpd.files.folder import reading
+
+        with reading(path) as files:
+            path = files.file("model.onnx")
         if not path.is_file():
             raise InputError(f"{name} holds no model.onnx: it is no folder that cpd compress wrote.")
     if path.suffix == ".onnx" and not path.is_file():
