@@ -44,6 +44,7 @@ from cpd.cli.tables import figures_table, latency_table, sweep_table
 from cpd.config import PruneConfig
 from cpd.distillation.config import DistillConfig
 from cpd.errors import InputError
+from cpd.options import choice
 from cpd.selection.target import TARGETS
 
 if TYPE_CHECKING:
@@ -203,10 +204,12 @@ def quantize(
 ) -> Output:
     """Bring a compressed model to INT8, compare it with the float one, and time pruning, quantization and both."""
     import cpd
+    from cpd.deploy.quantize import CALIBRATIONS
     from cpd.model.recorded import rebuilt
     from cpd.model.sources import resolve
     from cpd.report.artifacts import read_document
 
+    choice(*CALIBRATIONS).demand("calibration", calibration)
     images = Images(data, batch_size, workers, seed, mean=mean, std=std)
     document = read_document(result_folder(folder))
     name = model or document["source"] or document["model_class"]
