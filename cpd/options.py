@@ -165,7 +165,7 @@ def integer(least: int, most: int = LARGEST) -> Check:
     """An integer from `least` to `most`."""
 
     def accepts(value: object) -> bool:
-        return isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most
+        return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
     return Check(f"an integer from {least} to {most}", accepts, int)
 
