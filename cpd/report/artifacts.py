@@ -66,17 +66,6 @@ class Document(TypedDict):
     sha256: NotRequired[str]
 
 
-def folder_of(path: str | os.PathLike[str], what: str) -> Path:
-    """A path that a user gave for a folder.
-
-    Raises:
-        InputError: if it is empty, or no path.
-    """
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
-        raise InputError(f"{what} must be the path of a folder; got {path!r}. The current one is '.'.")
-    return Path(path)
-
-
 def check_output_dir(path: str | os.PathLike[str], names: Collection[str] = RESULT, *, overwrite: bool = False) -> Path:
     """Make sure that files can be written to `path`, before any work is done.
 
@@ -88,7 +77,7 @@ def check_output_dir(path: str | os.PathLike[str], names: Collection[str] = RESU
     Raises:
         InputError: if it is no folder, cannot be created or written to, or holds such files.
     """
-    target = folder_of(path, "output_dir")
+    target = Path(path)
     try:
         if target.exists() and not target.is_dir():
             raise InputError(f"output_dir {target} is a file; give a folder.")
@@ -280,7 +269,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
         >>> torch.equal(model(images), result.model(images))
         True
     """
-    folder = folder_of(directory, "directory")
+    folder = Path(directory)
     given = None if model is None else check_model(model)
     try:
         with reading(folder) as files:
@@ -321,7 +310,7 @@ def from_pretrained(
     Raises:
         ArtifactError: as for `load`, or the repository cannot be downloaded.
     """
-    if folder_of(name, "name").is_dir():
+    if Path(name).is_dir():
         return load(name, model, trust_source=trust_source)
     from huggingface_hub import snapshot_download
 
