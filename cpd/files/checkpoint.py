@@ -8,7 +8,6 @@ what a process left that was killed before that is deleted by the next.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from cpd.errors import ArtifactError, CheckpointError, CPDError, first_line
 from cpd.files.folder import flush
-from cpd.files.reading import conform, parsed
+from cpd.files.reading import conform, digest_of, parsed, signed
 
 FORMAT = 2
 NAME = "checkpoint.safetensors"
@@ -85,7 +84,7 @@ class Checkpoint:
         tensors: dict[str, Tensor] = {}
         packed = _packed({**state, "extra": self.extra}, "", tensors)
         content = {"key": self.key, "state": packed}
-        header = {"cpd": json.dumps({"format": FORMAT, **content, "sha256": _digest(content)})}
+        header = {"cpd": json.dumps({"format": FORMAT, **signed(content)})}
         folder = self.path.with_name(f".{NAME}.{os.getpid()}")
         beside = folder / NAME  # with what safetensors writes beside that, under names of its own
         try:
@@ -126,7 +125,7 @@ class Checkpoint:
             if found["format"] not in (1, FORMAT):
                 raise CheckpointError(f"{self.path} is of format {found['format']}; this version reads 1 and {FORMAT}.")
             content = {"key": found["key"], "state": found["state"]}
-            if "sha256" in found and _digest(content) != found["sha256"]:
+            if "sha256" in found and digest_of(content) != found["sha256"]:
                 raise ArtifactError("its header is not the one that was written")
             then = _settings_of_format_1(found["key"]) if found["format"] == 1 else found["key"]
             state = conform(_unpacked(found["state"], tensors), dict[str, Any], "a state")
@@ -173,10 +172,6 @@ class Checkpoint:
     def remove(self) -> None:
         """Delete the file, once there is a result in its place."""
         self.path.unlink(missing_ok=True)
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _settings_of_format_1(key: Mapping[str, Any]) -> dict[str, Any]:

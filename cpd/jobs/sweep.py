@@ -16,7 +16,7 @@ from cpd import processes
 from cpd.config import PruneConfig
 from cpd.errors import ArtifactError, InputError, TargetError, needs_extra
 from cpd.files.folder import reading, write_files
-from cpd.files.reading import conform, naming, read_json
+from cpd.files.reading import check_signed, conform, naming, read_json, signed
 from cpd.jobs.compress import compress
 from cpd.model.arguments import MODEL
 from cpd.model.metric import UNNAMED, metric_name
@@ -104,11 +104,12 @@ def read_sweep(folder: Path) -> Sweep:
     """The sweep of a folder.
 
     Raises:
-        ArtifactError: if it is missing, truncated or foreign.
+        ArtifactError: if it is missing, truncated, changed or foreign.
     """
     with reading(folder) as files:
         path = files.file(SWEEP)
         content = read_json(path)
+        check_signed(content, path)
     with naming(path):
         return Sweep.from_dict(content)
 
@@ -183,6 +184,6 @@ def sweep(
                 )
             found = Sweep(original, tuple(points), named)
             if folder is not None:
-                figures = json.dumps(found.to_dict(), indent=1)
+                figures = json.dumps(signed(found.to_dict()), indent=1)
                 write_files(folder, {SWEEP: figures.encode(), PAGE: found.to_html().encode()})
     return found

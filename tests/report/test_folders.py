@@ -23,10 +23,10 @@ import cpd
 from cpd.files import folder as folders
 from cpd.files.checkpoint import Checkpoint
 from cpd.files.folder import JOURNAL, reading, write_files
-from cpd.files.reading import DEPTH, parsed
+from cpd.files.reading import DEPTH, digest_of, parsed
 from cpd.model.recorded import unsafe, why_not_by_name
 from cpd.model.sources import resolve
-from cpd.report.artifacts import _digest, add_files, read_document, read_report
+from cpd.report.artifacts import add_files, read_document, read_report
 from helpers.files import Killed, stopped
 from helpers.kills import state_of
 from helpers.mutations import mutations
@@ -340,7 +340,7 @@ def forged(folder: Path, source: str | None) -> Path:
     """A folder whose document names another source, with checksums that agree."""
     document = json.loads((folder / "plan.json").read_text())
     document["source"] = source
-    document["sha256"] = _digest(document)
+    document["sha256"] = digest_of(document)
     (folder / "plan.json").write_text(json.dumps(document))
     return folder
 
@@ -497,7 +497,7 @@ def test_a_plan_that_makes_no_sense_changes_nothing(
     two[0].save(tmp_path)
     document = json.loads((tmp_path / "plan.json").read_text())
     document["plan"].update(change)
-    document["sha256"] = _digest(document)
+    document["sha256"] = digest_of(document)
     (tmp_path / "plan.json").write_text(json.dumps(document))
     model = Tiny()
     before = state(model)
@@ -540,7 +540,7 @@ def test_any_change_of_a_plan_is_refused_or_makes_no_difference(
     document = json.loads((folder / "plan.json").read_text())
     changed = data.draw(mutations(document))
     if signed and isinstance(changed, dict):  # as whoever forges a file would
-        changed["sha256"] = _digest(changed)
+        changed["sha256"] = digest_of(changed)
     text = json.dumps(changed)
     if data.draw(st.integers(0, 9)) == 0:
         text = text[: data.draw(st.integers(0, len(text)))]
