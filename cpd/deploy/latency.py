@@ -262,6 +262,12 @@ def _backend(given: str | Backend, threads: int) -> Backend:
     return BACKENDS[given](threads) if isinstance(given, str) else given
 
 
+_BATCHES = Check(
+    "a list of example inputs",
+    lambda value: isinstance(value, (list, tuple)) and all(map(INPUTS.accepts, value)),
+)
+
+
 class LatencyProbe:
     """Compares several candidates with one original in ONNX Runtime, which is exported and opened once.
 
@@ -280,6 +286,9 @@ class LatencyProbe:
         ExportError: if the module cannot be exported, or its outputs differ from PyTorch's.
     """
 
+    @checked(
+        original=EITHER_MODEL, example_inputs=INPUTS, threads=THREADS, tolerance=TOLERANCE, others=_BATCHES
+    )  # fmt: skip
     def __init__(
         self,
         original: Model,
@@ -289,7 +298,6 @@ class LatencyProbe:
         tolerance: float = 1e-3,
         others: Sequence[Any] = (),
     ) -> None:
-        THREADS.demand("threads", threads)
         self.calls = [as_call(example_inputs), *map(as_call, others)]
         self._backend = OnnxRuntime(threads, tolerance=tolerance)
         self._sources = [exported(original, call, tolerance) for call in self.calls]

@@ -17,7 +17,7 @@ from cpd import processes
 from cpd.config import PruneConfig
 from cpd.errors import ArtifactError, InputError, TargetError, needs_extra
 from cpd.files.folder import reading, write_files
-from cpd.files.reading import conform, naming, read_json
+from cpd.files.reading import check_signed, conform, naming, read_json, signed
 from cpd.jobs.compress import compress
 from cpd.jobs.sensitivity import check_plot
 from cpd.model.arguments import MODEL
@@ -107,11 +107,12 @@ def read_sweep(folder: Path) -> Sweep:
     """The sweep of a folder.
 
     Raises:
-        ArtifactError: if it is missing, truncated or foreign.
+        ArtifactError: if it is missing, truncated, changed or foreign.
     """
     with reading(folder) as files:
         path = files.file(SWEEP)
         content = read_json(path)
+        check_signed(content, path)
     with naming(path):
         return Sweep.from_dict(content)
 
@@ -185,6 +186,7 @@ def sweep(
                 )
             found = Sweep(original, tuple(points), named)
             if folder is not None:
-                files = {SWEEP: json.dumps(found.to_dict(), indent=1).encode(), PAGE: found.to_html().encode()}
+                figures = json.dumps(signed(found.to_dict()), indent=1)
+                files = {SWEEP: figures.encode(), PAGE: found.to_html().encode()}
                 processes.from_first(partial(write_files, folder, files))
     return found

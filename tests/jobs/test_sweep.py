@@ -11,7 +11,10 @@ from torch import nn
 
 import cpd
 from cpd import processes
+from cpd.files.reading import signed
 from cpd.jobs import sweep
+from cpd.jobs.sweep import read_sweep
+from cpd.report.artifacts import SWEPT, check_output_dir
 
 IMAGE = torch.randn(1, 3, 64, 64)
 
@@ -41,7 +44,14 @@ def test_a_sweep_goes_on_past_what_cannot_be_reached(quick, tmp_path):
     assert (tmp_path / "1.5x" / "model.onnx").exists()
     assert not_reached.figures is None
     assert "Ask for" in not_reached.error
-    assert json.loads((tmp_path / "sweep.json").read_text()) == json.loads(json.dumps(found.to_dict()))
+    written = json.loads((tmp_path / "sweep.json").read_text())
+    assert written == signed(json.loads(json.dumps(found.to_dict())))
+    assert read_sweep(tmp_path) == found
+    (tmp_path / "sweep.json").write_text(json.dumps({**written, "metric_name": "mine"}))
+    with pytest.raises(cpd.ArtifactError, match=r"sweep\.json is not as it was saved"):
+        read_sweep(tmp_path)
+    with pytest.raises(cpd.InputError, match=r"sweep\.json.*changed since"):
+        check_output_dir(tmp_path, SWEPT)
     assert found.plot(tmp_path / "sweep.svg").stat().st_size > 1000
     for name in ("sweep.nonsense", "sweep"):
         with pytest.raises(cpd.InputError, match="ending must name a format"):
