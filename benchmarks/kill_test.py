@@ -1,8 +1,9 @@
-"""Kill a run again and again, at random moments, and see that it ends as one that nobody disturbed.
+"""Kill runs again and again, in each of their stages, and see that they end as one that nobody disturbed.
 
 A small convnet on scikit-learn's digits is pruned in eight steps while it is distilled, with a checkpoint at every step
-of the optimizer, so that many of the kills fall into a shrink or into the writing of a file. After every kill the
-folder is read: whatever checkpoint there is must be whole.
+of the optimizer, into a folder that holds an older result. A run is killed once in each of `STAGES`, at a random moment
+of it, and taken up again each time; then it runs to its end, and another run begins, until there were enough kills.
+After every kill the folder is read: the checkpoint must be whole, and the older result load, or the newer.
 
     python benchmarks/kill_test.py --kills 20 --json runs/kill_test.json
 """
@@ -10,122 +11,226 @@ folder is read: whatever checkpoint there is must be whole.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
-import os
 import random
-import signal
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
+from unittest import mock
 
 import safetensors.torch
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
 import cpd
 from cpd.demo import DigitsNet, digits
 from cpd.files.checkpoint import NAME
+from cpd.jobs import compress as compressing
+from cpd.report.artifacts import read_document
+
+#: The stages of a run, in their order, each by the function that does its work. Shrinks fall into the training.
+STAGES = {
+    "training": (compressing, "distill"),
+    "shrink": (cpd.Pruner, "prune"),
+    "export": (compressing, "export_onnx"),
+    "save": (cpd.Result, "save"),
+}
+
+
+# ---------------------------------------------------------------------------------- the process that is killed
 
 
 def run(folder: Path, resume: bool) -> dict[str, Any]:
-    """One run to its end; what came of it."""
-    torch.set_num_threads(1)
+    """One run to its end, told stage by stage; what came of it."""
     torch.manual_seed(0)
     model = DigitsNet().eval()
     loader, images, _ = digits()
-    result = cpd.compress(
-        model, target_macs=0.4, data=loader, example_inputs=images[:1], epochs=4, lr=0.02, criterion="taylor",
-        schedule=cpd.Schedule("cubic", end=0.9, interval=8), score_batches=2, checkpoint_minutes=1e-6,
-        output_dir=folder, resume=resume, progress=False,
-    )  # fmt: skip
-    weights = sum(float(value.double().abs().sum()) for value in result.model.state_dict().values())
-    return {"digest": result.plan.digest, "weights": weights, "macs": result.report.result.macs}
+    with contextlib.ExitStack() as stack:
+        for stage, (owner, name) in STAGES.items():
+            stack.enter_context(mock.patch.object(owner, name, told(stage, getattr(owner, name))))
+        result = cpd.compress(
+            model, target_macs=0.4, data=loader, example_inputs=images[:1], epochs=4, lr=0.02, criterion="taylor",
+            schedule=cpd.Schedule("cubic", end=0.9, interval=8), score_batches=2, checkpoint_minutes=1e-6,
+            output_dir=folder, resume=resume, progress=False,
+        )  # fmt: skip
+    digest, weights = of(result.plan, result.model)
+    return {"digest": digest, "weights": weights, "macs": result.report.result.macs}
 
 
-def child(folder: Path, resume: bool) -> subprocess.Popen[str]:
-    """The run in a process of its own."""
-    command = [sys.executable, __file__, "--child", str(folder), *(["--resume"] if resume else [])]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def told(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that says when it begins and when it ends."""
+
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        tell("begin", stage)
+        found = function(*args, **kwargs)
+        tell("end", stage)
+        return found
+
+    return timed
 
 
-def finished(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What a run printed at its end."""
-    out, error = process.communicate()
-    if process.returncode:
-        raise SystemExit(f"A run failed:\n{error[-2000:]}")
-    found: dict[str, Any] = json.loads(out.splitlines()[-1])
-    return found
+def tell(what: str, of: Any) -> None:
+    """A line for the process that started this one: what, of which stage, when."""
+    print(json.dumps([what, of, time.monotonic()]), flush=True)
 
 
-def killed(folder: Path, kills: int, longest: float, seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """A run that is killed so many times, at moments of its training; its result, and each kill."""
-    moments, rows = random.Random(seed), list[dict[str, Any]]()
-    checkpoint = folder / NAME
+# ---------------------------------------------------------------------------------- the one that kills it
+
+
+class Child:
+    """The run in a process of its own, and what it has told."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.told = folder, list[list[Any]]()
+        command = [
+            sys.executable,
+            __file__,
+            "--child",
+            str(folder),
+            *(["--resume"] if (folder / NAME).exists() else []),
+        ]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        """What it tells from now on, as it tells it."""
+        for line in self.process.stdout or ():
+            if line.endswith("\n"):  # else it was killed as it wrote
+                self.told.append(json.loads(line))
+                yield self.told[-1]
+
+    def kill(self, stage: str, count: int, after: float) -> str | None:
+        """Kill it some seconds after the `count`-th begin of a stage; gives where it was, None if it had ended."""
+        begun = (line for line in self if line[:2] == ["begin", stage])
+        if not any(index == count for index, _ in enumerate(begun, 1)):
+            return None
+        time.sleep(after)
+        self.process.kill()  # SIGKILL
+        list(self)
+        self.process.wait()
+        within = [stage for stage in STAGES if self._of(stage, "begin") > self._of(stage, "end")]
+        return None if self.told[-1][0] == "result" else within[-1] if within else "between"
+
+    def _of(self, stage: str, what: str) -> int:
+        return sum(line[:2] == [what, stage] for line in self.told)
+
+    def result(self) -> dict[str, Any]:
+        """What came of it at its end."""
+        list(self)
+        if self.process.wait():
+            raise SystemExit("A run failed, as told above.")
+        found: dict[str, Any] = self.told[-1][1]
+        return found
+
+    def seconds(self, stage: str) -> float:
+        """How long a stage took."""
+        times = {what: [line[2] for line in self.told if line[:2] == [what, stage]] for what in ("begin", "end")}
+        return mean(end - begin for begin, end in zip(times["begin"], times["end"], strict=True))
+
+
+def found_in(folder: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What a kill has left, read in a copy of the folder: which result loads, and what the checkpoint holds."""
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(shutil.copytree(folder, Path(place) / "copy"))
+        left = sum(path.name.startswith(".") for path in copy.iterdir())
+        model = cpd.load(copy, DigitsNet())  # every file is compared with its checksum
+        plan = cpd.Plan.from_dict(read_document(copy)["plan"])
+        which = [name for name, found in results.items() if (found["digest"], found["weights"]) == of(plan, model)]
+        if len(which) != 1:
+            raise SystemExit("After a kill the folder holds neither the older result nor the newer.")
+        return {"result": which[0], "checkpoint": state_of(copy / NAME), "half_written": left}
+
+
+def of(plan: cpd.Plan, model: nn.Module) -> tuple[str, float]:
+    """What two results are told apart by."""
+    return plan.digest, sum(float(value.double().abs().sum()) for value in model.state_dict().values())
+
+
+def state_of(checkpoint: Path) -> dict[str, Any] | None:
+    """How far a checkpoint has come, if there is one; raises unless it is whole."""
+    if not checkpoint.exists():
+        return None
+    with safetensors.safe_open(checkpoint, "pt") as file:
+        state = json.loads(file.metadata()["cpd"])["state"]
+        size = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    shrinks = len(state["pruner"]["shrinks"])
+    return {"epoch": state["epoch"], "step": state["done"], "shrinks": shrinks, "numbers": size}
+
+
+def killed(place: Path, kills: int, longest: float, seed: int) -> dict[str, Any]:
+    """Runs that are killed so many times: each kill, and whether every run ended as one that nobody disturbed."""
+    moments, rows, ends = random.Random(seed), list[dict[str, Any]](), list[dict[str, Any]]()
+    _, images, _ = digits()
+    older = cpd.compress(DigitsNet().eval(), target_macs=0.2, example_inputs=images[:1])
+    undisturbed = Child(older.save(place / "undisturbed"))
+    digest, weights = of(older.plan, older.model)
+    results = {"older": {"digest": digest, "weights": weights}, "newer": undisturbed.result()}
+    lasts = {stage: min(undisturbed.seconds(stage), longest) for stage in STAGES}
     while len(rows) < kills:
-        process = child(folder, resume=checkpoint.exists())
-        before, start = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0, time.monotonic()
-        while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
-            time.sleep(0.005)  # until it trains
-        time.sleep(moments.uniform(0, longest))
-        if process.poll() is not None:
-            return finished(process), rows
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-        with safetensors.safe_open(checkpoint, "pt") as file:  # raises unless it is whole
-            state = json.loads(file.metadata()["cpd"])["state"]
-            size = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-        left = [path.name for path in folder.iterdir() if path.name != NAME]
-        rows.append(
-            {
-                "after_s": time.monotonic() - start,
-                "epoch": state["epoch"],
-                "step": state["done"],
-                "shrinks": len(state["pruner"]["shrinks"]),
-                "numbers": size,
-                "half_written": len(left),
-            }
-        )
-    return finished(child(folder, resume=True)), rows
+        folder = older.save(place / str(len(ends)))
+        for stage in list(STAGES)[: kills - len(rows)]:
+            child, after = Child(folder), moments.uniform(0, lasts[stage])
+            hit = child.kill(stage, moments.randint(1, 2) if stage == "shrink" else 1, after)
+            if hit is None:
+                break
+            rows.append({"run": len(ends) + 1, "stage": hit, "aimed": stage, "after_s": after})
+            rows[-1] |= found_in(folder, results)
+        ends.append(Child(folder).result())
+    return {"kills": rows, "same": [end == results["newer"] for end in ends], "seconds": lasts}
 
 
 def main() -> int:
     """Run undisturbed, run killed, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--longest", type=float, default=1.5, help="seconds that a run trains before it is killed")
+    parser.add_argument("--longest", type=float, default=4, help="seconds after a stage began that a kill may come")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    torch.set_num_threads(1)
+    compressing.FINAL_SECONDS = 1.0  # of timing, while nothing is written
     if options.child:
-        print(json.dumps(run(options.child, options.resume)))
+        tell("result", run(options.child, options.resume))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        expected = finished(child(Path(folder) / "undisturbed", resume=False))
-        (Path(folder) / "killed").mkdir()
-        found, rows = killed(Path(folder) / "killed", options.kills, options.longest, options.seed)
-    table = Table("kill", "after", "checkpoint: epoch, step", "shrinks", "half-written files beside it")
-    for index, row in enumerate(rows):
-        table.add_row(
-            str(index + 1), f"{row['after_s']:.1f} s", f"{row['epoch']}, {row['step']}", str(row["shrinks"]),
-            str(row["half_written"]),
-        )  # fmt: skip
-    console = Console()
-    console.print(table)
-    same = {name: found[name] == expected[name] for name in expected}
+        found = killed(Path(folder), options.kills, options.longest, options.seed)
+    console, rows = Console(), found["kills"]
+    console.print(table_of(rows))
+    spread = Counter(row["stage"] for row in rows)
+    told = ", ".join(f"{count} in {stage}" for stage, count in spread.items())
     console.print(
-        f"{len(rows)} kills; every checkpoint was whole; the same plan: {same['digest']}, the same weights: "
-        f"{same['weights']}."
+        f"{len(rows)} kills ({told}) of {len(found['same'])} runs; after each the checkpoint was whole and a whole "
+        f"result loaded; runs that ended with the plan and the weights of an undisturbed one: {sum(found['same'])}."
     )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"kills": rows, "same": same}, indent=1))
-    return 0 if all(same.values()) else 1
+        options.json.write_text(json.dumps({**found, "spread": spread}, indent=1))
+    return 0 if all(found["same"]) and spread.keys() >= STAGES.keys() else 1
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """A row a kill."""
+    table = Table(
+        "run", "killed in", "after", "result in the folder", "checkpoint: epoch, step, shrinks", "half-written"
+    )
+    for row in rows:
+        state = row["checkpoint"]
+        written = "none" if state is None else f"{state['epoch']}, {state['step']}, {state['shrinks']}"
+        table.add_row(
+            str(row["run"]), row["stage"], f"{row['after_s']:.3f} s", row["result"], written, str(row["half_written"])
+        )
+    return table
 
 
 if __name__ == "__main__":

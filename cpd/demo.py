@@ -20,7 +20,7 @@ from cpd.model.arguments import MODEL, TENSOR
 from cpd.model.inputs import evaluating
 from cpd.model.metric import named
 from cpd.model.progress import part, shown
-from cpd.options import FLAG, LIMIT, PATH, SEED, Check, checked, instance, integer, number
+from cpd.options import FLAG, LIMIT, PATH, SEED, checked, instance, integer, number, several
 
 if TYPE_CHECKING:
     from cpd.jobs.outcome import Result
@@ -112,10 +112,7 @@ class ResidualBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 
-_WIDTHS = Check(
-    "widths of at least one stage, as (48, 96)",
-    lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(LIMIT.accepts, value)),
-)
+_WIDTHS = several(LIMIT.accepts, "widths of at least one stage, as (48, 96)")
 
 
 class DigitsNet(nn.Module):

@@ -15,9 +15,9 @@ import math
 import os
 import reprlib
 import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Number, Real
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -98,9 +98,11 @@ def options_of(config: Any) -> tuple[Option, ...]:
 
 
 def check_options(config: Any) -> None:
-    """Raise `InputError` unless every option of a config is what it may be."""
+    """Raise `InputError` unless every option of a config is what it may be; its numbers become Python's own."""
     for item in options_of(config):
-        item.check.demand(item.name, getattr(config, item.name), optional=item.optional)
+        value = getattr(config, item.name)
+        item.check.demand(item.name, value, optional=item.optional)
+        object.__setattr__(config, item.name, own_number(value))
 
 
 def changed(config: Any) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def shown(value: Any) -> str:
     """A value as a message shows it: short, and whatever it is."""
     if isinstance(value, type):
         return f"the class {value.__qualname__}"
-    if not isinstance(value, (bool, int, float, complex, str, bytes, list, tuple, dict, set, range, Path, type(None))):
+    if not isinstance(value, (bool, Number, str, bytes, list, tuple, dict, set, range, Path, type(None))):
         return type(value).__qualname__
     kind = f"{type(value).__qualname__} " if isinstance(value, (list, tuple, dict, set)) else ""
     try:
@@ -140,6 +142,13 @@ def _is_number(value: object) -> bool:
         return False
 
 
+def own_number(value: Any) -> Any:
+    """A number of another library, as NumPy's, as Python's own, which files and torch take; else what is given."""
+    if type(value) in (bool, int, float) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
 def number(wanted: str, accepts: Callable[[float], bool]) -> Check:
     """A finite number that somebody may mean."""
     return Check(
@@ -148,7 +157,7 @@ def number(wanted: str, accepts: Callable[[float], bool]) -> Check:
 
 
 def _too_large(value: float) -> str | None:
-    huge = isinstance(value, int) and abs(value) > MOST
+    huge = isinstance(value, Integral) and abs(value) > MOST
     return f"is too large: at most {MOST:g} makes sense; got {shown(value)}." if huge else None
 
 
@@ -156,9 +165,24 @@ def integer(least: int, most: int = LARGEST) -> Check:
     """An integer from `least` to `most`."""
 
     def accepts(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+        return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most
 
     return Check(f"an integer from {least} to {most}", accepts, int)
+
+
+def several(accepts: Callable[[Any], bool], wanted: str, count: int | None = None) -> Check:
+    """Values in a list, a tuple or an array: so many, or at least one, each of which is accepted."""
+
+    def accept(values: Any) -> bool:
+        if not isinstance(values, Collection) or isinstance(values, (str, bytes, Mapping, Set)):
+            return False
+        try:
+            items = [*values]
+        except TypeError:  # an array that is a single number
+            return False
+        return bool(items) and count in (None, len(items)) and all(map(accepts, items))
+
+    return Check(wanted, accept)
 
 
 def choice(*names: str) -> Check:
@@ -242,6 +266,8 @@ def checks_of(config: Any, *names: str) -> dict[str, Check]:
 def checked(**checks: Check) -> Callable[[F], F]:
     """Look at the arguments of a function before it does anything; one whose default is None may be None.
 
+    Numbers of other libraries, as NumPy's, are handed on as Python's own.
+
     Args:
         checks: what each argument may be, by its name.
     """
@@ -254,13 +280,15 @@ def checked(**checks: Check) -> Callable[[F], F]:
         @functools.wraps(called)
         def looked_at(*args: Any, **kwargs: Any) -> Any:
             try:
-                given = signature.bind(*args, **kwargs).arguments
+                bound = signature.bind(*args, **kwargs)
             except TypeError:
                 return called(*args, **kwargs)  # which says it in Python's own words
+            given = bound.arguments
             for name, check in ordered:
                 if name in given:
                     check.demand(name, given[name], optional=name in optional)
-            return called(*args, **kwargs)
+                    given[name] = own_number(given[name])
+            return called(*bound.args, **bound.kwargs)
 
         return cast(F, looked_at)
 

@@ -24,7 +24,7 @@ from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import batches, device_of, evaluating, logits
 from cpd.model.metric import named
 from cpd.model.task_loss import IGNORED_CLASS
-from cpd.options import FLAG, PATH, Check, checked, integer, number, shown, text
+from cpd.options import FLAG, PATH, Check, checked, integer, number, several, shown, text
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Training images are scaled by a factor of this range before they are cropped.
@@ -36,19 +36,15 @@ IMAGES, LABELS = "images", "labels"
 
 
 def _three_of(check: Check) -> Check:
-    return Check(
-        f"three numbers, each {check.wanted}",
-        lambda value: isinstance(value, (list, tuple)) and len(value) == 3 and all(map(check.accepts, value)),
-    )
+    return several(check.accepts, f"three numbers, each {check.wanted}", 3)
 
 
 _CLASSES, _PIXELS = integer(1, 65536), integer(1, 65536)
-_SIZE = Check(
-    "two integers of pixels, (height, width)",
-    lambda value: isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_PIXELS.accepts, value)),
-)
+_SIZE = several(_PIXELS.accepts, "two integers of pixels, (height, width)", 2)
 _MEAN = _three_of(number("from -1000 to 1000", lambda value: abs(value) <= 1000))
-_STD = _three_of(number("above 0", lambda value: value > 0))
+_POSITIVE = number("above 0", lambda value: value > 0)
+_STD = _three_of(_POSITIVE)
+_SCALES = several(_POSITIVE.accepts, "two numbers above 0, the least and the largest factor", 2)
 
 
 @checked(folder=PATH)
@@ -74,7 +70,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         InputError: if a folder is missing or empty, or an image has no label map.
     """
 
-    @checked(root=PATH, classes=_CLASSES, size=_SIZE, training=FLAG, mean=_MEAN, std=_STD)
+    @checked(root=PATH, classes=_CLASSES, size=_SIZE, training=FLAG, mean=_MEAN, std=_STD, scales=_SCALES)
     def __init__(
         self,
         root: Path,
@@ -88,7 +84,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         from torchvision.transforms import v2
 
-        root = Path(root)
+        root, size = Path(root), (int(size[0]), int(size[1]))
         if not has_maps(root):
             raise InputError(f"{root} holds no folders {IMAGES}/ and {LABELS}/.")
         labels = {path.stem: path for path in sorted((root / LABELS).iterdir())}

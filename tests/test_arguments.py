@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import cpd
@@ -110,6 +111,9 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         result().save("saved")
         onnx(), comb(), seen(), swept()
         Path("file").write_text("mine")
+        for folder in ("images", "labels"):
+            Path("maps", folder).mkdir(parents=True)
+            Image.new("L", (8, 8)).save(Path("maps", folder, "a.png"))
         for module, name in BEGINS:
             patch.setattr(module, name, began)
         yield

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 import cpd
 from cpd.distillation.distiller import DistillConfig
 from cpd.errors import CheckpointError, InputError, TrainingError
-from cpd.files.checkpoint import Checkpoint, _digest
+from cpd.files.checkpoint import Checkpoint
+from cpd.files.reading import digest_of
 from cpd.jobs.identity import TOLD, identity
 from cpd.model.tensors import hash_of
 from cpd.randomness import random_states, set_random_states
@@ -139,7 +140,7 @@ def forged(path: Path, change: Callable[[Any], Any], *, signed: bool) -> None:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     content = change(content)
     if signed and isinstance(content, dict):
-        content["sha256"] = _digest({key: content.get(key) for key in ("key", "state")})
+        content["sha256"] = digest_of({key: content.get(key) for key in ("key", "state")})
     safetensors.torch.save_file(tensors, path, {"cpd": content if isinstance(content, str) else json.dumps(content)})
 
 

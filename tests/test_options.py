@@ -6,9 +6,11 @@ import dataclasses
 import inspect
 import subprocess
 import sys
+from fractions import Fraction
 from typing import Any
 
 import click
+import numpy as np
 import pytest
 import torch
 import typer
@@ -21,7 +23,7 @@ from cpd.cli.options import values
 from cpd.cli.wording import in_options
 from cpd.errors import needs_extra
 from cpd.model.inputs import as_call, of_shape
-from cpd.options import check_options, options_of
+from cpd.options import THREADS, check_options, checked, number, options_of, several
 from cpd.selection.target import TARGETS
 
 PRUNING = {item.name: item for item in options_of(cpd.PruneConfig)}
@@ -60,8 +62,8 @@ def test_functions_and_commands_have_no_option_of_pruning_of_their_own() -> None
     assert not set(TARGETS) & set(command("sweep"))
     own = {
         "model", "data", "output_dir", "overwrite", "batch_size", "workers", "pretrained", "input_size", "teacher",
-        "augment", "auto_augment", "random_erasing", "mean", "std", "resume", "checkpoint_minutes", "config",
-        "json_output", "quiet", "verbose", "debug",
+        "trust_source", "augment", "auto_augment", "random_erasing", "mean", "std", "resume", "checkpoint_minutes",
+        "config", "json_output", "quiet", "verbose", "debug",
     }  # fmt: skip
     assert set(command("compress")) - own == set(PRUNING) | set(TRAINING) - {"progress"}
 
@@ -103,6 +105,34 @@ def test_a_value_out_of_range_is_refused(name: str) -> None:
     with pytest.raises(cpd.InputError, match=f"^{name} must be .*; got "):
         cpd.PruneConfig(**{name: WRONG[name]})
     check_options(cpd.PruneConfig())
+
+
+def test_numbers_of_other_libraries_become_pythons_own() -> None:
+    config = cpd.PruneConfig(target_macs=np.float32(0.5), round_to=np.int64(4), max_ratio=Fraction(1, 2))
+    assert [(type(value), value) for value in (config.target_macs, config.round_to, config.max_ratio)] == [
+        (float, 0.5), (int, 4), (float, 0.5),
+    ]  # fmt: skip
+    assert type(cpd.DistillConfig(lr=np.float32(0.5)).lr) is float  # a checkpoint can hold it
+
+    @checked(threads=THREADS, share=number("", lambda value: True))
+    def called(threads: int, *, share: float | None = None, **others: Any) -> Any:
+        return threads, share, others
+
+    found, share, others = called(np.uint8(2), share=np.float64(0.5), other=np.int64(1))
+    assert (type(found), found, type(share), share, others) == (int, 2, float, 0.5, {"other": 1})
+    with pytest.raises(cpd.InputError, match=r"threads must be an integer from 1 to 1024; got np.int64\(0\)\."):
+        called(np.int64(0))
+    for wrong in (np.bool_(True), np.float64(1), np.array(1)):
+        with pytest.raises(cpd.InputError, match="threads must be"):
+            called(wrong)
+
+
+def test_several_values_come_in_any_array() -> None:
+    two = several(lambda value: value > 0, "two numbers above 0", 2)
+    for value in ((1, 2), [1, 2], range(1, 3), np.array([1.0, 2.0])):
+        assert two.accepts(value)
+    for value in ((), (1,), (1, 2, 3), [0, 1], {1, 2}, {1: 2, 2: 1}, "12", np.array(1.0), 2, iter((1, 2))):
+        assert not two.accepts(value)
 
 
 def test_a_name_that_there_is_not_is_refused() -> None:

@@ -63,6 +63,14 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
         SegmentationFolder(root, 3, (8, 8))
 
 
+def test_a_range_of_factors_is_two_numbers_above_0(tmp_path: Path) -> None:
+    root = write(tmp_path / "data")
+    assert len(SegmentationFolder(root, 3, np.array([12, 16]), training=True, scales=(0.8, 1.2))) == 4
+    for wrong in (2.0, (0.5,), (0, 2), ("0.5", "2"), None):
+        with pytest.raises(InputError, match="scales must be two numbers above 0"):
+            SegmentationFolder(root, 3, (8, 8), scales=wrong)
+
+
 def test_the_metric_equals_the_formula() -> None:
     target = torch.tensor([[[0, 0, 1], [1, 1, -100]]])
     predicted = torch.tensor([[[0, 1, 1], [1, 0, 2]]])

@@ -40,8 +40,10 @@ from cpd.cli.tables import (
     sensitivity_table,
     sweep_table,
 )  # fmt: skip
+from cpd.config import PruneConfig
 from cpd.errors import InputError
 from cpd.model.progress import part
+from cpd.options import checks_of
 
 log = logging.getLogger("cpd.cli")
 
@@ -125,6 +127,7 @@ def sensitivity(
         from cpd.jobs.sensitivity import check_plot
 
         check_plot(plot)
+    checks_of(PruneConfig, "criterion")["criterion"].demand("criterion", criterion)
     images = Images(data, batch_size, workers, seed, mean=mean, std=std)
     _, built, example_inputs = build(model, input_size, pretrained)
 

@@ -61,6 +61,14 @@ TrustSource = Annotated[
         "--trust-source", help="Import the package.module:factory that the folder names, which runs its code."
     ),
 ]
+TrustTeacher = Annotated[
+    bool,
+    typer.Option(
+        "--trust-source",
+        help="Import the package.module:factory that the folder of --teacher names, which runs its code.",
+        rich_help_panel="Training",
+    ),
+]
 Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw a picture: .svg, .png.")]
 Pretrained = Annotated[bool, typer.Option(help="Start from the library's own weights (downloads them).")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a step.")]
@@ -169,8 +177,13 @@ def example_inputs_of(model: nn.Module, name: str, input_size: str | None, sourc
     return inputs
 
 
-def build_teacher(name: str, pretrained: bool) -> nn.Module:
+def build_teacher(name: str, pretrained: bool, trust: bool) -> nn.Module:
     """A teacher: a model by its name, or a result by its folder; in eval mode.
+
+    Args:
+        name: the name or the folder.
+        pretrained: whether a model by its name has the library's own weights.
+        trust: whether a `package.module:factory` that a folder names is imported and called, which runs its code.
 
     Raises:
         InputError: if there is no such model.
@@ -179,7 +192,7 @@ def build_teacher(name: str, pretrained: bool) -> nn.Module:
     if Path(name).is_dir():
         from cpd.report.artifacts import load
 
-        return load(name)
+        return load(name, trust_source=trust)
     from cpd.model import sources
 
     return _built(sources.resolve(name), pretrained)
@@ -222,7 +235,10 @@ def opened(name: str, input_size: str | None, inputs: Any) -> tuple[Any, Any]:
     """A model to be timed, and example inputs: those of the first that has some serve all."""
     path = Path(name)
     if path.is_dir():
-        path = path / "model.onnx"
+        from cpd.files.folder import reading
+
+        with reading(path) as files:
+            path = files.file("model.onnx")
         if not path.is_file():
             raise InputError(f"{name} holds no model.onnx: it is no folder that cpd compress wrote.")
     if path.suffix == ".onnx" and not path.is_file():

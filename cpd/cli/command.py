@@ -27,7 +27,7 @@ from cpd.options import check_names
 
 FAILED, WRONG, OUT_OF_REACH, INTERRUPTED = 1, 2, 3, 130
 #: Options that hold for one run only: a recipe leaves them out.
-ONCE = ("resume", "overwrite")
+ONCE = ("resume", "overwrite", "trust_source")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from cpd.cli.arguments import (
     Teacher,
     Threads,
     TrustSource,
+    TrustTeacher,
     Workers,
     build,
     build_teacher,
@@ -44,6 +45,7 @@ from cpd.cli.tables import figures_table, latency_table, sweep_table
 from cpd.config import PruneConfig
 from cpd.distillation.config import DistillConfig
 from cpd.errors import InputError
+from cpd.options import choice
 from cpd.selection.target import TARGETS
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ def compress(
     pretrained: Pretrained = True,
     input_size: InputSize = None,
     teacher: Teacher = None,
+    trust_source: TrustTeacher = False,
     augment: Augment = "light",
     auto_augment: AutoAugment = None,
     random_erasing: RandomErasing = 0.0,
@@ -93,7 +96,7 @@ def compress(
         data, batch_size, workers, options["seed"], augment, auto_augment, random_erasing, mean, std
     )  # fmt: skip
     config, training = _configs(options, images)
-    source, given = _prepared(model, input_size, pretrained, images, teacher)
+    source, given = _prepared(model, input_size, pretrained, images, teacher, trust_source)
     if output_dir is None:
         log.info("Nothing will be written: without --output-dir the result is measured and shown, then lost.")
 
@@ -120,6 +123,7 @@ def sweep(
     pretrained: Pretrained = True,
     input_size: InputSize = None,
     teacher: Teacher = None,
+    trust_source: TrustTeacher = False,
     augment: Augment = "light",
     auto_augment: AutoAugment = None,
     random_erasing: RandomErasing = 0.0,
@@ -142,7 +146,7 @@ def sweep(
         from cpd.jobs.sensitivity import check_plot
 
         check_plot(plot)
-    source, given = _prepared(model, input_size, pretrained, images, teacher)
+    source, given = _prepared(model, input_size, pretrained, images, teacher, trust_source)
     if output_dir is None:
         log.info("No model will be written: without --output-dir a sweep gives its table alone.")
 
@@ -166,7 +170,7 @@ def _configs(options: dict[str, Any], images: Images) -> tuple[PruneConfig, Dist
 
 
 def _prepared(
-    model: str, input_size: str | None, pretrained: bool, images: Images, teacher: str | None
+    model: str, input_size: str | None, pretrained: bool, images: Images, teacher: str | None, trust: bool
 ) -> tuple[str, dict[str, Any]]:
     """The source of a model, and what `cpd.compress` is given of objects."""
     source, built, example_inputs = build(model, input_size, pretrained)
@@ -177,7 +181,7 @@ def _prepared(
         if loaded.evaluate is not None:
             given["evaluate"] = loaded.evaluate
     if teacher is not None:
-        given["teacher"] = build_teacher(teacher, pretrained)
+        given["teacher"] = build_teacher(teacher, pretrained, trust)
     return str(source), given
 
 
@@ -203,10 +207,12 @@ def quantize(
 ) -> Output:
     """Bring a compressed model to INT8, compare it with the float one, and time pruning, quantization and both."""
     import cpd
+    from cpd.deploy.quantize import CALIBRATIONS
     from cpd.model.recorded import rebuilt
     from cpd.model.sources import resolve
     from cpd.report.artifacts import read_document
 
+    choice(*CALIBRATIONS).demand("calibration", calibration)
     images = Images(data, batch_size, workers, seed, mean=mean, std=std)
     document = read_document(result_folder(folder))
     name = model or document["source"] or document["model_class"]

@@ -1,4 +1,4 @@
-"""What the commands print: one function a table."""
+"""What the commands print: one function a table. Names go in as `Text`: rich takes "[dB]" in a string for markup."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PLACES_SHOWN = 2
 def sensitivity_table(found: Sensitivity) -> Table:
     """A row a group, a column a ratio: the loss, or the metric where there is one."""
     name = found.shown
-    table = Table(title=f"{found.heading('now')}, when a group alone loses this share")
+    table = Table(title=Text(f"{found.heading('now')}, when a group alone loses this share", "table.title"))
     table.add_column("group")
     table.add_column("size", justify="right")
     for ratio in sorted({point.ratio for point in found.points}):
         table.add_column(f"{ratio:.0%}", justify="right")
     for points in found.by_group.values():
-        table.add_row(points[0].label, str(points[0].size), *(f"{getattr(point, name):.3g}" for point in points))
+        table.add_row(Text(points[0].label), str(points[0].size), *(f"{getattr(point, name):.3g}" for point in points))
     return table
 
 
@@ -47,7 +47,7 @@ def latency_table(found: LatencyTable) -> Table:
     for row in found.rows:
         figures = (f"{row.median_ms:.3g}", f"{row.p90_ms:.3g}", f"{row.speedup:.2f}")
         interval = f"{row.speedup_low:.2f}-{row.speedup_high:.2f}"
-        table.add_row(row.name, *([row.backend] if several else []), *figures, interval)
+        table.add_row(Text(row.name), *([Text(row.backend)] if several else []), *figures, interval)
     return table
 
 
@@ -66,7 +66,7 @@ def sweep_table(found: Sweep) -> Table:
     """One row a speed-up."""
     table = Table()
     for column in ("asked", "measured", "ms", "MACs left", "parameters left", title(found.metric_name)):
-        table.add_column(column, justify="right")
+        table.add_column(Text(column), justify="right")
     if (whole := found.original) is not None:
         table.add_row("original", "1", f"{whole.latency_ms or 0:.3g}", "100%", "100%", _metric(found, whole.metric))
     for point in found.points:
@@ -92,7 +92,7 @@ def figures_table(report: Report) -> Table:
     for column in ("original", "compressed", "change"):
         table.add_column(column, justify="right")
     for row in report.figure_rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table
 
 

@@ -27,7 +27,7 @@ from cpd.errors import of_the_user
 from cpd.model.arguments import INPUTS
 from cpd.model.inputs import as_call
 from cpd.model.progress import Part, part
-from cpd.options import SECONDS, THREADS, Check, checked, choice, integer, number
+from cpd.options import SECONDS, THREADS, Check, checked, choice, integer, number, several
 
 Times = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -192,10 +192,9 @@ def _runs_models(value: object) -> bool:
     return not isinstance(value, type) and callable(getattr(value, "open", None)) and hasattr(value, "name")
 
 
-_BACKENDS = Check(
-    f"a list of names ({', '.join(BACKENDS)}), or of objects with a name and open(model, call)",
-    lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(_runs_models, value)),
-)
+_BACKENDS = several(
+    _runs_models, f"a list of names ({', '.join(BACKENDS)}), or of objects with a name and open(model, call)"
+)  # fmt: skip
 
 
 @checked(models=_MODELS, example_inputs=INPUTS, backends=_BACKENDS, batch_size=integer(1, 2**20), **_TIMING)
@@ -263,6 +262,12 @@ def _backend(given: str | Backend, threads: int) -> Backend:
     return BACKENDS[given](threads) if isinstance(given, str) else given
 
 
+_BATCHES = Check(
+    "a list of example inputs",
+    lambda value: isinstance(value, (list, tuple)) and all(map(INPUTS.accepts, value)),
+)
+
+
 class LatencyProbe:
     """Compares several candidates with one original in ONNX Runtime, which is exported and opened once.
 
@@ -281,6 +286,9 @@ class LatencyProbe:
         ExportError: if the module cannot be exported, or its outputs differ from PyTorch's.
     """
 
+    @checked(
+        original=EITHER_MODEL, example_inputs=INPUTS, threads=THREADS, tolerance=TOLERANCE, others=_BATCHES
+    )  # fmt: skip
     def __init__(
         self,
         original: Model,
@@ -290,7 +298,6 @@ class LatencyProbe:
         tolerance: float = 1e-3,
         others: Sequence[Any] = (),
     ) -> None:
-        THREADS.demand("threads", threads)
         self.calls = [as_call(example_inputs), *map(as_call, others)]
         self._backend = OnnxRuntime(threads, tolerance=tolerance)
         self._sources = [exported(original, call, tolerance) for call in self.calls]

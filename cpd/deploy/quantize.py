@@ -165,8 +165,8 @@ def quantize_onnx(
     if original is not None:
         first = _positional(session, samples[0])
         whole = export_bytes(original, first) if isinstance(original, nn.Module) else _content(original)
-        names = [item.name for item in open_session(whole).get_inputs()]
-        renamed = [dict(zip(names, sample.values(), strict=True)) for sample in samples]
+        other = open_session(whole)
+        renamed = [feed(other, _positional(session, sample)) for sample in samples]
         with part("quantize the original"):
             models = {"original": whole, "original int8": _quantized(whole, renamed, calibration, per_channel, exclude)}
         models.update({"float": content, "int8": int8})

@@ -1,17 +1,17 @@
 """Checkpoints: all that a training needs to go on, in one file that is whole at any moment.
 
 The file is a safetensors file: tensors, and everything else as JSON in its header, with a checksum. Nothing in it is
-executed when it is read. It is written beside itself, flushed to the disk, and put in place by one rename; what a
-process left that was killed before that is deleted by the next.
+executed when it is read. It is written in a folder of its own, flushed to the disk, and put in place by one rename;
+what a process left that was killed before that is deleted by the next.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,11 +24,11 @@ from torch import Tensor
 
 from cpd.errors import ArtifactError, CheckpointError, CPDError, first_line
 from cpd.files.folder import flush
-from cpd.files.reading import conform, parsed
+from cpd.files.reading import conform, digest_of, parsed, signed
 
 FORMAT = 2
 NAME = "checkpoint.safetensors"
-#: Names of files that are not yet in place: of their process.
+#: Names of folders for files that are not yet in place: of their process. (Earlier versions wrote a file so named.)
 _BESIDE = re.compile(rf"\.{re.escape(NAME)}\.\d+")
 #: Keys of JSON objects that stand for what JSON has no word for.
 _TENSOR, _TUPLE, _ITEMS, _DTYPE = "__tensor__", "__tuple__", "__items__", "__dtype__"
@@ -84,10 +84,12 @@ class Checkpoint:
         tensors: dict[str, Tensor] = {}
         packed = _packed({**state, "extra": self.extra}, "", tensors)
         content = {"key": self.key, "state": packed}
-        header = {"cpd": json.dumps({"format": FORMAT, **content, "sha256": _digest(content)})}
-        beside = self.path.with_name(f".{NAME}.{os.getpid()}")
+        header = {"cpd": json.dumps({"format": FORMAT, **signed(content)})}
+        folder = self.path.with_name(f".{NAME}.{os.getpid()}")
+        beside = folder / NAME  # with what safetensors writes beside that, under names of its own
         try:
             self._tidy()
+            folder.mkdir()
             beside.touch()  # with the mode of the umask, which safetensors does not mind
             mode = (self.path if self.path.exists() else beside).stat().st_mode & 0o7777
             safetensors.torch.save_file(tensors, beside, header)
@@ -95,10 +97,10 @@ class Checkpoint:
             with beside.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(beside, self.path)
+            folder.rmdir()
             flush(self.path.parent)
         except (OSError, safetensors.SafetensorError) as error:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
+            self._tidy()
             former = f"The former checkpoint {self.path} is intact" if self.path.is_file() else "There was none before"
             raise CheckpointError(
                 f"The checkpoint cannot be written to {self.path.parent}: {error}. {former}. Make room, or make the "
@@ -123,7 +125,7 @@ class Checkpoint:
             if found["format"] not in (1, FORMAT):
                 raise CheckpointError(f"{self.path} is of format {found['format']}; this version reads 1 and {FORMAT}.")
             content = {"key": found["key"], "state": found["state"]}
-            if "sha256" in found and _digest(content) != found["sha256"]:
+            if "sha256" in found and digest_of(content) != found["sha256"]:
                 raise ArtifactError("its header is not the one that was written")
             then = _settings_of_format_1(found["key"]) if found["format"] == 1 else found["key"]
             state = conform(_unpacked(found["state"], tensors), dict[str, Any], "a state")
@@ -165,15 +167,11 @@ class Checkpoint:
         with contextlib.suppress(OSError):
             for part in self.path.parent.iterdir():
                 if _BESIDE.fullmatch(part.name):
-                    part.unlink(missing_ok=True)
+                    shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Delete the file, once there is a result in its place."""
         self.path.unlink(missing_ok=True)
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _settings_of_format_1(key: Mapping[str, Any]) -> dict[str, Any]:

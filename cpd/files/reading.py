@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import types
@@ -84,6 +85,23 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except ArtifactError as error:
         raise ArtifactError(f"{path}: {error}") from error
+
+
+def digest_of(content: Mapping[str, Any]) -> str:
+    """The checksum of a JSON object, but for the entry that holds it."""
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def signed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with the checksum of itself."""
+    return {**content, "sha256": digest_of(content)}
+
+
+def check_signed(content: Any, path: Path) -> None:
+    """Raise `ArtifactError` unless a JSON object is as it was signed; earlier versions wrote no checksum."""
+    if isinstance(content, Mapping) and "sha256" in content and content["sha256"] != digest_of(content):
+        raise ArtifactError(f"{path} is not as it was saved: it is damaged, or was changed.")
 
 
 def _deeper(value: Any, limit: int) -> bool:

@@ -160,14 +160,14 @@ def compress(
         for batches in (item for item in (data, calibration) if item is not None):
             check_data(student, batches, loss, settings.outputs, learning, teacher)
         per_epoch = steps_an_epoch(settings, learning, data)
-        stages = _Stages(_planned(settings, learning, data))
+        scored_on = data if calibration is None else calibration
+        stages = _Stages(_planned(settings, scored_on is not None, data is not None and learning.epochs > 0))
         with stages("comb"):
             combed = comb(model, call, **settings.combing)
-        by_weight = data is None and calibration is None and settings.criterion is None
+        by_weight = scored_on is None and settings.criterion is None
         pruner = Pruner(
-            student, call, steps=round(per_epoch * learning.epochs), loss=loss, comb=combed, stage=stages,
-            data=data if calibration is None else calibration,
-            config=replace(settings, criterion="magnitude") if by_weight else settings,
+            student, call, steps=round(per_epoch * learning.epochs), data=scored_on, loss=loss, comb=combed,
+            config=replace(settings, criterion="magnitude") if by_weight else settings, stage=stages,
         )  # fmt: skip
         run = _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch)
         run.prune_and_train(data, loss, evaluate, teacher)
@@ -349,12 +349,12 @@ class _Stages:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
-def _planned(settings: PruneConfig, training: DistillConfig, data: Iterable[Any] | None) -> list[str]:
+def _planned(settings: PruneConfig, recovers: bool, trains: bool) -> list[str]:
     """The stages of a run, in their order; where it prunes while it trains, pruning is a part of that."""
-    at_once = ["score", "select", "shrink", "check", *(["recover"] if data is not None else [])]
+    at_once = ["score", "select", "shrink", "check", *(["recover"] if recovers else [])]
     return [
         "comb",
         *(at_once if settings.schedule == "one-shot" else []),
-        *(["distill"] if data is not None and training.epochs else []),
+        *(["distill"] if trains else []),
         "deploy",
     ]

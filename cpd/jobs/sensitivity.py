@@ -27,7 +27,7 @@ from cpd.model.metric import UNNAMED, metric_name, title, written
 from cpd.model.progress import part, shown
 from cpd.model.task_loss import task_loss
 from cpd.model.tensors import copy_of
-from cpd.options import EVALUATE, FLAG, LIMIT, LOSS, NUMBER, PATH, Check, checked, number, text
+from cpd.options import EVALUATE, FLAG, LIMIT, LOSS, NUMBER, PATH, Check, checked, number, several, text
 from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 from cpd.surgery.recovery import logits_error
@@ -162,10 +162,7 @@ def check_plot(path: str | os.PathLike[str]) -> Path:
 
 
 _RATIO = number("between 0 and 1", lambda value: 0 < value < 1)
-_RATIOS = Check(
-    "a list of numbers between 0 and 1",
-    lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(_RATIO.accepts, value)),
-)
+_RATIOS = several(_RATIO.accepts, "a list of numbers between 0 and 1")
 _SCORES = Check(
     "a mapping from names of groups to tensors of scores, as cpd.score gives it",
     lambda value: isinstance(value, Mapping) and all(isinstance(item, Tensor) for item in value.values()),
@@ -231,6 +228,7 @@ def sensitivity(
             raise InputError(
                 f"scores must hold a tensor of {group.size} numbers for {group.name}, as for every open group."
             )
+    ratios = [float(ratio) for ratio in ratios]
     selector, full = Selector(comb, scores, Limits(round_to=1)), comb.cost({}).macs
     points = []
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ from cpd import processes
 from cpd.config import PruneConfig
 from cpd.errors import ArtifactError, InputError, TargetError, needs_extra
 from cpd.files.folder import reading, write_files
-from cpd.files.reading import conform, naming, read_json
+from cpd.files.reading import check_signed, conform, naming, read_json, signed
 from cpd.jobs.compress import compress
+from cpd.jobs.sensitivity import check_plot
 from cpd.model.arguments import MODEL
 from cpd.model.metric import UNNAMED, metric_name
 from cpd.model.progress import part, shown
-from cpd.options import FLAG, PATH, Check, checked, number, takes_options
+from cpd.options import FLAG, PATH, checked, number, several, takes_options
 from cpd.report.artifacts import PAGE, SWEEP, SWEPT, check_output_dir
 from cpd.report.records import Figures, SweepPoint, plain_fields
 from cpd.report.report import sweep_page
@@ -72,11 +74,12 @@ class Sweep:
         """Draw accuracy (or the share of MACs that is left, where none was evaluated) against measured latency.
 
         Raises:
-            InputError: if `path` cannot be written as a picture, or no point was reached.
+            InputError: if the file's ending names no format, it cannot be written, or no point was reached.
         """
         with needs_extra("plot", "A picture"):
             from matplotlib.figure import Figure
 
+        target = check_plot(path)
         found = [point.figures for point in self.points if point.figures is not None]
         if self.original is None or not found:
             raise InputError("No speed-up of the sweep was reached: there is nothing to draw.")
@@ -94,37 +97,37 @@ class Sweep:
         area.set_xlim(0, None)
         area.grid(alpha=0.3)
         try:
-            figure.savefig(path)
-        except (OSError, ValueError) as error:
-            raise InputError(f"{os.fspath(path)!r} cannot be written as a picture: {error}.") from error
-        return Path(path)
+            figure.savefig(target)
+        except OSError as error:
+            raise InputError(f"The picture cannot be written to {target}: {error}.") from error
+        return target
 
 
 def read_sweep(folder: Path) -> Sweep:
     """The sweep of a folder.
 
     Raises:
-        ArtifactError: if it is missing, truncated or foreign.
+        ArtifactError: if it is missing, truncated, changed or foreign.
     """
     with reading(folder) as files:
         path = files.file(SWEEP)
         content = read_json(path)
+        check_signed(content, path)
     with naming(path):
         return Sweep.from_dict(content)
 
 
 _SPEEDUP = number("", lambda value: value >= 1)
-_SPEEDUPS = Check(
-    "a list of at least one speed-up, each a number of at least 1, as [1.5, 2, 3]",
-    lambda value: isinstance(value, (list, tuple)) and bool(value) and all(map(_SPEEDUP.accepts, value)),
-)
+_SPEEDUPS = several(
+    _SPEEDUP.accepts, "a list of at least one speed-up, each a number of at least 1, as [1.5, 2, 3]"
+)  # fmt: skip
 
 
 @takes_options(PruneConfig, leave_out=TARGETS, others=True)
 @checked(model=MODEL, speedups=_SPEEDUPS, output_dir=PATH, overwrite=FLAG)
 def sweep(
     model: nn.Module,
-    speedups: Iterable[float],
+    speedups: Sequence[float],
     *,
     output_dir: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
@@ -183,6 +186,7 @@ def sweep(
                 )
             found = Sweep(original, tuple(points), named)
             if folder is not None:
-                figures = json.dumps(found.to_dict(), indent=1)
-                write_files(folder, {SWEEP: figures.encode(), PAGE: found.to_html().encode()})
+                figures = json.dumps(signed(found.to_dict()), indent=1)
+                files = {SWEEP: figures.encode(), PAGE: found.to_html().encode()}
+                processes.from_first(partial(write_files, folder, files))
     return found

@@ -67,7 +67,7 @@ DATA = Check(
 
 
 def _more_than_once(value: Any) -> str | None:
-    if isinstance(value, Iterator):
+    if isinstance(value, Iterator) and not hasattr(type(value), "__len__"):  # some loaders, which can, have a length
         return "can be iterated only once (it is an iterator); pass a list or a DataLoader."
     return _wrong_first(value)
 

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from cpd.errors import ArtifactError, InputError, first_line
 from cpd.files.folder import Folder, reading, sha256_of, write_files
-from cpd.files.reading import conform, naming, read_json
+from cpd.files.reading import check_signed, conform, naming, read_json, signed
 from cpd.model.arguments import MODEL
 from cpd.model.inputs import check_model
 from cpd.model.recorded import rebuilt
@@ -66,17 +66,6 @@ class Document(TypedDict):
     sha256: NotRequired[str]
 
 
-def folder_of(path: str | os.PathLike[str], what: str) -> Path:
-    """A path that a user gave for a folder.
-
-    Raises:
-        InputError: if it is empty, or no path.
-    """
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path) or "\0" in str(path):
-        raise InputError(f"{what} must be the path of a folder; got {path!r}. The current one is '.'.")
-    return Path(path)
-
-
 def check_output_dir(path: str | os.PathLike[str], names: Collection[str] = RESULT, *, overwrite: bool = False) -> Path:
     """Make sure that files can be written to `path`, before any work is done.
 
@@ -88,7 +77,7 @@ def check_output_dir(path: str | os.PathLike[str], names: Collection[str] = RESU
     Raises:
         InputError: if it is no folder, cannot be created or written to, or holds such files.
     """
-    target = folder_of(path, "output_dir")
+    target = Path(path)
     try:
         if target.exists() and not target.is_dir():
             raise InputError(f"output_dir {target} is a file; give a folder.")
@@ -128,8 +117,10 @@ def _is_ours(files: Folder, name: str, digests: Collection[str | None]) -> bool:
 
 
 def _is_sweep(files: Folder) -> bool:
+    path = files.file(SWEEP)
     try:
-        found = read_json(files.file(SWEEP))
+        found = read_json(path)
+        check_signed(found, path)
     except ArtifactError:
         return False
     return isinstance(found, dict) and {"original", "points"} <= found.keys()
@@ -165,7 +156,7 @@ def save_result(directory: Path, model: nn.Module, plan: Plan, report: Report, o
         **({} if onnx is None else {ONNX: onnx}),
     }
     document = _document(files, plan, report)
-    write_files(directory, {**files, PLAN: json.dumps(document).encode()}, _stale(directory, document))
+    write_files(directory, {**files, PLAN: json.dumps(signed(document)).encode()}, _stale(directory, document))
 
 
 def save_pretrained(directory: Path, model: nn.Module, plan: Plan, report: Report) -> None:
@@ -176,32 +167,20 @@ def save_pretrained(directory: Path, model: nn.Module, plan: Plan, report: Repor
     """
     files = {WEIGHTS: save(unique_tensors(model)), CARD: report.model_card().encode()}
     document = _document(files, plan, report)
-    config = {"architectures": [report.model_class], "library_name": "cpd", "cpd": document}
+    config = {"architectures": [report.model_class], "library_name": "cpd", "cpd": signed(document)}
     write_files(directory, {**files, CONFIG: json.dumps(config).encode()}, _stale(directory, document))
 
 
 def _document(files: Mapping[str, bytes], plan: Plan, report: Report) -> Document:
     digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-    return _signed(
-        {
-            "format": FORMAT,
-            "source": report.source,
-            "model_class": report.model_class,
-            "weights_sha256": digests[WEIGHTS],
-            "plan": plan.to_dict(),
-            "files": digests,
-        }
-    )
-
-
-def _signed(document: Document) -> Document:
-    """A document with the checksum of itself."""
-    return {**document, "sha256": _digest(document)}
-
-
-def _digest(document: Document) -> str:
-    rest = {key: value for key, value in document.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return {
+        "format": FORMAT,
+        "source": report.source,
+        "model_class": report.model_class,
+        "weights_sha256": digests[WEIGHTS],
+        "plan": plan.to_dict(),
+        "files": digests,
+    }
 
 
 def _stale(directory: Path, document: Document) -> set[str]:
@@ -229,7 +208,7 @@ def add_files(directory: Path, added: Mapping[str, bytes]) -> None:
                 digests = {name: hashlib.sha256(content).hexdigest() for name, content in added.items()}
                 document["files"] = {**document["files"], **digests}
                 whole = read_json(found.file(place), finite=False)
-                whole = {**whole, "cpd": _signed(document)} if place == CONFIG else _signed(document)
+                whole = {**whole, "cpd": signed(document)} if place == CONFIG else signed(document)
                 files[place] = json.dumps(whole).encode()
     write_files(directory, files)
 
@@ -280,7 +259,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
         >>> torch.equal(model(images), result.model(images))
         True
     """
-    folder = folder_of(directory, "directory")
+    folder = Path(directory)
     given = None if model is None else check_model(model)
     try:
         with reading(folder) as files:
@@ -321,7 +300,7 @@ def from_pretrained(
     Raises:
         ArtifactError: as for `load`, or the repository cannot be downloaded.
     """
-    if folder_of(name, "name").is_dir():
+    if Path(name).is_dir():
         return load(name, model, trust_source=trust_source)
     from huggingface_hub import snapshot_download
 
@@ -362,8 +341,7 @@ def _read_document(path: Path, *, hub: bool) -> Document:
         raise ArtifactError(f"{path} is not of the format {FORMAT} (found {found!r}); it was not written by this cpd.")
     with naming(path):
         read = conform(document, Document, "a document")
-    if "sha256" in read and read["sha256"] != _digest(read):
-        raise ArtifactError(f"{path} is not as it was saved: it is damaged, or was changed.")
+    check_signed(read, path)
     return read
 
 

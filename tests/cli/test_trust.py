@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 import yaml
 
 import cpd
+from cpd.cli.arguments import opened
+from cpd.files.folder import JOURNAL, write_files
 from helpers.fakes import Fakes
+from helpers.files import Killed, stopped
 from helpers.folders import write_images
 from helpers.tiny import INPUT, Tiny
 
@@ -92,6 +96,40 @@ def test_a_factory_of_a_folder_is_imported_only_if_told(
         assert (result.exit_code, "far enough" in result.stderr) == (1, True), result.output
     assert [type(model) for model in found] == [Tiny, Tiny, Tiny]
     assert run(*arguments, "--model", "no.such:thing").exit_code == 2
+
+
+def test_what_is_timed_is_of_a_save_that_was_killed_while_it_was_put_in_place(tmp_path: Path) -> None:
+    write_files(tmp_path, {"model.onnx": b"before"})
+    for after in range(50):
+        with pytest.raises(Killed), stopped(after):
+            write_files(tmp_path, {"model.onnx": b"now"})
+        if (tmp_path / JOURNAL).exists():
+            break
+    assert (tmp_path / "model.onnx").read_bytes() == b"before"
+    path, _ = opened(str(tmp_path), None, ())
+    assert Path(path).read_bytes() == b"now"
+
+
+@pytest.mark.parametrize("command", [COMPRESS, ("sweep", *COMPRESS[1:5], "--speedups", "1.2")])
+def test_a_factory_of_a_teacher_is_imported_only_if_told(
+    of_a_factory: Path, run: Any, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    found: list[Any] = []
+
+    def begun(model: Any = None, *, teacher: Any, **_: Any) -> Any:
+        found.append(teacher)
+        raise cpd.ExportError("far enough")
+
+    monkeypatch.setattr(cpd, command[0], begun)
+    monkeypatch.chdir(of_a_factory)
+    Path("ran").unlink(missing_ok=True)
+    sys.modules.pop("a_module", None)
+    result = run(*command, "--teacher", "out")
+    assert (result.exit_code, "--trust-source" in result.stderr) == (1, True), result.output
+    assert not Path("ran").exists()
+    result = run(*command, "--teacher", "out", "--trust-source")
+    assert (result.exit_code, "far enough" in result.stderr) == (1, True), result.output
+    assert [type(model) for model in found] == [Tiny]
 
 
 def test_a_report_needs_no_model(of_a_factory: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,6 +120,22 @@ def test_models(run: Any, command: str, model: str, message: str) -> None:
     assert message in check(run(command, model, *more))
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("sensitivity", ("model", "--criterion", "taylro"), "--criterion must be a name in cpd.criteria.CRITERIA"),
+        ("quantize", (".", "--calibration", "max"), "--calibration must be one of minmax, entropy, percentile"),
+    ],
+)
+def test_names_are_looked_at_before_anything_is_loaded(
+    run: Any, monkeypatch: pytest.MonkeyPatch, command: str, options: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    for name in ("cpd.cli.analysing.Images", "cpd.cli.compressing.Images"):
+        monkeypatch.setattr(name, lambda *_, **__: pytest.fail("images are looked for"))
+    monkeypatch.setattr("cpd.cli.compressing.result_folder", lambda *_: pytest.fail("a folder is read"))
+    assert message in check(run(command, *options, "--data", tmp_path))
+
+
 @pytest.mark.parametrize("folder", [no_such_folder, a_file])
 @pytest.mark.parametrize("command", ["report", "quantize", "latency"])
 def test_folders_of_results(run: Any, tmp_path: Path, command: str, folder: Callable[[Path], Path]) -> None:

@@ -25,6 +25,21 @@ def classifier() -> nn.Module:
     ).eval()  # fmt: skip
 
 
+class Sum(nn.Module):
+    """Takes two inputs."""
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        return left + right
+
+
+def test_an_original_of_other_inputs_is_told(classifier, tmp_path):
+    images = torch.randn(1, 3, 16, 16)
+    model, other = cpd.export_onnx(classifier, images), cpd.export_onnx(Sum(), (images, images))
+    with pytest.raises(cpd.InputError, match="takes 2 inputs"):
+        cpd.quantize_onnx(model, batches(1), tmp_path / "int8.onnx", original=other, seconds=0.1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_int8_is_near_the_float_model(classifier, tmp_path):
     path = cpd.export_onnx(classifier, torch.randn(1, 3, 16, 16), tmp_path / "model.onnx")
 

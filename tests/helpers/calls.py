@@ -152,6 +152,7 @@ def _calls() -> dict[str, Valid]:
             cpd.compare_latency,
             {"original": onnx, "candidate": onnx, "example_inputs": lambda: X, **_constant(small)},
         ),
+        "LatencyProbe": (latency.LatencyProbe, {"original": onnx, "example_inputs": lambda: X}),
         "profile_model": (cpd.profile_model, {**models, "seconds": lambda: 0.001}),
         "load": (cpd.load, {"directory": lambda: "saved", "model": lambda: deepcopy(model())}),
         "from_pretrained": (cpd.from_pretrained, {"name": lambda: "saved", "model": lambda: deepcopy(model())}),

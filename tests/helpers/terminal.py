@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import signal
 import struct
 import termios
@@ -106,13 +107,17 @@ def run_in_terminal(
         os.execvp(command[0], list(command))
     written, deadline = b"", time.monotonic() + seconds
     with contextlib.suppress(OSError):  # Linux reports the end of a terminal so
-        while part := os.read(terminal, 1 << 16):
+        while True:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([terminal], [], [], left)[0]:  # silent, or talking, for too long
+                os.kill(child, signal.SIGKILL)
+                break
+            if not (part := os.read(terminal, 1 << 16)):
+                break
             written += part
             if interrupt_at is not None and interrupt_at in written.decode(errors="ignore"):
                 os.write(terminal, b"\x03")
                 interrupt_at = None
-            if time.monotonic() > deadline:
-                os.kill(child, signal.SIGKILL)
     os.close(terminal)
     _, status = os.waitpid(child, 0)
     return os.waitstatus_to_exitcode(status), written.decode()

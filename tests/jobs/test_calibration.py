@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
+
 import cpd
+from cpd.jobs import compress
+from cpd.model.progress import part
 from helpers.tiny import INPUT, Tiny, loader
 
 
@@ -22,6 +26,19 @@ class Noted:
         for batch in self.batches:
             self.taken += 1
             yield batch
+
+
+def test_recovery_on_calibration_alone_is_a_stage_of_the_run(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[str] = []
+
+    def noted(name: str) -> Any:
+        parts.append(name)
+        return part(name)
+
+    monkeypatch.setattr(compress, "part", noted)
+    cpd.compress(Tiny(), target_macs=0.5, example_inputs=INPUT, calibration=loader(1), score_batches=2)
+    names = ["comb", "score", "select", "shrink", "check", "recover", "deploy"]
+    assert parts == [f"stage {number} of 7: {name}" for number, name in enumerate(names, 1)]
 
 
 def test_scores_and_recovery_read_calibration_alone(quick: None) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -34,6 +36,9 @@ def test_sensitivity_prunes_each_group_alone(tmp_path):
     assert point.error == pytest.approx(logits_error(narrow, model, data))
     assert point.metric == pytest.approx(float(narrow.head.weight.detach().sum()))
     assert found.to_dict()["points"][0]["group"] == combed.open[0].name
+    again = cpd.sensitivity(model, combed, data, ratios=np.array([0.25, 0.5], np.float32))
+    assert [point.kept for point in again.points] == [point.kept for point in found.points]
+    assert json.dumps(again.to_dict())
     assert found.plot(tmp_path / "map.svg").read_text().count("<svg") == 1
     with pytest.raises(cpd.InputError, match="ending"):
         found.plot(tmp_path / "map.docx")

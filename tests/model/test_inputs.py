@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import cpd
 from cpd.errors import InputError, TrainingError
+from cpd.model.arguments import REPEATED_DATA
 from cpd.model.inputs import Batch, Call, as_batch, as_call, batches, check_model, device_of, evaluating, logits, move
 
 X, Y = torch.arange(6.0).reshape(2, 3), torch.tensor([0, 1])
@@ -162,6 +163,32 @@ class Counted:
         for number in range(self.length):
             self.taken += 1
             yield X, number
+
+
+class Loader:
+    """Batches as some loaders of other libraries give them: it is its own iterator, and starts afresh each time."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self.left = 2
+        return self
+
+    def __next__(self) -> Tensor:
+        if not self.left:
+            raise StopIteration
+        self.left -= 1
+        return torch.zeros(1, 3)
+
+    def __len__(self) -> int:
+        return 2
+
+
+def test_what_is_read_several_times_can_be() -> None:
+    loader = Loader()
+    REPEATED_DATA.demand("data", loader)
+    assert [len(list(batches(loader))) for _ in range(2)] == [2, 2]
+    for once in (iter([torch.zeros(1)]), (item for item in ()), zip([torch.zeros(1)]), map(len, [])):
+        with pytest.raises(InputError, match="only once"):
+            REPEATED_DATA.demand("data", once)
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(None, 5), (1, 1), (3, 3), (5, 5), (9, 5)])

@@ -23,11 +23,12 @@ import cpd
 from cpd.files import folder as folders
 from cpd.files.checkpoint import Checkpoint
 from cpd.files.folder import JOURNAL, reading, write_files
-from cpd.files.reading import DEPTH, parsed
+from cpd.files.reading import DEPTH, digest_of, parsed
 from cpd.model.recorded import unsafe, why_not_by_name
 from cpd.model.sources import resolve
-from cpd.report.artifacts import _digest, add_files, read_document, read_report
+from cpd.report.artifacts import add_files, read_document, read_report
 from helpers.files import Killed, stopped
+from helpers.kills import state_of
 from helpers.mutations import mutations
 from helpers.tiny import INPUT, Tiny
 
@@ -99,57 +100,47 @@ def test_a_save_that_stops_anywhere_leaves_the_old_result_or_the_new(
     assert {"old", "new"} == set(seen)
 
 
-KILLS = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1])
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from cpd.files.folder import write_files
-place, found = Path(sys.argv[2]), []
-old, new = ({name: text * 5000 for name in "abc"} for text in (b"old", b"new"))
-for stop in range(1000):
-    folder = place / str(stop)
-    write_files(folder, old | {"gone": b"old"})
-    child = os.fork()
-    if child == 0:
-        done = [0]
-        def counting(real):
-            def operation(*arguments, **named):
-                if done[0] == stop:
-                    os.kill(os.getpid(), 9)
-                done[0] += 1
-                return real(*arguments, **named)
-            return operation
-        for name in ("open", "write", "fsync", "chmod", "replace", "unlink", "close"):
-            setattr(os, name, counting(getattr(os, name)))
-        write_files(folder, new, gone=["gone"])
-        os._exit(0)
-    if os.waitpid(child, 0)[1] == 0:
-        break
-    found.append(stop)
-print(json.dumps(found))
-"""
+KILLS = Path(__file__).parents[1] / "helpers" / "kills.py"
 
 
-def test_a_process_that_is_killed_before_any_operation(tmp_path: Path) -> None:
-    """SIGKILL, in processes of their own; what they leave is read here."""
-    command = [sys.executable, "-W", "ignore", "-c", KILLS, str(Path(__file__).parents[2]), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
-    stops = json.loads(done.stdout)
-    assert len(stops) > 20
-    seen = []
-    for stop in stops:
-        folder = tmp_path / str(stop)
-        with reading(folder) as files:
-            texts = {files.file(name).read_bytes() for name in "abc"}
-            is_old = texts == {b"old" * 5000}
-            assert is_old or texts == {b"new" * 5000}
-            assert files.has("gone") == is_old
-        seen.append(is_old)
-        write_files(folder, {"a": b""})
-        assert litter(folder) == []
-    assert set(seen) == {True, False}
+def test_a_process_that_is_killed_before_any_operation(tmp_path: Path, two: tuple[cpd.Result, cpd.Result]) -> None:
+    """SIGKILL, in processes of their own; what they leave is read here: all of the older files, or of the newer."""
+
+    def files(folder: Path) -> str:
+        with reading(folder) as found:
+            return "old" if found.has("gone") else "new"
+
+    def checkpoint(folder: Path) -> str:
+        state = Checkpoint(folder, {}).read()
+        assert torch.equal(state["weights"], state_of(state["name"])["weights"])
+        return state["name"]
+
+    for name, result in zip(("old", "new"), two, strict=True):
+        result.save(tmp_path / name)
+    paths = os.pathsep.join([str(KILLS.parents[2]), str(KILLS.parents[1])])
+    subprocess.run(
+        [sys.executable, "-W", "ignore", KILLS, tmp_path, tmp_path / "killed"], timeout=200, check=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for writer, (least, found) in {
+        "files": (20, files),
+        "save": (60, lambda folder: which(folder, two)),
+        "save_pretrained": (20, lambda folder: which(folder, two, cpd.from_pretrained)),
+        "checkpoint": (8, checkpoint),
+    }.items():
+        folders = tmp_path / "killed" / writer
+        whole = {name: contents(folders / name) for name in ("old", "new")}
+        stops = len(list(folders.iterdir())) - 2
+        seen = []
+        for stop in range(stops):
+            seen.append(found(folders / str(stop)))
+            left = contents(folders / str(stop))
+            assert {name: text for name, text in left.items() if name[0] != "."} == whole[seen[-1]], (writer, stop)
+            write_files(folders / str(stop), {})
+            assert litter(folders / str(stop)) == []
+        assert stops > least, writer
+        assert seen == sorted(seen, reverse=True), "from one moment on it is the new one"
+        assert {"old", "new"} == set(seen), writer
 
 
 def test_a_folder_that_can_only_be_read_is_read_through_its_journal(
@@ -349,7 +340,7 @@ def forged(folder: Path, source: str | None) -> Path:
     """A folder whose document names another source, with checksums that agree."""
     document = json.loads((folder / "plan.json").read_text())
     document["source"] = source
-    document["sha256"] = _digest(document)
+    document["sha256"] = digest_of(document)
     (folder / "plan.json").write_text(json.dumps(document))
     return folder
 
@@ -506,7 +497,7 @@ def test_a_plan_that_makes_no_sense_changes_nothing(
     two[0].save(tmp_path)
     document = json.loads((tmp_path / "plan.json").read_text())
     document["plan"].update(change)
-    document["sha256"] = _digest(document)
+    document["sha256"] = digest_of(document)
     (tmp_path / "plan.json").write_text(json.dumps(document))
     model = Tiny()
     before = state(model)
@@ -549,7 +540,7 @@ def test_any_change_of_a_plan_is_refused_or_makes_no_difference(
     document = json.loads((folder / "plan.json").read_text())
     changed = data.draw(mutations(document))
     if signed and isinstance(changed, dict):  # as whoever forges a file would
-        changed["sha256"] = _digest(changed)
+        changed["sha256"] = digest_of(changed)
     text = json.dumps(changed)
     if data.draw(st.integers(0, 9)) == 0:
         text = text[: data.draw(st.integers(0, len(text)))]
