@@ -147,6 +147,11 @@ class PruneConfig:
     score_batches: int = option(
         16, integer(1), "Batches of the data that scores, compensation and recalibration use at most."
     )
+    memory_gb: float = option(
+        4.0, _ABOVE_ZERO,
+        "GiB of activations that may be alive at a time, about, while layers are refitted: samples are taken in parts "
+        "that fit.",
+    )  # fmt: skip
     schedule: str | Schedule = option(
         "one-shot", _SCHEDULE,
         "When channels are removed: one-shot (all at once, before the training), or gradually during the training: "

@@ -53,9 +53,10 @@ from cpd.randomness import random_states_kept, seeded
 from cpd.selection.decision import Decider
 from cpd.selection.limits import check_ratios
 from cpd.selection.weighing import Normalization
+from cpd.surgery.calibration import Calibration
 from cpd.surgery.masked import masked_error
 from cpd.surgery.optimizer_state import narrow_state, narrowed_state
-from cpd.surgery.recovery import Recovery, recover
+from cpd.surgery.recovery import Recovery, recover, recovered_error
 from cpd.surgery.shrink import shrink
 
 log = logging.getLogger("cpd")
@@ -210,6 +211,7 @@ class Pruner:
         if comb.operations.values_read:
             self.notes.append(comb.operations.values_sentence)
         self.checks: dict[str, float] = {}
+        self._calibration: Calibration | None = None
         self._accumulated = self._from_gradients()
 
     # ------------------------------------------------------------------------------ what it is
@@ -339,7 +341,18 @@ class Pruner:
     def _error_of(self, plan: Plan) -> float:
         """The error of the logits once a plan has been applied and recovered from, on a copy."""
         step = plan.since(self.plan)
-        return min(self._recovered(shrink(copy_of(self.model), step), self.model, step).errors.values())
+        narrower = shrink(copy_of(self.model), step)
+        return recovered_error(narrower, self._calibrated(self.model), step)
+
+    def _calibrated(self, unpruned: nn.Module) -> Calibration:
+        """The data, and what the model as it is before the shrink makes of it; found once for each shrink."""
+        if self._calibration is None:
+            assert self.data is not None
+            self._calibration = Calibration(
+                unpruned, self.data, limit=self.config.score_batches, seed=self.config.seed,
+                memory_gb=self.config.memory_gb, layers=self.config.compensation, read=self.comb.read,
+            )  # fmt: skip
+        return self._calibration
 
     # ------------------------------------------------------------------------------ shrink
 
@@ -369,17 +382,17 @@ class Pruner:
 
     def _recover(self, before: nn.Module, step: Plan) -> None:
         """Make up for a shrink without training, as the first process does."""
+
+        def recovered() -> Recovery:
+            return recover(self.model, self._calibrated(before.to(device_of(self.model))), step)
+
         with self._stage("recover"):
-            found = processes.from_first(lambda: self._recovered(self.model, before.to(device_of(self.model)), step))
+            found = processes.from_first(recovered)
             processes.copy_from_first(named_tensors(self.model).values())
+        self._calibration = None
         self.note(str(found) if len(self._events) == 1 else f"Shrink {len(self.shrinks) + 1}: {found}")
         if found.failure is not None:
             self.note(f"Compensation was not possible: {found.failure}")
-
-    def _recovered(self, narrower: nn.Module, wider: nn.Module, step: Plan) -> Recovery:
-        assert self.data is not None
-        limit, compensation = self.config.score_batches, self.config.compensation
-        return recover(narrower, wider, step, self.data, limit=limit, compensation=compensation, read=self.comb.read)
 
     @checked(text=text("a sentence"))
     def note(self, text: str) -> None:

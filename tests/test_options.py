@@ -94,7 +94,8 @@ def test_the_help_of_a_command_shows_every_option(monkeypatch: pytest.MonkeyPatc
 WRONG: dict[str, Any] = {
     "target_speedup": 0.9, "target_latency_ms": 0, "target_macs": -1, "target_params": float("nan"),
     "target_memory": "half", "criterion": 3, "normalization": "flops", "exponent": -1, "scope": "layer",
-    "compensation": 1, "score_batches": 0, "schedule": "sudden", "prune_from": -0.1, "prune_until": 1.1, "interval": 0,
+    "compensation": 1, "score_batches": 0, "memory_gb": 0,
+    "schedule": "sudden", "prune_from": -0.1, "prune_until": 1.1, "interval": 0,
     "round_to": 2.5, "max_ratio": 1, "min_width": True, "ratios": {"a": 1}, "tolerance": 0, "threads": 0,
     "latency_inputs": 3, "seed": -1, "outputs": 1.5, "masks": "drop", "proof_copies": 0, "proof_seconds": 0,
 }  # fmt: skip
@@ -222,7 +223,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 EVERY = (
     "--target-memory 0.5 --criterion magnitude --normalization none --exponent 0.5 --scope isomorphic "
-    "--no-compensation --score-batches 3 --schedule linear --prune-from 0.1 --prune-until 0.9 --interval 7 "
+    "--no-compensation --score-batches 3 --memory-gb 2.5 --schedule linear "
+    "--prune-from 0.1 --prune-until 0.9 --interval 7 "
     "--round-to 2 --max-ratio 0.7 --min-width 4 --ratios layer1*=0.25 --ratios fc=0 --tolerance 0.1 --threads 2 "
     "--latency-inputs 2x3x64x64 --latency-inputs 1x3x32x32 --seed 5 --outputs logits --outputs 1.0 --masks permanent "
     "--proof-copies 50 --proof-seconds 30 --momentum 0.5 --warmup 0.2 --max-grad-norm none --kd none --features fc"
@@ -234,7 +236,8 @@ def test_every_option_reaches_the_library(called: dict[str, Any], tmp_path: Any)
     assert CliRunner().invoke(app, arguments).exit_code == 3
     assert called["config"] == cpd.PruneConfig(
         target_memory=0.5, criterion="magnitude", normalization="none", exponent=0.5, scope="isomorphic",
-        compensation=False, score_batches=3, schedule="linear", prune_from=0.1, prune_until=0.9, interval=7, round_to=2,
+        compensation=False, score_batches=3, memory_gb=2.5,
+        schedule="linear", prune_from=0.1, prune_until=0.9, interval=7, round_to=2,
         max_ratio=0.7, min_width=4, ratios={"layer1*": 0.25, "fc": 0.0}, tolerance=0.1, threads=2,
         latency_inputs=((2, 3, 64, 64), (1, 3, 32, 32)), seed=5, outputs=("logits", "1.0"), masks="permanent",
         proof_copies=50, proof_seconds=30.0,

@@ -29,12 +29,14 @@ from cpd.model.inputs import logits
 from cpd.options import checked
 from cpd.trace.layer_calls import LayerCall, matrix
 
-#: Added to the covariance, relative to the variance of each feature: the one of these that tells best what was held out.
-DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+#: How far a covariance is drawn towards its diagonal: as far as tells best what was held out.
+SHRINKAGES = (1e-3, 1e-2, 0.1, 0.3, 0.6, 0.9, 0.99)
 #: One sample of so many is held out.
 HELD_OUT = 4
 #: Rows of a layer's input per batch: so many a feature.
 ROWS_A_FEATURE = 16
+#: Added to the variances, relative to their mean, so that none is 0.
+LEAST_VARIANCE = 1e-3
 #: With more features than this, kernel positions share one covariance of the channels.
 MOST_FEATURES = 2304
 #: Layers with more inputs than this are not refitted: their covariance takes too long to invert.
@@ -110,7 +112,8 @@ class _Moments:
         """Add one call, and its gradient once that is known."""
         if not self.usable:
             return
-        index = layer.spread(min(ROWS, ROWS_A_FEATURE * self.second.shape[-1]), samples, along, generator)
+        wanted = min(ROWS, ROWS_A_FEATURE * self.second.shape[-1])
+        index = layer.spread(wanted, samples, along, generator)
         with torch.no_grad():
             x = layer.features(index).float()
             held = torch.arange(x.shape[1], device=x.device) * samples // x.shape[1] % HELD_OUT == HELD_OUT - 1
@@ -120,10 +123,8 @@ class _Moments:
                 self.second[which] += rows.transpose(1, 2) @ rows
                 self.first[which] += rows.sum(1)
                 self.rows[which] += rows.shape[1]
-        rows = layer.positions if layer.kind in ("linear", "matmul") else layer.positions * layer.input.shape[0]
-        share = rows / x.shape[1] if not (self.folded and layer.kind == "conv") else rows / max(1, x.shape[1])
-        if layer.kind == "transposed":
-            share = 1.0
+        every = layer.positions * (1 if layer.kind in ("linear", "matmul") else layer.input.shape[0])
+        share = 1.0 if layer.kind == "transposed" else every / x.shape[1]
         shape = layer.without_data()
 
         def at_output(gradient: Tensor) -> None:
@@ -141,16 +142,17 @@ class _Moments:
         self.rows = [setting.sum_of(rows) for rows in self.rows]
 
     def covariance(self) -> Tensor:
-        """Of the input, damped, [groups, features, features]."""
+        """Of the input, [groups, features, features], drawn towards its diagonal.
+
+        From fewer rows than features some seem to follow from the others that do not; so what is held out decides.
+        """
         second, first = self.second.double(), self.first.double()
         both = _about(second.sum(0), first.sum(0), first.sum(0) / sum(self.rows), sum(self.rows))
-        if min(self.rows) == 0:
-            self.damping = DAMPINGS[-1]
-        else:
-            mean = first[0] / self.rows[0]
-            fit, held = (_about(second[i], first[i], mean, self.rows[i]) for i in (0, 1))
-            self.damping = min(DAMPINGS, key=lambda damping: _surprise(_damped(fit, damping), held))
-        return _damped(both, self.damping)
+        if not all(self.rows):
+            return _shrunk(both, SHRINKAGES[-1])
+        mean = first[0] / self.rows[0]
+        fit, held = (_about(second[part], first[part], mean, self.rows[part]) for part in (0, 1))
+        return _shrunk(both, min(SHRINKAGES, key=lambda share: _surprise(_shrunk(fit, share), held)))
 
 
 def _about(second: Tensor, first: Tensor, mean: Tensor, rows: int) -> Tensor:
@@ -160,11 +162,11 @@ def _about(second: Tensor, first: Tensor, mean: Tensor, rows: int) -> Tensor:
     return second / rows - cross - cross.transpose(1, 2) + mean[:, :, None] * mean[:, None, :]
 
 
-def _damped(covariance: Tensor, damping: float) -> Tensor:
-    """More on the diagonal: a share of each feature's variance, and of the mean one's, so that none is 0."""
-    variances = covariance.diagonal(dim1=1, dim2=2)
-    least = 1e-3 * variances.mean(1, keepdim=True).clamp_min(1e-12)
-    return covariance + torch.diag_embed(damping * variances.clamp_min(0) + least)
+def _shrunk(covariance: Tensor, share: float) -> Tensor:
+    """A covariance drawn to its diagonal (Schaefer and Strimmer 2005, "A shrinkage approach", target D)."""
+    variances = covariance.diagonal(dim1=1, dim2=2).clamp_min(0)
+    least = LEAST_VARIANCE * variances.mean(1, keepdim=True).clamp_min(1e-12)
+    return (1 - share) * covariance + torch.diag_embed(share * variances + least)
 
 
 def _surprise(covariance: Tensor, held: Tensor) -> float:

@@ -48,10 +48,17 @@ class Call(NamedTuple):
 
     def slice(self, start: int, end: int) -> Call:
         """The samples from `start` to before `end`, of every tensor as long as the batch."""
+        return self._taken(lambda leaf: leaf[start:end])
+
+    def chosen(self, which: Tensor) -> Call:
+        """The samples that `which`, [samples] of truth values, says, of every tensor as long as the batch."""
+        return self._taken(lambda leaf: leaf[which.to(leaf.device)])
+
+    def _taken(self, take: Callable[[Tensor], Tensor]) -> Call:
         whole = self.samples
 
         def cut(leaf: Tensor) -> Tensor:
-            return leaf[start:end] if leaf.dim() and len(leaf) == whole else leaf
+            return take(leaf) if leaf.dim() and len(leaf) == whole else leaf
 
         return Call(*tree_map_only(Tensor, cut, tuple(self)))
 

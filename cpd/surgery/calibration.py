@@ -1,7 +1,7 @@
 """What recovery asks of the unpruned model and of the data, found once and used for every plan that is tried.
 
-The data is cut into parts that fit into memory. A quarter of the samples is held out: they are fitted on only when all
-that can be chosen has been chosen.
+The samples are cut into parts that fit into memory. One in four is held out: it is fitted on only when all that can be
+chosen has been chosen.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,35 +23,40 @@ from cpd.model.outputs import whole
 from cpd.trace.layer_calls import LayerCall, LayerCalls, Step, matrix, seen
 from cpd.trace.streams import Stream, streams
 
-#: Bytes of activations that may be alive at a time, about.
-MEMORY = 2**32
-#: Tensors as large as a layer's input and output that are alive at a time, about.
-ALIVE = 2.0
-#: Rows a layer is fitted on: so many a feature, and so many more; fewer where their products take more than `WORK`
-#: multiply-accumulates, but no fewer than `LEAST` a feature.
-ROWS, MORE, WORK, LEAST = 64, 8192, 3e10, 4
-ELEMENTS = 2**27
+#: GiB of activations that may be alive at a time, about.
+MEMORY_GB = 4.0
+#: As many tensors of the size of a layer's input and output are alive at a time, about.
+ALIVE = 2
+#: Layers with more features than this keep their weights: the solution would take too long.
+MOST_FEATURES = 8192
+#: Rows that a layer is fitted on: so many a feature, and so many more.
+ROWS, MORE = 64, 8192
+#: But no more than their products take so many multiply-accumulates, or they themselves so many numbers; and at least
+#: so many a feature.
+WORK, NUMBERS, LEAST = 3e10, 2**27, 4
 #: One sample of so many is held out.
 HELD_OUT = 4
 
 
-@dataclass
+@dataclass(frozen=True)
 class Layer:
     """A layer that a forward calls once.
 
     Attributes:
-        weight: name of its parameter.
+        shape: of its weight.
+        groups: of a convolution.
         along: the dimension of its input that the samples lie along.
-        features: of its matrix.
+        rows: how many of a whole sample's rows it is fitted on, about, for each sample.
         normed: whether a BatchNorm follows.
         stream: how its output gets to a sum, where it does.
     """
 
-    weight: str
+    shape: torch.Size
+    groups: int
     along: int
-    features: int
-    normed: bool = False
-    stream: Stream | None = None
+    rows: float
+    normed: bool
+    stream: Stream | None
 
 
 @dataclass
@@ -58,15 +64,15 @@ class Part:
     """Samples that run at once.
 
     Attributes:
-        call: of the samples, on the model's device.
+        call: of the samples.
         held: which of them are held out, [samples].
-        targets: weight -> what the unpruned layer gave in the rows that are looked at, [rows, outputs].
+        outputs: weight -> what the unpruned layer gave in the rows that are looked at, [rows, outputs].
         others: weight -> what its output is added to, in the same rows.
     """
 
     call: Call
     held: Tensor
-    targets: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -78,8 +84,13 @@ class Calibration:
         data: batches as `cpd.model.inputs.as_batch` takes them; targets are not used.
         limit: at most this many are read; all if None.
         seed: of the places where layers are looked at.
-        memory: bytes of activations that may be alive at a time.
+        memory_gb: GiB of activations that may be alive at a time.
+        layers: whether layers will be refitted, so that what they give has to be noted.
         read: gives the part of an output that matters.
+
+    Raises:
+        TrainingError: if there is no data, or it holds values that are not finite.
+        InputError: if the model does not run on it.
     """
 
     @torch.no_grad()
@@ -90,95 +101,83 @@ class Calibration:
         *,
         limit: int | None = None,
         seed: int = 0,
-        memory: float = MEMORY,
+        memory_gb: float = MEMORY_GB,
+        layers: bool = True,
         read: Callable[[Any], Any] = whole,
     ) -> None:
-        self.original, self.seed, self.read = original, seed, read
+        self.seed, self.read = seed, read
         self.device = device_of(original)
-        self.shapes: dict[str, torch.Size] = {}
-        self.groups: dict[str, int] = {}
         calls = _alike([batch.call for batch in batches(data, limit, finite=True)])
         self.samples = sum(call.samples for call in calls)
-        with evaluating(original):
-            self.layers, largest = _layers(original, calls[0].to(self.device))
-            self.at_once = max(1, int(memory // (ALIVE * 4 * largest)))
-            self.parts = self._parts(calls)
-            self._targets_found = False
-            self.expected = [logits(read(call.on(original))).double() for call in self.held_calls()]
+        with evaluating(original), of_the_user("original", "on data"):
+            probe = _Probe(original, calls[0].to(self.device))
+            self.layers = probe.layers(self.samples) if layers else {}
+            at_once = max(1, int(memory_gb * 2**30 / (ALIVE * probe.most_bytes)))
+            self.parts = list(_parts(calls, at_once))
+            self.expected = [logits(read(call.on(original))) for call in self.held()]
+            for part in self.parts if layers else []:
+                self._look(original, part)
 
-    def _parts(self, calls: list[Call]) -> list[Part]:
-        parts, start = [], 0
-        for call in calls:
-            count = math.ceil(call.samples / self.at_once)
-            edges = [round(call.samples * i / count) for i in range(count + 1)]
-            for low, high in zip(edges, edges[1:], strict=False):
-                held = torch.arange(start + low, start + high) % HELD_OUT == HELD_OUT - 1
-                parts.append(Part(call.slice(low, high), held))
-            start += call.samples
-        return parts
-
-    def held_calls(self) -> list[Call]:
+    def held(self) -> list[Call]:
         """The samples that are held out; all where there are too few to hold any out."""
         return self._chosen(lambda part: part.held)
 
-    def fitted_calls(self) -> list[Call]:
-        """The others."""
+    def fitted(self) -> list[Call]:
+        """The samples that are not held out."""
         return self._chosen(lambda part: ~part.held)
 
+    def all(self) -> list[Call]:
+        """All samples."""
+        return self._chosen(lambda part: torch.ones_like(part.held))
+
     def _chosen(self, which: Callable[[Part], Tensor]) -> list[Call]:
-        found = [_picked(part.call, which(part)) for part in self.parts]
-        found = [call for call in found if call.samples]
+        found = [part.call.chosen(which(part)) for part in self.parts if which(part).any()]
         return [call.to(self.device) for call in found or [part.call for part in self.parts]]
 
     def index(self, layer: LayerCall, samples: int) -> Tensor | None:
-        """Which rows (linear layers) or positions of each sample (convolutions) a layer is fitted on; None for all."""
+        """Which rows of a layer are looked at, as `LayerCall.features` takes them: in every model the same."""
         known = self.layers[layer.weight]
-        wanted = min(ROWS * known.features + MORE, WORK / known.features**2, ELEMENTS / known.features / layer.groups)
-        wanted = max(LEAST * known.features, wanted)
-        rows = math.ceil(wanted * samples / self.samples)
+        rows = math.ceil(known.rows * samples)
         return layer.spread(rows, samples, known.along, torch.Generator().manual_seed(self.seed))
 
-    @torch.no_grad()
-    def find_targets(self) -> None:
-        """Look at every layer of the unpruned model on all samples, once."""
-        if self._targets_found:
-            return
-        with evaluating(self.original):
-            for part in self.parts:
-                self._look(part)
-        self._targets_found = True
-
-    def _look(self, part: Part) -> None:
-        wanted = Others(self.layers)
+    def _look(self, original: nn.Module, part: Part) -> None:
+        """Note what every layer of the unpruned model gives."""
+        others = Others(self.layers)
 
         def after(layer: LayerCall) -> None:
             if layer.weight in self.layers:
                 index = self.index(layer, part.call.samples)
-                self.shapes[layer.weight] = layer.given["weight"].shape
-                self.groups[layer.weight] = layer.groups
-                part.targets[layer.weight] = flat(layer.responses(index))
-                other = wanted.of(layer)
+                part.outputs[layer.weight] = flat(layer.responses(index))
+                other = others.of(layer)
                 if other is not None:
                     part.others[layer.weight] = flat(layer.outputs(index, other))
 
-        with seen(LayerCalls(self.original, after=after, step=wanted.keep)):
-            part.call.to(self.device).on(self.original)
+        with seen(LayerCalls(original, after=after, step=others.keep)):
+            part.call.to(self.device).on(original)
 
     @torch.no_grad()
-    def judge(self, model: nn.Module) -> tuple[float, ...]:
-        """On the samples that are held out: error of the logits, share of equal classes, KL, cosine."""
-        mean = torch.cat(self.expected).mean(0, keepdim=True)
-        out = [[], [], [], [], []]
-        with evaluating(model):
-            for call, expected in zip(self.held_calls(), self.expected, strict=True):
-                found = logits(self.read(call.on(model))).double()
-                out[0].append((found - expected).square().sum(1)); out[1].append((expected - mean).square().sum(1))
-                out[2].append((found.argmax(1) == expected.argmax(1)).double())
-                p = expected.softmax(1)
-                out[3].append((p * (expected.log_softmax(1) - found.log_softmax(1))).sum(1))
-                out[4].append(-found.log_softmax(1).gather(1, expected.argmax(1)[:, None])[:, 0])
-        o = [torch.cat(x) for x in out]
-        return float(o[0].sum() / o[1].sum()), float(o[2].mean()), float(o[3].mean()), float(o[4].mean())
+    def judge(self, model: nn.Module) -> tuple[float, float]:
+        """How near a model's outputs come to the unpruned one's, on the samples that are held out.
+
+        Returns:
+            The mean squared error of the logits, relative to their variance; and the share of equal classes.
+        """
+        error = same = count = 0.0
+        with evaluating(model), of_the_user("The narrower model", "on data"):
+            for call, expected in zip(self.held(), self.expected, strict=True):
+                found = logits(self.read(call.on(model)))
+                error += float((found - expected).double().square().sum())
+                if expected.dim() > 1:
+                    agree = found.argmax(1) == expected.argmax(1)
+                    same, count = same + float(agree.sum()), count + agree.numel()
+        return error / max(self._spread(), 1e-30), same / max(count, 1)
+
+    def _spread(self) -> float:
+        """The sum of squares of the unpruned model's logits, less their mean over samples."""
+        alike = {tuple(item.shape[1:]) for item in self.expected}
+        groups = [[item for item in self.expected if tuple(item.shape[1:]) == shape] for shape in alike]
+        rows = [torch.cat(group).double() for group in groups]
+        return sum(float((row - row.mean(0)).square().sum()) for row in rows)
 
 
 class Others:
@@ -187,15 +186,15 @@ class Others:
     def __init__(self, layers: dict[str, Layer]) -> None:
         self.streams = {name: layer.stream for name, layer in layers.items() if layer.stream is not None}
         self.left = Counter(stream.other for stream in self.streams.values())
-        self.values: dict[int, Tensor] = {}
+        self.values: dict[int, Any] = {}
 
     def keep(self, step: Step) -> None:
         """Keep what a call gave, where it is wanted."""
-        if step.number in self.left:
+        if self.left.get(step.number):
             self.values[step.number] = step.output
 
     def of(self, layer: LayerCall) -> Tensor | None:
-        """What the output of a layer will be added to, laid out as that output is."""
+        """What the output of a layer will be added to, laid out as that output is; None where there is none."""
         stream = self.streams.get(layer.weight)
         if stream is None:
             return None
@@ -209,45 +208,76 @@ class Others:
         return value if value.shape == layer.output.shape else None
 
 
-def _layers(original: nn.Module, call: Call) -> tuple[dict[str, Layer], int]:
-    """The layers that are called once, by their weight; and the numbers in the largest input and output of one."""
-    shapes: list[dict[str, tuple[int, ...]]] = []
-    times: Counter[str] = Counter()
-    normed, features, largest = set[str](), dict[str, int](), 1
-    for samples in (2, 1):
-        times.clear()
+class _Probe:
+    """One and two samples' way through the unpruned model.
+
+    Attributes:
+        most_bytes: of the largest input and output of a layer, of one sample.
+    """
+
+    def __init__(self, original: nn.Module, call: Call) -> None:
+        self.original, self.call, self.most_bytes = original, call.part(1), 1
+        self.times: Counter[str] = Counter()
+        self.normed: set[str] = set()
+        self.calls: dict[str, LayerCall] = {}
+        self.places: dict[str, int] = {}
+        twice: dict[str, torch.Size] = {}
         latest: dict[int, tuple[Tensor, str]] = {}
-        found: dict[str, tuple[int, ...]] = {}
 
-        def after(layer: LayerCall, found: dict[str, Any] = found, latest: dict[int, Any] = latest) -> None:
-            nonlocal largest
-            if isinstance(layer.given["weight"], nn.Parameter):  # what is computed is so again at the next call
-                times[layer.weight] += 1
-            found[layer.weight] = layer.input.shape
-            features[layer.weight] = matrix(layer.kind, layer.given["weight"], layer.groups).shape[-1]
+        def first(layer: LayerCall) -> None:
+            twice[layer.weight] = layer.input.shape
+
+        def second(layer: LayerCall) -> None:
             latest[id(layer.output)] = (layer.output, layer.weight)
-            largest = max(largest, layer.input.numel() + layer.output.numel()) if len(shapes) else 1
+            if isinstance(layer.given["weight"], nn.Parameter):  # what is computed is so again at the next call
+                self.times[layer.weight] += 1
+            self.calls[layer.weight] = layer.without_data()
+            linear = layer.kind in ("linear", "matmul")
+            self.places[layer.weight] = layer.positions * (1 if linear else layer.input.shape[0])
+            here, there = layer.input.shape, twice.get(layer.weight, layer.input.shape)
+            self.along[layer.weight] = next((d for d, (a, b) in enumerate(zip(here, there, strict=False)) if b > a), 0)
+            size = (layer.input.numel() + layer.output.numel()) * layer.input.element_size()
+            self.most_bytes = max(self.most_bytes, size)
 
-        def norm(given: dict[str, Any], latest: dict[int, Any] = latest) -> None:
+        def norm(given: dict[str, Any]) -> None:
             if id(given["input"]) in latest:
-                normed.add(latest[id(given["input"])][1])
+                self.normed.add(latest[id(given["input"])][1])
 
-        told = of_the_user("original", "on the first batch of data")
-        with seen(LayerCalls(original, after=after, norm=norm)), told:
-            call.resized(samples).on(original)
-        shapes.append(found)
-    sums = streams(original, call.part(1))
-    two, one = shapes
-    return {
-        name: Layer(name, _grown(one[name], two.get(name, one[name])), features[name], name in normed, sums.get(name))
-        for name, count in times.items()
-        if count == 1 and name in one
-    }, largest
+        self.along: dict[str, int] = {}
+        with seen(LayerCalls(original, after=first)):
+            call.resized(2).on(original)
+        with seen(LayerCalls(original, after=second, norm=norm)):
+            self.call.on(original)
+
+    def layers(self, samples: int) -> dict[str, Layer]:
+        """Those that are called once and can be refitted, by their weight.
+
+        Args:
+            samples: of all the data, over which the rows are spread.
+        """
+        sums, found = streams(self.original, self.call), dict[str, Layer]()
+        for name, layer in self.calls.items():
+            shape, groups = layer.given["weight"].shape, layer.groups
+            features = matrix(layer.kind, layer.given["weight"], groups).shape[-1]
+            if self.times[name] != 1 or features > MOST_FEATURES:
+                continue
+            rows = min(ROWS * features + MORE, WORK / features**2 / groups, NUMBERS / features / groups)
+            each = min(max(LEAST * features, rows) / samples, self.places[name])
+            stream = None if layer.kind == "transposed" else sums.get(name)
+            found[name] = Layer(shape, groups, self.along[name], each, name in self.normed, stream)
+        return found
 
 
-def _grown(one: Iterable[int], two: Iterable[int]) -> int:
-    """The dimension that grows with the number of samples; the first, if none does."""
-    return next((dim for dim, (a, b) in enumerate(zip(one, two, strict=False)) if b == 2 * a), 0)
+def _parts(calls: list[Call], at_once: int) -> Iterable[Part]:
+    """Samples that run at once, and which of them are held out."""
+    start = 0
+    for call in calls:
+        count = math.ceil(call.samples / at_once)
+        edges = [round(call.samples * i / count) for i in range(count + 1)]
+        for low, high in pairwise(edges):
+            held = torch.arange(start + low, start + high) % HELD_OUT == HELD_OUT - 1
+            yield Part(call.slice(low, high), held)
+        start += call.samples
 
 
 def _alike(calls: list[Call]) -> list[Call]:
@@ -257,18 +287,6 @@ def _alike(calls: list[Call]) -> list[Call]:
         key = tuple(tuple(leaf.shape[1:]) for leaf in tree_leaves(tuple(call)) if isinstance(leaf, Tensor))
         groups.setdefault(key, []).append(call)
     return [joined(group) for group in groups.values()]
-
-
-def _picked(call: Call, which: Tensor) -> Call:
-    """Some of the samples of a call."""
-    from torch.utils._pytree import tree_map_only
-
-    whole = call.samples
-
-    def cut(leaf: Tensor) -> Tensor:
-        return leaf[which.to(leaf.device)] if leaf.dim() and len(leaf) == whole else leaf
-
-    return Call(*tree_map_only(Tensor, cut, tuple(call)))
 
 
 def flat(value: Tensor) -> Tensor:

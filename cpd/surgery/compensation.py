@@ -8,19 +8,20 @@ calibration data and less their means where a bias can take those up,
 
     W <- W + E^T X (X^T X + damping I)^-1
 
-No gradient step is taken. A single forward pass does all layers: the unpruned model runs beside the narrower one,
-one layer ahead of it, on the same batch.
+A layer whose output is added to a value that was there before it (the last of a residual branch) is asked for more:
+the unpruned *sum* less that value as it is in the narrower model, so that each branch makes up for what those before
+it have lost. Between layer and sum there may be a BatchNorm or a scale, whose factor is divided out.
+
+No gradient step is taken. A first pass fits three samples in four and chooses for every layer, on the others, how
+much to damp and whether to refit it at all; no layer has seen those others by then, nor have the layers before it. A
+second pass fits all samples with what was chosen. Where memory does not hold all samples at once, a pass takes them
+part by part, and each layer's sums go on from one part to the next.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-import queue
-import threading
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,24 +30,16 @@ from torch import Tensor, nn
 from cpd.errors import InputError, of_the_user
 from cpd.model.architecture import check_architecture
 from cpd.model.arguments import DATA, MODEL
-from cpd.model.inputs import Call, batches, check_model, device_of, evaluating, joined
-from cpd.model.tensors import restore, state_of
-from cpd.options import LIMIT, SEED, checked
+from cpd.model.inputs import check_model, evaluating
+from cpd.model.tensors import named_tensors, restore, state_of
+from cpd.options import LIMIT, SEED, checked, number
 from cpd.plan import PLAN, Plan
+from cpd.surgery.calibration import HELD_OUT, MEMORY_GB, Calibration, Layer, Others, Part, flat
+from cpd.surgery.least_squares import Sums, best_damping
 from cpd.trace.layer_calls import LayerCall, LayerCalls, from_matrix, matrix, seen
 
-#: Bytes that the largest input or output of a layer may take, by which the samples are limited.
-MEMORY = 2**30
-#: Multiply-accumulates that the second moments of one layer's input may take; at least `LEAST` rows a feature.
-WORK, LEAST, MOST_ROWS = 8e9, 4, 2**15
-#: Layers with more features than this keep their weights: the solution would take too long.
-MOST_FEATURES = 8192
-#: Dampings tried, relative to the mean square of a feature; the rows held out decide, also against changing nothing.
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-#: Share of the rows held out.
-HELD_OUT = 0.25
-#: A layer that lacks less than this share of its output's variance is not refitted.
-NEGLIGIBLE = 1e-9
+#: A channel that is multiplied by less than this share of the median on its way to a sum keeps its own target.
+LEAST_SCALE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -55,19 +48,32 @@ class Refit:
 
     Attributes:
         weight: name of the parameter.
-        before: mean square of what its output lacked, relative to that of the unpruned output, on rows held out.
+        before: mean square of what its output lacked, relative to the variance of the unpruned output, on samples that
+            were held out.
         after: the same with the new weights; as before where they were left as they were.
+        damping: of the least squares, relative to the mean square of a feature; None where the weights were left.
     """
 
     weight: str
     before: float
     after: float
+    damping: float | None = None
 
 
-@checked(model=MODEL, original=MODEL, plan=PLAN, data=DATA, limit=LIMIT, seed=SEED)
+@checked(
+    model=MODEL, original=MODEL, plan=PLAN, data=DATA, limit=LIMIT, seed=SEED,
+    memory_gb=number("above 0", lambda value: value > 0),
+)  # fmt: skip
 @torch.no_grad()
 def compensate(
-    model: nn.Module, original: nn.Module, plan: Plan, data: Iterable[Any], *, limit: int = 16, seed: int = 0
+    model: nn.Module,
+    original: nn.Module,
+    plan: Plan,
+    data: Iterable[Any],
+    *,
+    limit: int = 16,
+    seed: int = 0,
+    memory_gb: float = MEMORY_GB,
 ) -> tuple[Refit, ...]:
     """Refit the layers of a narrower model, in closed form, to what they gave in the unpruned one.
 
@@ -79,9 +85,10 @@ def compensate(
         model: the narrower model, as `cpd.shrink` leaves it; changed in place.
         original: the unpruned model on the same device; left as it was.
         plan: what `model` keeps of it.
-        data: batches as `cpd.model.inputs.as_batch` takes them, all of one shape; targets are not used.
-        limit: at most this many batches are read; of their samples as many are used as memory allows.
-        seed: of the positions that layers with many are fitted on.
+        data: batches as `cpd.model.inputs.as_batch` takes them; targets are not used.
+        limit: at most this many batches are read; of their samples all are used.
+        seed: of the places that layers with many are fitted on.
+        memory_gb: GiB of activations that may be alive at a time, about; the samples are taken in parts that fit.
 
     Returns:
         What was done, layer by layer.
@@ -109,260 +116,204 @@ def compensate(
     check_architecture(original, plan.architecture, InputError, "The plan is", remedy)
     narrower = plan.architecture and plan.architecture.narrowed(plan)
     check_architecture(model, narrower, InputError, "What the plan makes is", remedy)
-    calls = [batch.call for batch in batches(data, limit, finite=True)]
-    device = device_of(model)
+    calibration = Calibration(original, data, limit=limit, seed=seed, memory_gb=memory_gb)
     before = state_of(model)
-    with evaluating(model), evaluating(original):
-        probe = _Probe(original, calls[0].part(1).to(device))
-        call = joined(calls).part(probe.samples).to(device)
-        try:
-            with of_the_user("A model", "while both ran beside one another on data"):
-                return _Lockstep(model, original, plan, probe, seed).run(call)
-        except BaseException:
-            restore(model, before)
-            raise
+    chosen = refit(model, calibration, plan)
+    restore(model, before)
+    return tuple(refit(model, calibration, plan, chosen).values())
 
 
-class _Probe:
-    """One sample's way through the unpruned model: which layers are called once, and which a BatchNorm follows."""
-
-    def __init__(self, original: nn.Module, call: Call) -> None:
-        times: Counter[str] = Counter()
-        self.normed: set[str] = set()
-        latest: dict[int, tuple[Tensor, str]] = {}
-        self.largest = 1
-
-        def after(layer: LayerCall) -> None:
-            if isinstance(layer.given["weight"], nn.Parameter):  # what is computed is so again at the next call
-                times[layer.weight] += 1
-            latest[id(layer.output)] = (layer.output, layer.weight)
-            self.largest = max(self.largest, layer.input.numel(), layer.output.numel())
-
-        def norm(given: dict[str, Any]) -> None:
-            if id(given["input"]) in latest:
-                self.normed.add(latest[id(given["input"])][1])
-
-        with seen(LayerCalls(original, after=after, norm=norm)), of_the_user("original", "on the first batch of data"):
-            call.on(original)
-        self.once = {name for name, count in times.items() if count == 1}
-
-    @property
-    def samples(self) -> int:
-        """How many samples memory allows."""
-        return max(1, MEMORY // (4 * self.largest))
-
-
-@dataclass(frozen=True)
-class _Target:
-    """What an unpruned layer gives at the outputs that the narrower one keeps, [rows, outputs], and in which rows."""
-
-    weight: str
-    positions: int
-    index: Tensor | None
-    responses: Tensor
-
-
-@dataclass
-class _Lockstep:
-    """Both models on one batch, the unpruned one a layer ahead."""
-
-    model: nn.Module
-    original: nn.Module
-    plan: Plan
-    probe: _Probe
-    seed: int
-    refits: list[Refit] = field(default_factory=list)
-    shift: tuple[Tensor, Tensor] | None = None
-
-    def run(self, call: Call) -> tuple[Refit, ...]:
-        targets: queue.Queue[Any] = queue.Queue(maxsize=1)
-        stop = threading.Event()
-
-        def ahead() -> None:
-            def after(layer: LayerCall) -> None:
-                if layer.weight in self.probe.once:
-                    _put(targets, self._target(layer), stop)
-
-            try:
-                with torch.no_grad(), seen(LayerCalls(self.original, after=after)):
-                    call.on(self.original)
-                _put(targets, None, stop)
-            except _StoppedError:
-                return
-            except Exception as error:  # handed over to the other thread
-                with contextlib.suppress(_StoppedError):
-                    _put(targets, error, stop)
-
-        thread = threading.Thread(target=ahead, daemon=True)
-        thread.start()
-        try:
-            with seen(LayerCalls(self.model, after=lambda layer: self._refit(layer, targets), norm=self._shift)):
-                call.on(self.model)
-        finally:
-            stop.set()
-            thread.join()
-        return tuple(self.refits)
-
-    def _target(self, layer: LayerCall) -> _Target:
-        index = _sampled(layer, self.seed)
-        found = layer.responses(index)
-        kept, shape = self.plan.kept.get(layer.weight, {}), layer.given["weight"].shape
-        if layer.kind in ("linear", "conv"):  # whose first dimension goes over the outputs of all groups
-            groups, outputs = None, kept.get(0)
-            found = _flat(found).unsqueeze(0)
-        else:
-            groups, outputs = kept.get(0), kept.get(1)
-        if groups is not None:
-            found = found[torch.unique(groups // (shape[0] // layer.groups)).to(found.device)]
-        if outputs is not None:
-            inner = found.shape[2] // shape[0 if layer.kind in ("linear", "conv") else 1]
-            found = found[:, :, (outputs[:, None] * inner + torch.arange(inner)).reshape(-1).to(found.device)]
-        return _Target(layer.weight, layer.positions, index, _flat(found))
-
-    def _refit(self, layer: LayerCall, targets: queue.Queue[Any]) -> Tensor | None:
-        """Refit the layer that is being called; returns its new output."""
-        if layer.weight not in self.probe.once:
-            return None
-        target = targets.get()
-        if isinstance(target, BaseException):
-            raise target
-        if target is None or target.weight != layer.weight or target.positions != layer.positions:
-            raise InputError(
-                f"The narrower model does not do at {layer.weight} what the unpruned one does: their forward passes "
-                "depend on the data in another way. Compensation needs models that run alike."
-            )
-        features = matrix(layer.kind, layer.given["weight"], layer.groups).shape[-1]
-        if features > MOST_FEATURES:
-            return None
-        bias = layer.given.get("bias")
-        # what one input position of a transposed convolution adds to the output is no row of it
-        takes_mean = layer.kind != "transposed" and (bias is not None or layer.weight in self.probe.normed)
-        lacking = target.responses.float() - _flat(layer.responses(target.index)).float()
-        change, shift, before, after = _solve(
-            layer.features(target.index).float(), _grouped(lacking, layer.groups), target.responses.float(), takes_mean
-        )
-        self.refits.append(Refit(layer.weight, before, after))
-        weight = layer.given["weight"]
-        weight.add_(from_matrix(layer.kind, change, weight).to(weight.dtype))
-        if bias is not None and takes_mean:
-            bias.add_(shift.to(bias.dtype))
-        output = layer.again()
-        if bias is None and takes_mean:
-            self.shift = output, shift
-        return output
-
-    def _shift(self, given: dict[str, Any]) -> None:
-        """Lower the running mean of a BatchNorm by what the output that it takes is lacking."""
-        if self.shift is not None and given["input"] is self.shift[0]:
-            given["running_mean"].sub_(self.shift[1].to(given["running_mean"].dtype))
-        self.shift = None
-
-
-def _sampled(layer: LayerCall, seed: int) -> Tensor | None:
-    """The rows, or positions of every sample, that a layer is fitted on; None for all."""
-    features = matrix(layer.kind, layer.given["weight"], layer.groups).shape[-1]
-    wanted = max(LEAST * features, min(MOST_ROWS, int(WORK / features**2)))
-    return layer.sample(wanted, torch.Generator().manual_seed(seed))
-
-
-def _solve(x: Tensor, lacking: Tensor, full: Tensor, takes_mean: bool) -> tuple[Tensor, Tensor, float, float]:
-    """The change of a layer's matrices that gives most of what its output lacks, by damped least squares.
+@torch.no_grad()
+def refit(
+    model: nn.Module,
+    calibration: Calibration,
+    plan: Plan,
+    chosen: Mapping[str, Refit] | None = None,
+    *,
+    norms: bool = False,
+) -> dict[str, Refit]:
+    """One pass over the samples that refits the layers of a narrower model.
 
     Args:
-        x: inputs [groups, rows, features].
-        lacking: what the output lacks [groups, rows, outputs].
-        full: the unpruned output, for scale.
-        takes_mean: whether a mean error can go into a bias.
+        model: changed in place; as it was, if anything fails.
+        calibration: the samples, and what the unpruned model makes of them.
+        plan: what `model` keeps of it.
+        chosen: what another pass has chosen, as it returned it: all samples are fitted. None: three in four are, and
+            the others choose.
+        norms: whether each BatchNorm takes the statistics of what reaches it in this pass, but those between a layer
+            and a sum that it is fitted to.
 
     Returns:
-        The change [groups, outputs, features], zero if no damping does better on rows held out; the change of the
-        bias [groups * outputs]; the mean square of what is lacking before and after, relative to the variance of the
-        unpruned output, on those rows.
+        {weight: what was done}, in the order of the forward.
+
+    Raises:
+        InputError: if the model does not run as the unpruned one does.
     """
-    fit = x.shape[1] - math.ceil(x.shape[1] * HELD_OUT)
-    scale = float((full - full.mean(0)).square().sum()) / x.shape[1] + 1e-30
-    train, held = (_Sums.of(x[:, part], lacking[:, part]) for part in (slice(None, fit), slice(fit, None)))
-    none = x.new_zeros(x.shape[0], lacking.shape[2], x.shape[2], dtype=torch.double)
-    before = held.error(none, train.shift(none, takes_mean)) / scale
-    best, after = none, before
-    if before > NEGLIGIBLE and fit:
-        chosen = None
-        for damping in DAMPINGS:
-            change = train.solve(damping, takes_mean)
-            error = held.error(change, train.shift(change, takes_mean)) / scale
-            if error < after:
-                chosen, after = damping, error
-        best = none if chosen is None else (train + held).solve(chosen, takes_mean)
-    return best.float(), (train + held).shift(best, takes_mean).flatten().float(), before, after
+    before = state_of(model)
+    try:
+        with evaluating(model), of_the_user("The narrower model", "on data"):
+            found = _Pass(model, calibration, plan, chosen, norms)
+            for part in calibration.parts:
+                found.over(part)
+    except BaseException:
+        restore(model, before)
+        raise
+    return found.refits
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Sums over rows of a layer's inputs x, of what its output lacks, and of their products, in float64."""
+class _Fit:
+    """A layer's weights before the pass, and its sums so far: of the samples that are fitted, and of the others."""
 
-    rows: int
-    x: Tensor
-    lacking: Tensor
-    xx: Tensor
-    lacking_x: Tensor
-    squares: float
+    def __init__(self, layer: LayerCall) -> None:
+        bias = layer.given.get("bias")
+        self.weight = layer.given["weight"].clone()
+        self.bias = None if bias is None else bias.clone()
+        self.fitted: Sums | None = None
+        self.held: Sums | None = None
 
-    @staticmethod
-    def of(x: Tensor, lacking: Tensor) -> _Sums:
-        return _Sums(
-            x.shape[1],
-            x.sum(1).double(),
-            lacking.sum(1).double(),
-            (x.transpose(1, 2) @ x).double(),
-            (lacking.transpose(1, 2) @ x).double(),
-            float(lacking.square().sum()),
+    def lacking(self, layer: LayerCall, x: Tensor, wanted: Tensor) -> Tensor:
+        """What the layer with those weights lacks of an output [rows, outputs], [groups, rows, outputs]."""
+        given = x @ matrix(layer.kind, self.weight, layer.groups).transpose(1, 2).float()
+        if self.bias is not None and layer.kind != "transposed":
+            given = given + self.bias.float().reshape(layer.groups, 1, -1)
+        return _grouped(wanted, layer.groups) - given
+
+    def add(self, x: Tensor, lacking: Tensor, output: Tensor, held: Tensor) -> tuple[Sums, Sums]:
+        """Add rows to the sums; `held` says which are not fitted."""
+        fitted = Sums.of(x[:, ~held], lacking[:, ~held], output[~held])
+        others = Sums.of(x[:, held], lacking[:, held], output[held])
+        self.fitted = fitted if self.fitted is None else self.fitted + fitted
+        self.held = others if self.held is None else self.held + others
+        return self.fitted, self.held
+
+
+class _Moments:
+    """A BatchNorm's running mean before the pass, and the sums of what has reached it."""
+
+    def __init__(self, mean: Tensor) -> None:
+        self.mean, self.count = mean.clone(), 0
+        self.sums, self.squares = torch.zeros_like(mean, dtype=torch.double), torch.zeros_like(mean, dtype=torch.double)
+
+    def add(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Add an input [samples, channels, ...]; the mean and the variance of all so far."""
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        self.count += x.numel() // x.shape[1]
+        self.sums += x.sum(dims, dtype=torch.double)
+        self.squares += x.square().sum(dims, dtype=torch.double)
+        mean = self.sums / self.count
+        return mean, (self.squares / self.count - mean.square()).clamp_min(0)
+
+
+class _Pass:
+    """A pass over the samples, part by part."""
+
+    def __init__(
+        self, model: nn.Module, calibration: Calibration, plan: Plan, chosen: Mapping[str, Refit] | None, norms: bool
+    ) -> None:
+        self.model, self.calibration, self.plan = model, calibration, plan
+        self.chosen, self.norms = chosen, norms
+        self.tensors = named_tensors(model)
+        self.fits: dict[str, _Fit] = {}
+        self.moments: dict[int, _Moments] = {}
+        self.refits: dict[str, Refit] = {}
+        self.shifted: tuple[Tensor, Tensor] | None = None
+        self.to_sum: Tensor | None = None
+
+    def over(self, part: Part) -> None:
+        """Refit every layer on these samples and all before them."""
+        self.part, self.others = part, Others(self.calibration.layers)
+        with seen(LayerCalls(self.model, after=self._refit, norm=self._norm, step=self.others.keep)):
+            part.call.to(self.calibration.device).on(self.model)
+
+    def _refit(self, layer: LayerCall) -> Tensor | None:
+        """Refit the layer that is being called; returns its new output."""
+        known = self.calibration.layers.get(layer.weight)
+        if known is None:
+            return None
+        index = self.calibration.index(layer, self.part.call.samples)
+        x, bias = layer.features(index).float(), layer.given.get("bias")
+        output = self._unpruned(layer, known, x.shape[1], self.part.outputs.get(layer.weight)).float()
+        wanted = self._for_the_sum(layer, known, index, output)
+        # what one input position of a transposed convolution adds to the output is no row of it
+        takes_mean = layer.kind != "transposed" and (bias is not None or known.normed)
+        if layer.weight not in self.fits:
+            self.fits[layer.weight] = _Fit(layer)
+        fit = self.fits[layer.weight]
+        lacking = fit.lacking(layer, x, output if wanted is None else wanted)
+        fitted, held = fit.add(x, lacking, output, self._held(x.shape[1]))
+        if self.chosen is None:
+            damping, before, after = best_damping(fitted, held, takes_mean)
+            self.refits[layer.weight] = Refit(layer.weight, before, after, damping)
+        else:
+            self.refits[layer.weight] = self.chosen[layer.weight]
+        change = fitted.solve(self.refits[layer.weight].damping, takes_mean)
+        shift, weight = fitted.shift(change, takes_mean).flatten(), layer.given["weight"]
+        weight.copy_(fit.weight + from_matrix(layer.kind, change, weight).to(weight.dtype))
+        if bias is not None and fit.bias is not None and takes_mean:
+            bias.copy_(fit.bias + shift.to(bias.dtype))
+        found = layer.again()
+        if bias is None and takes_mean:
+            self.shifted = found, shift
+        self.to_sum = None if wanted is None else found
+        return found
+
+    def _held(self, rows: int) -> Tensor:
+        """Which rows are not fitted in this pass, of samples that lie one after the other."""
+        if self.chosen is not None:
+            return torch.zeros(rows, dtype=torch.bool)
+        held = self.part.held
+        if rows % len(held) or not held.any():
+            return torch.arange(rows) % HELD_OUT == HELD_OUT - 1
+        return held.repeat_interleave(rows // len(held))
+
+    def _unpruned(self, layer: LayerCall, known: Layer, rows: int, found: Tensor | None) -> Tensor:
+        """What the unpruned layer gave, [rows, outputs], at the outputs that the narrower one has."""
+        if found is not None and len(found) == rows:
+            kept, found = self.plan.kept.get(layer.weight, {}), _grouped(found, known.groups)
+            if layer.kind in ("linear", "conv"):  # whose first dimension goes over the outputs of all groups
+                groups, outputs, found = None, kept.get(0), flat(found).unsqueeze(0)
+            else:
+                groups, outputs = kept.get(0), kept.get(1)
+            if groups is not None:
+                found = found[torch.unique(groups // (known.shape[0] // known.groups)).to(found.device)]
+            if outputs is not None:
+                inner = found.shape[2] // known.shape[0 if layer.kind in ("linear", "conv") else 1]
+                found = found[:, :, (outputs[:, None] * inner + torch.arange(inner)).reshape(-1).to(found.device)]
+            found = flat(found)
+            if found.shape[1] == matrix(layer.kind, layer.given["weight"], layer.groups).shape[:2].numel():
+                return found
+        raise InputError(
+            f"The narrower model does not do at {layer.weight} what the unpruned one does: their forward passes "
+            "depend on the data in another way. Compensation needs models that run alike."
         )
 
-    def __add__(self, other: _Sums) -> _Sums:
-        return _Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
+    def _for_the_sum(self, layer: LayerCall, known: Layer, index: Tensor | None, output: Tensor) -> Tensor | None:
+        """What the layer should give so that the sum that its output goes into is the unpruned one; None without."""
+        other, before = self.others.of(layer), self.part.others.get(layer.weight)
+        if known.stream is None or other is None or before is None:
+            return None
+        scale = known.stream.scale(self.tensors, output.shape[1])
+        usable = scale.abs() > LEAST_SCALE * scale.abs().median()
+        factor = torch.where(usable, 1 / torch.where(usable, scale, 1.0), 0.0).to(output)
+        missing = self._unpruned(layer, known, len(output), before) - flat(layer.outputs(index, other))
+        return output + missing.float() * factor
 
-    def solve(self, damping: float, takes_mean: bool) -> Tensor:
-        """The change that makes most of what is lacking small, [groups, outputs, features]."""
-        mean = self.x / self.rows * float(takes_mean)
-        xx = self.xx / self.rows - mean[:, :, None] * mean[:, None, :]
-        cross = self.lacking_x / self.rows - (self.lacking / self.rows)[:, :, None] * mean[:, None, :]
-        size = xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None, None]
-        damped = xx + damping * size * torch.eye(xx.shape[1], dtype=xx.dtype, device=xx.device)
-        found: Tensor = torch.linalg.solve(damped, cross.transpose(1, 2))
-        return found.transpose(1, 2)
-
-    def shift(self, change: Tensor, takes_mean: bool) -> Tensor:
-        """The change of the bias that goes with it, [groups, outputs]."""
-        left = (self.lacking - (change @ self.x[:, :, None]).squeeze(-1)) / max(self.rows, 1)
-        return left * float(takes_mean)
-
-    def error(self, change: Tensor, shift: Tensor) -> float:
-        """The mean over rows of the squared length of what is lacking after both."""
-        linear = (change * self.lacking_x).sum() + (shift * self.lacking).sum()
-        mixed = (shift * (change @ self.x[:, :, None]).squeeze(-1)).sum()
-        square = ((change @ self.xx) * change).sum() + 2 * mixed + self.rows * shift.square().sum()
-        return max(0.0, float(self.squares - 2 * linear + square)) / max(self.rows, 1)
-
-
-def _flat(value: Tensor) -> Tensor:
-    """[groups, rows, outputs] -> [rows, groups * outputs]."""
-    return value.transpose(0, 1).flatten(1)
+    def _norm(self, given: dict[str, Any]) -> None:
+        """Set the statistics of a BatchNorm to what reaches it, or its mean to what the layer before it lacks."""
+        x, mean, variance = (given[name] for name in ("input", "running_mean", "running_var"))
+        if id(mean) not in self.moments:
+            self.moments[id(mean)] = _Moments(mean)
+        moments = self.moments[id(mean)]
+        if self.norms and x is not self.to_sum:
+            held = self._held(len(x))
+            found = moments.add(x if len(x) != len(self.part.held) else x[~held.to(x.device)])
+            for tensor, value in zip((mean, variance), found, strict=True):
+                tensor.copy_(value)
+        elif self.shifted is not None and x is self.shifted[0]:
+            mean.copy_(moments.mean - self.shifted[1].to(mean.dtype))
+        self.shifted = None
 
 
 def _grouped(value: Tensor, groups: int) -> Tensor:
-    """The inverse of `_flat`."""
+    """The inverse of `flat`."""
     return value.reshape(len(value), groups, -1).transpose(0, 1)
-
-
-def _put(targets: queue.Queue[Any], item: Any, stop: threading.Event) -> None:
-    """Hand over an item; give up once the other side has stopped."""
-    while True:
-        try:
-            return targets.put(item, timeout=0.1)
-        except queue.Full:
-            if stop.is_set():
-                raise _StoppedError from None
-
-
-class _StoppedError(Exception):
-    """The narrower model's pass has ended."""

@@ -1,8 +1,7 @@
-"""Damped least squares from sums over rows, in passes: what the change of a layer's matrices should be."""
+"""Damped least squares from sums over rows: the change of a layer's matrices that gives most of what is lacking."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -25,7 +24,7 @@ class Sums:
         xx: [groups, features, features].
         lacking_x: [groups, outputs, features].
         squares: of all that is lacking.
-        spread: the sum of squares of the output that is wanted, less its mean, for scale.
+        spread: the sum of squares of the output as it was, less its mean: the scale of errors.
     """
 
     rows: int
@@ -37,8 +36,8 @@ class Sums:
     spread: float
 
     @staticmethod
-    def of(x: Tensor, lacking: Tensor, wanted: Tensor) -> Sums:
-        """Of inputs [groups, rows, features], what is lacking [groups, rows, outputs], and the output, of any shape."""
+    def of(x: Tensor, lacking: Tensor, output: Tensor) -> Sums:
+        """Of inputs [groups, rows, features], what is lacking [groups, rows, outputs] and the output [rows, all]."""
         return Sums(
             x.shape[1],
             x.sum(1).double(),
@@ -46,14 +45,16 @@ class Sums:
             (x.transpose(1, 2) @ x).double(),
             (lacking.transpose(1, 2) @ x).double(),
             float(lacking.square().sum()),
-            float((wanted - wanted.mean(0)).square().sum()),
+            float((output - output.mean(0)).square().sum()) if len(output) else 0.0,
         )
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
-    def solve(self, damping: float, takes_mean: bool) -> Tensor:
-        """The change that makes most of what is lacking small, [groups, outputs, features]."""
+    def solve(self, damping: float | None, takes_mean: bool) -> Tensor:
+        """The change that makes most of what is lacking small, [groups, outputs, features]; zero where it is None."""
+        if damping is None or not self.rows:
+            return torch.zeros_like(self.lacking_x)
         mean = self.x / self.rows * float(takes_mean)
         xx = self.xx / self.rows - mean[:, :, None] * mean[:, None, :]
         cross = self.lacking_x / self.rows - (self.lacking / self.rows)[:, :, None] * mean[:, None, :]
@@ -61,10 +62,6 @@ class Sums:
         damped = xx + damping * size * torch.eye(xx.shape[1], dtype=xx.dtype, device=xx.device)
         found: Tensor = torch.linalg.solve(damped, cross.transpose(1, 2))
         return found.transpose(1, 2)
-
-    def none(self) -> Tensor:
-        """No change."""
-        return torch.zeros_like(self.lacking_x)
 
     def shift(self, change: Tensor, takes_mean: bool) -> Tensor:
         """The change of the bias that goes with it, [groups, outputs]."""
@@ -85,20 +82,13 @@ def best_damping(fit: Sums, held: Sums, takes_mean: bool) -> tuple[float | None,
     Returns:
         It, None where nothing does better than no change; the error on those rows without a change, and with it.
     """
-    none = fit.none()
-    before = held.error(none, fit.shift(none, takes_mean))
-    chosen, after = None, before
-    for damping in DAMPINGS if before > NEGLIGIBLE and fit.rows else ():
+
+    def error(damping: float | None) -> float:
         change = fit.solve(damping, takes_mean)
-        error = held.error(change, fit.shift(change, takes_mean))
-        if error < after:
-            chosen, after = damping, error
-    return chosen, before, after
+        return held.error(change, fit.shift(change, takes_mean))
 
-
-def total(sums: Iterable[Sums]) -> Sums:
-    """The sum of several."""
-    first, *rest = sums
-    for item in rest:
-        first = first + item
-    return first
+    errors: dict[float | None, float] = {None: error(None)}
+    if errors[None] > NEGLIGIBLE:
+        errors |= {damping: error(damping) for damping in DAMPINGS}
+    chosen = min(errors, key=lambda damping: errors[damping])
+    return chosen, errors[None], errors[chosen]

@@ -1,26 +1,30 @@
-"""Recovery without training: compensation, BatchNorm recalibration, or both: what comes nearest to the original.
+"""Recovery without training: BatchNorm recalibrated, compensation, or both: what comes nearest to the unpruned model.
 
-Compensation fits each layer to what it gave before; recalibration restores the spread of every BatchNorm's input,
-which least squares shrinks. Where little went, both together are best; where much went, recalibration after
-compensation amplifies errors. So all four are tried, and the outputs decide.
+What is nearest is judged on samples that were not fitted: on those that were, the variant that fits most always wins.
+The chosen one is then done once more, on all samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpd.errors import InputError
-from cpd.model.inputs import batches, device_of, evaluating, logits
+from cpd.model.inputs import Batch, Call, batches, device_of, evaluating, logits
 from cpd.model.outputs import whole
 from cpd.model.tensors import restore, state_of
 from cpd.plan import Plan
 from cpd.surgery.batchnorm import recalibrate_batchnorm
-from cpd.surgery.compensation import compensate
+from cpd.surgery.calibration import Calibration
+from cpd.surgery.compensation import refit
+
+NOTHING, RECALIBRATION = "nothing", "recalibration"
+COMPENSATION, WITH_NORMS = "compensation", "compensation with BatchNorm"
 
 
 @dataclass(frozen=True)
@@ -29,64 +33,109 @@ class Recovery:
 
     Attributes:
         chosen: name of what was kept.
-        errors: name -> mean squared difference of the logits from the unpruned model's, relative to their variance.
+        errors: name -> mean squared difference of the logits from the unpruned model's, relative to their variance, on
+            samples that were not fitted.
+        agreements: name -> share of the classes that are the unpruned model's, on the same samples.
         failure: why compensation was not possible, if it was not.
     """
 
     chosen: str
     errors: dict[str, float]
+    agreements: dict[str, float] = field(default_factory=dict)
     failure: str | None = None
 
     def __str__(self) -> str:
-        tried = ", ".join(f"{name} {error:.3g}" for name, error in self.errors.items())
-        return f"Recovery without training: kept {self.chosen!r}. Relative squared error of the logits: {tried}."
+        tried = ", ".join(
+            f"{name} {error:.3g}"
+            + (f" ({self.agreements[name]:.1%} of the classes)" if name in self.agreements else "")
+            for name, error in self.errors.items()
+        )
+        return (
+            f"Recovery without training: kept {self.chosen!r}. Relative squared error of the logits, and classes that "
+            f"are the unpruned model's, on samples that were not fitted: {tried}."
+        )
 
 
-def recover(
-    model: nn.Module,
-    original: nn.Module,
-    plan: Plan,
-    data: Iterable[Any],
-    *,
-    limit: int = 16,
-    compensation: bool = True,
-    read: Callable[[Any], Any] = whole,
-) -> Recovery:
+def recover(model: nn.Module, calibration: Calibration, plan: Plan) -> Recovery:
     """Bring a narrower model near to the unpruned one, in place, by forward passes alone.
 
     Args:
         model: the narrower model.
-        original: the unpruned one; left as it was.
+        calibration: the samples, and what the unpruned model makes of them; of its layers too, if compensation is to be
+            tried.
         plan: what `model` keeps of it.
-        data: batches; targets are not used.
-        limit: at most this many are read.
-        compensation: whether closed-form compensation is tried too.
-        read: gives the part of an output that matters.
 
     Raises:
-        TrainingError: if there is no data, or statistics are not finite.
+        TrainingError: if statistics are not finite.
     """
+    trial = _Trial(model, calibration, plan)
+    trial.of(NOTHING, lambda: lambda: None)
+    normed = any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules())
     failure = None
-    errors = {"nothing": logits_error(model, original, data, limit, read)}
-    states = {"nothing": state_of(model)}
+    if normed:
+        trial.of(RECALIBRATION, trial.recalibrated)
+    try:
+        if calibration.layers:
+            trial.of(COMPENSATION, lambda: trial.refitted(False))
+        if calibration.layers and normed:
+            trial.of(WITH_NORMS, lambda: trial.refitted(True))
+    except InputError as error:
+        failure = str(error)
+    chosen = min(trial.errors, key=lambda name: trial.errors[name])
+    trial.again[chosen]()
+    return Recovery(chosen, trial.errors, trial.agreements, failure)
 
-    def note(name: str) -> None:
-        errors[name], states[name] = logits_error(model, original, data, limit, read), state_of(model)
 
-    if recalibrate_batchnorm(model, data, limit=limit):
-        note("recalibration")
-    restore(model, states["nothing"])
-    if compensation:
+def recovered_error(model: nn.Module, calibration: Calibration, plan: Plan) -> float:
+    """The error of the logits that recovery will leave, about: that of the variant that does most; `model` is changed.
+
+    Args:
+        model: the narrower model.
+        calibration: the samples, and what the unpruned model makes of them.
+        plan: what `model` keeps of it.
+    """
+    try:
+        refit(model, calibration, plan, norms=True)
+    except InputError:
+        recalibrate_batchnorm(model, _batches(calibration.fitted()))
+    return calibration.judge(model)[0]
+
+
+class _Trial:
+    """Variants of one recovery, each judged on what it was not fitted to; the model is as before after each.
+
+    Attributes:
+        again: name -> does it once more, on all samples.
+    """
+
+    def __init__(self, model: nn.Module, calibration: Calibration, plan: Plan) -> None:
+        self.model, self.calibration, self.plan = model, calibration, plan
+        self.before = state_of(model)
+        self.errors: dict[str, float] = {}
+        self.agreements: dict[str, float] = {}
+        self.again: dict[str, Callable[[], object]] = {}
+
+    def of(self, name: str, run: Callable[[], Callable[[], object]]) -> None:
+        """Try a variant; `run` does it and gives what does it on all samples."""
         try:
-            compensate(model, original, plan, data, limit=limit)
-            note("compensation")
-            if "recalibration" in errors and recalibrate_batchnorm(model, data, limit=limit):
-                note("compensation and recalibration")
-        except InputError as error:
-            failure = str(error)
-    chosen = min(errors, key=lambda name: errors[name])
-    restore(model, states[chosen])
-    return Recovery(chosen, errors, failure)
+            self.again[name] = run()
+            self.errors[name], self.agreements[name] = self.calibration.judge(self.model)
+        finally:
+            restore(self.model, self.before)
+
+    def recalibrated(self) -> Callable[[], object]:
+        """BatchNorm recalibrated."""
+        recalibrate_batchnorm(self.model, _batches(self.calibration.fitted()))
+        return lambda: recalibrate_batchnorm(self.model, _batches(self.calibration.all()))
+
+    def refitted(self, norms: bool) -> Callable[[], object]:
+        """Compensated."""
+        chosen = refit(self.model, self.calibration, self.plan, norms=norms)
+        return lambda: refit(self.model, self.calibration, self.plan, chosen, norms=norms)
+
+
+def _batches(calls: list[Call]) -> list[Batch]:
+    return [Batch(call, None) for call in calls]
 
 
 @torch.no_grad()

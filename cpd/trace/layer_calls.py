@@ -96,14 +96,6 @@ class LayerCall:
         split = patches.reshape(samples, self.groups, inner, places, kernel).permute(1, 0, 3, 2, 4)
         return split.reshape(self.groups, samples * places, inner * kernel)
 
-    def sample(self, rows: int, generator: torch.Generator) -> Tensor | None:
-        """An index for `features` of about so many rows, drawn at random; None where there are no more than that."""
-        wanted = rows if self.kind in ("linear", "matmul") else max(1, rows // self.input.shape[0])
-        if wanted >= self.positions:
-            return None
-        chosen = torch.randperm(self.positions, generator=generator)[:wanted].sort().values
-        return chosen.to(self.input.device)
-
     def spread(self, rows: int, samples: int, along: int, generator: torch.Generator) -> Tensor | None:
         """An index for `features` of about so many rows: the same places of every sample, samples outermost.
 

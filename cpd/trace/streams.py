@@ -159,7 +159,9 @@ def streams(model: nn.Module, call: Call) -> dict[str, Stream]:
             continue
         numbers = flow.takes[step.number]
         for value, other in (numbers, reversed(numbers)):
-            branch = None if value is None or other is None else flow.back(value)
+            if value is None or other is None:
+                continue
+            branch = flow.back(value)
             if branch is not None and other < branch[0].number:
                 found[str(branch[0].weight)] = Stream(other, branch[1].scales, branch[1].undo)
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
 from functools import partial
 
 import pytest
@@ -144,6 +145,20 @@ def test_hessian_is_the_second_derivative_in_the_gates(net, combed):
     assert torch.allclose(found, exact.diagonal().abs(), rtol=0.35, atol=0.1 * float(exact.abs().max()))
 
 
+@pytest.mark.parametrize("rows", [64, 128])
+def test_obs_keeps_what_matters_where_rows_are_fewer_than_features(rows):
+    """256 features of which 32 matter, some a little: nothing stands in for them, though 64 rows make it look so."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 20))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(256))
+        model[1].weight[:, :32] *= torch.logspace(0, -1, 32)
+        model[1].weight[:, 32:] *= 0.03
+    x = torch.randn(rows, 256)
+    scores = cpd.score(model, comb(model, x[:1]), [x], criterion="obs")["0"]
+    assert set(scores.topk(32).indices.tolist()) == set(range(32))
+
+
 def test_precision_hardly_changes_a_product_with_the_hessian(net, combed):
     exact = cpd.score(net, combed, BATCHES, criterion="hessian")
     single = cpd.score(copy.deepcopy(net).float(), combed, [(x.float(), y) for x, y in BATCHES], criterion="hessian")
@@ -152,8 +167,9 @@ def test_precision_hardly_changes_a_product_with_the_hessian(net, combed):
     assert epsilon(torch.float64) == epsilon(torch.float32) < epsilon(torch.float16) <= 0.1
 
 
-def test_obs_is_what_least_squares_leaves(net, combed):
+def test_obs_is_what_least_squares_leaves(net, combed, monkeypatch):
     """One reader, all positions: the score of the first to go is the error that a refit leaves, weighted by G."""
+    monkeypatch.setattr(sys.modules["cpd.criteria.obs"], "SHRINKAGES", (0.0,))
     found = cpd.score(net, combed, [(X, None)], criterion="obs")["conv1"]
     captured: dict[str, Tensor] = {}
 
