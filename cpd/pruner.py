@@ -35,7 +35,7 @@ from cpd.coupling.cost import unused_sentence
 from cpd.criteria import DATA_FREE
 from cpd.criteria.accumulated import AccumulatedScores
 from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
-from cpd.criteria.score import score
+from cpd.criteria.score import Scores, score
 from cpd.deploy.export import check_runs
 from cpd.deploy.latency import LatencyProbe
 from cpd.errors import ArtifactError, CheckpointError, InputError, NothingToPruneError, PlanError, of_the_user
@@ -305,7 +305,7 @@ class Pruner:
         """Scores from the training's gradients, with none seen yet; None where the criterion is another one."""
         return AccumulatedScores(self._narrowed()) if self.criterion == FROM_TRAINING else None
 
-    def _scores(self) -> dict[str, Tensor]:
+    def _scores(self) -> Scores:
         """{group: Tensor[size in the unpruned model]}; -inf where a channel has gone."""
         found = None if self._accumulated is None else self._accumulated.scores()
         if found is None and self._accumulated is not None and self.data is None:
@@ -313,26 +313,28 @@ class Pruner:
                 "Nothing is known of the gradients yet: call step() after backward() and before zero_grad(), or "
                 "pass data=loader."
             )
+        untrusted = dict[str, str]()
         if found is None:
-            found = score(
+            found = scores = score(
                 self.model, self._narrowed(), self.data, self.loss, criterion=self.criterion,
                 limit=self.config.score_batches, seed=self.config.seed + len(self.shrinks), total=processes.total,
             )  # fmt: skip
-        whole = {}
+            untrusted = scores.untrusted
+        whole = dict[str, Tensor]()
         for group in self.comb.open:
             whole[group.name] = torch.full((group.size,), -math.inf, dtype=torch.float64)
             whole[group.name][list(self.plan.groups[group.name])] = found[group.name].to("cpu", torch.float64)
-        return whole
+        return Scores(whole, untrusted)
 
-    def _select(self, scores: Mapping[str, Tensor], share: float) -> Plan:
+    def _select(self, scores: Scores, share: float) -> Plan:
         """What stays after this shrink; where something is measured for it, as the first process has measured it."""
         decider, kept = self._decider, self.plan.groups
         if self.target.is_measured or self.normalization == "latency":
             ranks = repr([torch.argsort(scores[group.name], stable=True).tolist() for group in self.comb.open])
             processes.check_same(hashlib.sha256(ranks.encode()).hexdigest(), "ranking of the channels")
-            found = processes.from_first(lambda: decider.decide(scores, kept, share))
+            found = processes.from_first(lambda: decider.decide(scores, kept, share, scores.untrusted))
         else:
-            found = decider.decide(scores, kept, share)
+            found = decider.decide(scores, kept, share, scores.untrusted)
         decider.scopes, decider.goal = found.scopes, found.goal
         for note in found.notes:
             self.note(note)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class Setting:
         precision: the dtype of `torch.autocast`; None computes in the weights' own.
         total: sums a tensor over several processes, each of which has a share of every batch; a criterion that sums
             over batches calls it on its sums.
+        untrusted: {group name: why its scores say too little}, which a criterion fills; selection leaves these whole.
     """
 
     model: nn.Module
@@ -49,6 +50,7 @@ class Setting:
     training: bool = False
     precision: torch.dtype | None = None
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    untrusted: dict[str, str] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:

@@ -31,6 +31,8 @@ from cpd.trace.layer_calls import LayerCall, matrix
 
 #: How far a covariance is drawn towards its diagonal: as far as tells best what was held out.
 SHRINKAGES = (1e-3, 1e-2, 0.1, 0.3, 0.6, 0.9, 0.99)
+#: A group of more channels than so many times the rows seen of it is left whole.
+TRUSTED = 8
 #: One sample of so many is held out.
 HELD_OUT = 4
 #: Rows of a layer's input per batch: so many a feature.
@@ -77,6 +79,12 @@ def obs(setting: Setting) -> dict[str, Tensor]:
         moment.pool(setting)
     for group in setting.comb.open:
         readable = [site for along in sites.read.values() for site in along if site.group == group.name]
+        rows = min((sum(moments[site.tensor].rows) for site in readable), default=group.size)
+        if group.size > TRUSTED * rows:
+            setting.untrusted[group.name] = (
+                f"it has {group.size} channels and the data gives {rows} rows of them; "
+                f"{math.ceil(group.size / TRUSTED)} or more tell which can stand in for others"
+            )
         readers = [_Reader(moments[site.tensor], site, count) for site in readable if moments[site.tensor].usable]
         bare = (setting.total(alone[group.name]) / count).cpu()
         result[group.name] = _in_order(group.size, readers) if readers else bare

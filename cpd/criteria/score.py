@@ -29,6 +29,18 @@ _CRITERION = Check(
 )
 
 
+class Scores(dict[str, Tensor]):
+    """{group name: Tensor[size]}.
+
+    Attributes:
+        untrusted: {group name: why its scores say too little}: selection leaves these groups whole.
+    """
+
+    def __init__(self, scores: Mapping[str, Tensor], untrusted: Mapping[str, str]) -> None:
+        super().__init__(scores)
+        self.untrusted = dict(untrusted)
+
+
 @checked(
     model=MODEL, comb=COMB, data=DATA, loss=LOSS, criterion=_CRITERION, limit=LIMIT, probes=LIMIT, seed=SEED,
     training=FLAG, precision=choice(*PRECISIONS), total=function("total(tensor)"),
@@ -46,7 +58,7 @@ def score(
     training: bool = False,
     precision: str | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
-) -> dict[str, Tensor]:
+) -> Scores:
     """Score every channel of every open group; `cpd.selection.selector` weighs scores against what a channel saves.
 
     Args:
@@ -64,7 +76,8 @@ def score(
         precision: "bf16" or "fp16" for mixed precision (`torch.autocast`); None computes in the weights' dtype.
 
     Returns:
-        {group name: Tensor[size]} on the CPU, float64.
+        {group name: Tensor[size]} on the CPU, float64, with an attribute `untrusted`: {group name: why its scores say
+        too little of it to remove channels by}.
 
     Raises:
         InputError: an unknown criterion or precision, one that does not score every group, or a comb of another model.
@@ -90,8 +103,10 @@ def score(
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     dtype = None if precision is None else PRECISIONS[precision]
     setting = Setting(model, comb, data, loss, limit, probes, seed, training, dtype)
+    if total is not None:
+        setting = replace(setting, total=total)
     with of_the_user(f"The criterion {criterion_name(criterion)}"):
-        scores = function(setting if total is None else replace(setting, total=total))
+        scores = function(setting)
     if not isinstance(scores, Mapping):
         raise InputError(f"The criterion must return {{group name: tensor}}, not {shown(scores)}.")
     result = {}
@@ -107,4 +122,4 @@ def score(
         if not bool(torch.isfinite(value).all()):
             raise TrainingError(f"The scores of {group.name} are not finite: check the data and the loss.")
         result[group.name] = value
-    return result
+    return Scores(result, setting.untrusted)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from glob import escape
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -106,20 +108,42 @@ class Decider:
         self._latency_model: LatencyModel | None = None
         self._unpruned_ms: float | None = None
 
-    def decide(self, scores: Mapping[str, Tensor], kept: Mapping[str, tuple[int, ...]], share: float) -> Decision:
+    def decide(
+        self,
+        scores: Mapping[str, Tensor],
+        kept: Mapping[str, tuple[int, ...]],
+        share: float,
+        untrusted: Mapping[str, str] = MappingProxyType({}),
+    ) -> Decision:
         """What stays after this shrink: of the way to the target as much as the schedule says.
 
         Args:
             scores: {group name: Tensor[size]}, -inf where a channel has gone.
             kept: {group name: channels that are left}.
             share: of what is to go, how much has gone after this shrink.
+            untrusted: {group name: why its scores say too little}: these stay whole, where the target allows it.
 
         Raises:
             TargetError: the target is out of reach.
         """
         scores = by_capacity(self.comb, scores) if self._by_capacity else scores
+        if not untrusted:
+            return self._decided(scores, kept, share, self.limits)
+        named = "; ".join(f"{name}: {why}" for name, why in untrusted.items())
+        whole = {escape(name): 0.0 for name in untrusted if len(kept[name]) == len(scores[name])}
+        try:
+            found = self._decided(scores, kept, share, replace(self.limits, ratios={**self.limits.ratios, **whole}))
+            note = f"Left whole, for their scores say too little ({named}). More images help."
+        except TargetError:
+            found = self._decided(scores, kept, share, self.limits)
+            note = f"Scores that say too little were used, since the target needs it ({named}). More images help."
+        return replace(found, notes=(note, *found.notes))
+
+    def _decided(
+        self, scores: Mapping[str, Tensor], kept: Mapping[str, tuple[int, ...]], share: float, limits: Limits
+    ) -> Decision:
         weighing, start = self._weigh(), {name: len(channels) for name, channels in kept.items()}
-        selectors = {scope: Selector(self.comb, scores, self.limits, scope, weighing, start) for scope in self.scopes}
+        selectors = {scope: Selector(self.comb, scores, limits, scope, weighing, start) for scope in self.scopes}
         scopes, goal = self.scopes, self.goal
         if goal is None or share == 1:
             scope, keep, notes = self._at_target(selectors)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -34,6 +34,8 @@ ROWS, MORE = 64, 8192
 #: But no more than their products take so many multiply-accumulates, or they themselves so many numbers; and at least
 #: so many a feature.
 WORK, NUMBERS, LEAST = 3e10, 2**27, 4
+#: Samples that run at once where nothing more is asked of them: their activations stay in the processor's cache.
+FEW = 8
 #: One sample of so many is held out.
 HELD_OUT = 4
 
@@ -45,16 +47,16 @@ class Layer:
     Attributes:
         shape: of its weight.
         groups: of a convolution.
-        along: the dimension of its input that the samples lie along.
-        rows: how many of a whole sample's rows it is fitted on, about, for each sample.
+        along: the dimension of its input that the samples lie along; None where the input is the same for all.
+        rows: how many it is fitted on of each sample.
         normed: whether a BatchNorm follows.
         stream: how its output gets to a sum, where it does.
     """
 
     shape: torch.Size
     groups: int
-    along: int
-    rows: float
+    along: int | None
+    rows: int
     normed: bool
     stream: Stream | None
 
@@ -66,14 +68,28 @@ class Part:
     Attributes:
         call: of the samples.
         held: which of them are held out, [samples].
+        shared: the layers whose input is the same for all samples.
         outputs: weight -> what the unpruned layer gave in the rows that are looked at, [rows, outputs].
         others: weight -> what its output is added to, in the same rows.
     """
 
     call: Call
     held: Tensor
+    shared: frozenset[str] = frozenset()
     outputs: dict[str, Tensor] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
+
+    def first(self, samples: int) -> Part:
+        """The first samples alone."""
+        whole = len(self.held)
+
+        def cut(rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                name: value if name in self.shared else value[: len(value) * samples // whole]
+                for name, value in rows.items()
+            }
+
+        return Part(self.call.part(samples), self.held[:samples], self.shared, cut(self.outputs), cut(self.others))
 
 
 class Calibration:
@@ -118,42 +134,60 @@ class Calibration:
             for part in self.parts if layers else []:
                 self._look(original, part)
 
-    def held(self) -> list[Call]:
-        """The samples that are held out; all where there are too few to hold any out."""
-        return self._chosen(lambda part: part.held)
+    def first(self, samples: int | None) -> Iterator[Part]:
+        """The parts, up to so many samples; all if None."""
+        left = self.samples if samples is None else samples
+        for part in self.parts:
+            if left > 0:
+                yield part if left >= len(part.held) else part.first(left)
+            left -= len(part.held)
 
-    def fitted(self) -> list[Call]:
-        """The samples that are not held out."""
-        return self._chosen(lambda part: ~part.held)
+    def held(self, at_once: int = FEW) -> Iterator[Call]:
+        """The samples that are held out, a few at a time; all where there are too few to hold any out."""
+        return self._chosen(lambda part: part.held, at_once)
 
-    def all(self) -> list[Call]:
-        """All samples."""
-        return self._chosen(lambda part: torch.ones_like(part.held))
+    def fitted(self, at_once: int) -> Iterator[Call]:
+        """The samples that are not held out, so many at a time."""
+        return self._chosen(lambda part: ~part.held, at_once)
 
-    def _chosen(self, which: Callable[[Part], Tensor]) -> list[Call]:
+    def all(self, at_once: int) -> Iterator[Call]:
+        """All samples, so many at a time."""
+        return self._chosen(lambda part: torch.ones_like(part.held), at_once)
+
+    def _chosen(self, which: Callable[[Part], Tensor], at_once: int) -> Iterator[Call]:
         found = [part.call.chosen(which(part)) for part in self.parts if which(part).any()]
-        return [call.to(self.device) for call in found or [part.call for part in self.parts]]
+        for call in found or [part.call for part in self.parts]:
+            for low, high in _pieces(call.samples, at_once):
+                yield call.slice(low, high).to(self.device)
 
     def index(self, layer: LayerCall, samples: int) -> Tensor | None:
         """Which rows of a layer are looked at, as `LayerCall.features` takes them: in every model the same."""
         known = self.layers[layer.weight]
-        rows = math.ceil(known.rows * samples)
-        return layer.spread(rows, samples, known.along, torch.Generator().manual_seed(self.seed))
+        samples = 1 if known.along is None else samples
+        return layer.spread(known.rows * samples, samples, known.along or 0, torch.Generator().manual_seed(self.seed))
 
     def _look(self, original: nn.Module, part: Part) -> None:
         """Note what every layer of the unpruned model gives."""
-        others = Others(self.layers)
+        outputs: dict[str, list[Tensor]] = {}
+        sums: dict[str, list[Tensor]] = {}
+        part.shared = frozenset(name for name, layer in self.layers.items() if layer.along is None)
+        for low, high in _pieces(part.call.samples, FEW):
+            call, others = part.call.slice(low, high).to(self.device), Others(self.layers)
 
-        def after(layer: LayerCall) -> None:
-            if layer.weight in self.layers:
-                index = self.index(layer, part.call.samples)
-                part.outputs[layer.weight] = flat(layer.responses(index))
-                other = others.of(layer)
-                if other is not None:
-                    part.others[layer.weight] = flat(layer.outputs(index, other))
+            def after(layer: LayerCall, samples: int = call.samples, others: Others = others) -> None:
+                if layer.weight in self.layers:
+                    index = self.index(layer, samples)
+                    outputs.setdefault(layer.weight, []).append(flat(layer.responses(index)))
+                    other = others.of(layer)
+                    if other is not None:
+                        sums.setdefault(layer.weight, []).append(flat(layer.outputs(index, other)))
 
-        with seen(LayerCalls(original, after=after, step=others.keep)):
-            part.call.to(self.device).on(original)
+            with seen(LayerCalls(original, after=after, step=others.keep)):
+                call.on(original)
+        part.outputs, part.others = (
+            {name: rows[0] if name in part.shared else torch.cat(rows) for name, rows in found.items()}
+            for found in (outputs, sums)
+        )
 
     @torch.no_grad()
     def judge(self, model: nn.Module) -> tuple[float, float]:
@@ -234,8 +268,7 @@ class _Probe:
             self.calls[layer.weight] = layer.without_data()
             linear = layer.kind in ("linear", "matmul")
             self.places[layer.weight] = layer.positions * (1 if linear else layer.input.shape[0])
-            here, there = layer.input.shape, twice.get(layer.weight, layer.input.shape)
-            self.along[layer.weight] = next((d for d, (a, b) in enumerate(zip(here, there, strict=False)) if b > a), 0)
+            self.inputs[layer.weight] = (layer.input.shape, twice.get(layer.weight, layer.input.shape))
             size = (layer.input.numel() + layer.output.numel()) * layer.input.element_size()
             self.most_bytes = max(self.most_bytes, size)
 
@@ -243,7 +276,7 @@ class _Probe:
             if id(given["input"]) in latest:
                 self.normed.add(latest[id(given["input"])][1])
 
-        self.along: dict[str, int] = {}
+        self.inputs: dict[str, tuple[torch.Size, torch.Size]] = {}
         with seen(LayerCalls(original, after=first)):
             call.resized(2).on(original)
         with seen(LayerCalls(original, after=second, norm=norm)):
@@ -259,12 +292,14 @@ class _Probe:
         for name, layer in self.calls.items():
             shape, groups = layer.given["weight"].shape, layer.groups
             features = matrix(layer.kind, layer.given["weight"], groups).shape[-1]
-            if self.times[name] != 1 or features > MOST_FEATURES:
+            one, two = self.inputs[name]
+            along = next((dim for dim, (a, b) in enumerate(zip(one, two, strict=False)) if b == 2 * a), None)
+            if self.times[name] != 1 or features > MOST_FEATURES or (along is None and one != two):
                 continue
             rows = min(ROWS * features + MORE, WORK / features**2 / groups, NUMBERS / features / groups)
-            each = min(max(LEAST * features, rows) / samples, self.places[name])
+            each = min(math.ceil(max(LEAST * features, rows) / samples), self.places[name])
             stream = None if layer.kind == "transposed" else sums.get(name)
-            found[name] = Layer(shape, groups, self.along[name], each, name in self.normed, stream)
+            found[name] = Layer(shape, groups, along, each, name in self.normed, stream)
         return found
 
 
@@ -272,12 +307,16 @@ def _parts(calls: list[Call], at_once: int) -> Iterable[Part]:
     """Samples that run at once, and which of them are held out."""
     start = 0
     for call in calls:
-        count = math.ceil(call.samples / at_once)
-        edges = [round(call.samples * i / count) for i in range(count + 1)]
-        for low, high in pairwise(edges):
+        for low, high in _pieces(call.samples, at_once):
             held = torch.arange(start + low, start + high) % HELD_OUT == HELD_OUT - 1
             yield Part(call.slice(low, high), held)
         start += call.samples
+
+
+def _pieces(samples: int, at_once: int) -> Iterator[tuple[int, int]]:
+    """Ranges of about equal length, none longer than `at_once`."""
+    count = math.ceil(samples / at_once)
+    return pairwise(samples * i // count for i in range(count + 1))
 
 
 def _alike(calls: list[Call]) -> list[Call]:

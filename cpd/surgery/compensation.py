@@ -131,6 +131,7 @@ def refit(
     chosen: Mapping[str, Refit] | None = None,
     *,
     norms: bool = False,
+    samples: int | None = None,
 ) -> dict[str, Refit]:
     """One pass over the samples that refits the layers of a narrower model.
 
@@ -142,6 +143,7 @@ def refit(
             the others choose.
         norms: whether each BatchNorm takes the statistics of what reaches it in this pass, but those between a layer
             and a sum that it is fitted to.
+        samples: at most so many are used, about; None: all.
 
     Returns:
         {weight: what was done}, in the order of the forward.
@@ -153,7 +155,7 @@ def refit(
     try:
         with evaluating(model), of_the_user("The narrower model", "on data"):
             found = _Pass(model, calibration, plan, chosen, norms)
-            for part in calibration.parts:
+            for part in calibration.first(samples):
                 found.over(part)
     except BaseException:
         restore(model, before)
@@ -188,20 +190,19 @@ class _Fit:
 
 
 class _Moments:
-    """A BatchNorm's running mean before the pass, and the sums of what has reached it."""
+    """A BatchNorm's running mean before the pass, and the moments of what has reached it."""
 
     def __init__(self, mean: Tensor) -> None:
-        self.mean, self.count = mean.clone(), 0
-        self.sums, self.squares = torch.zeros_like(mean, dtype=torch.double), torch.zeros_like(mean, dtype=torch.double)
+        self.before, self.count = mean.clone(), 0
+        self.mean, self.variance = torch.zeros_like(mean), torch.zeros_like(mean)
 
-    def add(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Add an input [samples, channels, ...]; the mean and the variance of all so far."""
-        dims = [dim for dim in range(x.dim()) if dim != 1]
-        self.count += x.numel() // x.shape[1]
-        self.sums += x.sum(dims, dtype=torch.double)
-        self.squares += x.square().sum(dims, dtype=torch.double)
-        mean = self.sums / self.count
-        return mean, (self.squares / self.count - mean.square()).clamp_min(0)
+    def add(self, x: Tensor) -> None:
+        """Add an input, [samples, channels, ...]."""
+        variance, mean = torch.var_mean(x, [dim for dim in range(x.dim()) if dim != 1], correction=0)
+        count = x.numel() // x.shape[1]
+        share, apart = count / (self.count + count), mean - self.mean
+        self.variance = self.variance * (1 - share) + variance * share + apart.square() * share * (1 - share)
+        self.mean, self.count = self.mean + apart * share, self.count + count
 
 
 class _Pass:
@@ -222,7 +223,7 @@ class _Pass:
     def over(self, part: Part) -> None:
         """Refit every layer on these samples and all before them."""
         self.part, self.others = part, Others(self.calibration.layers)
-        with seen(LayerCalls(self.model, after=self._refit, norm=self._norm, step=self.others.keep)):
+        with seen(LayerCalls(self.model, instead=self._refit, norm=self._norm, step=self.others.keep)):
             part.call.to(self.calibration.device).on(self.model)
 
     def _refit(self, layer: LayerCall) -> Tensor | None:
@@ -240,7 +241,7 @@ class _Pass:
             self.fits[layer.weight] = _Fit(layer)
         fit = self.fits[layer.weight]
         lacking = fit.lacking(layer, x, output if wanted is None else wanted)
-        fitted, held = fit.add(x, lacking, output, self._held(x.shape[1]))
+        fitted, held = fit.add(x, lacking, output, self._held(x.shape[1], known.along is None))
         if self.chosen is None:
             damping, before, after = best_damping(fitted, held, takes_mean)
             self.refits[layer.weight] = Refit(layer.weight, before, after, damping)
@@ -257,12 +258,12 @@ class _Pass:
         self.to_sum = None if wanted is None else found
         return found
 
-    def _held(self, rows: int) -> Tensor:
-        """Which rows are not fitted in this pass, of samples that lie one after the other."""
+    def _held(self, rows: int, shared: bool = False) -> Tensor:
+        """Which rows are not fitted in this pass, of samples that lie one after the other, or of what all share."""
         if self.chosen is not None:
             return torch.zeros(rows, dtype=torch.bool)
         held = self.part.held
-        if rows % len(held) or not held.any():
+        if shared or rows % len(held) or not held.any():
             return torch.arange(rows) % HELD_OUT == HELD_OUT - 1
         return held.repeat_interleave(rows // len(held))
 
@@ -306,11 +307,11 @@ class _Pass:
         moments = self.moments[id(mean)]
         if self.norms and x is not self.to_sum:
             held = self._held(len(x))
-            found = moments.add(x if len(x) != len(self.part.held) else x[~held.to(x.device)])
-            for tensor, value in zip((mean, variance), found, strict=True):
-                tensor.copy_(value)
+            moments.add(x[~held.to(x.device)] if held.any() and len(x) == len(held) else x)
+            mean.copy_(moments.mean)
+            variance.copy_(moments.variance)
         elif self.shifted is not None and x is self.shifted[0]:
-            mean.copy_(moments.mean - self.shifted[1].to(mean.dtype))
+            mean.copy_(moments.before - self.shifted[1].to(mean.dtype))
         self.shifted = None
 
 

@@ -24,6 +24,10 @@ from cpd.surgery.calibration import Calibration
 from cpd.surgery.compensation import refit
 
 NOTHING, RECALIBRATION = "nothing", "recalibration"
+#: Samples in a batch whose statistics are averaged.
+BATCH = 32
+#: Samples that tell two plans apart.
+TRIED = 128
 COMPENSATION, WITH_NORMS = "compensation", "compensation with BatchNorm"
 
 
@@ -87,7 +91,7 @@ def recover(model: nn.Module, calibration: Calibration, plan: Plan) -> Recovery:
 
 
 def recovered_error(model: nn.Module, calibration: Calibration, plan: Plan) -> float:
-    """The error of the logits that recovery will leave, about: that of the variant that does most; `model` is changed.
+    """The error of the logits that recovery will leave, about: by one variant on some samples; `model` is changed.
 
     Args:
         model: the narrower model.
@@ -95,9 +99,9 @@ def recovered_error(model: nn.Module, calibration: Calibration, plan: Plan) -> f
         plan: what `model` keeps of it.
     """
     try:
-        refit(model, calibration, plan, norms=True)
+        refit(model, calibration, plan, norms=True, samples=TRIED)
     except InputError:
-        recalibrate_batchnorm(model, _batches(calibration.fitted()))
+        recalibrate_batchnorm(model, _batches(calibration.fitted(BATCH)))
     return calibration.judge(model)[0]
 
 
@@ -125,8 +129,8 @@ class _Trial:
 
     def recalibrated(self) -> Callable[[], object]:
         """BatchNorm recalibrated."""
-        recalibrate_batchnorm(self.model, _batches(self.calibration.fitted()))
-        return lambda: recalibrate_batchnorm(self.model, _batches(self.calibration.all()))
+        recalibrate_batchnorm(self.model, _batches(self.calibration.fitted(BATCH)))
+        return lambda: recalibrate_batchnorm(self.model, _batches(self.calibration.all(BATCH)))
 
     def refitted(self, norms: bool) -> Callable[[], object]:
         """Compensated."""
@@ -134,7 +138,7 @@ class _Trial:
         return lambda: refit(self.model, self.calibration, self.plan, chosen, norms=norms)
 
 
-def _batches(calls: list[Call]) -> list[Batch]:
+def _batches(calls: Iterable[Call]) -> list[Batch]:
     return [Batch(call, None) for call in calls]
 
 

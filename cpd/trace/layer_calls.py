@@ -144,6 +144,11 @@ class LayerCall:
         settings = {name: value for name, value in self.given.items() if name not in ("input", "weight")}
         return self.function(self.given["input"], self.given["weight"], **settings)
 
+    def shape_of_output(self) -> Tensor:
+        """What the function would return, without values."""
+        on_meta = {name: value.to("meta") if isinstance(value, Tensor) else value for name, value in self.given.items()}
+        return replace(self, given=on_meta).again()
+
     def _patches(self, x: Tensor, index: Tensor | None) -> Tensor:
         """What the kernel sees at some positions of the output, [samples, channels, positions, kernel]."""
         kernel, rank = self.given["weight"].shape[2:], x.dim() - 2
@@ -180,6 +185,8 @@ class LayerCalls(TorchFunctionMode):
         model: whose parameters are looked for.
         before: given the call that is to be made, returns the input to use instead.
         after: given the call with its output, returns the output to use instead, or None for its own.
+        instead: given the call with an output that has a shape and no values, returns the output; or None, and the call
+            is made.
         norm: told of the arguments of each `batch_norm` that uses running statistics.
         step: told of each call of any function that gives a tensor, in their order, which is that of the forward.
     """
@@ -190,12 +197,13 @@ class LayerCalls(TorchFunctionMode):
         before: Callable[[LayerCall], Tensor] | None = None,
         after: Callable[[LayerCall], Tensor | None] | None = None,
         norm: Callable[[dict[str, Any]], None] | None = None,
+        instead: Callable[[LayerCall], Tensor | None] | None = None,
         step: Callable[[Step], None] | None = None,
     ) -> None:
         super().__init__()
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.masked = masked_weights(model)
-        self.before, self.after, self.norm, self.step = before, after, norm, step
+        self.before, self.after, self.norm, self.instead, self.step = before, after, norm, instead, step
         self.steps = 0
 
     def __torch_function__(
@@ -233,7 +241,8 @@ class LayerCalls(TorchFunctionMode):
         layer = LayerCall(name, kind, func, given)
         if self.before is not None:
             given["input"] = self.before(layer)
-        output = layer.again()
+        made = None if self.instead is None else self.instead(replace(layer, output=layer.shape_of_output()))
+        output = layer.again() if made is None else made
         replaced = self.after(replace(layer, output=output)) if self.after is not None else None
         return output if replaced is None else replaced
 
