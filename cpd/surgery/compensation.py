@@ -223,8 +223,9 @@ class _Pass:
     def over(self, part: Part) -> None:
         """Refit every layer on these samples and all before them."""
         self.part, self.others = part, Others(self.calibration.layers)
+        call = part.call.to(self.calibration.device)
         with seen(LayerCalls(self.model, instead=self._refit, norm=self._norm, step=self.others.keep)):
-            part.call.to(self.calibration.device).on(self.model)
+            call.on(self.model)
 
     def _refit(self, layer: LayerCall) -> Tensor | None:
         """Refit the layer that is being called; returns its new output."""

@@ -222,7 +222,7 @@ class LayerCalls(TorchFunctionMode):
             with self:
                 return without_function_modes(func)(*args, **kwargs)
         output = func(*args, **kwargs) if name is None else self._layer(func, name, given)
-        if self.step is not None and (isinstance(output, (Tensor, tuple, list)) or func is Tensor.__setitem__):
+        if self.step is not None and (_holds_tensors(output) or func is Tensor.__setitem__):
             self.step(Step(self.steps, func, args, kwargs, output, name))
             self.steps += 1
         return output
@@ -290,6 +290,10 @@ def without_function_modes(function: FunctionType) -> Callable[..., Any]:
     opened = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     opened.__kwdefaults__ = function.__kwdefaults__
     return opened
+
+
+def _holds_tensors(output: Any) -> bool:
+    return isinstance(output, (Tensor, tuple, list)) and not isinstance(output, torch.Size)
 
 
 def _never(*_: Any) -> bool:
