@@ -12,9 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cpd
+from cpd.model.inputs import Call
 from cpd.surgery.calibration import Calibration
 from cpd.surgery.compensation import compensate
 from cpd.surgery.recovery import logits_error, recover
+from cpd.trace.streams import streams
 from helpers.layers import Net, batches
 from helpers.zoo import comb, dense, random_plan, randomize
 
@@ -115,6 +117,113 @@ def test_dense_models_stay_in_their_precision():
     narrow, plan = narrowed(model)
     compensate(narrow, model, plan, [(x.double(), y) for x, y in batches()])
     assert {tensor.dtype for tensor in narrow.parameters()} == {torch.double}
+
+
+class Residual(nn.Module):
+    """Blocks whose branches end in what stands between a layer and a sum."""
+
+    def __init__(self, end: str, width: int = 16) -> None:
+        super().__init__()
+        self.end, self.stem = end, nn.Conv2d(3, width, 1)
+        self.first = nn.ModuleList(nn.Conv2d(width, 24, 1) for _ in range(3))
+        self.last = nn.ModuleList(nn.Conv2d(24, width, 1, bias=end != "norm") for _ in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for _ in range(3))
+        self.scales = nn.ParameterList(nn.Parameter(torch.ones(width)) for _ in range(3))
+        self.linear = nn.ModuleList(nn.Linear(24, width) for _ in range(3))
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for i in range(3):
+            y = F.relu(self.first[i](x))
+            if self.end == "channels last":
+                y = (self.linear[i](y.permute(0, 2, 3, 1)) * self.scales[i]).permute(0, 3, 1, 2)
+            elif self.end == "scale":
+                y = 0.7 * self.last[i](y) * self.scales[i].view(1, -1, 1, 1)
+            else:
+                y = self.norms[i](self.last[i](y)) if self.end == "norm" else F.dropout(self.last[i](y), 0.5, False)
+            x = x + y if i else torch.add(y, x)
+        return self.head(x.permute(0, 2, 3, 1)).flatten(1)
+
+
+@pytest.mark.parametrize("end", ["norm", "scale", "channels last", "dropout"])
+def test_the_last_layer_of_a_branch_makes_up_for_what_came_before(end, monkeypatch):
+    """All branches know the same functions of two channels that none changes: a later one makes up for the first."""
+    model = randomize(Residual(end).eval(), 0)
+    model.head = nn.Identity()  # which cannot make up for anything itself
+    with torch.no_grad():
+        for first, last, linear in zip(model.first, model.last, model.linear, strict=True):
+            first.weight.copy_(model.first[0].weight)
+            first.bias.copy_(model.first[0].bias)
+            first.weight[:, 2:] = 0
+            last.weight[:2] = 0
+            linear.weight[:2] = 0
+    images = torch.randn(64, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    assert len(streams(model, Call((images[:1],), {}))) == 3
+    combed = comb(model, images[:1])
+    unpruned = copy.deepcopy(model)
+    compensate(unpruned, model, combed.plan({}), [images])
+    assert logits_error(unpruned, model, [images]) < 1e-9
+    plan = combed.plan({"first.0": [0]})
+    narrow = cpd.shrink(copy.deepcopy(model), plan)
+    other = copy.deepcopy(narrow)
+    compensate(narrow, model, plan, [images])
+    monkeypatch.setattr("cpd.surgery.calibration.streams", lambda *_: {})
+    compensate(other, model, plan, [images])
+    assert logits_error(narrow, model, [images]) < 1e-3
+    assert logits_error(other, model, [images]) > 3e-3
+
+
+class Other(Residual):
+    """The other operand of each sum is computed after the branch, or the branch is read twice."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for i in range(2):
+            y = self.last[i](F.relu(self.first[i](x)))
+            x = y + F.relu(x) if i else (y + x) * y.sigmoid()
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_branch_that_is_no_stream_keeps_its_own_target():
+    assert streams(Other("none").eval(), Call((torch.randn(1, 3, 8, 8),), {})) == {}
+
+
+def test_parts_that_fit_into_memory_give_nearly_what_all_at_once_does():
+    model = randomize(Net().eval(), 0)
+    narrow, plan = narrowed(model)
+    data, held_out = batches(samples=256), batches(seed=9)
+    in_parts = copy.deepcopy(narrow)
+    error = logits_error(narrow, model, held_out)
+    one = Calibration(model, data)
+    several = Calibration(model, data, memory_gb=1e-4)
+    assert (len(one.parts), one.samples) == (1, several.samples)
+    assert len(several.parts) > 3
+    assert sum(int(part.held.sum()) for part in several.parts) == one.samples // 4
+    compensate(narrow, model, plan, data)
+    compensate(in_parts, model, plan, data, memory_gb=1e-4)
+    assert logits_error(narrow, model, held_out) < 0.1 * error
+    assert logits_error(in_parts, model, held_out) < 0.1 * error
+
+
+def test_images_of_several_shapes_are_all_used():
+    model = randomize(Net().eval(), 0)
+    (x, y), *_ = batches(samples=64)
+    found = Calibration(model, [(x, y), (torch.cat([x, x], -1), y)])
+    assert found.samples == 2 * len(x)
+
+
+def test_a_classifier_with_fewer_rows_than_features_is_refitted_only_if_others_gain():
+    """Twelve images of noise: what fits nine of them says nothing of the others."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    x = torch.randn(12, 64)
+    plan = comb(model, x[:1]).plan({"0": range(0, 64, 2)})
+    narrow = cpd.shrink(copy.deepcopy(model), plan)
+    before = logits_error(narrow, model, [torch.randn(512, 64)])
+    for item in compensate(narrow, model, plan, [x]):
+        assert item.after <= item.before
+    assert logits_error(narrow, model, [torch.randn(512, 64)]) < 1.1 * before
 
 
 GROUPED = {
