@@ -115,8 +115,14 @@ def test_a_recipe_asks_for_the_same_run(
 
 #: Folder of a checkpoint -> the options of its run; `saved/make.py` gave the same.
 RUNS: dict[str, dict[str, Any]] = {
-    "one_shot": {"training": cpd.DistillConfig(optimizer="adamw", ema=0.9)},
+    "one_shot": {
+        "criterion": "magnitude",
+        "compensation": False,
+        "training": cpd.DistillConfig(optimizer="adamw", ema=0.9),
+    },
     "scheduled": {
+        "criterion": "magnitude",
+        "compensation": False,
         "schedule": cpd.Schedule("cubic", end=0.6, start=0.1),
         "training": cpd.DistillConfig(kd="mse", features=["conv"]),
     },

@@ -76,9 +76,10 @@ def main() -> None:
         path.unlink()
     Path("outputs.json").write_text(json.dumps(found, indent=1))
 
-    interrupted("one_shot", 10, training=cpd.DistillConfig(optimizer="adamw", ema=0.9))
+    plain = {"criterion": "magnitude", "compensation": False}  # which go on to the same plan as they did then
+    interrupted("one_shot", 10, **plain, training=cpd.DistillConfig(optimizer="adamw", ema=0.9))
     schedule = cpd.Schedule("cubic", end=0.6, warmup=0.1)
-    interrupted("scheduled", 8, schedule=schedule, training=cpd.DistillConfig(kd="mse", features=["conv"]))
+    interrupted("scheduled", 8, **plain, schedule=schedule, training=cpd.DistillConfig(kd="mse", features=["conv"]))
     schedule = cpd.Schedule("linear", end=0.8, interval=4)
     interrupted("summed", 9, schedule=schedule, criterion="taylor", compensation=False)
 
