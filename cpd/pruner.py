@@ -273,7 +273,7 @@ class Pruner:
         Args:
             between: called between the shrink and what makes up for it.
         """
-        share = self._events[len(self.shrinks)][1]
+        share, self._calibration = self._events[len(self.shrinks)][1], None  # of the weights as they are now
         with random_states_kept(), seeded(self.data, self.config.seed + SCORING + len(self.shrinks)):
             with self._stage("score"):
                 scores = self._scores()

@@ -82,8 +82,8 @@ def obs(setting: Setting) -> dict[str, Tensor]:
         rows = min((sum(moments[site.tensor].rows) for site in readable), default=group.size)
         if group.size > TRUSTED * rows:
             setting.untrusted[group.name] = (
-                f"it has {group.size} channels and the data gives {rows} rows of them; "
-                f"{math.ceil(group.size / TRUSTED)} or more tell which can stand in for others"
+                f"it has {group.size} channels, and what they hold was seen only {rows} times; "
+                f"from {math.ceil(group.size / TRUSTED)} on it can be told which of them stand in for others"
             )
         readers = [_Reader(moments[site.tensor], site, count) for site in readable if moments[site.tensor].usable]
         bare = (setting.total(alone[group.name]) / count).cpu()

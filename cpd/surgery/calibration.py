@@ -131,6 +131,7 @@ class Calibration:
             at_once = max(1, int(memory_gb * 2**30 / (ALIVE * probe.most_bytes)))
             self.parts = list(_parts(calls, at_once))
             self.expected = [logits(read(call.on(original))) for call in self.held()]
+            self.spread = _spread(self.expected)
             for part in self.parts if layers else []:
                 self._look(original, part)
 
@@ -204,14 +205,7 @@ class Calibration:
                 if expected.dim() > 1:
                     agree = found.argmax(1) == expected.argmax(1)
                     same, count = same + float(agree.sum()), count + agree.numel()
-        return error / max(self._spread(), 1e-30), same / max(count, 1)
-
-    def _spread(self) -> float:
-        """The sum of squares of the unpruned model's logits, less their mean over samples."""
-        alike = {tuple(item.shape[1:]) for item in self.expected}
-        groups = [[item for item in self.expected if tuple(item.shape[1:]) == shape] for shape in alike]
-        rows = [torch.cat(group).double() for group in groups]
-        return sum(float((row - row.mean(0)).square().sum()) for row in rows)
+        return error / max(self.spread, 1e-30), same / max(count, 1)
 
 
 class Others:
@@ -311,6 +305,15 @@ def _parts(calls: list[Call], at_once: int) -> Iterable[Part]:
             held = torch.arange(start + low, start + high) % HELD_OUT == HELD_OUT - 1
             yield Part(call.slice(low, high), held)
         start += call.samples
+
+
+def _spread(outputs: list[Tensor]) -> float:
+    """The sum of squares of outputs, less their mean over samples."""
+    alike: dict[torch.Size, list[Tensor]] = {}
+    for output in outputs:
+        alike.setdefault(output.shape[1:], []).append(output)
+    rows = (torch.cat(group).double() for group in alike.values())
+    return sum(float((row - row.mean(0)).square().sum()) for row in rows)
 
 
 def _pieces(samples: int, at_once: int) -> Iterator[tuple[int, int]]:

@@ -23,7 +23,7 @@ from cpd.trace.layer_calls import LayerCalls, Step, norm_given, seen
 _ADD = ("add", "add_", "__add__", "__iadd__", "__radd__")
 _MULTIPLY = ("mul", "mul_", "multiply", "__mul__", "__imul__", "__rmul__")
 _SAME = ("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone")
-_RESHAPE = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "__getitem__")
+_RESHAPE = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 
 Scale = tuple[str | None, str | None, float]
 
@@ -134,7 +134,7 @@ class _Flow:
         """The parameter or buffer that a tensor is, or is another shape of."""
         while id(value) not in self.names:
             number = self.latest.get(id(value))
-            if number is None or self.steps[number].function.__name__ not in _RESHAPE:
+            if number is None or self.steps[number].function.__name__ not in (*_RESHAPE, "__getitem__"):
                 return None
             value = self.steps[number].args[0]
         return self.names[id(value)]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cpd
-from cpd.model.inputs import Call
+from cpd.model.inputs import Batch, Call
 from cpd.surgery.calibration import Calibration
 from cpd.surgery.compensation import compensate
 from cpd.surgery.recovery import logits_error, recover
@@ -104,7 +104,10 @@ def test_recovery_keeps_what_comes_nearest():
     model = randomize(Net().eval(), 0)
     narrow, plan = narrowed(model)
     data = batches(samples=256)
-    found = recover(narrow, Calibration(model, data), plan)
+    calibration = Calibration(model, data)
+    before = logits_error(narrow, model, [Batch(call, None) for call in calibration.held()])
+    found = recover(narrow, calibration, plan)
+    assert found.errors["nothing"] == pytest.approx(before)
     assert found.chosen == min(found.errors, key=found.errors.get)
     assert found.errors.keys() == {"nothing", "recalibration", "compensation", "compensation with BatchNorm"}
     assert found.agreements.keys() == found.errors.keys()
@@ -185,8 +188,16 @@ class Other(Residual):
         return self.head(x.mean((2, 3)))
 
 
+class Half(nn.Linear):
+    """Adds a part of what its layer gives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() + super().forward(x)[:, :8]
+
+
 def test_a_branch_that_is_no_stream_keeps_its_own_target():
     assert streams(Other("none").eval(), Call((torch.randn(1, 3, 8, 8),), {})) == {}
+    assert streams(Half(8, 16), Call((torch.randn(1, 8),), {})) == {}
 
 
 def test_parts_that_fit_into_memory_give_nearly_what_all_at_once_does():
