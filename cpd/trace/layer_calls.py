@@ -153,18 +153,23 @@ class LayerCall:
         """What the kernel sees at some positions of the output, [samples, channels, positions, kernel]."""
         kernel, rank = self.given["weight"].shape[2:], x.dim() - 2
         stride, dilation = (_each(self.given.get(name, 1), rank) for name in ("stride", "dilation"))
-        x = F.pad(x, _padding(self.given.get("padding", 0), kernel, dilation))
-        along = [
-            torch.arange(self.output.shape[-rank:][d], device=x.device)[:, None] * stride[d]
-            + torch.arange(kernel[d], device=x.device) * dilation[d]
-            for d in range(rank)
-        ]
+        padding = _padding(self.given.get("padding", 0), kernel, dilation)
         place = torch.zeros((1, 1), dtype=torch.long, device=x.device)
+        outside = torch.zeros((1, 1), dtype=torch.bool, device=x.device)
         for d in range(rank):
-            place = place[:, None, :, None] * x.shape[2 + d] + along[d][None, :, None, :]
-            place = place.reshape(place.shape[0] * place.shape[1], -1)
-        place = place if index is None else place[index]
-        return x.flatten(2)[:, :, place.reshape(-1)].reshape(*x.shape[:2], *place.shape)
+            along = (
+                torch.arange(self.output.shape[-rank:][d], device=x.device)[:, None] * stride[d]
+                + torch.arange(kernel[d], device=x.device) * dilation[d]
+                - padding[d][0]
+            )[None, :, None, :]
+            size = x.shape[2 + d]
+            shape = (place.shape[0] * along.shape[1], -1)
+            place = (place[:, None, :, None] * size + along.clamp(0, size - 1)).reshape(shape)
+            outside = (outside[:, None, :, None] | (along < 0) | (along >= size)).reshape(shape)
+        if index is not None:
+            place, outside = place[index], outside[index]
+        found = x.flatten(2)[:, :, place.reshape(-1)].reshape(*x.shape[:2], *place.shape)
+        return found.masked_fill_(outside, 0) if bool(outside.any()) else found
 
 
 def matrix(kind: str, weight: Tensor, groups: int = 1) -> Tensor:
@@ -309,14 +314,11 @@ def _each(setting: Any, rank: int) -> tuple[int, ...]:
     return given * rank if len(given) == 1 else given
 
 
-def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[int]:
-    """What `F.pad` takes, of a convolution's padding."""
-    pairs: list[tuple[int, int]]
+def _padding(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> list[tuple[int, int]]:
+    """What a convolution's padding puts before and after each dimension."""
     if padding == "valid":
-        pairs = [(0, 0)] * len(kernel)
-    elif padding == "same":  # the odd one is added at the end
+        return [(0, 0)] * len(kernel)
+    if padding == "same":  # the odd one is added at the end
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
-        pairs = [(total // 2, total - total // 2) for total in totals]
-    else:
-        pairs = [(size, size) for size in _each(padding, len(kernel))]
-    return [size for pair in reversed(pairs) for size in pair]
+        return [(total // 2, total - total // 2) for total in totals]
+    return [(size, size) for size in _each(padding, len(kernel))]
