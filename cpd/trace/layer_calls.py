@@ -90,11 +90,10 @@ class LayerCall:
             rows = self.input.reshape(-1, self.input.shape[-1])
             return (rows if index is None else rows[index]).unsqueeze(0)
         x = self.input if self.input.dim() == self.given["weight"].dim() else self.input.unsqueeze(0)
-        patches = self._patches(x, index) if self.kind == "conv" else _at(x.flatten(2), index).unsqueeze(-1)
-        samples, channels, places, kernel = patches.shape
-        inner = channels // self.groups
-        split = patches.reshape(samples, self.groups, inner, places, kernel).permute(1, 0, 3, 2, 4)
-        return split.reshape(self.groups, samples * places, inner * kernel)
+        patches = self._patches(x, index) if self.kind == "conv" else _places(x, index).unsqueeze(2)
+        samples, places, kernel, channels = patches.shape
+        split = patches.reshape(samples, places, kernel, self.groups, -1).permute(3, 0, 1, 4, 2)
+        return split.reshape(self.groups, samples * places, channels // self.groups * kernel)
 
     def spread(self, rows: int, samples: int, along: int, generator: torch.Generator) -> Tensor | None:
         """An index for `features` of about so many rows: the same places of every sample, samples outermost.
@@ -124,9 +123,9 @@ class LayerCall:
         if self.kind in ("linear", "matmul"):
             rows = y.reshape(-1, y.shape[-1])
             return (rows if index is None else rows[index]).unsqueeze(0)
-        y = _at((y if y.dim() == self.given["weight"].dim() else y.unsqueeze(0)).flatten(2), index)
-        samples, channels, places = y.shape
-        split = y.reshape(samples, self.groups, channels // self.groups, places).permute(1, 0, 3, 2)
+        y = _places(y if y.dim() == self.given["weight"].dim() else y.unsqueeze(0), index)
+        samples, places, channels = y.shape
+        split = y.reshape(samples, places, self.groups, -1).permute(2, 0, 1, 3)
         return split.reshape(self.groups, samples * places, channels // self.groups)
 
     def responses(self, index: Tensor | None = None) -> Tensor:
@@ -150,7 +149,7 @@ class LayerCall:
         return replace(self, given=on_meta).again()
 
     def _patches(self, x: Tensor, index: Tensor | None) -> Tensor:
-        """What the kernel sees at some positions of the output, [samples, channels, positions, kernel]."""
+        """What the kernel sees at some positions of the output, [samples, positions, kernel, channels]."""
         kernel, rank = self.given["weight"].shape[2:], x.dim() - 2
         stride, dilation = (_each(self.given.get(name, 1), rank) for name in ("stride", "dilation"))
         padding = _padding(self.given.get("padding", 0), kernel, dilation)
@@ -168,8 +167,8 @@ class LayerCall:
             outside = (outside[:, None, :, None] | (along < 0) | (along >= size)).reshape(shape)
         if index is not None:
             place, outside = place[index], outside[index]
-        found = x.flatten(2)[:, :, place.reshape(-1)].reshape(*x.shape[:2], *place.shape)
-        return found.masked_fill_(outside, 0) if bool(outside.any()) else found
+        found = _places(x, place.reshape(-1)).reshape(len(x), *place.shape, x.shape[1])
+        return found.masked_fill_(outside.unsqueeze(-1), 0) if bool(outside.any()) else found
 
 
 def matrix(kind: str, weight: Tensor, groups: int = 1) -> Tensor:
@@ -305,8 +304,10 @@ def _never(*_: Any) -> bool:
     return False
 
 
-def _at(flat: Tensor, index: Tensor | None) -> Tensor:
-    return flat if index is None else flat[:, :, index]
+def _places(x: Tensor, index: Tensor | None) -> Tensor:
+    """[samples, channels, ...] at some of its places, all if None: [samples, places, channels]."""
+    rows = x.movedim(1, -1).flatten(1, -2)  # a view, whichever dimension is innermost in memory
+    return rows if index is None else rows.index_select(1, index)
 
 
 def _each(setting: Any, rank: int) -> tuple[int, ...]:
