@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from cpd.errors import of_the_user
 from cpd.model.inputs import Call, batches, device_of, evaluating, joined, logits
+from cpd.model.memory_format import channels_last, takes_channels_last
 from cpd.model.outputs import whole
 from cpd.trace.layer_calls import LayerCall, LayerCalls, Step, matrix, seen
 from cpd.trace.streams import Stream, streams
@@ -126,6 +127,8 @@ class Calibration:
         calls = _alike([batch.call for batch in batches(data, limit, finite=True)])
         self.samples = sum(call.samples for call in calls)
         with evaluating(original), of_the_user("original", "on data"):
+            if takes_channels_last(original, calls[0].part(1).to(self.device), read):
+                calls = [channels_last(call) for call in calls]
             probe = _Probe(original, calls[0].to(self.device))
             self.layers = probe.layers(self.samples) if layers else {}
             at_once = max(1, int(memory_gb * 2**30 / (ALIVE * probe.most_bytes)))
