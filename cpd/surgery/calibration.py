@@ -31,7 +31,7 @@ ALIVE = 2
 #: Layers with more features than this keep their weights: the solution would take too long.
 MOST_FEATURES = 8192
 #: Rows that a layer is fitted on: so many a feature, and so many more.
-ROWS, MORE = 64, 8192
+ROWS, MORE = 64, 2048
 #: But no more than their products take so many multiply-accumulates, or they themselves so many numbers; and at least
 #: so many a feature.
 WORK, NUMBERS, LEAST = 3e10, 2**27, 4

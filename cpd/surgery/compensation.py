@@ -40,6 +40,8 @@ from cpd.trace.layer_calls import LayerCall, LayerCalls, from_matrix, matrix, se
 
 #: A channel that is multiplied by less than this share of the median on its way to a sum keeps its own target.
 LEAST_SCALE = 1e-3
+#: The statistics of a BatchNorm are taken in at least so many places of a sample, where there are as many.
+PLACES = 512
 
 
 @dataclass(frozen=True)
@@ -197,9 +199,12 @@ class _Moments:
         self.mean, self.variance = torch.zeros_like(mean), torch.zeros_like(mean)
 
     def add(self, x: Tensor) -> None:
-        """Add an input, [samples, channels, ...]."""
-        variance, mean = torch.var_mean(x, [dim for dim in range(x.dim()) if dim != 1], correction=0)
-        count = x.numel() // x.shape[1]
+        """Add an input, [samples, channels, ...], in some of its places where there are many."""
+        if x.dim() > 2:
+            x = x.movedim(1, -1).flatten(1, -2)
+            x = x[:, :: max(1, x.shape[1] // PLACES)].flatten(0, 1)
+        variance, mean = torch.var_mean(x, 0, correction=0)
+        count = len(x)
         share, apart = count / (self.count + count), mean - self.mean
         self.variance = self.variance * (1 - share) + variance * share + apart.square() * share * (1 - share)
         self.mean, self.count = self.mean + apart * share, self.count + count
