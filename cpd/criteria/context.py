@@ -14,6 +14,7 @@ from cpd.coupling.comb import Comb
 from cpd.criteria.gates import Gates, parameters_of
 from cpd.errors import TrainingError
 from cpd.model.inputs import Batch, batches, device_of, in_mode
+from cpd.model.memory_format import channels_last, takes_channels_last
 from cpd.model.task_loss import task_loss
 from cpd.options import instance
 
@@ -66,7 +67,8 @@ class Setting:
     def batches(self) -> Iterator[Batch]:
         """The batches to score on, on the model's device, the model in its mode meanwhile.
 
-        Running statistics are as before at the end, in train mode too.
+        Running statistics are as before at the end, in train mode too. Images have their channels innermost in memory,
+        where the model gives the same for them.
 
         Raises:
             TrainingError: if there is no data.
@@ -74,8 +76,14 @@ class Setting:
         if self.data is None:
             raise TrainingError("This criterion needs data: pass data=loader, or choose criterion='magnitude'.")
         with in_mode(self.model, self.training), _buffers_kept(self.model, self.training):
+            innermost = None
             for batch in batches(self.data, self.limit, finite=True):
-                yield batch.to(self.device)
+                call = batch.call.to(self.device)
+                if innermost is None:
+                    innermost = not self.training and takes_channels_last(
+                        self.model, call.part(1), self.comb.read, backward=True
+                    )
+                yield batch.to(self.device)._replace(call=channels_last(call) if innermost else call)
 
     def output(self, batch: Batch) -> Any:
         """The model's output; dropout draws the same numbers whenever the same batch is run."""

@@ -28,23 +28,44 @@ def channels_last(call: Call) -> Call:
     return Call(*tree_map_only(Tensor, laid_out, tuple(call)))
 
 
-@torch.no_grad()
-def takes_channels_last(model: nn.Module, call: Call, read: Callable[[Any], Any] = whole) -> bool:
+def takes_channels_last(
+    model: nn.Module, call: Call, read: Callable[[Any], Any] = whole, *, backward: bool = False
+) -> bool:
     """Whether a model on a processor gives the same for `channels_last(call)`: one that calls `view` may refuse it.
 
     Args:
         model: in eval mode.
         call: one that it runs on; one sample is enough.
         read: gives the part of an output that matters.
+        backward: whether the gradient of the images is to be the same too.
     """
     images = [leaf for leaf in tree_leaves(tuple(call)) if isinstance(leaf, Tensor) and leaf.dim() in _FORMATS]
-    if not images or device_of(model).type != "cpu":
+    if device_of(model).type != "cpu" or not any(image.is_floating_point() for image in images):
         return False
-    expected = logits(read(call.on(model))).double()
+
+    def given(call: Call) -> list[Tensor]:
+        fresh = tree_map_only(Tensor, lambda leaf: leaf.detach().requires_grad_(_differentiable(leaf)), tuple(call))
+        with torch.set_grad_enabled(backward):
+            output = logits(read(Call(*fresh).on(model)))
+        inputs = [leaf for leaf in tree_leaves(fresh) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        found = torch.autograd.grad(output.sum(), inputs, allow_unused=True) if output.requires_grad else ()
+        return [tensor.detach() for tensor in (output, *found) if tensor is not None]
+
+    expected = given(call)
     try:
-        found = logits(read(channels_last(call).on(model))).double()
+        found = given(channels_last(call))
     except Exception as error:
         let_through(error)
         return False
-    apart = TOLERANCE * float(expected.abs().max())
-    return found.shape == expected.shape and bool(((found - expected).abs() <= apart).all())
+    return len(found) == len(expected) and all(map(_near, found, expected))
+
+
+def _differentiable(leaf: Tensor) -> bool:
+    return leaf.dim() in _FORMATS and leaf.is_floating_point()
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    if found.shape != expected.shape:
+        return False
+    apart = (found - expected).abs() <= TOLERANCE * expected.abs().max()
+    return bool(apart.all())
