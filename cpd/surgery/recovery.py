@@ -1,13 +1,14 @@
 """Recovery without training: BatchNorm recalibrated, compensation, or both: what comes nearest to the unpruned model.
 
 What is nearest is judged on samples that were not fitted: on those that were, the variant that fits most always wins.
-The chosen one is then done once more, on all samples.
+Each is tried on few samples, and the chosen one done once more, on all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from cpd.surgery.compensation import refit
 NOTHING, RECALIBRATION = "nothing", "recalibration"
 #: Samples in a batch whose statistics are averaged.
 BATCH = 32
-#: Samples that tell two plans apart.
+#: Samples that tell two plans apart, or two variants, and that choose how much to damp.
 TRIED = 128
 COMPENSATION, WITH_NORMS = "compensation", "compensation with BatchNorm"
 
@@ -101,7 +102,7 @@ def recovered_error(model: nn.Module, calibration: Calibration, plan: Plan) -> f
     try:
         refit(model, calibration, plan, norms=True, samples=TRIED)
     except InputError:
-        recalibrate_batchnorm(model, _batches(calibration.fitted(BATCH)))
+        recalibrate_batchnorm(model, _tried(calibration))
     return calibration.judge(model)[0]
 
 
@@ -129,13 +130,18 @@ class _Trial:
 
     def recalibrated(self) -> Callable[[], object]:
         """BatchNorm recalibrated."""
-        recalibrate_batchnorm(self.model, _batches(self.calibration.fitted(BATCH)))
+        recalibrate_batchnorm(self.model, _tried(self.calibration))
         return lambda: recalibrate_batchnorm(self.model, _batches(self.calibration.all(BATCH)))
 
     def refitted(self, norms: bool) -> Callable[[], object]:
         """Compensated."""
-        chosen = refit(self.model, self.calibration, self.plan, norms=norms)
+        chosen = refit(self.model, self.calibration, self.plan, norms=norms, samples=TRIED)
         return lambda: refit(self.model, self.calibration, self.plan, chosen, norms=norms)
+
+
+def _tried(calibration: Calibration) -> list[Batch]:
+    """The samples that a variant is tried on."""
+    return _batches(islice(calibration.fitted(BATCH), TRIED // BATCH))
 
 
 def _batches(calls: Iterable[Call]) -> list[Batch]:
