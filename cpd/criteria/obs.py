@@ -183,10 +183,16 @@ def _surprise(covariance: Tensor, held: Tensor) -> float:
     The sum over features of log v + e / v, v the variance that it leaves to a feature given the others and e the mean
     squared error on the rows (Besag 1975, "Statistical analysis of non-lattice data").
     """
-    precision = torch.linalg.inv(covariance)
+    precision = _inverse(covariance)
     left = 1 / precision.diagonal(dim1=1, dim2=2)
     errors = ((precision @ held) * precision).sum(2) * left.square()
     return float((left.clamp_min(1e-30).log() + errors / left).sum())
+
+
+def _inverse(covariance: Tensor) -> Tensor:
+    """Of a positive matrix, or of one that rounding has left a little short of it."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    return torch.linalg.inv(covariance) if bool(failed.any()) else torch.cholesky_inverse(factor)
 
 
 class _Reader:
@@ -203,7 +209,7 @@ class _Reader:
         self.columns = torch.argsort(labels, stable=True)[int((labels < 0).sum()) :].view(site.size, -1)
         covariance = moments.covariance()
         dtype = torch.double if len(covariance[0]) <= EXACT else torch.float
-        self.inverse = torch.linalg.inv(covariance).to("cpu", dtype)
+        self.inverse = _inverse(covariance).to("cpu", dtype)
         root = _root(moments.gradient.double() / samples)
         folded = moments.matrix.unflatten(1, (-1, moments.kernel)).flatten(2)
         self.outputs = (root @ folded).unflatten(2, (moments.kernel, -1)).flatten(1, 2).to("cpu", dtype)

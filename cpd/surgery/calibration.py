@@ -96,6 +96,10 @@ class Part:
 class Calibration:
     """Samples, and what the unpruned model makes of them.
 
+    Attributes:
+        tried: digest of a plan -> what compensation with BatchNorm chose for its layers on some samples, and how near
+            it came, as `judge` tells it.
+
     Args:
         original: the unpruned model; left as it was.
         data: batches as `cpd.model.inputs.as_batch` takes them; targets are not used.
@@ -124,6 +128,7 @@ class Calibration:
     ) -> None:
         self.seed, self.read = seed, read
         self.device = device_of(original)
+        self.tried: dict[str, tuple[Mapping[str, Any], tuple[float, float]]] = {}
         calls = _alike([batch.call for batch in batches(data, limit, finite=True)])
         self.samples = sum(call.samples for call in calls)
         with evaluating(original), of_the_user("original", "on data"):

@@ -82,7 +82,9 @@ def recover(model: nn.Module, calibration: Calibration, plan: Plan) -> Recovery:
     try:
         if calibration.layers:
             trial.of(COMPENSATION, lambda: trial.refitted(False))
-        if calibration.layers and normed:
+        if plan.digest in calibration.tried and normed:
+            trial.known(WITH_NORMS)
+        elif calibration.layers and normed:
             trial.of(WITH_NORMS, lambda: trial.refitted(True))
     except InputError as error:
         failure = str(error)
@@ -94,16 +96,20 @@ def recover(model: nn.Module, calibration: Calibration, plan: Plan) -> Recovery:
 def recovered_error(model: nn.Module, calibration: Calibration, plan: Plan) -> float:
     """The error of the logits that recovery will leave, about: by one variant on some samples; `model` is changed.
 
+    `recover` goes on from what was found here of the same plan.
+
     Args:
         model: the narrower model.
         calibration: the samples, and what the unpruned model makes of them.
         plan: what `model` keeps of it.
     """
     try:
-        refit(model, calibration, plan, norms=True, samples=TRIED)
+        chosen = refit(model, calibration, plan, norms=True, samples=TRIED)
     except InputError:
         recalibrate_batchnorm(model, _tried(calibration))
-    return calibration.judge(model)[0]
+        return calibration.judge(model)[0]
+    calibration.tried[plan.digest] = chosen, calibration.judge(model)
+    return calibration.tried[plan.digest][1][0]
 
 
 class _Trial:
@@ -127,6 +133,11 @@ class _Trial:
             self.errors[name], self.agreements[name] = self.calibration.judge(self.model)
         finally:
             restore(self.model, self.before)
+
+    def known(self, name: str) -> None:
+        """Take what `recovered_error` found of a variant."""
+        chosen, (self.errors[name], self.agreements[name]) = self.calibration.tried[self.plan.digest]
+        self.again[name] = lambda: refit(self.model, self.calibration, self.plan, chosen, norms=True)
 
     def recalibrated(self) -> Callable[[], object]:
         """BatchNorm recalibrated."""
