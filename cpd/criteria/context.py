@@ -81,7 +81,7 @@ class Setting:
                 call = batch.call.to(self.device)
                 if innermost is None:
                     innermost = not self.training and takes_channels_last(
-                        self.model, call.part(1), self.comb.read, backward=True
+                        self.model, call, self.comb.read, backward=True
                     )
                 yield batch.to(self.device)._replace(call=channels_last(call) if innermost else call)
 

@@ -35,10 +35,11 @@ def takes_channels_last(
 
     Args:
         model: in eval mode.
-        call: one that it runs on; one sample is enough.
+        call: one that it runs on; it is run on two of its samples, for a view may join samples and channels.
         read: gives the part of an output that matters.
         backward: whether the gradient of the images is to be the same too.
     """
+    call = call.part(1).resized(2)
     images = [leaf for leaf in tree_leaves(tuple(call)) if isinstance(leaf, Tensor) and leaf.dim() in _FORMATS]
     if device_of(model).type != "cpu" or not any(image.is_floating_point() for image in images):
         return False

@@ -132,7 +132,7 @@ class Calibration:
         calls = _alike([batch.call for batch in batches(data, limit, finite=True)])
         self.samples = sum(call.samples for call in calls)
         with evaluating(original), of_the_user("original", "on data"):
-            if takes_channels_last(original, calls[0].part(1).to(self.device), read):
+            if takes_channels_last(original, calls[0].to(self.device), read):
                 calls = [channels_last(call) for call in calls]
             probe = _Probe(original, calls[0].to(self.device))
             self.layers = probe.layers(self.samples) if layers else {}

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 import cpd
 from cpd.model.inputs import Batch, Call
+from cpd.surgery import recovery
 from cpd.surgery.calibration import Calibration
-from cpd.surgery.compensation import compensate
-from cpd.surgery.recovery import logits_error, recover
+from cpd.surgery.compensation import compensate, refit
+from cpd.surgery.recovery import logits_error, recover, recovered_error
 from cpd.trace.streams import streams
 from helpers.layers import Net, batches
 from helpers.zoo import comb, dense, random_plan, randomize
@@ -113,6 +114,22 @@ def test_recovery_keeps_what_comes_nearest():
     assert found.agreements.keys() == found.errors.keys()
     assert logits_error(narrow, model, batches(seed=9)) == pytest.approx(found.errors[found.chosen], rel=0.5)
     assert found.errors[found.chosen] < 0.1 * found.errors["nothing"]
+
+
+def test_recovery_goes_on_from_what_was_found_of_the_same_plan(monkeypatch):
+    model = randomize(Net().eval(), 0)
+    narrow, plan = narrowed(model)
+    calibration = Calibration(model, batches(samples=256))
+    error = recovered_error(copy.deepcopy(narrow), calibration, plan)
+    afresh = copy.deepcopy(narrow)
+    expected = recover(afresh, Calibration(model, batches(samples=256)), plan)
+    assert error == pytest.approx(expected.errors["compensation with BatchNorm"], rel=1e-6)
+    passes = []
+    monkeypatch.setattr(recovery, "refit", lambda *args, **options: passes.append(options) or refit(*args, **options))
+    assert recover(narrow, calibration, plan).errors == pytest.approx(expected.errors, rel=1e-6)
+    assert [options.get("norms") for options in passes] == [False, expected.chosen == recovery.WITH_NORMS]
+    for found, wanted in zip(narrow.parameters(), afresh.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_dense_models_stay_in_their_precision():
