@@ -36,8 +36,6 @@ from helpers.mutations import mutations
 from helpers.runs import OPTIONS, Interrupted, Shuffled, run
 from helpers.training import loader, net
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 STATE = {
     "tensors": {"a": torch.arange(6.0).reshape(2, 3), "b": [torch.tensor(3), torch.zeros(0, dtype=torch.int64)]},
     "plain": [1, 2.5, None, True, "text", (1, (2, 3)), torch.bfloat16],
@@ -174,7 +172,7 @@ def test_a_header_that_is_deep_or_endless(tmp_path: Path, text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(quick: None) -> cpd.Result:
+def undisturbed() -> cpd.Result:
     return run(None)
 
 
@@ -257,7 +255,7 @@ def test_a_state_that_is_not_ours_is_told_as_such(stopped_run: Path, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def stopped_run(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:
+def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.raises(Interrupted):
         run(folder, stop=9)
