@@ -19,18 +19,17 @@ from torch import nn
 
 import cpd
 from cpd import processes
-from helpers.forks import started
+from helpers.forks import ALONE, started
 from helpers.training import X, loader, net
 
 HERE = Path(__file__).parent
 
 SCRIPT = """
 import sys
-sys.path.insert(0, sys.argv[2])
 import test_processes
 from helpers.hasty import hasten
 hasten()
-test_processes.tell(sys.argv[3], sys.argv[1])
+test_processes.tell(*sys.argv[1:])
 """
 
 
@@ -53,10 +52,11 @@ def launched(job: str, folder: Path, count: int, *, check: bool = True) -> tuple
     several = ["--multi_gpu"] if count > 1 else []  # the launcher's word for it; without GPUs gloo joins CPUs
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(count),
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
-               str(free_port()), str(folder / "job.py"), str(folder), str(HERE), job]  # fmt: skip
+               str(free_port()), str(folder / "job.py"), job, str(folder)]  # fmt: skip
     (folder / "job.py").write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, **ALONE}, check=False
+    )
     return told(done.stdout + done.stderr, done.returncode == 0 or not check)
 
 
@@ -210,10 +210,6 @@ def test_a_failure_of_the_first_ends_all(tmp_path: Path) -> None:
     assert "Rank 0 failed" in said
 
 
-#: `cpd` with short timings.
-COMMAND_LINE = "from helpers.hasty import hasten\nhasten()\nfrom cpd.cli import main\nmain()\n"
-
-
 def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     for label in range(2):
         folder = tmp_path / "images" / "train" / f"class{label}"
@@ -226,13 +222,10 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
         f"--target-macs 0.5 --criterion taylor --schedule linear --interval 2 --batch-size 2 --workers 0 --epochs 2 "
         f"--output-dir {out} --json"
     )
-    (tmp_path / "command_line.py").write_text(COMMAND_LINE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
-    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     done = subprocess.run(
-        [*launcher, str(free_port()), str(tmp_path / "command_line.py"), *options.split()], capture_output=True,
-        text=True, timeout=300, env=environment, check=False,
+        [*launcher, str(free_port()), "-m", "helpers.hasty", *options.split()], capture_output=True, text=True,
+        timeout=300, env={**os.environ, **ALONE}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout[done.stdout.index("{") :])  # of the first process alone

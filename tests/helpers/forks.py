@@ -1,7 +1,7 @@
 """Processes of their own that begin at once: forks of one that has imported what takes seconds.
 
-What they do is a function of a module; it starts with the environment and the folder of the process that asks for it,
-and what it writes goes to a file or a terminal. Timings are short, as in the tests' own process.
+What they do is a function of a module, and what they write goes to a file or a terminal. Timings are short, as in the
+tests' own process.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 IMPORTED = "helpers.imported"
+#: In the environment of an interpreter of its own: it finds the library and the tests, and is not the only one.
+ALONE = {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]), "OMP_NUM_THREADS": "1"}
 
 
 @functools.cache
@@ -31,12 +33,9 @@ def _context() -> ForkServerContext:
 
 
 def started(
-    function: str,
-    *arguments: Any,
-    output: str | Path,
-    environment: Mapping[str, str] = os.environ,
-    terminal: bool = False,
-) -> ForkServerProcess:
+    function: str, *arguments: Any, output: str | Path, environment: Mapping[str, str] = os.environ,
+    folder: Path | None = None, terminal: bool = False,
+) -> ForkServerProcess:  # fmt: skip
     """A process that calls a function.
 
     Args:
@@ -44,12 +43,13 @@ def started(
         arguments: of it.
         output: a file, made anew, or a terminal: where all goes that it writes.
         environment: of the process.
+        folder: where it runs; the folder of this process if None.
         terminal: whether `output` is one; it is read from too then, and its Ctrl-C interrupts the process.
     """
     with pytest.MonkeyPatch.context() as patch:  # of the process that is forked
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(TESTS.parent), str(TESTS)]))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        given = (function, arguments, dict(environment), os.getcwd(), str(output), terminal)
+        for name, value in ALONE.items():
+            patch.setenv(name, value)
+        given = (function, arguments, dict(environment), str(folder or os.getcwd()), str(output), terminal)
         process = _context().Process(target=_begin, args=given)
         process.start()
     return process

@@ -1,8 +1,12 @@
-"""What makes a process of the tests quick: timings for a moment; exports that share what they look up."""
+"""What makes a process of the tests quick: timings for a moment; exports that share what they look up.
+
+`python -m helpers.hasty ARGUMENTS` is `cpd` with that.
+"""
 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +15,7 @@ from torch._export import utils
 from torch.export import decomp_utils, exported_program
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
+from cpd.cli import main
 from cpd.deploy import kernels, latency
 from cpd.jobs import compress
 from cpd.selection import search
@@ -35,3 +40,14 @@ def hasten(put: Callable[[Any, str, Any], None] = setattr) -> None:
     known = functools.cache(lambda libraries: collect())
     for place in (utils, decomp_utils, exported_program):
         put(place, name, lambda: known(tuple(torch.ops._dir)))
+
+
+def command_line(*arguments: str) -> None:
+    """`cpd` with these arguments, as all that a process does."""
+    sys.argv = ["cpd", *arguments]
+    main()
+
+
+if __name__ == "__main__":
+    hasten()
+    main()

@@ -7,8 +7,9 @@ import timm.optim
 import timm.scheduler
 import torch._dynamo
 import torchvision
-from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch import nn
 
+import cpd
 import cpd.cli
 import cpd.jobs.compress
 import cpd.jobs.sensitivity
@@ -20,4 +21,4 @@ __all__ = ["accelerate", "cpd", "onnxscript", "runs", "timm", "tiny", "torchvisi
 
 torch.set_num_threads(1)
 hasten()
-ONNXRegistry.from_torchlib()
+cpd.export_onnx(nn.Linear(1, 1), torch.ones(1, 1), check=False)  # the first takes seconds, as much is imported for it
