@@ -5,13 +5,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import os
 import random
 import shutil
-import signal
-import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,11 +30,10 @@ from cpd.jobs.identity import TOLD, identity
 from cpd.model.tensors import hash_of
 from cpd.randomness import random_states, set_random_states
 from helpers.files import Killed, stopped
+from helpers.forks import started
 from helpers.mutations import mutations
 from helpers.runs import OPTIONS, Interrupted, Shuffled, run
 from helpers.training import loader, net
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 STATE = {
     "tensors": {"a": torch.arange(6.0).reshape(2, 3), "b": [torch.tensor(3), torch.zeros(0, dtype=torch.int64)]},
@@ -174,7 +171,7 @@ def test_a_header_that_is_deep_or_endless(tmp_path: Path, text: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(quick: None) -> cpd.Result:
+def undisturbed() -> cpd.Result:
     return run(None)
 
 
@@ -257,7 +254,7 @@ def test_a_state_that_is_not_ours_is_told_as_such(stopped_run: Path, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def stopped_run(tmp_path_factory: pytest.TempPathFactory, quick: None) -> Path:
+def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.raises(Interrupted):
         run(folder, stop=9)
@@ -365,40 +362,30 @@ def test_a_loss_that_is_not_finite_leaves_a_checkpoint_from_before(tmp_path: Pat
     assert run(tmp_path, resume=True).plan.groups
 
 
-SCRIPT = """
-import sys, torch
-sys.path.insert(0, sys.argv[2])
-from pathlib import Path
-from helpers.files import Killed, stopped
-from helpers.mutations import mutations
-from helpers.runs import run
-torch.set_num_threads(1)
-from cpd.jobs import compress
-compress.FINAL_SECONDS = 0.5
-folder = Path(sys.argv[1])
-result = run(folder, resume=(folder / "checkpoint.safetensors").exists())
-print(result.plan.digest)
-"""
+def go_on(folder: Path) -> None:
+    """Begin a run, or go on with it, and tell its plan: for a process that is killed meanwhile."""
+    warnings.simplefilter("error")
+    print(run(folder, resume=(folder / "checkpoint.safetensors").exists()).plan.digest)
 
 
 def test_a_run_killed_again_and_again_ends_with_the_same_plan(tmp_path: Path, undisturbed: cpd.Result) -> None:
     """SIGKILL at moments all over the run; `benchmarks/kill_test.py` does the same twenty times at random."""
-    command = [sys.executable, "-W", "error", "-c", SCRIPT, str(tmp_path), str(Path(__file__).parent)]
-    moments = random.Random(0)
+    moments, said = random.Random(0), tmp_path / "said.txt"
+    checkpoint = tmp_path / "run" / "checkpoint.safetensors"
     for _ in range(3):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        checkpoint = tmp_path / "checkpoint.safetensors"
-        deadline = time.monotonic() + 60
         before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while time.monotonic() < deadline and process.poll() is None:
+        process = started("test_checkpoint:go_on", checkpoint.parent, output=said)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.is_alive():
             if checkpoint.exists() and checkpoint.stat().st_mtime_ns != before:
                 time.sleep(moments.uniform(0, 0.3))
                 break
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
-        process.communicate()
+        process.kill()
+        process.join()
         if checkpoint.exists():
             assert safetensors.torch.load_file(checkpoint)
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.split()[-1] == undisturbed.plan.digest
+    process = started("test_checkpoint:go_on", checkpoint.parent, output=said)
+    process.join(120)
+    assert process.exitcode == 0, said.read_text()[-2000:]
+    assert said.read_text().split()[-1] == undisturbed.plan.digest

@@ -47,7 +47,6 @@ def test_what_users_call_most_has_an_example(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in public() if example(name).examples])
-@pytest.mark.usefixtures("quick")
 def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     said: list[str] = []

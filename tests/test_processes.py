@@ -19,22 +19,25 @@ from torch import nn
 
 import cpd
 from cpd import processes
+from helpers.forks import ALONE, started
 from helpers.training import X, loader, net
 
 HERE = Path(__file__).parent
 
 SCRIPT = """
-import json, os, sys
-sys.path.insert(0, sys.argv[2])
-import torch
-torch.set_num_threads(1)
+import sys
 import test_processes
-from cpd.jobs import compress
-compress.FINAL_SECONDS = 0.5
-found = getattr(test_processes, sys.argv[3])(sys.argv[1])
-if os.environ.get("RANK", "0") == "0":
-    print("FOUND" + json.dumps(found))
+from helpers.hasty import hasten
+hasten()
+test_processes.tell(*sys.argv[1:])
 """
+
+
+def tell(job: str, folder: str) -> None:
+    """What a process does: a function of this file, whose result the first one writes."""
+    found = globals()[job](folder)
+    if os.environ.get("RANK", "0") == "0":
+        print("FOUND" + json.dumps(found))
 
 
 def free_port() -> int:
@@ -45,20 +48,44 @@ def free_port() -> int:
 
 
 def launched(job: str, folder: Path, count: int, *, check: bool = True) -> tuple[object, str]:
-    """What a function of this file gives in so many processes, and what they said."""
-    port = free_port()
+    """What a function of this file gives in so many processes of `accelerate launch`, and what they said."""
     several = ["--multi_gpu"] if count > 1 else []  # the launcher's word for it; without GPUs gloo joins CPUs
     command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(count),
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
-               str(port), str(folder / "job.py"), str(folder), str(HERE), job]  # fmt: skip
+               str(free_port()), str(folder / "job.py"), job, str(folder)]  # fmt: skip
     (folder / "job.py").write_text(SCRIPT)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
-    said = done.stdout + done.stderr
-    if check:
-        assert done.returncode == 0, said[-3000:]
-    line = next((line for line in done.stdout.splitlines() if line.startswith("FOUND")), None)
-    return None if line is None else json.loads(line.removeprefix("FOUND")), said
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, **ALONE}, check=False
+    )
+    return told(done.stdout + done.stderr, done.returncode == 0 or not check)
+
+
+def forked(job: str, folder: Path, count: int, *, check: bool = True) -> tuple[object, str]:
+    """The same in processes that need not import anything, with the environment that launchers give."""
+    folder.mkdir(exist_ok=True)
+    outputs = [folder / f"rank{rank}.txt" for rank in range(count)]
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(count)}
+    ranks = [
+        started(
+            "test_processes:tell", job, str(folder), output=output,
+            environment={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank, output in enumerate(outputs)
+    ]  # fmt: skip
+    for process in ranks:
+        process.join(300)
+        process.kill()
+    ends = [process.exitcode for process in ranks]
+    said = "".join(map(Path.read_text, outputs))
+    assert set(ends) <= {0, 1}, said  # none had to be killed
+    return told(said, not any(ends) or not check)
+
+
+def told(said: str, well: bool) -> tuple[object, str]:
+    """What the first process has found, and all that they said."""
+    assert well, said[-3000:]
+    found = [line.removeprefix("FOUND") for line in said.splitlines() if line.startswith("FOUND")]
+    return json.loads(found[0]) if found else None, said
 
 
 def batches_of(size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -151,10 +178,8 @@ def test_no_thread_outlives_the_program(tmp_path: Path) -> None:
 
 
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    one, _ = launched("job_scores", tmp_path / "one", 1)
-    two, _ = launched("job_scores", tmp_path / "two", 2)
+    one, _ = forked("job_scores", tmp_path / "one", 1)
+    two, _ = forked("job_scores", tmp_path / "two", 2)
     for criterion, groups in one.items():
         for name, values in groups.items():
             found, expected = torch.tensor(two[criterion][name]), torch.tensor(values)
@@ -162,7 +187,7 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
 
 
 def test_two_processes_make_the_plan_of_one_and_one_of_them_writes(tmp_path: Path) -> None:
-    one, _ = launched("job_compress", tmp_path, 1)
+    one, _ = forked("job_compress", tmp_path, 1)
     two, _ = launched("job_compress", tmp_path, 2)
     assert one["digest"] == two["digest"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
@@ -173,15 +198,14 @@ def test_two_processes_make_the_plan_of_one_and_one_of_them_writes(tmp_path: Pat
 
 
 def test_processes_that_disagree_are_named(tmp_path: Path) -> None:
-    (tmp_path / "later").mkdir()
-    _, said = launched("job_disagree", tmp_path, 2, check=False)
+    _, said = forked("job_disagree", tmp_path, 2, check=False)
     assert "rank [1] differ from rank 0 in the weights of the model" in said
-    _, said = launched("job_disagree", tmp_path / "later", 2, check=False)
+    _, said = forked("job_disagree", tmp_path / "later", 2, check=False)
     assert "rank [1] differ from rank 0 in the plan" in said
 
 
 def test_a_failure_of_the_first_ends_all(tmp_path: Path) -> None:
-    _, said = launched("job_fail_on_first", tmp_path, 2, check=False)
+    _, said = forked("job_fail_on_first", tmp_path, 2, check=False)
     assert "ZeroDivisionError" in said
     assert "Rank 0 failed" in said
 
@@ -195,22 +219,13 @@ def test_the_command_line_under_torchrun(tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = (
         f"compress timm:test_resnet,num_classes=2 --no-pretrained --input-size 32 --data {tmp_path / 'images'} "
-        f"--target-macs 0.5 --criterion taylor --schedule linear --interval 1 --batch-size 2 --workers 0 --epochs 2 "
+        f"--target-macs 0.5 --criterion taylor --schedule linear --interval 2 --batch-size 2 --workers 0 --epochs 2 "
         f"--output-dir {out} --json"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        str(free_port()),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
     done = subprocess.run(
-        [*command, "-m", "cpd", *options.split()], capture_output=True, text=True, timeout=300, env=environment,
-        check=False,
+        [*launcher, str(free_port()), "-m", "helpers.hasty", *options.split()], capture_output=True, text=True,
+        timeout=300, env={**os.environ, **ALONE}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout[done.stdout.index("{") :])  # of the first process alone

@@ -21,8 +21,6 @@ from cpd.surgery.shrink import shrink
 from helpers.training import X, loader, net
 from helpers.zoo import comb, random_plan
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 # ---------------------------------------------------------------- the comb of a narrower model
 
 

@@ -21,8 +21,6 @@ from helpers.fakes import Fakes
 from helpers.folders import LEAKY, write_images
 from helpers.saved import IMAGES, classifier, trained
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 SAVED = Path(__file__).parent / "saved"
 OUTPUTS = json.loads((SAVED / "outputs.json").read_text())
 

@@ -23,8 +23,6 @@ from cpd.surgery.masked import masked_error
 from cpd.surgery.shrink import shrink
 from helpers.zoo import comb, dense, random_plan
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def write(root: Path, count: int = 4, classes: int = 3) -> Path:
     generator = np.random.default_rng(0)

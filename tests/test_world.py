@@ -18,7 +18,6 @@ from helpers.world import differences, same, whole, world
 fast_path = torch.backends.mha.get_fastpath_enabled
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.filterwarnings("ignore:Schedule:DeprecationWarning")
 @pytest.mark.parametrize("name", [name for name in CALLS if name not in ("sweep", "demo.run_demo")])
 def test_the_process_and_the_model_are_as_they_were(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +66,6 @@ def test_the_switch_is_turned_back_by_the_last_of_several_threads() -> None:
     assert fast_path()
 
 
-@pytest.mark.usefixtures("quick")
 def test_a_run_that_fails_in_its_training_leaves_the_process_as_it_was() -> None:
     calls = 0
 

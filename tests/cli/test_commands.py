@@ -101,7 +101,7 @@ def test_profile_shows_where_the_time_goes(run: Any) -> None:
 
 
 @LEAKY
-def test_sweep_then_quantize_then_latency(run: Any, tmp_path: Path, quick: None) -> None:
+def test_sweep_then_quantize_then_latency(run: Any, tmp_path: Path) -> None:
     for part in ("train", "val"):
         write_images(tmp_path / "data" / part, classes=2)
     out, name = tmp_path / "out", "timm:test_vit,num_classes=2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -10,29 +11,11 @@ from pathlib import Path
 import pytest
 
 from helpers.folders import write_images
+from helpers.forks import ALONE
 from helpers.terminal import Screen, run_in_terminal
 
-ROOT = Path(__file__).parents[2]
 EPOCHS = 12
-#: The command line with short timings.
-START = """
-import sys
-sys.path[:0] = [{root!r}, {tests!r}]
-import torch
-torch.set_num_threads(1)
-from cpd.deploy import kernels, latency
-from cpd.jobs import compress
-from cpd.selection import search
-kernels.SECONDS, compress.FINAL_SECONDS, compress.PROFILE_SECONDS, search.SECONDS = 0.02, 0.3, 0.02, 0.3
-latency._BLOCK_MS = latency._LEAD_MS = 3.0
-from cpd.cli import main
-main()
-"""
-
-
-def command(*arguments: object) -> list[str]:
-    start = START.format(root=str(ROOT), tests=str(ROOT / "tests"))
-    return [sys.executable, "-c", start, *map(str, arguments)]
+COMMAND_LINE = "helpers.hasty:command_line"
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +27,20 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def of_tiny(arguments: str) -> list[str]:
+    """A command and its options, on a small model."""
+    return [*arguments.split(), "helpers.tiny:Tiny", "--input-size", "16"]
+
+
 def training(images: Path) -> list[str]:
     """A training of twelve epochs that takes seconds."""
-    return command(
-        "compress", "helpers.tiny:Tiny", "--input-size", 16, "--data", images, "--workers", 0, "--batch-size", 6,
-        "--target-macs", 0.5, "--epochs", EPOCHS, "--lr", 1e-4,
-    )  # fmt: skip
+    options = f"--workers 0 --batch-size 6 --target-macs 0.5 --epochs {EPOCHS} --lr 1e-4"
+    return of_tiny(f"compress --data {images} {options}")
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_twelve_epochs_in_a_terminal(images: Path, width: int) -> None:
-    code, text = run_in_terminal(training(images), width, cwd=images)
+    code, text = run_in_terminal(COMMAND_LINE, *training(images), width=width, folder=images)
     assert code == 0, text
     screen = Screen(width).send(text)
     lines = [line.rstrip() for line in screen.lines]
@@ -75,7 +61,9 @@ def test_twelve_epochs_in_a_terminal(images: Path, width: int) -> None:
 
 def test_twelve_epochs_as_a_log_file(images: Path, tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as log:
-        done = subprocess.run(training(images), cwd=images, stdout=subprocess.PIPE, stderr=log, check=False)
+        command = [sys.executable, "-m", "helpers.hasty", *training(images)]
+        environment = {**os.environ, **ALONE}
+        done = subprocess.run(command, cwd=images, env=environment, stdout=subprocess.PIPE, stderr=log, check=False)
     text = (tmp_path / "log").read_text()
     assert done.returncode == 0, text
     assert "\x1b" not in text + done.stdout.decode()
@@ -91,7 +79,7 @@ def test_twelve_epochs_as_a_log_file(images: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_brings_the_cursor_back_and_exits_with_130(images: Path) -> None:
     code, text = run_in_terminal(
-        [*training(images), "--workers", "0"], 80, cwd=images, interrupt_at=f"Epoch 3 of {EPOCHS}"
+        COMMAND_LINE, *training(images), width=80, folder=images, interrupt_at=f"Epoch 3 of {EPOCHS}"
     )
     screen = Screen(80).send(text)
     assert code == 130, text
@@ -103,16 +91,16 @@ def test_ctrl_c_brings_the_cursor_back_and_exits_with_130(images: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        (("comb", "helpers.tiny:Tiny", "--input-size", 16), ["comb"]),
-        (("profile", "helpers.tiny:Tiny", "--input-size", 16, "--check", 1), ["narrower copy 1 of 1, timing"]),
-        (("latency", "helpers.tiny:Tiny", "--input-size", 16, "--seconds", 1), ["timing"]),
-        (("sweep", "helpers.tiny:Tiny", "--input-size", 16, "--speedups", "1.1,1.2", "--tolerance", 0.5),
-         ["target 1 of 2: 1.1x, stage 1 of 6: comb", "target 2 of 2: 1.2x, stage 6 of 6: deploy"]),
+        ("comb", ["comb"]),
+        ("profile --check 1", ["narrower copy 1 of 1, timing"]),
+        ("latency --seconds 1", ["timing"]),
+        ("sweep --speedups 1.1,1.2 --tolerance 0.5",
+         ["target 1 of 2: 1.1x, stage 3 of 6: select", "target 2 of 2: 1.2x, stage 6 of 6: deploy"]),
     ],
     ids=["comb", "profile", "latency", "sweep"],
 )  # fmt: skip
-def test_other_commands_show_where_they_are(arguments: tuple[object, ...], shown: list[str], tmp_path: Path) -> None:
-    code, text = run_in_terminal(command(*arguments), 120, cwd=tmp_path)
+def test_other_commands_show_where_they_are(arguments: str, shown: list[str], tmp_path: Path) -> None:
+    code, text = run_in_terminal(COMMAND_LINE, *of_tiny(arguments), width=120, folder=tmp_path)
     assert code in (0, 3), text
     screen = Screen(120).send(text)
     assert not screen.wrapped
@@ -121,17 +109,14 @@ def test_other_commands_show_where_they_are(arguments: tuple[object, ...], shown
 
 
 def test_sensitivity_shows_one_bar_over_all_groups(images: Path) -> None:
-    code, text = run_in_terminal(
-        command("sensitivity", "helpers.tiny:Tiny", "--input-size", 16, "--data", images, "--workers", 0),
-        80,
-        cwd=images,
-    )
+    arguments = of_tiny(f"sensitivity --data {images} --workers 0")
+    code, text = run_in_terminal(COMMAND_LINE, *arguments, width=80, folder=images)
     screen = Screen(80).send(text)
     assert code == 0, text
     assert any(re.search(r"sensitivity .*\d+%", line) for line in screen.seen)
 
 
 def test_quiet_shows_no_line(images: Path) -> None:
-    code, text = run_in_terminal(command("comb", "helpers.tiny:Tiny", "--input-size", 16, "-q"), 80, cwd=images)
+    code, text = run_in_terminal(COMMAND_LINE, *of_tiny("comb -q"), width=80, folder=images)
     assert code == 0, text
     assert "\x1b[2K" not in text

@@ -19,7 +19,6 @@ from helpers.files import Killed, stopped
 from helpers.folders import write_images
 from helpers.tiny import INPUT, Tiny
 
-pytestmark = pytest.mark.usefixtures("quick")
 COMPRESS = ("compress", "helpers.tiny:Tiny", "--no-pretrained", "--input-size", "16", "--target-macs", "0.5")
 
 
@@ -65,7 +64,7 @@ def test_a_recipe_of_the_user_is_left(fakes: Fakes, run: Any, tmp_path: Path) ->
 
 
 @pytest.fixture(scope="module")
-def of_a_factory(quick: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def of_a_factory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A result whose source is a factory, and images of its classes."""
     folder = tmp_path_factory.mktemp("factory")
     cpd.compress(Tiny(), target_macs=0.5, example_inputs=INPUT, source="a_module:net", output_dir=folder / "out")

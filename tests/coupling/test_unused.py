@@ -44,7 +44,7 @@ def test_what_is_never_used_is_told_and_counts_in_no_share():
     assert unused_sentence(combed.unused) == f"Never used in the forward: {STAGE:,} parameters (stages.2)."
 
 
-def test_a_run_says_so_and_so_does_a_target_that_it_keeps_out_of_reach(quick: None):
+def test_a_run_says_so_and_so_does_a_target_that_it_keeps_out_of_reach():
     sentence = f"Never used in the forward: {STAGE:,} parameters (stages.2)."
     found = cpd.compress(Deeper().eval(), target_macs=0.6, example_inputs=IMAGE, progress=False)
     assert sentence in found.report.notes

@@ -67,7 +67,7 @@ def test_backends_that_are_not_there_say_so(monkeypatch):
         cpd.measure_latency({"a": b""}, IMAGE, backends=["torch"])
 
 
-def test_of_several_batches_the_slowest_counts(quick):
+def test_of_several_batches_the_slowest_counts():
     """At 64 pixels half of the width saves much, at 4 pixels next to nothing."""
     large, small = nn.Conv2d(3, 256, 3, padding=1), nn.Conv2d(3, 16, 3, padding=1)
     probe = LatencyProbe(large, IMAGE, others=[torch.randn(1, 3, 4, 4)])

@@ -151,7 +151,7 @@ def test_a_measurement_corrects_the_prediction(block, predicted):
     predicted._observed.clear()
 
 
-def test_predictions_come_near_what_is_measured(quick):
+def test_predictions_come_near_what_is_measured():
     """A loose bound, for other processes disturb it; benchmarks/onnx_latency.py measures the error."""
     model = timm.create_model("resnet18").eval()
     found = cpd.profile_model(model, torch.randn(1, 3, 96, 96), check=2, seconds=0.5)

@@ -98,7 +98,7 @@ def test_the_best_is_in_the_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("schedule", ["one-shot", "linear"])
-def test_compress_keeps_the_best_once_all_pruning_is_done(schedule: str, quick: None) -> None:
+def test_compress_keeps_the_best_once_all_pruning_is_done(schedule: str) -> None:
     """The metric falls with every call: before pruning, after it, recovered, epochs 1 to 4."""
     calls = list[int]()
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import pty
 import re
-import select
-import signal
 import struct
+import sys
 import termios
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
+
+from helpers.forks import started
 
 _SEQUENCE = re.compile(r"\x1b\[(?P<given>[?0-9;]*)(?P<kind>[A-Za-z])")
 
@@ -86,38 +87,40 @@ class Screen:
 
 
 def run_in_terminal(
-    command: Sequence[str], width: int, *, cwd: Path, interrupt_at: str | None = None, seconds: float = 120
+    function: str, *arguments: Any, width: int, folder: Path, interrupt_at: str | None = None, seconds: float = 120
 ) -> tuple[int, str]:
-    """The exit code of a program, and all that it wrote to its terminal.
+    """The exit code of a process that calls a function, and all that it wrote to its terminal.
 
     Args:
-        command: the program and its arguments.
+        function: "module:function".
+        arguments: of it.
         width: of the terminal, in cells.
-        cwd: where it runs.
+        folder: where it runs.
         interrupt_at: Ctrl-C is pressed once it has written this.
         seconds: after which it is ended.
     """
-    child, terminal = pty.fork()
-    if child == 0:
-        os.chdir(cwd)
-        for name in ("COLUMNS", "NO_COLOR", "FORCE_COLOR"):
-            os.environ.pop(name, None)
-        os.environ["TERM"] = "xterm-256color"
-        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
-        os.execvp(command[0], list(command))
+    terminal, inside = pty.openpty()
+    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 40, width, 0, 0))
+    unset = ("COLUMNS", "NO_COLOR", "FORCE_COLOR")
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | {"TERM": "xterm-256color"}
+    process = started(
+        function, *arguments, output=os.ttyname(inside), environment=environment, folder=folder, terminal=True
+    )
     written, deadline = b"", time.monotonic() + seconds
-    with contextlib.suppress(OSError):  # Linux reports the end of a terminal so
-        while True:
-            left = deadline - time.monotonic()
-            if left <= 0 or not select.select([terminal], [], [], left)[0]:  # silent, or talking, for too long
-                os.kill(child, signal.SIGKILL)
-                break
-            if not (part := os.read(terminal, 1 << 16)):
-                break
-            written += part
-            if interrupt_at is not None and interrupt_at in written.decode(errors="ignore"):
-                os.write(terminal, b"\x03")
-                interrupt_at = None
+    while ready := wait([terminal, process.sentinel], max(0, deadline - time.monotonic())):
+        if terminal not in ready:  # it has ended, and all is read
+            break
+        written += os.read(terminal, 1 << 16)
+        if interrupt_at is not None and interrupt_at in written.decode(errors="ignore"):
+            os.write(terminal, b"\x03")
+            interrupt_at = None
+    process.kill()  # where it is silent, or talks, for too long
+    process.join()
+    os.close(inside)
     os.close(terminal)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status), written.decode()
+    return process.exitcode, written.decode()
+
+
+def run_program(program: str, *options: str, **given: Any) -> tuple[int, str]:
+    """The same of Python code in an interpreter of its own, with options for it."""
+    return run_in_terminal("os:execv", sys.executable, [sys.executable, *options, "-c", program], **given)

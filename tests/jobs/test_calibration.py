@@ -28,7 +28,7 @@ class Noted:
             yield batch
 
 
-def test_recovery_on_calibration_alone_is_a_stage_of_the_run(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recovery_on_calibration_alone_is_a_stage_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     parts: list[str] = []
 
     def noted(name: str) -> Any:
@@ -41,7 +41,7 @@ def test_recovery_on_calibration_alone_is_a_stage_of_the_run(quick: None, monkey
     assert parts == [f"stage {number} of 7: {name}" for number, name in enumerate(names, 1)]
 
 
-def test_scores_and_recovery_read_calibration_alone(quick: None) -> None:
+def test_scores_and_recovery_read_calibration_alone() -> None:
     data, calibration = Noted(0), Noted(1)
     options: dict[str, Any] = {"target_macs": 0.5, "example_inputs": INPUT, "score_batches": 2}
     model = Tiny()

@@ -17,11 +17,8 @@ class Fixed(nn.Module):
         return x * 2
 
 
-pytestmark = pytest.mark.usefixtures("quick")
-
-
 @pytest.fixture(scope="module")
-def result(quick, tmp_path_factory):
+def result(tmp_path_factory):
     torch.manual_seed(0)
     model = Tiny()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

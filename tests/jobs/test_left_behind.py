@@ -12,7 +12,6 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -20,8 +19,6 @@ from torch.nn.modules import module as torch_module
 
 import cpd
 from helpers.training import X, loader, net
-
-pytestmark = pytest.mark.usefixtures("quick")
 
 
 def held() -> Counter[str]:

@@ -128,7 +128,7 @@ def test_in_train_mode_the_same_parts_matter_or_all_where_they_are_not_there(out
 # ------------------------------------------------------------------------------------------ whole runs
 
 
-def test_a_run_compares_by_what_matters(quick: None) -> None:
+def test_a_run_compares_by_what_matters() -> None:
     data = [(x, F.one_hot(y, 4).float()) for x, y in loader()]
     found = cpd.compress(
         Verbose().eval(), target_macs=0.5, data=data, epochs=1, outputs=("logits",), round_to=1, ratios={"stem": 0.5},

@@ -29,7 +29,7 @@ def test_the_first_process_alone_writes(monkeypatch, tmp_path):
     assert not (tmp_path / "sweep.json").exists()
 
 
-def test_a_sweep_goes_on_past_what_cannot_be_reached(quick, tmp_path):
+def test_a_sweep_goes_on_past_what_cannot_be_reached(tmp_path):
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(),

@@ -9,8 +9,6 @@ from cpd.deploy.export import check_runs
 from cpd.deploy.latency import LatencyProbe
 from cpd.model.inputs import Call
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 def network(dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)

@@ -53,7 +53,7 @@ def test_a_score_is_the_same_below_a_mask_and_with_the_mask_multiplied_in(criter
         assert torch.allclose(below, within)
 
 
-def test_masks_are_kept_or_made_permanent_as_asked(quick: None) -> None:
+def test_masks_are_kept_or_made_permanent_as_asked() -> None:
     for masks, names in (("keep", 3), ("permanent", 0)):
         model = network()
         given = {name: tensor.clone() for name, tensor in model.state_dict().items()}

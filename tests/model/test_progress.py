@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
 
 import pytest
 
 from cpd.model import progress
-from helpers.terminal import Screen, run_in_terminal
+from helpers.terminal import Screen, run_program
 
 HERE = Path(__file__).parents[2]
 #: Two stages, the second with twelve epochs of ten steps; logs, prints and warnings come meanwhile.
@@ -45,7 +44,7 @@ log.info("over")
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_one_line_with_the_log_above_it(width: int) -> None:
-    code, text = run_in_terminal([sys.executable, "-c", PROGRAM], width, cwd=HERE)
+    code, text = run_program(PROGRAM, width=width, folder=HERE)
     screen = Screen(width).send(text)
     assert code == 0, text
     assert not screen.wrapped
@@ -70,7 +69,7 @@ def test_nothing_is_shown_on_what_is_no_terminal(capfd: pytest.CaptureFixture[st
 
 def test_ctrl_c_brings_the_cursor_back() -> None:
     program = "import time\nfrom cpd.model.progress import part, shown\nwith shown(), part('long'):\n    time.sleep(60)"
-    code, text = run_in_terminal([sys.executable, "-c", program], 80, cwd=HERE, interrupt_at="long")
+    code, text = run_program(program, width=80, folder=HERE, interrupt_at="long")
     screen = Screen(80).send(text)
     assert code != 0
     assert "KeyboardInterrupt" in text
@@ -89,7 +88,7 @@ def test_a_worker_that_is_forked_writes_as_if_no_line_was_shown() -> None:
         "            os._exit(progress._line is not None)\n"
         "        assert os.waitpid(child, 0)[1] == 0\n"
     )
-    code, text = run_in_terminal([sys.executable, "-W", "ignore", "-c", program], 80, cwd=HERE, seconds=30)
+    code, text = run_program(program, "-W", "ignore", width=80, folder=HERE, seconds=30)
     assert code == 0, text
     assert text.count("from the child") == 30
 

@@ -113,7 +113,7 @@ def test_what_is_compiled_runs_as_it_is_written_while_it_is_looked_at():
     assert masked_error(model, cpd.shrink(fresh, plan), combed, plan) < 1e-12
 
 
-def test_a_compiled_model_is_worked_on_as_the_module_within(quick: None):
+def test_a_compiled_model_is_worked_on_as_the_module_within():
     plain = net()
     model = torch.compile(plain)
     assert check_model(model) is plain

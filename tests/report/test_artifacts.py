@@ -10,11 +10,9 @@ import torch
 import cpd
 from helpers.tiny import INPUT, Tiny, compressed
 
-pytestmark = pytest.mark.usefixtures("quick")
-
 
 @pytest.fixture(scope="module")
-def result(quick, tmp_path_factory):
+def result(tmp_path_factory):
     torch.manual_seed(0)
     model, folder = Tiny(), tmp_path_factory.mktemp("out") / "new"
     return model, compressed(model, folder), folder

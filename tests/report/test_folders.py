@@ -32,12 +32,11 @@ from helpers.kills import state_of
 from helpers.mutations import mutations
 from helpers.tiny import INPUT, Tiny
 
-pytestmark = pytest.mark.usefixtures("quick")
 RESULT = {"README.md", "model.onnx", "model.safetensors", "plan.json", "report.html", "report.json"}
 
 
 @pytest.fixture(scope="module")
-def two(quick: None) -> tuple[cpd.Result, cpd.Result]:
+def two() -> tuple[cpd.Result, cpd.Result]:
     """An older result and a newer one, of other widths."""
     torch.manual_seed(0)
     model = Tiny().eval()

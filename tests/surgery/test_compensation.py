@@ -286,7 +286,7 @@ def test_a_layer_whose_groups_go_is_refitted_group_by_group(kind, kept):
 
 
 @pytest.mark.parametrize("kind", GROUPED)
-def test_a_model_with_a_grouped_layer_is_compressed_with_data(kind, quick):
+def test_a_model_with_a_grouped_layer_is_compressed_with_data(kind):
     side = {"conv": 4, "transposed": 16}.get(kind, 17)
     data = [(torch.randn(8, 3, 16, 16), torch.randint(2, (8, side, side)))]
     found = cpd.compress(grouped(kind), target_macs=0.4, data=data, epochs=0, round_to=1, progress=False)
