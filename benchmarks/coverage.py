@@ -196,14 +196,14 @@ def cover(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]
 
 
 @contextmanager
-def installed_peer(wanted: bool) -> Iterator[str | None]:
-    """A temporary folder with the peer installed in it."""
+def installed_peer(wanted: bool, *packages: str) -> Iterator[str | None]:
+    """A temporary folder with the peer, or these packages, installed in it."""
     if not wanted:
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder, PEER]
-        subprocess.run(pip, check=True)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
+        subprocess.run([*pip, *(packages or (PEER,))], check=True)
         yield folder
 
 

@@ -15,14 +15,14 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from coverage import PEER, installed_peer
-from models import counted_macs
+from models import CifarResNet, counted_macs
 from resnet56_cifar10 import BORDER, check_files, load_data, load_model
 from rich.console import Console
 from rich.progress import Progress
@@ -47,9 +47,18 @@ FEWER = (2.11, 2.55, 4.0)
 TREATMENTS = ("raw", "recalibrated", "compensated")
 #: Of the peer, from the whole model to the narrowest.
 STEPS = 200
-PEERS = ("magnitude", "taylor", "hessian", "bn_scale", "lamp", "fpgm", "random")
+PEERS = {
+    "magnitude": "GroupMagnitudeImportance",
+    "taylor": "GroupTaylorImportance",
+    "hessian": "GroupHessianImportance",
+    "bn_scale": "BNScaleImportance",
+    "lamp": "LAMPImportance",
+    "fpgm": "FPGMImportance",
+    "random": "RandomImportance",
+}
 
 Images = tuple[Tensor, Tensor]
+Batches = Sequence[Images]
 
 
 class Bench:
@@ -123,19 +132,10 @@ class Bench:
         """Torch-Pruning, global; widths of residual streams are left alone where its graph cannot follow them."""
         import torch_pruning as tp
 
-        kinds = {
-            "magnitude": tp.importance.GroupMagnitudeImportance,
-            "taylor": tp.importance.GroupTaylorImportance,
-            "hessian": tp.importance.GroupHessianImportance,
-            "bn_scale": tp.importance.BNScaleImportance,
-            "lamp": tp.importance.LAMPImportance,
-            "fpgm": tp.importance.FPGMImportance,
-            "random": tp.importance.RandomImportance,
-        }
         for fewer in options.fewer:
             if (self.name, f"torch-pruning {importance}", "global", "its own", fewer) in known:
                 continue
-            narrow = peer_narrowed(tp, kinds[importance](), importance, self, fewer)
+            narrow = peer_narrowed(tp, importance, self.model, self.test[0][:1], fewer, self.batches[: self.scoring])
             call = as_call(self.test[0][:1])
             left = counted_macs(narrow, call) / counted_macs(self.model, call)
             yield {
@@ -149,33 +149,49 @@ class Bench:
             }
 
 
-def peer_narrowed(tp: Any, importance: Any, name: str, bench: Bench, fewer: float) -> nn.Module:
+def peer_narrowed(
+    tp: Any, importance: str, model: nn.Module, example: Tensor, fewer: float, batches: Batches = ()
+) -> nn.Module:
     """A copy pruned step by step until it has the MACs asked for."""
-    model, x = copy.deepcopy(bench.model), bench.test[0][:1]
+    goal = counted_macs(model, as_call(example)) / fewer
+    for narrow in peer_steps(tp, importance, model, example, batches):
+        if counted_macs(narrow, as_call(example)) <= goal:
+            break
+    narrow.zero_grad()
+    return narrow
+
+
+def peer_steps(
+    tp: Any, importance: str, model: nn.Module, example: Tensor, batches: Batches = (), round_to: int | None = None
+) -> Iterator[nn.Module]:
+    """One copy, narrower at each step; the importance is scored on the batches where it asks for gradients."""
+    with torch.no_grad():
+        classes = model(example).shape[1]
+    model = copy.deepcopy(model)
     heads, ignored = {}, []
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module.out_features == bench.test[1].max() + 1:
+        if classes in (getattr(module, "out_features", None), getattr(module, "out_channels", None)):
             ignored.append(module)
         if hasattr(module, "num_heads"):
             heads[module.qkv] = module.num_heads
-        if bench.name == "resnet56" and isinstance(module, nn.Conv2d) and not path.endswith("conv1"):
+        if isinstance(model, CifarResNet) and isinstance(module, nn.Conv2d) and not path.endswith("conv1"):
             ignored.append(module)  # its graph does not follow channels padded with zeros
-    if bench.name == "resnet56":
+    if isinstance(model, CifarResNet):
         ignored.append(model.conv1)
+    scored = getattr(tp.importance, PEERS[importance])()
     pruner = tp.pruner.BasePruner(
-        model, x, importance=importance, global_pruning=True, pruning_ratio=0.95, max_pruning_ratio=0.95,
+        model, example, importance=scored, global_pruning=True, pruning_ratio=0.95, max_pruning_ratio=0.95,
         iterative_steps=STEPS, ignored_layers=ignored, num_heads=heads, prune_num_heads=False, prune_head_dims=True,
+        round_to=round_to,
     )  # fmt: skip
-    goal = counted_macs(model, as_call(x)) / fewer
-    if name in ("taylor", "hessian"):
-        for images, labels in bench.batches[: bench.scoring]:
-            if name == "taylor":
-                F.cross_entropy(model(images), labels).backward()
-                continue
-            for image, label in zip(images.split(1), labels.split(1), strict=True):
-                model.zero_grad()
-                F.cross_entropy(model(image), label).backward()
-                importance.accumulate_grad(model)
+    for images, labels in batches if importance in ("taylor", "hessian") else ():
+        if importance == "taylor":
+            F.cross_entropy(model(images), labels).backward()
+            continue
+        for image, label in zip(images.split(1), labels.split(1), strict=True):
+            model.zero_grad()
+            F.cross_entropy(model(image), label).backward()
+            scored.accumulate_grad(model)
     for _ in range(STEPS):
         pruner.step()
         for module in model.modules():
@@ -183,10 +199,7 @@ def peer_narrowed(tp: Any, importance: Any, name: str, bench: Bench, fewer: floa
                 module.num_heads = pruner.num_heads[module.qkv]
                 module.attn_dim = module.qkv.out_features // 3  # timm's own names, as its example sets them
                 module.head_dim = module.attn_dim // module.num_heads
-        if counted_macs(model, as_call(x)) <= goal:
-            break
-    model.zero_grad()
-    return model
+        yield model
 
 
 def vit() -> nn.Module:

@@ -11,7 +11,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,12 +63,12 @@ class MissingDataError(Exception):
     """The data directory lacks a file, or a file is not what its name says."""
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, files: Mapping[str, str] = FILES) -> None:
     """Raise `MissingDataError`, saying what to fetch, unless every file is there."""
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    missing = [name for name in files if not (folder / name).is_file()]
     if missing:
-        found = f"{folder} lacks {len(missing)} of {len(FILES)} files" if folder.is_dir() else f"No folder {folder}"
-        wanted = "\n".join(f"  {name}: {FILES[name]}" for name in missing)
+        found = f"{folder} lacks {len(missing)} of {len(files)} files" if folder.is_dir() else f"No folder {folder}"
+        wanted = "\n".join(f"  {name}: {files[name]}" for name in missing)
         raise MissingDataError(f"{found}. Put there, and pass the folder as DATA_DIR:\n{wanted}")
 
 

@@ -277,14 +277,12 @@ def ours(
 
 
 def theirs(
-    tp: Any, name: str, student: Student, dense: nn.Module, setting: dict[str, Any], options: argparse.Namespace
+    tp: Any, student: Student, dense: nn.Module, setting: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Torch-Pruning's group magnitude, then plain cross-entropy, as its examples train: SGD 0.01, cosine, batch 128."""
     loader, evaluate, example = student.data(options.data_dir, setting["seed"], 128)
-    bench = argparse.Namespace(name=name.split("-")[0], model=dense, test=(example, torch.tensor([9])), batches=[])
     start = time.perf_counter()
-    importance = tp.importance.GroupMagnitudeImportance()
-    model = peer_narrowed(tp, importance, "magnitude", bench, setting["fewer"])
+    model = peer_narrowed(tp, "magnitude", dense, example, setting["fewer"])
     model = model.requires_grad_(True).to(memory_format=memory_format(options))
     epochs = options.epochs or student.recovery.epochs
     config = cpd.DistillConfig(epochs=epochs, lr=0.01, kd="none", warmup=0.0, weight_decay=5e-4, seed=setting["seed"])
@@ -432,7 +430,7 @@ def main() -> int:
             else:
                 import torch_pruning as tp
 
-                found = theirs(tp, options.student, student, dense, setting, options)
+                found = theirs(tp, student, dense, setting, options)
             rows.append({**head, **found})
             print({key: value for key, value in rows[-1].items() if key != "history"}, file=sys.stderr, flush=True)
             if options.json:
