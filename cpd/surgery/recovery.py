@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -79,13 +80,13 @@ def recover(model: nn.Module, calibration: Calibration, plan: Plan) -> Recovery:
     failure = None
     if normed:
         trial.of(RECALIBRATION, trial.recalibrated)
+    variants = {COMPENSATION: False, WITH_NORMS: True} if normed else {COMPENSATION: True}
     try:
-        if calibration.layers:
-            trial.of(COMPENSATION, lambda: trial.refitted(False))
-        if plan.digest in calibration.tried and normed:
-            trial.known(WITH_NORMS)
-        elif calibration.layers and normed:
-            trial.of(WITH_NORMS, lambda: trial.refitted(True))
+        for name, norms in variants.items() if calibration.layers else ():
+            if norms and plan.digest in calibration.tried:
+                trial.known(name)
+            else:
+                trial.of(name, partial(trial.refitted, norms))
     except InputError as error:
         failure = str(error)
     chosen = min(trial.errors, key=lambda name: trial.errors[name])
@@ -135,7 +136,7 @@ class _Trial:
             restore(self.model, self.before)
 
     def known(self, name: str) -> None:
-        """Take what `recovered_error` found of a variant."""
+        """Take what `recovered_error` found of the variant with the statistics of BatchNorm, if there are any."""
         chosen, (self.errors[name], self.agreements[name]) = self.calibration.tried[self.plan.digest]
         self.again[name] = lambda: refit(self.model, self.calibration, self.plan, chosen, norms=True)
 

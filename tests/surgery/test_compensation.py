@@ -132,6 +132,16 @@ def test_recovery_goes_on_from_what_was_found_of_the_same_plan(monkeypatch):
         torch.testing.assert_close(found, wanted)
 
 
+def test_what_was_found_without_compensation_is_not_called_so():
+    """Selection may have recalibrated BatchNorm alone; recovery does not take that for a compensation."""
+    model = randomize(Net().eval(), 0)
+    narrow, plan = narrowed(model)
+    calibration = Calibration(model, batches(samples=256), layers=False)
+    recovered_error(copy.deepcopy(narrow), calibration, plan)
+    assert recover(narrow, calibration, plan).errors.keys() == {"nothing", "recalibration"}
+
+
+
 def test_dense_models_stay_in_their_precision():
     model = dense(Net())
     narrow, plan = narrowed(model)
