@@ -141,7 +141,6 @@ def test_what_was_found_without_compensation_is_not_called_so():
     assert recover(narrow, calibration, plan).errors.keys() == {"nothing", "recalibration"}
 
 
-
 def test_dense_models_stay_in_their_precision():
     model = dense(Net())
     narrow, plan = narrowed(model)
