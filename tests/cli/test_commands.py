@@ -104,7 +104,7 @@ def test_profile_shows_where_the_time_goes(run: Any) -> None:
 def test_sweep_then_quantize_then_latency(run: Any, tmp_path: Path) -> None:
     for part in ("train", "val"):
         write_images(tmp_path / "data" / part, classes=2)
-    out, name = tmp_path / "out", "timm:test_vit,num_classes=2"
+    out, name = tmp_path / "out", "timm:test_vit,num_classes=2,depth=1"
     options = f"--no-pretrained --speedups 1.2,400 --output-dir {out} --plot {tmp_path / 's.svg'} --round-to 4"
     result = run("sweep", name, *options.split())
     assert result.exit_code == 0, result.output
