@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from typer.testing import CliRunner
 
 from cpd.cli import app
+from cpd.errors import ExportError
+from cpd.jobs import compress
 from cpd.report.report import Report
 
 pytest.register_assert_rewrite("helpers")  # so that what they assert is told with its values
@@ -21,12 +24,25 @@ torch.set_num_threads(1)
 
 @pytest.fixture(scope="session", autouse=True)
 def hasty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Short timings and exports; the times of kernels are kept in a folder of the test run."""
+    """Short timings, exports and searches for garbage; the times of kernels are kept in a folder of the test run."""
     from helpers.hasty import hasten
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CPD_CACHE_DIR", str(tmp_path_factory.mktemp("kernels")))
         hasten(patch.setattr)
+        gc.freeze()  # searches for garbage need not look at what has been imported
+        yield
+
+
+@pytest.fixture(scope="module")
+def undeployed() -> Iterator[None]:
+    """`compress` neither exports nor times its result: for tests that look at what comes before that."""
+
+    def left_out(*_: object, **__: object) -> None:
+        raise ExportError("Left out by the test.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compress, "export_onnx", left_out)
         yield
 
 

@@ -35,6 +35,8 @@ from helpers.mutations import mutations
 from helpers.runs import OPTIONS, Interrupted, Shuffled, run
 from helpers.training import loader, net
 
+pytestmark = pytest.mark.usefixtures("undeployed")
+
 STATE = {
     "tensors": {"a": torch.arange(6.0).reshape(2, 3), "b": [torch.tensor(3), torch.zeros(0, dtype=torch.int64)]},
     "plain": [1, 2.5, None, True, "text", (1, (2, 3)), torch.bfloat16],
@@ -170,21 +172,18 @@ def test_a_header_that_is_deep_or_endless(tmp_path: Path, text: str) -> None:
 # ---------------------------------------------------------------- runs that end early
 
 
-@pytest.fixture(scope="module")
-def undisturbed() -> cpd.Result:
-    return run(None)
+@functools.cache
+def undisturbed(training: DistillConfig | None = None) -> cpd.Result:
+    return run(None, training=training)
 
 
 @pytest.mark.parametrize("stop", [4, 9, 14, 18])
-@pytest.mark.parametrize("training", [{}, {"optimizer": "adamw", "ema": 0.9, "mixup": 0.2}])
-def test_a_run_that_goes_on_ends_as_one_undisturbed(
-    tmp_path: Path, stop: int, training: dict, undisturbed: cpd.Result
-) -> None:
-    options = {"training": DistillConfig(**training)} if training else {}
-    expected = run(None, **options) if training else undisturbed
+@pytest.mark.parametrize("training", [None, DistillConfig(optimizer="adamw", ema=0.9, mixup=0.2)])
+def test_a_run_that_goes_on_ends_as_one_undisturbed(tmp_path: Path, stop: int, training: DistillConfig | None) -> None:
+    expected = undisturbed(training)
     with pytest.raises(Interrupted):
-        run(tmp_path, stop=stop, **options)
-    found = run(tmp_path, resume=True, **options)
+        run(tmp_path, stop=stop, training=training)
+    found = run(tmp_path, resume=True, training=training)
     assert found.plan.digest == expected.plan.digest
     ours, theirs = found.model.state_dict(), expected.model.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -254,7 +253,7 @@ def test_a_state_that_is_not_ours_is_told_as_such(stopped_run: Path, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stopped_run(tmp_path_factory: pytest.TempPathFactory, undeployed: None) -> Path:
     folder = tmp_path_factory.mktemp("stopped")
     with pytest.raises(Interrupted):
         run(folder, stop=9)
@@ -368,7 +367,7 @@ def go_on(folder: Path) -> None:
     print(run(folder, resume=(folder / "checkpoint.safetensors").exists()).plan.digest)
 
 
-def test_a_run_killed_again_and_again_ends_with_the_same_plan(tmp_path: Path, undisturbed: cpd.Result) -> None:
+def test_a_run_killed_again_and_again_ends_with_the_same_plan(tmp_path: Path) -> None:
     """SIGKILL at moments all over the run; `benchmarks/kill_test.py` does the same twenty times at random."""
     moments, said = random.Random(0), tmp_path / "said.txt"
     checkpoint = tmp_path / "run" / "checkpoint.safetensors"
@@ -388,4 +387,4 @@ def test_a_run_killed_again_and_again_ends_with_the_same_plan(tmp_path: Path, un
     process = started("test_checkpoint:go_on", checkpoint.parent, output=said)
     process.join(120)
     assert process.exitcode == 0, said.read_text()[-2000:]
-    assert said.read_text().split()[-1] == undisturbed.plan.digest
+    assert said.read_text().split()[-1] == undisturbed().plan.digest

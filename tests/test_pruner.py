@@ -21,6 +21,9 @@ from cpd.surgery.shrink import shrink
 from helpers.training import X, loader, net
 from helpers.zoo import comb, random_plan
 
+pytestmark = pytest.mark.usefixtures("undeployed")
+
+
 # ---------------------------------------------------------------- the comb of a narrower model
 
 

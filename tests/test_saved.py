@@ -132,6 +132,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("undeployed")
 @pytest.mark.parametrize("name", RUNS)
 def test_a_training_goes_on_to_the_end_of_one_undisturbed(name: str, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copy(SAVED / name / "checkpoint.safetensors", tmp_path))

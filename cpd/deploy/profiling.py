@@ -21,6 +21,8 @@ from cpd.model.progress import part
 Shape = tuple[int, ...]
 
 _WARM_UP_RUNS = 2
+#: Runs of a profile at most: medians are known by then, and a longer profile takes longer to read than to make.
+MOST_RUNS = 300
 _KERNEL = "_kernel_time"  # the event of a node is called so
 
 
@@ -52,7 +54,7 @@ def profile_nodes(
         model: a path, bytes or an `onnx.ModelProto`.
         feeds: {name of an input: array}.
         threads: intra-op threads.
-        seconds: the runs end after this time, once `min_runs` are in.
+        seconds: the runs end after this time, once `min_runs` are in, or sooner, after `MOST_RUNS`.
         min_runs: the least number of runs.
 
     Raises:
@@ -65,7 +67,7 @@ def profile_nodes(
     with folder as name, part("profile", undisturbed=True):
         session = open_session(model, threads, profile=Path(name, "profile"))
         runs, start = 0, 0.0
-        while runs < _WARM_UP_RUNS + min_runs or time.perf_counter() - start < seconds:
+        while runs < _WARM_UP_RUNS + min_runs or (runs < MOST_RUNS and time.perf_counter() - start < seconds):
             if runs == _WARM_UP_RUNS:
                 start = time.perf_counter()
             run_session(session, dict(feeds))

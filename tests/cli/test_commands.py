@@ -8,6 +8,7 @@ import logging
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from torch import nn
 
 import cpd
+from cpd.deploy import latency_model
 from cpd.errors import ArtifactError, NothingToPruneError
 from cpd.jobs.sensitivity import RATIOS
 from cpd.jobs.sweep import Sweep
@@ -90,7 +92,8 @@ def test_sensitivity_of_a_folder(run: Any, tmp_path: Path) -> None:
 SMALL = "timm:test_resnet,num_classes=2"
 
 
-def test_profile_shows_where_the_time_goes(run: Any) -> None:
+def test_profile_shows_where_the_time_goes(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency_model, "profile_model", partial(cpd.profile_model, seconds=0.2))
     result = run("profile", SMALL, "--input-size", "32", "--check", "1")
     assert result.exit_code == 0, result.output
     assert "Conv" in result.stdout
@@ -104,7 +107,7 @@ def test_profile_shows_where_the_time_goes(run: Any) -> None:
 def test_sweep_then_quantize_then_latency(run: Any, tmp_path: Path) -> None:
     for part in ("train", "val"):
         write_images(tmp_path / "data" / part, classes=2)
-    out, name = tmp_path / "out", "timm:test_vit,num_classes=2"
+    out, name = tmp_path / "out", "timm:test_vit,num_classes=2,depth=1"
     options = f"--no-pretrained --speedups 1.2,400 --output-dir {out} --plot {tmp_path / 's.svg'} --round-to 4"
     result = run("sweep", name, *options.split())
     assert result.exit_code == 0, result.output

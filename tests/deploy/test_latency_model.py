@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ import torch
 from torch import nn
 
 import cpd
-from cpd.deploy import kernels
-from cpd.deploy.export import export_bytes, feed, open_session, random_inputs
+from cpd.deploy import kernels, profiling
+from cpd.deploy.export import export_bytes, feed, open_session, random_inputs, run_session
 from cpd.deploy.kernels import KernelTimes
 from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.latency_model import LatencyModel, _assigned
@@ -92,12 +93,20 @@ def test_kernels_have_the_widths_of_the_layers(block):
 
 
 def test_padded_channels_are_still_found():
-    """ONNX Runtime's layout fills 24 channels up to 32; timm's MobileNet has many such widths."""
-    model = timm.create_model("mobilenetv3_small_100").eval()
+    """ONNX Runtime's layout fills 24 channels up to 32; the first stages of timm's MobileNet have many such widths."""
+    whole = timm.create_model("mobilenetv3_small_100")
+    model = nn.Sequential(whole.conv_stem, whole.bn1, *whole.blocks[:3]).eval()
     combed = cpd.comb(model, IMAGE)
     nodes = LatencyProbe(model, IMAGE).profile(seconds=0.1)
     found = [item for share in _assigned(nodes, workload(combed.context)) for item in share.contractions]
     assert len(found) == len(workload(combed.context).contractions)
+
+
+def test_a_profile_ends_once_medians_are_known(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[None] = []
+    monkeypatch.setattr(profiling, "run_session", lambda *given: (runs.append(None), run_session(*given)))
+    assert profile_nodes(exported, feed(open_session(exported), random_inputs(exported)), seconds=600)
+    assert len(runs) == profiling.MOST_RUNS
 
 
 # ---------------------------------------------------------------------------------- the model

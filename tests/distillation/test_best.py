@@ -97,6 +97,7 @@ def test_the_best_is_in_the_checkpoint(tmp_path: Path) -> None:
     assert same(student, seen[1])
 
 
+@pytest.mark.usefixtures("undeployed")
 @pytest.mark.parametrize("schedule", ["one-shot", "linear"])
 def test_compress_keeps_the_best_once_all_pruning_is_done(schedule: str) -> None:
     """The metric falls with every call: before pruning, after it, recovered, epochs 1 to 4."""

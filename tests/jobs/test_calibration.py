@@ -41,6 +41,7 @@ def test_recovery_on_calibration_alone_is_a_stage_of_the_run(monkeypatch: pytest
     assert parts == [f"stage {number} of 7: {name}" for number, name in enumerate(names, 1)]
 
 
+@pytest.mark.usefixtures("undeployed")
 def test_scores_and_recovery_read_calibration_alone() -> None:
     data, calibration = Noted(0), Noted(1)
     options: dict[str, Any] = {"target_macs": 0.5, "example_inputs": INPUT, "score_batches": 2}
