@@ -34,7 +34,7 @@ from cpd.coupling.comb import comb as comb_model
 from cpd.coupling.cost import unused_sentence
 from cpd.criteria import DATA_FREE
 from cpd.criteria.accumulated import AccumulatedScores
-from cpd.criteria.asked import Asked, samples_asked
+from cpd.criteria.asked import BATCHES, Asked, samples_asked
 from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
 from cpd.criteria.score import Scores, score
 from cpd.deploy.export import check_runs
@@ -65,8 +65,6 @@ log = logging.getLogger("cpd")
 Stage = Callable[[str], AbstractContextManager[None]]
 #: Added to the seed for the order of the data on which scores are taken, to tell it from that of an epoch.
 SCORING = 1 << 20
-#: Batches that scores and recovery read, where these are enough.
-BATCHES = 16
 #: Integers left alone that a note names.
 NAMED = 8
 
@@ -318,8 +316,7 @@ class Pruner:
             return Asked(), BATCHES
         first = next(batches(self.data, 1))
         asked = samples_asked(self.model, self._narrowed(), first)
-        enough = math.ceil(asked.samples / first.call.samples / processes.count())
-        return asked, self.config.score_batches or max(BATCHES, enough)
+        return asked, self.config.score_batches or asked.batches(first.call.samples * processes.count())
 
     def _scores(self) -> Scores:
         """{group: Tensor[size in the unpruned model]}; -inf where a channel has gone."""
@@ -409,10 +406,7 @@ class Pruner:
             processes.copy_from_first(named_tensors(self.model).values())
         self._calibration = None
         if found.samples < self._asked.samples:
-            self.note(
-                f"{self._asked.group} has {self._asked.size} channels that are seen too seldom: it asks for "
-                f"{self._asked.samples} images to score and recover on, and {found.samples} were used."
-            )
+            self.note(self._asked.told(found.samples))
         self.note(str(found) if len(self._events) == 1 else f"Shrink {len(self.shrinks) + 1}: {found}")
         if found.failure is not None:
             self.note(f"Compensation was not possible: {found.failure}")

@@ -13,6 +13,9 @@ from cpd.criteria.obs import TRUSTED
 from cpd.model.inputs import Batch, device_of, evaluating
 from cpd.trace.layer_calls import LayerCall, LayerCalls, seen
 
+#: Batches that are read where these are enough.
+BATCHES = 16
+
 
 class Asked(NamedTuple):
     """How many samples a model asks for.
@@ -26,6 +29,17 @@ class Asked(NamedTuple):
     samples: int = 1
     group: str = ""
     size: int = 0
+
+    def batches(self, each: int) -> int:
+        """How many batches of so many samples are read."""
+        return max(BATCHES, math.ceil(self.samples / each))
+
+    def told(self, used: int) -> str:
+        """That fewer were used, in a sentence."""
+        return (
+            f"{self.group} has {self.size} channels that are seen too seldom: it asks for {self.samples} images to "
+            f"score and recover on, and {used} were used."
+        )
 
 
 def samples_asked(model: nn.Module, comb: Comb, batch: Batch) -> Asked:
