@@ -26,7 +26,7 @@ from cpd.criteria.context import Setting
 PARTS = 8
 #: The reliability that one sample, or batch, alone is taken to have: nothing tells it.
 ALONE = 0.5
-#: A correlation of halves below this, less its standard error, 1 / sqrt(channels), is none.
+#: A correlation of halves below this, less two standard errors of 1 / sqrt(channels), is none.
 LEAST = 0.25
 #: Scores below this share of their mean are alike.
 NEXT_TO_NOTHING = 1e-6
@@ -72,7 +72,7 @@ class Means:
         for name, score in found.items():
             agreement = _agreement(*score[1:].double().cpu().chunk(2)) if halves else ALONE / (2 - ALONE)
             setting.reliability[name] = max(0.0, 2 * agreement / (1 + agreement)) if agreement > -1 else 0.0
-            if halves and agreement < LEAST - 1 / math.sqrt(score.shape[1]):
+            if halves and agreement < _least(score.shape[1]):
                 setting.untrusted[name] = self._told(agreement, score.shape[1])
         return {name: score[0] for name, score in found.items()}
 
@@ -86,7 +86,7 @@ class Means:
 
     def _told(self, agreement: float, size: int) -> str:
         """Why the scores of a group say too little, in words that follow its name."""
-        count, least = int(self._counts.sum()), LEAST - 1 / math.sqrt(size)
+        count, least = int(self._counts.sum()), _least(size)
         needed = ""
         if agreement > 0:
             wanted = math.ceil(count * least / (1 - least) * (1 - agreement) / agreement)
@@ -95,6 +95,11 @@ class Means:
             f"half of the {count} {self.unit} seen and the other half order its {size} channels differently "
             f"(correlation {agreement:.2f}){needed}"
         )
+
+
+def _least(size: int) -> float:
+    """The agreement of halves from which on they order so many channels alike."""
+    return LEAST - 2 / math.sqrt(size)
 
 
 def _agreement(one: Tensor, two: Tensor) -> float:

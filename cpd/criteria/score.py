@@ -84,8 +84,9 @@ def score(
         precision: "bf16" or "fp16" for mixed precision (`torch.autocast`); None computes in the weights' dtype.
 
     Returns:
-        {group name: Tensor[size]} on the CPU, float64, with an attribute `untrusted`: {group name: why its scores say
-        too little of it to remove channels by}.
+        {group name: Tensor[size]} on the CPU, float64, with the attributes `untrusted`: {group name: why its scores say
+        too little of it to remove channels by}, and `reliability`: {group name: how far they are no noise}; `drawn()`
+        gives them as selection compares them.
 
     Raises:
         InputError: an unknown criterion or precision, one that does not score every group, or a comb of another model.

@@ -119,7 +119,7 @@ def test_few_samples_are_cut_in_halves_as_they_can(samples: int) -> None:
 
 
 def test_sums_go_over_processes() -> None:
-    values = torch.rand(20, 30, generator=torch.Generator().manual_seed(0))
+    values = torch.rand(20, 300, generator=torch.Generator().manual_seed(0))
     one, two = reliability(values), reliability(values, total=lambda tensor: 2 * tensor)
     assert one.reliability == pytest.approx(two.reliability)
     assert "half of the 20 samples" in one.untrusted["a"]
