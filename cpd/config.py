@@ -144,9 +144,11 @@ class PruneConfig:
     compensation: bool = option(
         True, flag(), "Refit the layers that read removed channels, in closed form, where there is data."
     )
-    score_batches: int = option(
-        16, integer(1), "Batches of the data that scores, compensation and recalibration use at most."
-    )
+    score_batches: int | None = option(
+        None, integer(1),
+        "Batches of the data that scores, compensation and recalibration use at most. Default: 16, and more where they "
+        "hold fewer images than the widest layer asks for: one for eight channels behind a pooling.",
+    )  # fmt: skip
     memory_gb: float = option(
         4.0, _ABOVE_ZERO,
         "GiB of activations that may be alive at a time, about, while layers are refitted: samples are taken in parts "

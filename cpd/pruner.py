@@ -34,6 +34,7 @@ from cpd.coupling.comb import comb as comb_model
 from cpd.coupling.cost import unused_sentence
 from cpd.criteria import DATA_FREE
 from cpd.criteria.accumulated import AccumulatedScores
+from cpd.criteria.asked import BATCHES, Asked, samples_asked
 from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
 from cpd.criteria.score import Scores, score
 from cpd.deploy.export import check_runs
@@ -41,7 +42,7 @@ from cpd.deploy.latency import LatencyProbe
 from cpd.errors import ArtifactError, CheckpointError, InputError, NothingToPruneError, PlanError, of_the_user
 from cpd.model.architecture import check_architecture
 from cpd.model.arguments import INPUTS, MODEL, OPTIMIZER, REPEATED_DATA
-from cpd.model.inputs import as_call, check_model, device_of, of_shape
+from cpd.model.inputs import as_call, batches, check_model, device_of, of_shape
 from cpd.model.masks import masks_applied
 from cpd.model.outputs import outputs_sentence
 from cpd.model.skeleton import skeleton
@@ -211,6 +212,7 @@ class Pruner:
         if comb.operations.values_read:
             self.notes.append(comb.operations.values_sentence)
         self.checks: dict[str, float] = {}
+        self._asked, self._limit = Asked(), BATCHES
         self._calibration: Calibration | None = None
         self._accumulated = self._from_gradients()
 
@@ -274,7 +276,10 @@ class Pruner:
             between: called between the shrink and what makes up for it.
         """
         share, self._calibration = self._events[len(self.shrinks)][1], None  # of the weights as they are now
-        with random_states_kept(), seeded(self.data, self.config.seed + SCORING + len(self.shrinks)):
+        seed = self.config.seed + SCORING + len(self.shrinks)
+        with random_states_kept(), seeded(self.data, seed):
+            self._asked, self._limit = processes.from_first(self._wanted)
+        with random_states_kept(), seeded(self.data, seed):
             with self._stage("score"):
                 scores = self._scores()
             with self._stage("select"):
@@ -305,6 +310,14 @@ class Pruner:
         """Scores from the training's gradients, with none seen yet; None where the criterion is another one."""
         return AccumulatedScores(self._narrowed()) if self.criterion == FROM_TRAINING else None
 
+    def _wanted(self) -> tuple[Asked, int]:
+        """How many images the model as it is by now asks for, and how many batches are read."""
+        if self.data is None:
+            return Asked(), BATCHES
+        first = next(batches(self.data, 1))
+        asked = samples_asked(self.model, self._narrowed(), first)
+        return asked, self.config.score_batches or asked.batches(first.call.samples * processes.count())
+
     def _scores(self) -> Scores:
         """{group: Tensor[size in the unpruned model]}; -inf where a channel has gone."""
         found = None if self._accumulated is None else self._accumulated.scores()
@@ -315,16 +328,16 @@ class Pruner:
             )
         untrusted = dict[str, str]()
         if found is None:
-            found = scores = score(
+            scores = score(
                 self.model, self._narrowed(), self.data, self.loss, criterion=self.criterion,
-                limit=self.config.score_batches, seed=self.config.seed + len(self.shrinks), total=processes.total,
+                limit=self._limit, seed=self.config.seed + len(self.shrinks), total=processes.total,
             )  # fmt: skip
-            untrusted = scores.untrusted
+            found, untrusted = scores.drawn(), scores.untrusted
         whole = dict[str, Tensor]()
         for group in self.comb.open:
             whole[group.name] = torch.full((group.size,), -math.inf, dtype=torch.float64)
             whole[group.name][list(self.plan.groups[group.name])] = found[group.name].to("cpu", torch.float64)
-        return Scores(whole, untrusted)
+        return Scores(whole, untrusted, {})
 
     def _select(self, scores: Scores, share: float) -> Plan:
         """What stays after this shrink; where something is measured for it, as the first process has measured it."""
@@ -351,7 +364,7 @@ class Pruner:
         if self._calibration is None:
             assert self.data is not None
             self._calibration = Calibration(
-                unpruned, self.data, limit=self.config.score_batches, seed=self.config.seed,
+                unpruned, self.data, limit=self._limit, seed=self.config.seed,
                 memory_gb=self.config.memory_gb, layers=self.config.compensation, read=self.comb.read,
             )  # fmt: skip
         return self._calibration
@@ -392,6 +405,8 @@ class Pruner:
             found = processes.from_first(recovered)
             processes.copy_from_first(named_tensors(self.model).values())
         self._calibration = None
+        if found.samples < self._asked.samples:
+            self.note(self._asked.told(found.samples))
         self.note(str(found) if len(self._events) == 1 else f"Shrink {len(self.shrinks) + 1}: {found}")
         if found.failure is not None:
             self.note(f"Compensation was not possible: {found.failure}")

@@ -115,7 +115,7 @@ def sample_gradients(
         channel = layer.channel  # the call itself is not held: with its input it would hold the graph in a cycle
 
         def collect(value: Tensor, gradient: Tensor) -> None:
-            each = _per_sample(value, gradient, along, channel, samples)
+            each = per_sample(value * gradient, along, channel, samples)
             for site, position in zip(found, labels, strict=True):
                 sums[site.group].index_add_(1, position[position >= 0], each[:, position >= 0])
 
@@ -208,9 +208,9 @@ def _again(layer: LayerCall) -> Callable[[], Tensor]:
     return compute
 
 
-def _per_sample(x: Tensor, gradient: Tensor, along: int, channel: int, samples: int) -> Tensor:
-    """The sum of x * gradient over all but the samples and the channels, [samples, channels]."""
-    product = (x * gradient).movedim((along, channel), (0, -1))
-    if product.shape[0] % samples:
-        product = product.sum(0, keepdim=True).expand(samples, *product.shape[1:]) / samples
-    return product.reshape(samples, -1, product.shape[-1]).sum(1).float()
+def per_sample(values: Tensor, along: int, channel: int, samples: int) -> Tensor:
+    """The sum of values of a layer over all but the samples and the channels, [samples, channels]."""
+    values = values.movedim((along, channel), (0, -1))
+    if values.shape[0] % samples:
+        values = values.sum(0, keepdim=True).expand(samples, *values.shape[1:]) / samples
+    return values.reshape(samples, -1, values.shape[-1]).sum(1).float()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from cpd.criteria.context import SETTING, Setting
 from cpd.criteria.gates import Gates
+from cpd.criteria.reliability import Means
 from cpd.options import checked
 
 
@@ -30,10 +30,7 @@ def snip(setting: Setting) -> dict[str, Tensor]:
 def _mean(setting: Setting, each: Callable[[Tensor], Tensor], last: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """A function of the gates' gradients averaged over batches, another of the average, summed over each group."""
     gates = Gates(setting.comb)
-    total = [torch.zeros(site.size, device=setting.device) for site in gates.sites]
-    count = 0
+    means = Means("batches")
     for batch in setting.batches():
-        for sums, gradient in zip(total, setting.gate_gradients(gates, batch), strict=True):
-            sums += each(gradient)
-        count += 1
-    return gates.sum([last(sums / count) for sums in total])
+        means.add([each(gradient) for gradient in setting.gate_gradients(gates, batch)])
+    return means.scores(setting, lambda found: gates.sum([last(mean) for mean in found]))

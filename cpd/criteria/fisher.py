@@ -7,6 +7,7 @@ from torch import Tensor
 
 from cpd.criteria.activation_gates import CallSites, sample_gradients
 from cpd.criteria.context import LOSS_SCALE, SETTING, Setting
+from cpd.criteria.reliability import Means
 from cpd.options import checked
 
 
@@ -16,9 +17,8 @@ def fisher(setting: Setting) -> dict[str, Tensor]:
 
     The gates of a group move as one, so their gradients are summed before they are squared.
     """
-    sites = CallSites.of(setting)
-    total = {group.name: torch.zeros(group.size, device=setting.device) for group in setting.comb.open}
-    count = 0
+    sites, names = CallSites.of(setting), [group.name for group in setting.comb.open]
+    means = Means("samples")
     for batch in setting.batches():
         samples = batch.call.samples
         scale = samples * (LOSS_SCALE if setting.dtype is torch.float16 else 1.0)  # the loss is a mean over samples
@@ -26,8 +26,7 @@ def fisher(setting: Setting) -> dict[str, Tensor]:
         def loss(batch: object = batch, scale: float = scale) -> Tensor:
             return setting.loss_of(batch) * scale  # type: ignore[arg-type]
 
-        for name, found in sample_gradients(setting, sites, batch, loss).items():
-            total[name] += (found * (samples / scale)).square().sum(0)
-        count += samples
-    samples = setting.sum_of(count)
-    return {name: setting.total(sums) / samples for name, sums in total.items()}
+        found = sample_gradients(setting, sites, batch, loss)
+        means.add([(value * (samples / scale)).square() for value in found.values()], samples)
+    means.pool(setting)
+    return means.scores(setting, lambda every: dict(zip(names, every, strict=True)))

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cpd.criteria.context import SETTING, Setting
 from cpd.criteria.gates import Gates, parameters_of
+from cpd.criteria.reliability import Means
 from cpd.model.inputs import Batch
 from cpd.options import checked
 
@@ -40,31 +41,33 @@ def epsilon(dtype: torch.dtype) -> float:
 @checked(setting=SETTING)
 def frobenius(setting: Setting) -> dict[str, Tensor]:
     """E[(H v)_u^2] for every gate u."""
-    return _expectation(setting, lambda v, product: product.square())
+    return _expectation(setting, lambda v, product: product.square(), lambda score: score)
 
 
 @checked(setting=SETTING)
 def trace(setting: Setting) -> dict[str, Tensor]:
     """|E[v_u (H v)_u]| = |H_uu| for every gate u."""
-    return {name: score.abs() for name, score in _expectation(setting, lambda v, product: v * product).items()}
+    return _expectation(setting, lambda v, product: v * product, Tensor.abs)
 
 
-def _expectation(setting: Setting, reading: Callable[[Tensor, Tensor], Tensor]) -> dict[str, Tensor]:
-    """The mean of `reading(v, H v)` over batches and random vectors, summed over each group's gates."""
+def _expectation(
+    setting: Setting, reading: Callable[[Tensor, Tensor], Tensor], last: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """The mean of `reading(v, H v)` over batches and random vectors, summed over each group's gates, `last` of it."""
     gates, step = Gates(setting.comb), epsilon(setting.dtype)
     wide = torch.promote_types(torch.float32, setting.dtype)
     generator = torch.Generator().manual_seed(setting.seed)
-    total = [torch.zeros(site.size, device=setting.device) for site in gates.sites]
-    count = 0
+    means = Means("batches")
     for batch in setting.batches():
         base = setting.gate_gradients(gates, batch)
+        sums = [torch.zeros_like(gradient) for gradient in base]
         for _ in range(setting.probes):
             v = [torch.randn(site.size, generator=generator).to(setting.device, wide) for site in gates.sites]
             moved = _gradients_at(setting, gates, batch, [1 + step * value for value in v])
-            for index, sums in enumerate(total):
-                sums += reading(v[index], (moved[index] - base[index]) / step)
-            count += 1
-    return gates.sum([sums / count for sums in total])
+            for index, value in enumerate(sums):
+                value += reading(v[index], (moved[index] - base[index]) / step)
+        means.add([value / setting.probes for value in sums])
+    return means.scores(setting, lambda found: {name: last(score) for name, score in gates.sum(found).items()})
 
 
 def _gradients_at(setting: Setting, gates: Gates, batch: Batch, at: list[Tensor]) -> list[Tensor]:

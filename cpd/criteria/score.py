@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cpd.coupling.comb import COMB, Comb
 from cpd.criteria import CRITERIA, Criterion, Setting
 from cpd.criteria.choice import criterion_name
+from cpd.criteria.reliability import drawn
 from cpd.errors import InputError, TrainingError, of_the_user
 from cpd.model.architecture import check_architecture
 from cpd.model.arguments import DATA, MODEL
@@ -34,11 +35,18 @@ class Scores(dict[str, Tensor]):
 
     Attributes:
         untrusted: {group name: why its scores say too little}: selection leaves these groups whole.
+        reliability: {group name: how far its scores are no noise, from 0 to 1}, where the samples tell it.
     """
 
-    def __init__(self, scores: Mapping[str, Tensor], untrusted: Mapping[str, str]) -> None:
+    def __init__(
+        self, scores: Mapping[str, Tensor], untrusted: Mapping[str, str], reliability: Mapping[str, float]
+    ) -> None:
         super().__init__(scores)
-        self.untrusted = dict(untrusted)
+        self.untrusted, self.reliability = dict(untrusted), dict(reliability)
+
+    def drawn(self) -> dict[str, Tensor]:
+        """The scores of each group drawn towards their mean by their reliability, as selection compares them."""
+        return {name: drawn(score, self.reliability.get(name, 1.0)) for name, score in self.items()}
 
 
 @checked(
@@ -76,8 +84,9 @@ def score(
         precision: "bf16" or "fp16" for mixed precision (`torch.autocast`); None computes in the weights' dtype.
 
     Returns:
-        {group name: Tensor[size]} on the CPU, float64, with an attribute `untrusted`: {group name: why its scores say
-        too little of it to remove channels by}.
+        {group name: Tensor[size]} on the CPU, float64, with the attributes `untrusted`: {group name: why its scores say
+        too little of it to remove channels by}, and `reliability`: {group name: how far they are no noise}; `drawn()`
+        gives them as selection compares them.
 
     Raises:
         InputError: an unknown criterion or precision, one that does not score every group, or a comb of another model.
@@ -122,4 +131,4 @@ def score(
         if not bool(torch.isfinite(value).all()):
             raise TrainingError(f"The scores of {group.name} are not finite: check the data and the loss.")
         result[group.name] = value
-    return Scores(result, setting.untrusted)
+    return Scores(result, setting.untrusted, setting.reliability)

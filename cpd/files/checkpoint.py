@@ -28,6 +28,8 @@ from cpd.files.reading import conform, digest_of, parsed, signed
 
 FORMAT = 2
 NAME = "checkpoint.safetensors"
+#: What settings were by default that are None by default now.
+FORMER = {"score_batches": 16}
 #: Names of folders for files that are not yet in place: of their process. (Earlier versions wrote a file so named.)
 _BESIDE = re.compile(rf"\.{re.escape(NAME)}\.\d+")
 #: Keys of JSON objects that stand for what JSON has no word for.
@@ -131,6 +133,7 @@ class Checkpoint:
             state = conform(_unpacked(found["state"], tensors), dict[str, Any], "a state")
             extra = conform(state.pop("extra"), dict[str, Any], "a state")
         then = {**self.usual, **then}
+        then |= {name: None for name, value in FORMER.items() if then.get(name) == value and self.key.get(name) is None}
         other = [key for key in {**self.key, **then} if self.key.get(key) != then.get(key)]
         if other:
             told = "; ".join(f"{key}: {then.get(key)!r} then, {self.key.get(key)!r} now" for key in other)

@@ -33,6 +33,8 @@ Keep = dict[str, tuple[int, ...]]
 Stage = Callable[[str], AbstractContextManager[None]]
 #: Two plans leave as much if the MACs of one are at least this share of the other's.
 AS_MUCH = 0.9
+#: Groups that a note names.
+NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ class Decider:
         scores = by_capacity(self.comb, scores) if self._by_capacity else scores
         if not untrusted:
             return self._decided(scores, kept, share, self.limits)
-        named = "; ".join(f"{name}: {why}" for name, why in untrusted.items())
+        told = [f"{name}: {why}" for name, why in untrusted.items()]
+        named = "; ".join([*told[:NAMED], *([f"and {len(told) - NAMED} more"] if len(told) > NAMED else [])])
         whole = {escape(name): 0.0 for name in untrusted if len(kept[name]) == len(scores[name])}
         try:
             found = self._decided(scores, kept, share, replace(self.limits, ratios={**self.limits.ratios, **whole}))
@@ -229,8 +232,8 @@ class Decider:
             return []
         return [
             f"{len(floored)} of {len(self.comb.open)} groups are as narrow as the limits allow "
-            f"(max_ratio={self.limits.max_ratio:g}, min_width={self.limits.min_width}): {', '.join(floored[:8])}"
-            f"{', …' if len(floored) > 8 else '.'}"
+            f"(max_ratio={self.limits.max_ratio:g}, min_width={self.limits.min_width}): {', '.join(floored[:NAMED])}"
+            f"{', …' if len(floored) > NAMED else '.'}"
         ]
 
     def _nearest(self, plans: Mapping[Scope, Plan]) -> Scope:

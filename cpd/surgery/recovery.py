@@ -43,12 +43,14 @@ class Recovery:
             samples that were not fitted.
         agreements: name -> share of the classes that are the unpruned model's, on the same samples.
         failure: why compensation was not possible, if it was not.
+        samples: that it was chosen and fitted on.
     """
 
     chosen: str
     errors: dict[str, float]
     agreements: dict[str, float] = field(default_factory=dict)
     failure: str | None = None
+    samples: int = 0
 
     def __str__(self) -> str:
         tried = ", ".join(
@@ -91,7 +93,7 @@ def recover(model: nn.Module, calibration: Calibration, plan: Plan) -> Recovery:
         failure = str(error)
     chosen = min(trial.errors, key=lambda name: trial.errors[name])
     trial.again[chosen]()
-    return Recovery(chosen, trial.errors, trial.agreements, failure)
+    return Recovery(chosen, trial.errors, trial.agreements, failure, calibration.samples)
 
 
 def recovered_error(model: nn.Module, calibration: Calibration, plan: Plan) -> float:
