@@ -218,9 +218,10 @@ class _Reader:
         """trace(G W_j (inverse(S)_jj)^-1 W_j^T) of each position alone."""
         columns = self.columns[positions]
         blocks = self.inverse[:, columns[:, :, None], columns[:, None, :]]
-        weights = self.outputs[:, :, columns].permute(0, 2, 3, 1)
-        found: Tensor = (torch.linalg.inv(blocks) * (weights @ weights.transpose(2, 3))).sum((0, 2, 3)).double()
-        return found
+        if columns.shape[1] == 1:  # what follows is the same for blocks of one, but slow for many of them
+            return torch.div(self.outputs.square().sum(1)[:, columns[:, 0]], blocks[:, :, 0, 0]).sum(0).double()
+        weights = self.outputs.transpose(1, 2)[:, columns]
+        return torch.mul(torch.linalg.inv(blocks), weights @ weights.transpose(2, 3)).sum((0, 2, 3)).double()
 
     def remove(self, positions: Tensor) -> None:
         """Refit what is left to the old output, and leave out the features of these positions."""

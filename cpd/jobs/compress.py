@@ -46,7 +46,7 @@ from cpd.report.artifacts import check_output_dir
 log = logging.getLogger("cpd")
 
 #: Seconds that the final model is timed, and that each node of both models is, for the report.
-FINAL_SECONDS, PROFILE_SECONDS = 15.0, 0.5
+FINAL_SECONDS, PROFILE_SECONDS = 10.0, 0.5
 
 Evaluate = Callable[[nn.Module], float]
 

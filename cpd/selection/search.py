@@ -57,6 +57,13 @@ class Candidate:
         """Measured latency of the original over the candidate's."""
         return self.latency.speedup
 
+    def may_be_within(self, distance: float) -> bool:
+        """Whether it is within a relative distance of the target, for all that the measurement tells."""
+        low, high = (
+            self.attained * end / self.speedup for end in (self.latency.speedup_low, self.latency.speedup_high)
+        )
+        return low <= 1 + distance and high >= 1 - distance
+
 
 def predicted(selector: Selector, latency: LatencyModel, target: float) -> dict[Axis, int]:
     """The widths that should be `target` times as fast: no layer narrower than its time asks for."""
@@ -81,7 +88,8 @@ def reach(
         latency: predicts; corrected by what is measured.
         target: the speed-up or latency asked for.
         original_ms: the latency of the original.
-        tolerance: the relative distance from the target that is good enough; the search aims at half of it.
+        tolerance: the relative distance from the target that is good enough; the search aims at half of it, as far as
+            the measurement tells.
 
     Returns:
         The nearest candidate (where widths allow none within the tolerance, the next faster one), and all measured.
@@ -93,7 +101,7 @@ def reach(
     goal = target.speedup(original_ms)
 
     def measure(counts: Mapping[Axis, int]) -> Candidate:
-        tried.append(_measure(model, selector, probe, latency, counts, target))
+        tried.append(_measure(model, selector, probe, latency, counts, target, tolerance / 3))
         return tried[-1]
 
     while len(tried) < MAX_CANDIDATES:
@@ -101,7 +109,7 @@ def reach(
         if any(counts == candidate.counts for candidate in tried):
             break
         found = measure(counts)
-        if abs(found.attained - 1) <= tolerance / 2:
+        if found.may_be_within(tolerance / 2):
             break
         goal = found.speedup / found.attained  # of a latency in ms, in the machine's present state
     best = _nearest(tried, tolerance)
@@ -130,13 +138,14 @@ def _measure(
     latency: LatencyModel,
     counts: Mapping[Axis, int],
     target: Target,
+    precision: float,
 ) -> Candidate:
     """Shrink, export and time; the model of the latency learns from it."""
     plan = selector.plan(counts)
     expected = latency.speedup(counts)
     narrower = shrink(copy_of(model), plan)
     log.info("Candidate: predicted %.2f times as fast; exporting and timing it …", expected)
-    found = probe.compare(narrower, seconds=SECONDS, precision=0.01, slowest=target.attained)
+    found = probe.compare(narrower, seconds=SECONDS, precision=precision, slowest=target.attained)
     latency.observe(counts, found.speedup)
     ratio = selector.comb.cost(counts).macs / selector.comb.cost({}).macs
     log.info("Candidate: %.2f times as fast at %.1f %% of the MACs", found.speedup, 100 * ratio)

@@ -35,8 +35,9 @@ ROWS, MORE = 64, 2048
 #: But no more than their products take so many multiply-accumulates, or they themselves so many numbers; and at least
 #: so many a feature.
 WORK, NUMBERS, LEAST = 3e10, 2**27, 4
-#: Samples that run at once where nothing more is asked of them: their activations stay in the processor's cache.
-FEW = 8
+#: Bytes of a layer's input and output where nothing more is asked of samples: they stay in the processor's cache, and
+#: memory that was freed is used again, where larger tensors are each given new pages by the system (from 32 MiB on).
+SMALL = 2**25
 #: One sample of so many is held out.
 HELD_OUT = 4
 
@@ -97,6 +98,7 @@ class Calibration:
     """Samples, and what the unpruned model makes of them.
 
     Attributes:
+        few: samples that run at once where nothing more is asked of them.
         tried: digest of a plan -> what compensation with BatchNorm chose for its layers on some samples, and how near
             it came, as `judge` tells it.
 
@@ -137,6 +139,7 @@ class Calibration:
             probe = _Probe(original, calls[0].to(self.device))
             self.layers = probe.layers(self.samples) if layers else {}
             at_once = max(1, int(memory_gb * 2**30 / (ALIVE * probe.most_bytes)))
+            self.few = min(at_once, max(1, SMALL // probe.most_bytes))
             self.parts = list(_parts(calls, at_once))
             self.expected = [logits(read(call.on(original))) for call in self.held()]
             self.spread = _spread(self.expected)
@@ -151,9 +154,9 @@ class Calibration:
                 yield part if left >= len(part.held) else part.first(left)
             left -= len(part.held)
 
-    def held(self, at_once: int = FEW) -> Iterator[Call]:
+    def held(self) -> Iterator[Call]:
         """The samples that are held out, a few at a time; all where there are too few to hold any out."""
-        return self._chosen(lambda part: part.held, at_once)
+        return self._chosen(lambda part: part.held, self.few)
 
     def fitted(self, at_once: int) -> Iterator[Call]:
         """The samples that are not held out, so many at a time."""
@@ -180,7 +183,7 @@ class Calibration:
         outputs: dict[str, list[Tensor]] = {}
         sums: dict[str, list[Tensor]] = {}
         part.shared = frozenset(name for name, layer in self.layers.items() if layer.along is None)
-        for low, high in _pieces(part.call.samples, FEW):
+        for low, high in _pieces(part.call.samples, self.few):
             call, others = part.call.slice(low, high).to(self.device), Others(self.layers)
 
             def after(layer: LayerCall, samples: int = call.samples, others: Others = others) -> None:

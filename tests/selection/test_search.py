@@ -24,7 +24,8 @@ IMAGE = torch.randn(1, 3, 64, 64)
 class Stopwatch:
     """Latencies from a formula, off from the prediction by a power, for a search without exports."""
 
-    def __init__(self, combed: Any, power: float) -> None:
+    def __init__(self, combed: Any, power: float, noise: float = 0) -> None:
+        self.noise = noise
         self.combed, self.power, self.full = combed, power, combed.cost({}).macs
         self.observed: list[tuple[float, float]] = [(0.0, 0.0)]
         self.exports = 0
@@ -55,7 +56,10 @@ class Stopwatch:
         self.exports += 1
         macs = cpd.comb(model, IMAGE).cost({}).macs
         speedup = (self.full / macs) ** self.power
-        return SimpleNamespace(speedup=speedup, original_ms=10.0, candidate_ms=10.0 / speedup)
+        low, high = speedup / (1 + self.noise), speedup * (1 + self.noise)
+        return SimpleNamespace(
+            speedup=speedup, speedup_low=low, speedup_high=high, original_ms=10.0, candidate_ms=10.0 / speedup
+        )
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +80,19 @@ def test_the_search_ends_on_target_however_wrong_the_prediction(selector, power,
     assert abs(best.attained - 1) < 0.05
     assert best.speedup == pytest.approx(2, rel=0.05)
     assert len(tried) == watch.exports <= 4
+
+
+def test_what_may_be_on_target_for_all_that_is_known_is_not_improved_on(selector):
+    target = Target("target_speedup", 2.0)
+    exact = Stopwatch(selector.comb, 1.08)
+    (first, *others), blurred = (
+        reach(selector.comb.model, selector, exact, exact, target, 10.0)[1],
+        Stopwatch(selector.comb, 1.08, 0.1),
+    )
+    assert others
+    assert not first.may_be_within(0.025)
+    (only,) = reach(selector.comb.model, selector, blurred, blurred, target, 10.0)[1]
+    assert only.attained == first.attained
 
 
 def test_a_target_out_of_reach_says_what_can_be(selector):
