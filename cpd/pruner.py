@@ -40,6 +40,7 @@ from cpd.criteria.score import Scores, score
 from cpd.deploy.export import check_runs
 from cpd.deploy.latency import LatencyProbe
 from cpd.errors import ArtifactError, CheckpointError, InputError, NothingToPruneError, PlanError, of_the_user
+from cpd.model.allocator import memory_reused
 from cpd.model.architecture import check_architecture
 from cpd.model.arguments import INPUTS, MODEL, OPTIMIZER, REPEATED_DATA
 from cpd.model.inputs import as_call, batches, check_model, device_of, of_shape
@@ -318,6 +319,7 @@ class Pruner:
         asked = samples_asked(self.model, self._narrowed(), first)
         return asked, self.config.score_batches or asked.batches(first.call.samples * processes.count())
 
+    @memory_reused()
     def _scores(self) -> Scores:
         """{group: Tensor[size in the unpruned model]}; -inf where a channel has gone."""
         found = None if self._accumulated is None else self._accumulated.scores()
@@ -353,6 +355,7 @@ class Pruner:
             self.note(note)
         return self.comb.plan(found.keep)
 
+    @memory_reused()
     def _error_of(self, plan: Plan) -> float:
         """The error of the logits once a plan has been applied and recovered from, on a copy."""
         step = plan.since(self.plan)
@@ -395,6 +398,7 @@ class Pruner:
             assert before is not None
             self._recover(before, step)
 
+    @memory_reused()
     def _recover(self, before: nn.Module, step: Plan) -> None:
         """Make up for a shrink without training, as the first process does."""
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from cpd.errors import InputError, of_the_user
+from cpd.model.allocator import memory_reused
 from cpd.model.architecture import check_architecture
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import check_model, evaluating
@@ -66,6 +67,7 @@ class Refit:
     model=MODEL, original=MODEL, plan=PLAN, data=DATA, limit=LIMIT, seed=SEED,
     memory_gb=number("above 0", lambda value: value > 0),
 )  # fmt: skip
+@memory_reused()
 @torch.no_grad()
 def compensate(
     model: nn.Module,
