@@ -7,7 +7,7 @@ layer reads (the inner width of an attention's q and k) is gated where layers gi
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -91,6 +91,7 @@ def sample_gradients(
     batch: Batch,
     value: Callable[[], Tensor],
     after: Callable[[LayerCall], None] | None = None,
+    groups: Collection[str] | None = None,
 ) -> dict[str, Tensor]:
     """The derivative of `value()` in every gate, for each sample of a batch, from one backward pass.
 
@@ -103,12 +104,14 @@ def sample_gradients(
         batch: the batch.
         value: runs the model on it and gives a scalar, a sum over the samples.
         after: told of each layer's call; where a group is read, its output requires a gradient.
+        groups: whose gates are looked at; None: all.
 
     Returns:
         {group name: Tensor[samples, size]}.
     """
     samples, times = batch.call.samples, Counter[str]()
-    sums = {g.name: torch.zeros(samples, g.size, device=setting.device) for g in setting.comb.open}
+    wanted = [group for group in setting.comb.open if groups is None or group.name in groups]
+    sums = {group.name: torch.zeros(samples, group.size, device=setting.device) for group in wanted}
 
     def collector(found: list[Site], layer: LayerCall, along: int) -> Callable[[Tensor, Tensor], None]:
         labels = [sites.labels(site, layer) for site in found]
@@ -124,15 +127,18 @@ def sample_gradients(
     def dims(layer: LayerCall) -> tuple[int, int]:
         return sites.samples_along.get((layer.weight, times[layer.weight]), (0, 0))
 
+    def of(found: list[Site]) -> list[Site]:
+        return [site for site in found if site.group in sums]
+
     def read(layer: LayerCall) -> Tensor:
-        x, found = layer.input, sites.read.get(layer.weight, [])
-        if not found:
+        x = layer.input
+        if layer.weight not in sites.read:
             return x
-        x = x if x.requires_grad else x.detach().requires_grad_()
-        return _Watch.apply(x, collector(found, layer, dims(layer)[0]))  # type: ignore[no-any-return]
+        x, found = x if x.requires_grad else x.detach().requires_grad_(), of(sites.read[layer.weight])
+        return _Watch.apply(x, collector(found, layer, dims(layer)[0])) if found else x
 
     def gave(layer: LayerCall) -> Tensor:
-        output, found = layer.output, sites.given.get(layer.weight, [])
+        output, found = layer.output, of(sites.given.get(layer.weight, []))
         if found:
             if not output.requires_grad:
                 output = output.detach().requires_grad_().clone()  # what follows may write to it
@@ -144,14 +150,14 @@ def sample_gradients(
             after(replace(layer, output=output))
         return output  # type: ignore[no-any-return]
 
-    bare = list(dict.fromkeys(site.tensor for site in sites.bare))
+    bare = list(dict.fromkeys(site.tensor for site in of(sites.bare)))
     named, weights = dict(setting.model.named_parameters()), parameters_of(setting.model)
     with require_grad(setting.model, bare), torch.enable_grad():
         with seen(LayerCalls(setting.model, before=read, after=gave)):
             total = value()
         leaves: list[Tensor] = [named[name] for name in bare]
         gradients = _backward(total, leaves)
-    for site in sites.bare:
+    for site in of(sites.bare):
         gradient = gradients[bare.index(site.tensor)]
         if gradient is not None:
             sums[site.group] += slices(site, weights[site.tensor] * gradient) / samples

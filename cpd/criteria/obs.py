@@ -56,8 +56,8 @@ def obs(setting: Setting) -> dict[str, Tensor]:
     """The expected squared change of the logits when a position goes after all that cost less, the rest refitted."""
     sites = CallSites.of(setting)
     moments: dict[str, _Moments] = {}
-    alone = {group.name: torch.zeros(group.size, device=setting.device) for group in setting.comb.open}
     generator = torch.Generator().manual_seed(setting.seed)
+    alone: dict[str, Tensor] | None = None  # of the groups that no layer can be refitted for
     count = 0
 
     def after(layer: LayerCall) -> None:
@@ -71,9 +71,15 @@ def obs(setting: Setting) -> dict[str, Tensor]:
             output = logits(setting.comb.read(setting.output(batch)))  # type: ignore[arg-type]
             return (output * torch.randn(output.shape, generator=generator).to(output)).sum()
 
-        for name, found in sample_gradients(setting, sites, batch, direction, after).items():
-            alone[name] += found.square().sum(0)
+        every = sample_gradients(setting, sites, batch, direction, after, alone)
+        if alone is None:
+            usable = [weight for weight, moment in moments.items() if moment.usable]
+            refitted = {site.group for weight in usable for site in sites.read[weight]}
+            alone = {name: torch.zeros_like(found[0]) for name, found in every.items() if name not in refitted}
+        for name, sums in alone.items():
+            sums += every[name].square().sum(0)
         count += batch.call.samples
+    assert alone is not None
     count, result = setting.sum_of(count), {}
     for moment in moments.values():
         moment.pool(setting)
@@ -86,8 +92,10 @@ def obs(setting: Setting) -> dict[str, Tensor]:
                 f"from {math.ceil(group.size / TRUSTED)} on it can be told which of them stand in for others"
             )
         readers = [_Reader(moments[site.tensor], site, count) for site in readable if moments[site.tensor].usable]
-        bare = (setting.total(alone[group.name]) / count).cpu()
-        result[group.name] = _in_order(group.size, readers) if readers else bare
+        if readers:
+            result[group.name] = _in_order(group.size, readers)
+        else:
+            result[group.name] = (setting.total(alone[group.name]) / count).cpu()
     return result
 
 
