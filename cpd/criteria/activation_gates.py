@@ -59,6 +59,14 @@ class CallSites:
             found.samples_along[key] = (_grown(one[key][1], two[key][1]), _grown(one[key][2], two[key][2]))
         return found
 
+    def within(self, groups: Collection[str]) -> CallSites:
+        """Those of some groups; a layer that reads others stays, without a site."""
+        read, given = (
+            {weight: [site for site in found if site.group in groups] for weight, found in along.items()}
+            for along in (self.read, self.given)
+        )
+        return CallSites(read, given, [site for site in self.bare if site.group in groups], self.samples_along)
+
     def labels(self, site: Site, layer: LayerCall) -> Tensor:
         """For each channel of the layer's input (or output) the position of the group; -1 where there is none."""
         inner = (site.consumer and layer.kind == "conv") or (not site.consumer and layer.kind == "transposed")
@@ -112,6 +120,7 @@ def sample_gradients(
     samples, times = batch.call.samples, Counter[str]()
     wanted = [group for group in setting.comb.open if groups is None or group.name in groups]
     sums = {group.name: torch.zeros(samples, group.size, device=setting.device) for group in wanted}
+    sites = sites.within(sums)
 
     def collector(found: list[Site], layer: LayerCall, along: int) -> Callable[[Tensor, Tensor], None]:
         labels = [sites.labels(site, layer) for site in found]
@@ -127,18 +136,15 @@ def sample_gradients(
     def dims(layer: LayerCall) -> tuple[int, int]:
         return sites.samples_along.get((layer.weight, times[layer.weight]), (0, 0))
 
-    def of(found: list[Site]) -> list[Site]:
-        return [site for site in found if site.group in sums]
-
     def read(layer: LayerCall) -> Tensor:
-        x = layer.input
-        if layer.weight not in sites.read:
+        x, found = layer.input, sites.read.get(layer.weight)
+        if found is None:
             return x
-        x, found = x if x.requires_grad else x.detach().requires_grad_(), of(sites.read[layer.weight])
+        x = x if x.requires_grad else x.detach().requires_grad_()
         return _Watch.apply(x, collector(found, layer, dims(layer)[0])) if found else x
 
     def gave(layer: LayerCall) -> Tensor:
-        output, found = layer.output, of(sites.given.get(layer.weight, []))
+        output, found = layer.output, sites.given.get(layer.weight, [])
         if found:
             if not output.requires_grad:
                 output = output.detach().requires_grad_().clone()  # what follows may write to it
@@ -150,14 +156,14 @@ def sample_gradients(
             after(replace(layer, output=output))
         return output  # type: ignore[no-any-return]
 
-    bare = list(dict.fromkeys(site.tensor for site in of(sites.bare)))
+    bare = list(dict.fromkeys(site.tensor for site in sites.bare))
     named, weights = dict(setting.model.named_parameters()), parameters_of(setting.model)
     with require_grad(setting.model, bare), torch.enable_grad():
         with seen(LayerCalls(setting.model, before=read, after=gave)):
             total = value()
         leaves: list[Tensor] = [named[name] for name in bare]
         gradients = _backward(total, leaves)
-    for site in of(sites.bare):
+    for site in sites.bare:
         gradient = gradients[bare.index(site.tensor)]
         if gradient is not None:
             sums[site.group] += slices(site, weights[site.tensor] * gradient) / samples

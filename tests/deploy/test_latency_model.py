@@ -149,7 +149,9 @@ def test_slopes_are_what_narrower_widths_save(block, predicted):
 
 def test_a_measurement_corrects_the_prediction(block, predicted):
     _, combed, _ = block
-    counts = [{group.axis: max(1, round(group.size * share)) for group in combed.open} for share in (0.75, 0.5, 0.25)]
+    counts = [
+        {group.axis: max(1, round(group.size * share)) for group in combed.open} for share in (1 / 2, 1 / 4, 1 / 8)
+    ]
     before = [predicted.speedup(each) for each in counts]
     predicted.observe(counts[1], 1.2 * before[1])
     after = [predicted.speedup(each) for each in counts]
