@@ -42,7 +42,7 @@ class ReadsDict(nn.Module):
 class BranchesOnValues(nn.Module):
     def forward(self, image):
         warnings.warn("seen by nobody", stacklevel=2)
-        return image if image.sum() > 0 else -image
+        return 2 * image if image.sum() > 0 else -image
 
 
 def perturbed(path: Path) -> onnx.ModelProto:
