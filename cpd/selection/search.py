@@ -57,12 +57,10 @@ class Candidate:
         """Measured latency of the original over the candidate's."""
         return self.latency.speedup
 
-    def may_be_within(self, distance: float) -> bool:
-        """Whether it is within a relative distance of the target, for all that the measurement tells."""
-        low, high = (
-            self.attained * end / self.speedup for end in (self.latency.speedup_low, self.latency.speedup_high)
-        )
-        return low <= 1 + distance and high >= 1 - distance
+    def is_within(self, distance: float) -> bool:
+        """Whether it is within a relative distance of the target, give or take a standard error of its measurement."""
+        interval = (self.latency.speedup_high - self.latency.speedup_low) / self.speedup
+        return abs(self.attained - 1) <= distance + interval / 4  # of 95 %: two standard errors on either side
 
 
 def predicted(selector: Selector, latency: LatencyModel, target: float) -> dict[Axis, int]:
@@ -88,8 +86,8 @@ def reach(
         latency: predicts; corrected by what is measured.
         target: the speed-up or latency asked for.
         original_ms: the latency of the original.
-        tolerance: the relative distance from the target that is good enough; the search aims at half of it, as far as
-            the measurement tells.
+        tolerance: the relative distance from the target that is good enough; the search aims at half of it, give
+            or take a standard error of the measurement.
 
     Returns:
         The nearest candidate (where widths allow none within the tolerance, the next faster one), and all measured.
@@ -109,7 +107,7 @@ def reach(
         if any(counts == candidate.counts for candidate in tried):
             break
         found = measure(counts)
-        if found.may_be_within(tolerance / 2):
+        if found.is_within(tolerance / 2):
             break
         goal = found.speedup / found.attained  # of a latency in ms, in the machine's present state
     best = _nearest(tried, tolerance)

@@ -82,7 +82,7 @@ def test_the_search_ends_on_target_however_wrong_the_prediction(selector, power,
     assert len(tried) == watch.exports <= 4
 
 
-def test_what_may_be_on_target_for_all_that_is_known_is_not_improved_on(selector):
+def test_what_is_on_target_but_for_the_error_of_its_measurement_is_not_improved_on(selector):
     target = Target("target_speedup", 2.0)
     exact = Stopwatch(selector.comb, 1.08)
     (first, *others), blurred = (
@@ -90,7 +90,7 @@ def test_what_may_be_on_target_for_all_that_is_known_is_not_improved_on(selector
         Stopwatch(selector.comb, 1.08, 0.1),
     )
     assert others
-    assert not first.may_be_within(0.025)
+    assert not first.is_within(0.025)
     (only,) = reach(selector.comb.model, selector, blurred, blurred, target, 10.0)[1]
     assert only.attained == first.attained
 
