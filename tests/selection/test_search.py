@@ -84,11 +84,8 @@ def test_the_search_ends_on_target_however_wrong_the_prediction(selector, power,
 
 def test_what_is_on_target_but_for_the_error_of_its_measurement_is_not_improved_on(selector):
     target = Target("target_speedup", 2.0)
-    exact = Stopwatch(selector.comb, 1.08)
-    (first, *others), blurred = (
-        reach(selector.comb.model, selector, exact, exact, target, 10.0)[1],
-        Stopwatch(selector.comb, 1.08, 0.1),
-    )
+    exact, blurred = Stopwatch(selector.comb, 1.08), Stopwatch(selector.comb, 1.08, noise=0.1)
+    first, *others = reach(selector.comb.model, selector, exact, exact, target, 10.0)[1]
     assert others
     assert not first.is_within(0.025)
     (only,) = reach(selector.comb.model, selector, blurred, blurred, target, 10.0)[1]
