@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 Keep = dict[str, tuple[int, ...]]
 Stage = Callable[[str], AbstractContextManager[None]]
-#: Two plans leave as much if the MACs of one are at least this share of the other's.
-AS_MUCH = 0.9
 #: Groups that a note names.
 NAMED = 8
 
@@ -202,12 +200,11 @@ class Decider:
     def _at_target(self, selectors: Mapping[Scope, Selector]) -> tuple[Scope, Keep, tuple[str, ...]]:
         """The scope, the channels kept at the target, and what a user should know of it.
 
-        Of two that meet the target, the one that leaves more MACs is kept; where both leave as much, the one that
-        comes nearer to the model as it is without training.
+        Of two that meet the target, the one is kept that comes nearer to the model as it is, without training.
         """
         plans = {scope: self._predicted(selector) for scope, selector in selectors.items()}
         macs = {scope: self.comb.cost(self.counts(plan.groups)).macs for scope, plan in plans.items()}
-        chosen = self._nearest({s: plan for s, plan in plans.items() if macs[s] >= AS_MUCH * max(macs.values())})
+        chosen = self._nearest(plans)
         try:
             plans[chosen] = self._meet(selectors[chosen])
         except TargetError:
