@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -98,6 +99,12 @@ class LatencyModel:
         self._excess = {item: item.ms - self._pace * alone[item] for item in self._items}
         self._least = {item: min(LEAST, item.ms / max(self._pace * alone[item], 1e-9)) for item in self._items}
         self._observed: list[tuple[float, float]] = []
+
+    def unobserved(self) -> LatencyModel:
+        """The same model, to be corrected by other measurements than this one."""
+        other = copy(self)
+        other._observed = []
+        return other
 
     def milliseconds(self, counts: Mapping[Axis, int]) -> float:
         """The sum of all nodes' times at these widths, in ms, not corrected by what was observed."""

@@ -21,7 +21,7 @@ from cpd.errors import TargetError
 from cpd.model.inputs import Call
 from cpd.plan import Plan
 from cpd.selection.obstacles import obstacles
-from cpd.selection.search import predicted, reach
+from cpd.selection.search import Search
 from cpd.selection.selector import Selector
 from cpd.selection.weighing import Normalization, Scope, Weighing, by_capacity
 
@@ -106,6 +106,7 @@ class Decider:
         self._error_of, self._stage = error_of, stage
         self._weighing: Weighing | None = None
         self._latency_model: LatencyModel | None = None
+        self._latency_models: dict[Scope, LatencyModel] = {}
         self._unpruned_ms: float | None = None
 
     def decide(
@@ -181,13 +182,15 @@ class Decider:
                 self.probe = LatencyProbe(self.comb.model, call, threads=self.threads, others=self._others)
         return self.probe
 
-    def _latency(self) -> LatencyModel:
-        """Predicts the latency of any widths."""
+    def _latency(self, scope: Scope | None = None) -> LatencyModel:
+        """Predicts the latency of any widths, corrected by what was measured of one scope's candidates."""
         if self._latency_model is None:
             probe = self._probe()
             with self._stage("profile"):
                 self._latency_model = LatencyModel(self.comb, probe.profile(), KernelTimes(self.threads))
-        return self._latency_model
+        if scope is None:
+            return self._latency_model
+        return self._latency_models.setdefault(scope, self._latency_model.unobserved())
 
     def _original_ms(self) -> float:
         """The latency of the unpruned model."""
@@ -198,30 +201,57 @@ class Decider:
     # ------------------------------------------------------------------------------ at the target
 
     def _at_target(self, selectors: Mapping[Scope, Selector]) -> tuple[Scope, Keep, tuple[str, ...]]:
-        """The scope, the channels kept at the target, and what a user should know of it.
+        """The scope, the channels kept at the target, and what a user should know of it."""
+        if not self.target.is_measured:
+            ((chosen, selector),) = selectors.items()
+            plan, notes = self._computed(selector), list[str]()
+        else:
+            chosen, plan, notes = self._measured(selectors)
+        notes += self._floor_note(selectors[chosen], plan)
+        return chosen, dict(plan.groups), (*notes, *plan.adjusted)
 
-        Of two that meet the target, the one is kept that comes nearer to the model as it is, without training.
+    def _measured(self, selectors: Mapping[Scope, Selector]) -> tuple[Scope, Plan, list[str]]:
+        """The scope, the plan that is as fast as it should be, and a note of the scopes.
+
+        Of two scopes the one is gone on with whose plan comes nearer to the model as it is, without training; what the
+        prediction lacks differs between them, so each is measured once before they are compared.
         """
-        plans = {scope: self._predicted(selector) for scope, selector in selectors.items()}
-        macs = {scope: self.comb.cost(self.counts(plan.groups)).macs for scope, plan in plans.items()}
-        chosen = self._nearest(plans)
+        searches = {
+            scope: Search(
+                self.comb.model, selector, self._probe(), self._latency(scope), self.target, self._original_ms(),
+                self.tolerance,
+            )
+            for scope, selector in selectors.items()
+        }  # fmt: skip
         try:
-            plans[chosen] = self._meet(selectors[chosen])
-        except TargetError:
-            others = [scope for scope in plans if scope != chosen]
-            if not others:
-                raise
-            (chosen,) = others  # the prediction was wrong about it
-            plans[chosen] = self._meet(selectors[chosen])
-        notes = [*self._scopes_note(chosen, macs), *self._floor_note(selectors[chosen], plans[chosen])]
-        return chosen, dict(plans[chosen].groups), (*notes, *plans[chosen].adjusted)
+            chosen, notes = self._nearest(searches)
+            try:
+                return chosen, searches[chosen].finish().plan, notes
+            except TargetError:
+                if len(searches) == 1:
+                    raise
+                (chosen,) = (scope for scope in searches if scope != chosen)  # the prediction was wrong about it
+                return chosen, searches[chosen].finish().plan, notes
+        finally:
+            self.search += [
+                {"scope": scope, "macs_ratio": t.macs_ratio, "predicted": t.predicted, "speedup": t.speedup}
+                for scope, search in searches.items()
+                for t in search.tried
+            ]
 
-    def _scopes_note(self, chosen: Scope, macs: Mapping[Scope, int]) -> list[str]:
-        if len(macs) < 2:
-            return []
-        full = max(self.comb.cost({}).macs, 1)
-        shares = ", ".join(f"{scope} {found / full:.1%}" for scope, found in macs.items())
-        return [f"Ranking scope: {chosen} (share of the MACs kept at the target: {shares})."]
+    def _nearest(self, searches: Mapping[Scope, Search]) -> tuple[Scope, list[str]]:
+        """The scope whose logits come nearest to those of the model as it is, without training, and a note of it."""
+        if len(searches) == 1 or self._error_of is None:
+            return next(iter(searches)), []
+        errors, shares = dict[Scope, float](), list[str]()
+        for scope, search in searches.items():
+            search.step()
+            plan = search.plan()
+            errors[scope] = self._error_of(plan)
+            left = self.comb.cost(self.counts(plan.groups)).macs / max(self.comb.cost({}).macs, 1)
+            shares.append(f"{scope} {left:.1%} of the MACs, error {errors[scope]:.3g}")
+        chosen = min(errors, key=lambda scope: errors[scope])
+        return chosen, [f"Ranking scope: {chosen} (what should be on target, and its logits: {'; '.join(shares)})."]
 
     def _floor_note(self, selector: Selector, plan: Plan) -> list[str]:
         floored = selector.at_floor(self.counts(plan.groups))
@@ -232,33 +262,6 @@ class Decider:
             f"(max_ratio={self.limits.max_ratio:g}, min_width={self.limits.min_width}): {', '.join(floored[:NAMED])}"
             f"{', …' if len(floored) > NAMED else '.'}"
         ]
-
-    def _nearest(self, plans: Mapping[Scope, Plan]) -> Scope:
-        """Of several plans the one whose logits come nearest to those of the model as it is, without training."""
-        if len(plans) == 1 or self._error_of is None:
-            return next(iter(plans))
-        errors = {scope: self._error_of(plan) for scope, plan in plans.items()}
-        return min(errors, key=lambda scope: errors[scope])
-
-    def _predicted(self, selector: Selector) -> Plan:
-        """The plan of one selector that should meet the target; the final one, where nothing need be measured."""
-        if not self.target.is_measured:
-            return self._meet(selector)
-        return selector.plan(predicted(selector, self._latency(), self.target.speedup(self._original_ms())))
-
-    def _meet(self, selector: Selector) -> Plan:
-        """The plan of one selector that meets the target."""
-        return self._measured(selector) if self.target.is_measured else self._computed(selector)
-
-    def _measured(self, selector: Selector) -> Plan:
-        best, tried = reach(
-            self.comb.model, selector, self._probe(), self._latency(), self.target, self._original_ms(), self.tolerance
-        )
-        self.search += [
-            {"scope": selector.scope, "macs_ratio": t.macs_ratio, "predicted": t.predicted, "speedup": t.speedup}
-            for t in tried
-        ]
-        return best.plan
 
     def _computed(self, selector: Selector) -> Plan:
         full, least = self.comb.cost({}), self.comb.cost(selector.least())

@@ -63,21 +63,8 @@ class Candidate:
         return abs(self.attained - 1) <= distance + interval / 4  # of 95 %: two standard errors on either side
 
 
-def predicted(selector: Selector, latency: LatencyModel, target: float) -> dict[Axis, int]:
-    """The widths that should be `target` times as fast: no layer narrower than its time asks for."""
-    return selector.widened(selector.reach(latency.speedup, target), latency)
-
-
-def reach(
-    model: nn.Module,
-    selector: Selector,
-    probe: LatencyProbe,
-    latency: LatencyModel,
-    target: Target,
-    original_ms: float,
-    tolerance: float = 0.05,
-) -> tuple[Candidate, list[Candidate]]:
-    """Find widths whose measured speed-up or latency is within `tolerance` of `target`, or as near as widths allow.
+class Search:
+    """A search for widths whose measured speed-up or latency is within `tolerance` of `target`, a candidate at a time.
 
     Args:
         model: the unpruned model; left as it was.
@@ -89,36 +76,77 @@ def reach(
         tolerance: the relative distance from the target that is good enough; the search aims at half of it, give
             or take a standard error of the measurement.
 
-    Returns:
-        The nearest candidate (where widths allow none within the tolerance, the next faster one), and all measured.
-
-    Raises:
-        TargetError: if even the narrowest widths are not fast enough.
+    Attributes:
+        tried: all that was measured.
     """
-    tried: list[Candidate] = []
-    goal = target.speedup(original_ms)
 
-    def measure(counts: Mapping[Axis, int]) -> Candidate:
-        tried.append(_measure(model, selector, probe, latency, counts, target, tolerance / 3))
-        return tried[-1]
+    def __init__(
+        self,
+        model: nn.Module,
+        selector: Selector,
+        probe: LatencyProbe,
+        latency: LatencyModel,
+        target: Target,
+        original_ms: float,
+        tolerance: float = 0.05,
+    ) -> None:
+        self.model, self.selector, self.probe, self.latency = model, selector, probe, latency
+        self.target, self.tolerance, self.tried = target, tolerance, list[Candidate]()
+        self._goal, self._upcoming = target.speedup(original_ms), dict[Axis, int]()
 
-    while len(tried) < MAX_CANDIDATES:
-        counts = predicted(selector, latency, goal)
-        if any(counts == candidate.counts for candidate in tried):
-            break
-        found = measure(counts)
-        if found.is_within(tolerance / 2):
-            break
-        goal = found.speedup / found.attained  # of a latency in ms, in the machine's present state
-    best = _nearest(tried, tolerance)
-    if best.attained < 1 - tolerance:
-        least = selector.least()
-        if all(candidate.counts != least for candidate in tried):  # the last try: as narrow as can be
-            measure(least)
-            best = _nearest(tried, tolerance)
-        if best.attained < 1 - tolerance:
-            raise TargetError(_unreachable(selector, best, target, latency))
-    return best, tried
+    def upcoming(self) -> Mapping[Axis, int]:
+        """The widths that should be on target: no layer narrower than its time asks for."""
+        if not self._upcoming:
+            reached = self.selector.reach(self.latency.speedup, self._goal)
+            self._upcoming = self.selector.widened(reached, self.latency)
+        return self._upcoming
+
+    def plan(self) -> Plan:
+        """What the search will end on, as far as is known by now."""
+        return self.tried[-1].plan if self._on_target() else self.selector.plan(self.upcoming())
+
+    def step(self) -> None:
+        """Measure the next candidate."""
+        found = self._measure(self.upcoming())
+        self._goal = found.speedup / found.attained  # of a latency in ms, in the machine's present state
+        self._upcoming = {}
+
+    def finish(self) -> Candidate:
+        """The nearest candidate; where widths allow none within the tolerance, the next faster one.
+
+        Raises:
+            TargetError: if even the narrowest widths are not fast enough.
+        """
+        while len(self.tried) < MAX_CANDIDATES and not self._on_target() and not self._known(self.upcoming()):
+            self.step()
+        best = _nearest(self.tried, self.tolerance)
+        if best.attained < 1 - self.tolerance:
+            least = self.selector.least()
+            if not self._known(least):  # the last try: as narrow as can be
+                self._measure(least)
+                best = _nearest(self.tried, self.tolerance)
+            if best.attained < 1 - self.tolerance:
+                raise TargetError(_unreachable(self.selector, best, self.target, self.latency))
+        return best
+
+    def _on_target(self) -> bool:
+        return bool(self.tried) and self.tried[-1].is_within(self.tolerance / 2)
+
+    def _known(self, counts: Mapping[Axis, int]) -> bool:
+        return any(counts == candidate.counts for candidate in self.tried)
+
+    def _measure(self, counts: Mapping[Axis, int]) -> Candidate:
+        """Shrink, export and time; the model of the latency learns from it."""
+        plan = self.selector.plan(counts)
+        narrower = shrink(copy_of(self.model), plan)
+        expected, slowest = self.latency.speedup(counts), self.target.attained
+        log.info("Candidate: predicted %.2f times as fast; exporting and timing it …", expected)
+        found = self.probe.compare(narrower, seconds=SECONDS, precision=self.tolerance / 3, slowest=slowest)
+        self.latency.observe(counts, found.speedup)
+        ratio = self.selector.comb.cost(counts).macs / self.selector.comb.cost({}).macs
+        log.info("Candidate: %.2f times as fast at %.1f %% of the MACs", found.speedup, 100 * ratio)
+        self.tried.append(Candidate(counts, plan, ratio, expected, found, self.target.attained(found)))
+        return self.tried[-1]
 
 
 def _nearest(tried: list[Candidate], tolerance: float) -> Candidate:
@@ -127,27 +155,6 @@ def _nearest(tried: list[Candidate], tolerance: float) -> Candidate:
     if near:
         return min(near, key=lambda item: abs(math.log(item.attained)))
     return min(tried, key=lambda item: (item.attained < 1, abs(math.log(item.attained))))
-
-
-def _measure(
-    model: nn.Module,
-    selector: Selector,
-    probe: LatencyProbe,
-    latency: LatencyModel,
-    counts: Mapping[Axis, int],
-    target: Target,
-    precision: float,
-) -> Candidate:
-    """Shrink, export and time; the model of the latency learns from it."""
-    plan = selector.plan(counts)
-    expected = latency.speedup(counts)
-    narrower = shrink(copy_of(model), plan)
-    log.info("Candidate: predicted %.2f times as fast; exporting and timing it …", expected)
-    found = probe.compare(narrower, seconds=SECONDS, precision=precision, slowest=target.attained)
-    latency.observe(counts, found.speedup)
-    ratio = selector.comb.cost(counts).macs / selector.comb.cost({}).macs
-    log.info("Candidate: %.2f times as fast at %.1f %% of the MACs", found.speedup, 100 * ratio)
-    return Candidate(counts, plan, ratio, expected, found, target.attained(found))
 
 
 def _unreachable(selector: Selector, best: Candidate, target: Target, latency: LatencyModel) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 
 import cpd
 from cpd.selection.limits import Limits
-from cpd.selection.search import reach
+from cpd.selection.search import Search
 from cpd.selection.selector import Selector
 from cpd.selection.target import Target
 
@@ -76,7 +76,8 @@ def selector() -> Selector:
 @pytest.mark.parametrize("target", [Target("target_speedup", 2.0), Target("target_latency_ms", 5.0)])
 def test_the_search_ends_on_target_however_wrong_the_prediction(selector, power, target):
     watch = Stopwatch(selector.comb, power)
-    best, tried = reach(selector.comb.model, selector, watch, watch, target, 10.0)
+    search = Search(selector.comb.model, selector, watch, watch, target, 10.0)
+    best, tried = search.finish(), search.tried
     assert abs(best.attained - 1) < 0.05
     assert best.speedup == pytest.approx(2, rel=0.05)
     assert len(tried) == watch.exports <= 4
@@ -85,23 +86,27 @@ def test_the_search_ends_on_target_however_wrong_the_prediction(selector, power,
 def test_what_is_on_target_but_for_the_error_of_its_measurement_is_not_improved_on(selector):
     target = Target("target_speedup", 2.0)
     exact, blurred = Stopwatch(selector.comb, 1.08), Stopwatch(selector.comb, 1.08, noise=0.1)
-    first, *others = reach(selector.comb.model, selector, exact, exact, target, 10.0)[1]
+    search = Search(selector.comb.model, selector, exact, exact, target, 10.0)
+    search.finish()
+    first, *others = search.tried
     assert others
     assert not first.is_within(0.025)
-    (only,) = reach(selector.comb.model, selector, blurred, blurred, target, 10.0)[1]
+    search = Search(selector.comb.model, selector, blurred, blurred, target, 10.0)
+    search.finish()
+    (only,) = search.tried
     assert only.attained == first.attained
 
 
 def test_a_target_out_of_reach_says_what_can_be(selector):
     watch = Stopwatch(selector.comb, 0.1)
     with pytest.raises(cpd.TargetError, match=r"target_speedup=9 cannot be reached.*times as fast.*Ask for 1\.\d"):
-        reach(selector.comb.model, selector, watch, watch, Target("target_speedup", 9.0), 10.0)
+        Search(selector.comb.model, selector, watch, watch, Target("target_speedup", 9.0), 10.0).finish()
     told = r"% of the unpruned model's are left .* 4.0% goes into calling nodes\. Frozen groups hold"
     with pytest.raises(cpd.TargetError, match=told) as caught:
-        reach(selector.comb.model, selector, watch, watch, Target("target_speedup", 9.0), 10.0)
+        Search(selector.comb.model, selector, watch, watch, Target("target_speedup", 9.0), 10.0).finish()
     assert "Softmax" not in str(caught.value)
     with pytest.raises(cpd.TargetError, match="nothing to do"):
-        reach(selector.comb.model, selector, watch, watch, Target("target_latency_ms", 11.0), 10.0)
+        Search(selector.comb.model, selector, watch, watch, Target("target_latency_ms", 11.0), 10.0).finish()
 
 
 def test_a_leap_over_the_target_is_taken_back(selector):
