@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -48,18 +49,17 @@ def samples_asked(model: nn.Module, comb: Comb, batch: Batch) -> Asked:
     A convolution sees a group's channels in every place of an image, a classifier behind a pooling once an image: the
     layer that sees them least often decides.
     """
-    places: dict[str, int] = {}
+    places = Counter[str]()
 
     def after(layer: LayerCall) -> None:
-        samples = 1 if layer.kind in ("linear", "matmul") else layer.input.shape[0]
-        places[layer.weight] = places.get(layer.weight, 0) + samples * layer.positions
+        places[layer.weight] += layer.rows
 
     one = batch._replace(call=batch.call.part(1).to(device_of(model)))
     with torch.no_grad(), evaluating(model), seen(LayerCalls(model, after=after)):
         one.on(model)
     asked = [Asked()]
     for group in comb.open:
-        seen_in = [places[m.tensor] for m in group.members if m.contracted and places.get(m.tensor)]
+        seen_in = [places[m.tensor] for m in group.members if m.contracted and places[m.tensor]]
         if seen_in:
             asked.append(Asked(math.ceil(group.size / TRUSTED / min(seen_in)), group.name, group.size))
     return max(asked)

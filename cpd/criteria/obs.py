@@ -139,8 +139,7 @@ class _Moments:
                 self.second[which] += rows.transpose(1, 2) @ rows
                 self.first[which] += rows.sum(1)
                 self.rows[which] += rows.shape[1]
-        every = layer.positions * (1 if layer.kind in ("linear", "matmul") else layer.input.shape[0])
-        share = 1.0 if layer.kind == "transposed" else every / x.shape[1]
+        share = 1.0 if layer.kind == "transposed" else layer.rows / x.shape[1]
         shape = layer.without_data()
 
         def at_output(gradient: Tensor) -> None:

@@ -271,8 +271,7 @@ class _Probe:
             if isinstance(layer.given["weight"], nn.Parameter):  # what is computed is so again at the next call
                 self.times[layer.weight] += 1
             self.calls[layer.weight] = layer.without_data()
-            linear = layer.kind in ("linear", "matmul")
-            self.places[layer.weight] = layer.positions * (1 if linear else layer.input.shape[0])
+            self.places[layer.weight] = layer.rows
             self.inputs[layer.weight] = (layer.input.shape, twice.get(layer.weight, layer.input.shape))
             size = (layer.input.numel() + layer.output.numel()) * layer.input.element_size()
             self.most_bytes = max(self.most_bytes, size)

@@ -80,6 +80,11 @@ class LayerCall:
             return math.prod(self.input.shape[:-1])
         return math.prod((self.output if self.kind == "conv" else self.input).shape[2:])
 
+    @property
+    def rows(self) -> int:
+        """In how many places of the whole input the matrix product is taken."""
+        return self.positions * (1 if self.kind in ("linear", "matmul") else self.input.shape[0])
+
     def features(self, index: Tensor | None = None) -> Tensor:
         """The inputs of the matrix product, [groups, rows, features].
 
