@@ -224,14 +224,15 @@ class Decider:
             for scope, selector in selectors.items()
         }  # fmt: skip
         try:
-            chosen, notes = self._nearest(searches)
+            chosen, told = self._nearest(searches)
             try:
-                return chosen, searches[chosen].finish().plan, notes
+                plan = searches[chosen].finish().plan
             except TargetError:
                 if len(searches) == 1:
                     raise
                 (chosen,) = (scope for scope in searches if scope != chosen)  # the prediction was wrong about it
-                return chosen, searches[chosen].finish().plan, notes
+                plan = searches[chosen].finish().plan
+            return chosen, plan, [f"Ranking scope: {chosen} (what should be on target: {told})."] if told else []
         finally:
             self.search += [
                 {"scope": scope, "macs_ratio": t.macs_ratio, "predicted": t.predicted, "speedup": t.speedup}
@@ -239,19 +240,18 @@ class Decider:
                 for t in search.tried
             ]
 
-    def _nearest(self, searches: Mapping[Scope, Search]) -> tuple[Scope, list[str]]:
-        """The scope whose logits come nearest to those of the model as it is, without training, and a note of it."""
+    def _nearest(self, searches: Mapping[Scope, Search]) -> tuple[Scope, str]:
+        """The scope whose logits come nearest to those of the model as it is, without training; what each keeps."""
         if len(searches) == 1 or self._error_of is None:
-            return next(iter(searches)), []
+            return next(iter(searches)), ""
         errors, shares = dict[Scope, float](), list[str]()
         for scope, search in searches.items():
             search.step()
             plan = search.plan()
             errors[scope] = self._error_of(plan)
             left = self.comb.cost(self.counts(plan.groups)).macs / max(self.comb.cost({}).macs, 1)
-            shares.append(f"{scope} {left:.1%} of the MACs, error {errors[scope]:.3g}")
-        chosen = min(errors, key=lambda scope: errors[scope])
-        return chosen, [f"Ranking scope: {chosen} (what should be on target, and its logits: {'; '.join(shares)})."]
+            shares.append(f"{scope} keeps {left:.1%} of the MACs, relative error of the logits {errors[scope]:.3g}")
+        return min(errors, key=lambda scope: errors[scope]), "; ".join(shares)
 
     def _floor_note(self, selector: Selector, plan: Plan) -> list[str]:
         floored = selector.at_floor(self.counts(plan.groups))

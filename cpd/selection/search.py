@@ -26,7 +26,7 @@ from cpd.surgery.shrink import shrink
 
 log = logging.getLogger("cpd")
 
-#: Candidates exported and timed at most; with the original and the result, six exports.
+#: Candidates of one search that are exported and timed at most.
 MAX_CANDIDATES = 4
 #: Seconds that one candidate is timed.
 SECONDS = 6.0

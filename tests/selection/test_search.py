@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 import cpd
+from cpd.selection import decision
+from cpd.selection.decision import Decider
 from cpd.selection.limits import Limits
 from cpd.selection.search import Search
 from cpd.selection.selector import Selector
@@ -107,6 +109,39 @@ def test_a_target_out_of_reach_says_what_can_be(selector):
     assert "Softmax" not in str(caught.value)
     with pytest.raises(cpd.TargetError, match="nothing to do"):
         Search(selector.comb.model, selector, watch, watch, Target("target_latency_ms", 11.0), 10.0).finish()
+
+
+def test_the_note_names_the_scope_that_was_taken(monkeypatch):
+    """Of two scopes the nearer one turns out not to reach the target."""
+
+    class Fixed:
+        def __init__(self, model: Any, selector: Any, *_: Any) -> None:
+            self.selector, self.tried = selector, []
+
+        def step(self) -> None:
+            self.tried.append(SimpleNamespace(macs_ratio=0.4, predicted=2.0, speedup=2.0))
+
+        def plan(self) -> Any:
+            return SimpleNamespace(groups={"a": (0,)}, error=self.selector)
+
+        def finish(self) -> Any:
+            if self.selector == 0.1:
+                raise cpd.TargetError("out of reach")
+            return SimpleNamespace(plan=self.plan())
+
+    monkeypatch.setattr(decision, "Search", Fixed)
+    decider = Decider.__new__(Decider)
+    decider.comb = SimpleNamespace(model=None, cost=lambda counts: SimpleNamespace(macs=100 if not counts else 40))
+    decider.target, decider.tolerance, decider.search = Target("target_speedup", 2.0), 0.05, []
+    decider.counts = decider._probe = decider._latency = decider._original_ms = lambda *_: {"a": 1}
+    decider._error_of = lambda plan: plan.error
+    chosen, plan, (note,) = decider._measured({"global": 0.1, "group": 0.2})
+    assert (chosen, plan.error) == ("group", 0.2)
+    assert [row["scope"] for row in decider.search] == ["global", "group"]
+    assert note == (
+        "Ranking scope: group (what should be on target: global keeps 40.0% of the MACs, relative error of the logits "
+        "0.1; group keeps 40.0% of the MACs, relative error of the logits 0.2)."
+    )
 
 
 def test_a_leap_over_the_target_is_taken_back(selector):
