@@ -10,6 +10,7 @@ import functools
 import importlib
 import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -65,6 +66,7 @@ def _begin(
     os.chdir(folder)
     if terminal:
         os.setsid()  # the terminal that is opened next is its own
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background has it ignored
     place = os.open(output, os.O_RDWR if terminal else os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for handle in (0, 1, 2) if terminal else (1, 2):
         os.dup2(place, handle)
