@@ -43,7 +43,8 @@ from torch.utils import _pytree as pytree
 from warm import check_warm
 
 import cpd
-from cpd.coupling.comb import Comb, Group
+from cpd.coupling.comb import Comb
+from cpd.coupling.groups import Group
 from cpd.model import sources
 from cpd.model.inputs import Call, as_call
 from cpd.model.tensors import copy_of

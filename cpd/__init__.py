@@ -36,7 +36,9 @@ from cpd.errors import (
 
 if TYPE_CHECKING:
     from cpd.config import PruneConfig
-    from cpd.coupling.comb import Comb, Group, comb
+    from cpd.coupling.branches import Branch
+    from cpd.coupling.comb import Comb, comb
+    from cpd.coupling.groups import Group
     from cpd.criteria.score import score
     from cpd.deploy.export import export_onnx
     from cpd.deploy.latency import LatencyComparison, LatencyTable, compare_latency, measure_latency
@@ -61,11 +63,9 @@ __version__ = "0.1.0"
 #: Where the other public names come from. They are imported when they are first used, as torch takes seconds to import.
 _ROOMS = {
     "cpd.config": ("PruneConfig",),
-    "cpd.coupling.comb": (
-        "Comb",
-        "Group",
-        "comb",
-    ),
+    "cpd.coupling.branches": ("Branch",),
+    "cpd.coupling.comb": ("Comb", "comb"),
+    "cpd.coupling.groups": ("Group",),
     "cpd.criteria.score": ("score",),
     "cpd.deploy.export": ("export_onnx",),
     "cpd.deploy.latency": (
@@ -112,6 +112,7 @@ _MODULES = ("cli", "criteria", "demo", "lightning", "picture", "rules", "segment
 
 __all__ = [
     "ArtifactError",
+    "Branch",
     "CPDError",
     "CheckpointError",
     "Comb",

@@ -171,9 +171,15 @@ class PruneConfig:
     min_width: int = option(1, integer(1), "Fewest channels that a group keeps.")
     ratios: Mapping[str, float] | None = option(
         None, _RATIOS,
-        "Groups that you decide on: the share that is removed, by a shell pattern of group names; 0 keeps all. On the "
-        "command line PATTERN=SHARE, any number of times.",
+        "Groups that you decide on: the share that is removed, by a shell pattern of group names; 0 keeps all, and "
+        "branches that are named like this too. On the command line PATTERN=SHARE, any number of times.",
     )  # fmt: skip
+    branches: bool | None = option(
+        None, flag(),
+        "Whether whole branches may be removed, such as residual blocks, beside channels. Default: with data; without, "
+        "what a branch is worth is not known.",
+    )  # fmt: skip
+    max_removed: float = option(0.75, _FRACTION, "Largest share of the branches that may be removed.")
     outputs: Outputs | None = option(
         None, OUTPUTS,
         "The parts of the model's output that matter, where it returns more than is read (hidden states, lists of "
@@ -264,7 +270,7 @@ class PruneConfig:
     @property
     def limits(self) -> Limits:
         """What a selection may do to a group."""
-        return Limits(self.round_to, self.max_ratio, self.min_width, dict(self.ratios or {}))
+        return Limits(self.round_to, self.max_ratio, self.min_width, dict(self.ratios or {}), self.max_removed)
 
     @property
     def combing(self) -> dict[str, Any]:

@@ -77,6 +77,25 @@ class Cache:
     value: bool | int | float | str | None = None
 
 
+@dataclass(frozen=True)
+class Replacement:
+    """A module that goes, and what takes its place.
+
+    Attributes:
+        module: path of the module.
+        by: "identity" (`torch.nn.Identity`), or "nothing": what a sum takes no notice of (`cpd.model.removed`).
+        copied: with "nothing": the sum is copied, for something is written to it later.
+        shaped: with "nothing": what the module gives has the shape of its first argument.
+        outputs: with "nothing": how many the module returns in a tuple; None where it is none.
+    """
+
+    module: str
+    by: Literal["identity", "nothing"]
+    copied: bool = False
+    shaped: bool = False
+    outputs: int | None = None
+
+
 Shape = tuple[int, ...]
 
 
@@ -162,7 +181,12 @@ class Architecture:
 
     def narrowed(self, plan: Plan) -> Architecture:
         """What a model of this architecture is once a plan of it has been applied."""
-        modules = dict(self.modules)
+        modules = {path: form for path, form in self.modules.items() if not plan.removes(path)}
+        modules |= {
+            item.module: Form("Identity" if item.by == "identity" else "Removed", {}, {}, {})
+            for item in plan.replacements
+            if item.module in modules
+        }
 
         def change(path: str, part: str, new: Mapping[str, Any]) -> None:
             old: Mapping[str, Any] = getattr(modules[path], part) if path in modules else {}
@@ -230,6 +254,8 @@ class _Saved(TypedDict):
     adjusted: tuple[str, ...]
     caches: NotRequired[tuple[Cache, ...]]
     architecture: NotRequired[Any]
+    removed: NotRequired[tuple[str, ...]]
+    replacements: NotRequired[tuple[Replacement, ...]]
 
 
 @dataclass(frozen=True, repr=False)
@@ -245,6 +271,8 @@ class Plan:
         adjusted: one sentence for each group that keeps more than was asked, because a tie demands it.
         caches: attributes that hold what a forward computed at the old widths, to be emptied.
         architecture: what the plan can be applied to; None in one that was written before plans told.
+        removed: names of the branches that go as a whole.
+        replacements: what takes the place of modules that go.
     """
 
     kept: Mapping[str, Mapping[int, Tensor]]
@@ -255,6 +283,8 @@ class Plan:
     adjusted: tuple[str, ...] = field(default=())
     caches: tuple[Cache, ...] = field(default=())
     architecture: Architecture | None = None
+    removed: tuple[str, ...] = ()
+    replacements: tuple[Replacement, ...] = ()
 
     def __post_init__(self) -> None:
         frozen = {name: MappingProxyType(dict(dims)) for name, dims in self.kept.items()}
@@ -264,7 +294,19 @@ class Plan:
 
     def __repr__(self) -> str:
         """How much it changes; the channels themselves are in `groups` and `kept`."""
-        return f"Plan({len(self.kept)} tensors narrower, {len(self.groups)} groups, {len(self.attributes)} attributes)"
+        count = len(self.removed)
+        removed = f"{count} branch{'es' * (count > 1)} removed, " if count else ""
+        told = f"{len(self.kept)} tensors narrower, {len(self.groups)} groups, {len(self.attributes)} attributes"
+        return f"Plan({removed}{told})"
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything goes."""
+        return bool(self.kept or self.replacements)
+
+    def removes(self, name: str) -> bool:
+        """Whether a module, parameter or buffer goes with the module that it lies in."""
+        return any(name.startswith(f"{item.module}.") for item in self.replacements)
 
     def since(self, earlier: Plan) -> Plan:
         """What is left to do of this plan on a model that `earlier`, a plan of the same model, was applied to.
@@ -279,8 +321,11 @@ class Plan:
                 raise PlanError(
                     f"The two plans are of different models: in this one, {found}. Make both with one comb."
                 )
+        back = sorted(set(earlier.removed) - set(self.removed))
+        if back:
+            raise PlanError(f"This plan keeps {back[0]}, which the earlier one has removed.")
         kept, shapes = dict[str, dict[int, Tensor]](), dict[str, tuple[int, ...]]()
-        for name in {**earlier.kept, **self.kept}:
+        for name in (name for name in {**earlier.kept, **self.kept} if not self.removes(name)):
             before, now = earlier.kept.get(name, {}), self.kept.get(name, {})
             full = self.shapes.get(name) or earlier.shapes[name]
             narrower = tuple(len(before.get(dim, range(size))) for dim, size in enumerate(full))
@@ -298,6 +343,8 @@ class Plan:
         return Plan(
             kept, groups, shapes, self._attributes_since(earlier), self._rescales_since(earlier), self.adjusted,
             self.caches, earlier.architecture and earlier.architecture.narrowed(earlier),
+            tuple(name for name in self.removed if name not in earlier.removed),
+            tuple(item for item in self.replacements if item not in earlier.replacements),
         )  # fmt: skip
 
     def _attributes_since(self, earlier: Plan) -> tuple[Attribute, ...]:
@@ -309,6 +356,7 @@ class Plan:
                 ours[key].new if key in ours else theirs[key].old,
             )
             for key in {**theirs, **ours}
+            if not self.removes(f"{key[0]}.{key[1]}")
         ]
         return tuple(step for step in steps if step.old != step.new)
 
@@ -320,6 +368,8 @@ class Plan:
                 factors[key] = factors.get(key, 1.0) * item.factor**power
         found = []
         for (tensor, dim, positions), factor in factors.items():
+            if self.removes(tensor):
+                continue
             left = earlier.kept.get(tensor, {}).get(dim)
             if left is not None:
                 stays = torch.isin(left, torch.tensor(positions))
@@ -355,6 +405,8 @@ class Plan:
             "adjusted": list(self.adjusted),
             **({"caches": [vars(cache) for cache in self.caches]} if self.caches else {}),
             **({} if self.architecture is None else {"architecture": self.architecture.to_dict()}),
+            **({"removed": list(self.removed)} if self.removed else {}),
+            **({"replacements": [vars(item) for item in self.replacements]} if self.replacements else {}),
         }
 
     @staticmethod
@@ -382,6 +434,8 @@ class Plan:
             adjusted=found["adjusted"],
             caches=found.get("caches", ()),
             architecture=Architecture.from_dict(found["architecture"]) if "architecture" in found else None,
+            removed=found.get("removed", ()),
+            replacements=found.get("replacements", ()),
         )
 
 

@@ -46,6 +46,7 @@ from cpd.model.arguments import INPUTS, MODEL, OPTIMIZER, REPEATED_DATA
 from cpd.model.inputs import as_call, batches, check_model, device_of, of_shape
 from cpd.model.masks import masks_applied
 from cpd.model.outputs import outputs_sentence
+from cpd.model.progress import part
 from cpd.model.skeleton import skeleton
 from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of, named_tensors
@@ -57,8 +58,8 @@ from cpd.selection.limits import check_ratios
 from cpd.selection.weighing import Normalization
 from cpd.surgery.calibration import Calibration
 from cpd.surgery.masked import masked_error
-from cpd.surgery.optimizer_state import narrow_state, narrowed_state
-from cpd.surgery.recovery import Recovery, recover, recovered_error
+from cpd.surgery.optimizer_state import drop_parameters, narrow_state, narrowed_state
+from cpd.surgery.recovery import Recovery, error_without, recover, recovered_error
 from cpd.surgery.shrink import shrink
 
 log = logging.getLogger("cpd")
@@ -181,6 +182,8 @@ class Pruner:
         self._stage = (lambda _: nullcontext()) if stage is None else partial(_entered, stage)
         self._events = self.config.when.events(steps)
         self.data = None if data is None else processes.Share(data, self.config.score_batches)
+        if self.config.branches and data is None:
+            raise InputError("branches=True needs data=: what a branch is worth shows in what the model makes of it.")
         if comb is None:
             if self.config.measures:
                 check_runs(self.model, as_call(example_inputs))
@@ -202,7 +205,9 @@ class Pruner:
             scope=self.config.scope, data_free=self.criterion in DATA_FREE, tolerance=self.config.tolerance,
             threads=self.config.threads,
             others=tuple(of_shape(item, comb.operations.call) for item in self.config.latency_inputs),
-            error_of=None if self.data is None else self._error_of, stage=self._stage,
+            error_of=None if self.data is None else self._error_of,
+            error_without=None if self.data is None or self.config.branches is False else self._errors_without,
+            stage=self._stage,
         )  # fmt: skip
         self.plan = self.comb.plan({})
         self.steps_taken = 0
@@ -286,7 +291,7 @@ class Pruner:
             with self._stage("select"):
                 plan = self._select(scores, share)
             processes.check_same(plan.digest, "plan")
-            left = self.comb.cost(self._decider.counts(plan.groups))
+            left = self.comb.without(plan.removed).cost(self._decider.counts(plan.groups))
             self._shrink(plan, between)
         self.shrinks.append(Shrink(self.steps_taken, share, left.macs, left.parameters, plan.digest))
         log.info(
@@ -338,7 +343,8 @@ class Pruner:
         whole = dict[str, Tensor]()
         for group in self.comb.open:
             whole[group.name] = torch.full((group.size,), -math.inf, dtype=torch.float64)
-            whole[group.name][list(self.plan.groups[group.name])] = found[group.name].to("cpu", torch.float64)
+            if group.name in found:  # it has not gone with a branch
+                whole[group.name][list(self.plan.groups[group.name])] = found[group.name].to("cpu", torch.float64)
         return Scores(whole, untrusted, {})
 
     def _select(self, scores: Scores, share: float) -> Plan:
@@ -350,10 +356,10 @@ class Pruner:
             found = processes.from_first(lambda: decider.decide(scores, kept, share, scores.untrusted))
         else:
             found = decider.decide(scores, kept, share, scores.untrusted)
-        decider.scopes, decider.goal = found.scopes, found.goal
+        decider.scopes, decider.goal, decider.leaving = found.scopes, found.goal, found.leaving
         for note in found.notes:
             self.note(note)
-        return self.comb.plan(found.keep)
+        return self.comb.plan(found.keep, remove=found.removed)
 
     @memory_reused()
     def _error_of(self, plan: Plan) -> float:
@@ -361,6 +367,17 @@ class Pruner:
         step = plan.since(self.plan)
         narrower = shrink(copy_of(self.model), step)
         return recovered_error(narrower, self._calibrated(self.model), step)
+
+    @memory_reused()
+    def _errors_without(self, names: list[str]) -> dict[str, float]:
+        """The error of the logits without each of some branches, the layers before it giving what it gave."""
+        found, calibration = {}, self._calibrated(self.model)
+        with part("branches", len(names)) as progress:
+            for name in names:
+                plan = self.comb.plan(self.plan.groups, remove=[*self.plan.removed, name]).since(self.plan)
+                found[name] = error_without(shrink(copy_of(self.model), plan), calibration, plan)
+                progress.advance()
+        return found
 
     def _calibrated(self, unpruned: nn.Module) -> Calibration:
         """The data, and what the model as it is before the shrink makes of it; found once for each shrink."""
@@ -376,14 +393,17 @@ class Pruner:
 
     def _shrink(self, plan: Plan, between: Callable[[], None] | None) -> None:
         """Apply what is new of a plan to the model and to the optimizer's state, and make up for it."""
-        first, step = not self.plan.kept, plan.since(self.plan)
-        if not step.kept:  # widths come in steps, and this one was too small for one
+        first, step = not self.plan.changes, plan.since(self.plan)
+        if not step.changes:  # widths come in steps, and this one was too small for one
             return
         entries = [] if self.optimizer is None else narrowed_state(self.optimizer, self.model, step)
+        parameters = {id(parameter) for parameter in self.model.parameters()}
         before = copy_of(self.model) if first or self.data is not None else None
         with self._stage("shrink"):
             shrink(self.model, step)
             narrow_state(entries)
+            if self.optimizer is not None:
+                drop_parameters(self.optimizer, parameters - {id(parameter) for parameter in self.model.parameters()})
             self.plan = plan
         if first:
             assert before is not None
@@ -433,6 +453,8 @@ class Pruner:
             "shrinks": [asdict(item) for item in self.shrinks],
             "scopes": list(self._decider.scopes),
             "goal": self._decider.goal,
+            "removed": list(self.plan.removed),
+            "leaving": None if self._decider.leaving is None else list(self._decider.leaving),
             "notes": list(self.notes),
             "search": list(self.search),
             "checks": dict(self.checks),
@@ -454,13 +476,14 @@ class Pruner:
             then = Architecture.from_dict(state["architecture"]) if "architecture" in state else self.comb.architecture
             if (found := then.difference(self.comb.architecture)) is not None:
                 raise CheckpointError(f"The state is not of this model: {found}.")
-            plan = self.comb.plan(state["plan"])
+            plan = self.comb.plan(state["plan"], remove=state["removed"])
             if plan.digest != state["digest"]:
                 raise CheckpointError(
                     "This checkpoint belongs to a different model: its plan keeps different channels."
                 )
             shrinks = [Shrink(**item) for item in state["shrinks"]]
             scopes, goal = tuple(state["scopes"]), state["goal"]
+            leaving = None if state["leaving"] is None else tuple(state["leaving"])
             seen = {"sums": list(state["sums"]), "count": int(state["count"])}
             steps, search = int(state["steps_taken"]), list(state["search"])
             notes, checks = list(state["notes"]), dict(state["checks"])
@@ -469,6 +492,7 @@ class Pruner:
         shrink(self.model, plan)
         self.plan, self.shrinks, self.steps_taken = plan, shrinks, steps
         self._decider.scopes, self._decider.goal, self._decider.search = scopes, goal, search
+        self._decider.leaving = leaving
         self.notes, self.checks = notes, checks
         self._accumulated = self._from_gradients()
         if self._accumulated is not None:

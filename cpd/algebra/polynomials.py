@@ -7,6 +7,7 @@ of products of dimensions. Both are laid out as arrays of indices once; evaluati
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,12 @@ class ProductSums:
         #: The column of each dimension, resolved, in what `dims` gives.
         self.places = place
         self._products = _padded([[place[axes.resolve(dim)] for dim in product] for product in products], len(dims))
+
+    def weighted(self, factors: npt.NDArray[Any]) -> ProductSums:
+        """The same sums, each weight times its factor: [products, figures], or what broadcasts to that."""
+        other = copy(self)
+        other._weights = self._weights * factors
+        return other
 
     def widths(self, counts: Mapping[Axis, int]) -> Numbers:
         """[axes]: the width of each axis, whole where it is not named."""

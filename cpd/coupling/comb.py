@@ -8,7 +8,7 @@ The model is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,8 +22,10 @@ from torch import Tensor, nn
 from cpd.algebra import axes, ties
 from cpd.algebra.axes import Axis, Dim, Fixed, Mask
 from cpd.algebra.ties import Tie
+from cpd.coupling.branches import NO_REMOVAL, Branch, Removable, Removal
 from cpd.coupling.cost import Cost, FrozenShare
 from cpd.coupling.exactness import Exactness
+from cpd.coupling.groups import Group, freeze_tables, groups_of
 from cpd.errors import InputError, PlanError
 from cpd.model.architecture import architecture_of, check_architecture
 from cpd.model.arguments import INPUTS, MODEL
@@ -40,54 +42,9 @@ from cpd.proof.copies import edits
 from cpd.proof.proof import MAX_COPIES, Proof
 from cpd.proof.provenance import Place
 from cpd.rules import Context, infer
-from cpd.rules.contraction import KERNEL
 from cpd.trace.graph import OperationGraph
 from cpd.trace.quiet import garbage_collection_paused
 from cpd.trace.tracer import trace
-
-
-@dataclass(frozen=True)
-class Member:
-    """A dimension of a parameter or buffer that a group lies along.
-
-    Attributes:
-        tensor: name of the parameter or buffer.
-        dim: which of its dimensions.
-        contracted: whether an op sums over it (the consumer's side), rather than giving it.
-    """
-
-    tensor: str
-    dim: int
-    contracted: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.tensor} dim {self.dim}"
-
-
-@dataclass(frozen=True)
-class Group:
-    """Channels that are removed together from every member.
-
-    Attributes:
-        name: the layer that gives the channels, with a number where it gives several groups.
-        size: number of channels.
-        minimum: how many channels must stay.
-        frozen: None if prunable, else the reason why not.
-        exact: whether removing a channel gives what zeroing it gives in the unpruned model.
-        inexact: if not exact, the op that mixes over the group.
-        members: every dimension of a tensor that the group lies along.
-        ties: for each count tie that the group takes part in, its reason.
-    """
-
-    name: str
-    size: int
-    minimum: int
-    frozen: str | None
-    exact: bool
-    inexact: str | None
-    members: tuple[Member, ...]
-    ties: tuple[str, ...]
-    axis: Axis = field(repr=False, compare=False)
 
 
 def _are_channels(value: Any) -> bool:
@@ -101,6 +58,14 @@ def _are_widths(value: Any) -> bool:
     return isinstance(value, Mapping) and all(isinstance(key, str) and _are_channels(value[key]) for key in value)
 
 
+NAMES = Check(
+    "names of branches, as ['layer1.1']",
+    lambda value: (
+        isinstance(value, Collection)
+        and not isinstance(value, (str, bytes))
+        and all(isinstance(item, str) for item in value)
+    ),
+)
 KEEP = Check("a mapping from names of groups to the channels that are kept, as {'layer1.0.conv1': [0, 2]}", _are_widths)
 
 
@@ -118,6 +83,7 @@ class Comb:
         frame: a copy of the model without values, as it was: its integers are those that plans change.
         read: gives the parts of the model's output that matter; `outputs` names them.
         applied: the plan that `model` has gone through, where this is the comb of a narrower one.
+        removed: names of branches that every plan removes; the cost is that of what is left.
     """
 
     groups: tuple[Group, ...]
@@ -133,6 +99,8 @@ class Comb:
     unread: Mapping[Place, tuple[Dim, ...]] = field(default_factory=dict)
     read: Callable[[Any], Any] = whole
     applied: Plan | None = None
+    removed: frozenset[str] = frozenset()
+    _found: list[Removable] = field(default_factory=list, repr=False)  # once it is asked for
 
     def __repr__(self) -> str:
         """How many groups there are; `groups` lists them."""
@@ -141,12 +109,15 @@ class Comb:
     @property
     def open(self) -> tuple[Group, ...]:
         """The groups that can be pruned."""
-        return tuple(group for group in self.groups if group.frozen is None)
+        gone = self.removal(self.removed).groups
+        return tuple(group for group in self.groups if group.frozen is None and group.name not in gone)
 
     @property
     def ties(self) -> tuple[Tie, ...]:
         """Pairs of dimensions that must keep equally many channels."""
-        return tuple(self.context.ties)
+        removal = self.removal(self.removed).groups
+        gone = {group.axis for group in self.groups if group.name in removal}
+        return tuple(tie for tie in self.context.ties if gone.isdisjoint(tie.axes))
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -173,7 +144,53 @@ class Comb:
     @cached_property
     def cost(self) -> Cost:
         """MACs, parameters and activations of any widths, from the graph's shapes alone."""
-        return Cost(self.context, self.dims, every_tensor(self.model))
+        left = self.removal(self.removed).cost
+        return Cost(self.context, self.dims, every_tensor(self.model)) if left is None else left
+
+    @property
+    def _removable(self) -> Removable:
+        if not self._found:
+            check_architecture(
+                self.model, self.architecture, PlanError, "The comb is",
+                "Ask for comb.branches before the model is shrunk, or comb it anew.",
+            )  # fmt: skip
+            self._found.append(Removable(self.context, self.model, self.groups, self.cost))
+        return self._found[0]
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """What can be removed as a whole, and what cannot with the reason: found, and tried, when first asked for.
+
+        Raises:
+            PlanError: if the model has been shrunk since.
+
+        Examples:
+            >>> from torchvision.models import resnet18
+            >>> comb = cpd.comb(resnet18(), torch.randn(1, 3, 64, 64))
+            >>> [branch.name for branch in comb.branches][:3]
+            ['layer1.0', 'layer1.1', 'layer2.0']
+            >>> comb.plan({}, remove=["layer1.1"])
+            Plan(1 branch removed, 0 tensors narrower, 21 groups, 0 attributes)
+        """
+        return self._removable.branches
+
+    def removal(self, names: Iterable[str]) -> Removal:
+        """What goes when some branches do: operations, modules, groups, and the cost of what is left.
+
+        Raises:
+            PlanError: a branch is unknown or frozen, or both operands of a sum would go.
+        """
+        names = frozenset(names)
+        return self._removable.removal(names) if names else NO_REMOVAL
+
+    def without(self, names: Iterable[str]) -> Comb:
+        """The same comb, of which every plan removes these branches.
+
+        Raises:
+            PlanError: as `removal`.
+        """
+        found = replace(self, removed=self.removal({*self.removed, *names}).names)
+        return found if found.removed != self.removed else self
 
     @cached_property
     def open_share(self) -> dict[str, float]:
@@ -200,7 +217,8 @@ class Comb:
         return tuple(
             f"{place.module}.{place.name} = {dims[0].size}".lstrip(".")
             for place, dims in self.unread.items()
-            if any(axes.count(dim, counts) < dim.size for dim in dims)
+            if not plan.removes(f"{place.module}.{place.name}")
+            and any(axes.count(dim, counts) < dim.size for dim in dims)
         )
 
     @checked(model=MODEL, plan=PLAN)
@@ -223,23 +241,38 @@ class Comb:
         )  # fmt: skip
         sizes = {group.axis: len(plan.groups[group.name]) for group in self.groups}
         others = {axis: Axis(size) for axis, size in sizes.items() if size < axis.size}
+        removal = self.removal(plan.removed)
         groups = tuple(
-            replace(group, size=sizes[group.axis], axis=others.get(group.axis, group.axis)) for group in self.groups
+            replace(
+                group,
+                size=sizes[group.axis],
+                axis=others.get(group.axis, group.axis),
+                members=tuple(item for item in group.members if not removal.removes(item.tensor)),
+            )  # fmt: skip
+            for group in self.groups
+            if group.name not in removal.groups
         )
-        dims = {name: tuple(axes.substitute(dim, others) for dim in found) for name, found in self.dims.items()}
-        return replace(self, groups=groups, dims=dims, model=model, architecture=narrower, applied=plan)
+        dims = {
+            name: tuple(axes.substitute(dim, others) for dim in found)
+            for name, found in self.dims.items()
+            if not removal.removes(name)
+        }
+        return replace(
+            self, groups=groups, dims=dims, model=model, architecture=narrower, applied=plan, removed=removal.names,
+        )  # fmt: skip
 
-    @checked(keep=KEEP, strict=FLAG)
-    def plan(self, keep: Mapping[str, Any], *, strict: bool = False) -> Plan:
-        """Make a plan that keeps the given channels.
+    @checked(keep=KEEP, remove=NAMES, strict=FLAG)
+    def plan(self, keep: Mapping[str, Any], *, remove: Collection[str] = (), strict: bool = False) -> Plan:
+        """Make a plan that keeps the given channels, and removes the given branches.
 
         Args:
             keep: {group name: channels kept, as indices}; groups not named keep everything.
+            remove: names of branches that go as a whole.
             strict: raise where a tie or a minimum demands that more is kept, rather than keeping more.
 
         Raises:
-            PlanError: a group is unknown, frozen or emptied, a channel is out of range, or, if `strict`,
-                a tie or a minimum is broken; or this is the comb of a narrower model (`narrowed`), for scoring alone.
+            PlanError: a group or a branch is unknown or frozen, a group is emptied, a channel is out of range, both
+                operands of a sum are removed, or, if `strict`, a tie or a minimum is broken; or this is the comb of a narrower model (`narrowed`), for scoring alone.
 
         Examples:
             >>> from torch import nn
@@ -251,24 +284,30 @@ class Comb:
             >>> len(plan.kept["0.weight"][0]), len(plan.kept["3.weight"][1])  # 36 features a channel, after the flatten
             (8, 288)
         """
-        if self.applied is not None and self.applied.kept:
+        if self.applied is not None and self.applied.changes:
             raise PlanError(
                 "This comb is of a model that was shrunk since, and good for scores alone: plan with the comb of the "
                 "unpruned model, and shrink by what is new of it, plan.since(earlier)."
             )
-        named = {group.name: group for group in self.groups}
-        masks = {named[name].axis: _mask(named, name, positions) for name, positions in keep.items() if name in named}
+        if remove:
+            return self.without(remove).plan(keep, strict=strict)
+        named, removal = {group.name: group for group in self.groups}, self.removal(self.removed)
+        masks = {
+            named[name].axis: _mask(named, name, positions)
+            for name, positions in keep.items()
+            if name in named and name not in removal.groups
+        }
         unknown = sorted(set(keep) - set(named))
         if unknown:
             raise PlanError(f"Unknown groups {unknown}; comb.groups lists the names.")
         masks, adjusted = self._honour_ties(masks, strict)
-        return self._build(masks, adjusted)
+        return self._build(masks, adjusted, removal)
 
     def _honour_ties(self, masks: dict[Axis, Mask], strict: bool) -> tuple[dict[Axis, Mask], list[str]]:
         """Keep more where a tie or a minimum demands it: the first of the removed channels come back."""
         counts = {group.axis: int(masks[group.axis].sum()) for group in self.open if group.axis in masks}
         counts.update({group.axis: group.size for group in self.open if group.axis not in masks})
-        needed = ties.repair(counts, self.context.ties)
+        needed = ties.repair(counts, self.ties)
         adjusted = []
         names = {group.axis: group for group in self.groups}
         for axis, count in needed.items():
@@ -285,9 +324,11 @@ class Comb:
             adjusted.append(sentence)
         return masks, adjusted
 
-    def _build(self, masks: Mapping[Axis, Mask], adjusted: Sequence[str]) -> Plan:
+    def _build(self, masks: Mapping[Axis, Mask], adjusted: Sequence[str], removal: Removal) -> Plan:
         kept: dict[str, dict[int, Tensor]] = {}
         for name, dims in self.dims.items():
+            if removal.removes(name):
+                continue
             for index, dim in enumerate(dims):
                 stays = axes.mask(dim, masks)
                 if not stays.all():
@@ -296,22 +337,33 @@ class Comb:
         return Plan(
             kept=kept,
             groups={
-                group.name: tuple(np.flatnonzero(masks[group.axis]).tolist())
+                group.name: ()
+                if group.name in removal.groups
+                else tuple(np.flatnonzero(masks[group.axis]).tolist())
                 if group.axis in masks
                 else tuple(range(group.size))
                 for group in self.groups
             },
             shapes={name: tuple(dim.size for dim in self.dims[name]) for name in kept},
-            attributes=tuple(edits(self.frame, self.attributes, counts)),
+            attributes=tuple(
+                item
+                for item in edits(self.frame, self.attributes, counts)
+                if not removal.removes(f"{item.module}.{item.name}")
+            ),
             rescales=tuple(
                 Rescale(tensor, 0, positions, scale.factor(counts))
                 for scale in self.scales
                 if scale.change(counts) != 1
                 for tensor, positions in scale.rows
+                if not removal.removes(tensor)
             ),
             adjusted=tuple(adjusted),
-            caches=self.caches,
+            caches=tuple(item for item in self.caches if not removal.removes(f"{item.module}.{item.name}")),
             architecture=self.architecture,
+            removed=tuple(branch.name for branch in self.branches if branch.name in removal.names)
+            if removal.names
+            else (),
+            replacements=removal.replacements,
         )
 
 
@@ -391,7 +443,7 @@ def comb(
             _follow(Context(auxiliary, ties=ctx.ties, contracted=ctx.contracted, unknown=ctx.unknown), new, tensors)
         named = every_tensor(new)
         dims = {name: tensors[name] for name in named if name in tensors}
-        _freeze_tables(ctx, dims, named)
+        freeze_tables(ctx, dims, named)
         proof = Proof(new, ctx, dims, in_train_mode=auxiliary, max_copies=proof_copies, max_seconds=proof_seconds)
         proof.run()
     with garbage_collection_paused():
@@ -399,7 +451,7 @@ def comb(
     for scale in proof.scales:
         for axis in axes.leaves(scale.dim) if not scale.rows else ():
             inexact.setdefault(axis, ctx.reason(scale.node, "a constant of the forward depends on this width"))
-    groups = _groups(ctx, dims, inexact)
+    groups = groups_of(ctx, dims, inexact)
     caches = tuple(dict.fromkeys([*emptied, *graph.caches]))
     return Comb(
         groups, graph, ctx, dims, proof.attributes, tuple(proof.scales), model, architecture_of(model),
@@ -454,56 +506,3 @@ def _propagate(ctx: Context, model: nn.Module, tensors: dict[str, tuple[Dim, ...
         if shared in tensors:
             tensors[name] = tensors[shared]
     return tensors
-
-
-def _freeze_tables(ctx: Context, dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> None:
-    """Freeze what buffers alone give: like an input, it is no layer's to narrow (and a forward may compute it anew)."""
-    given: set[Axis] = set()
-    tables: dict[Axis, str] = {}
-    for name, shape in dims.items():
-        for index, dim in enumerate(shape):
-            for axis in axes.leaves(dim):
-                if not isinstance(tensors[name], nn.Parameter):
-                    tables.setdefault(axis, name)
-                elif (name, index) not in ctx.contracted:
-                    given.add(axis)
-    for axis, name in tables.items():
-        if axis not in given:
-            axes.freeze(axis, f"given by the buffer {name} alone")
-
-
-def _groups(ctx: Context, dims: Mapping[str, tuple[Dim, ...]], inexact: Mapping[Axis, str]) -> tuple[Group, ...]:
-    """One group an axis, named by the first tensor that gives it; space and kernels are left out."""
-    members: dict[Axis, list[Member]] = {}
-    for name, shape in dims.items():
-        for index, dim in enumerate(shape):
-            for axis in dict.fromkeys(axes.leaves(dim)):
-                members.setdefault(axis, []).append(Member(name, index, (name, index) in ctx.contracted))
-    reasons: dict[Axis, list[str]] = {}
-    for tie in ctx.ties:
-        for axis in tie.axes:
-            reasons.setdefault(axis, []).append(tie.reason)
-    taken: dict[str, int] = {}
-    found = []
-    for axis, places in members.items():
-        if axis.frozen is not None and axis.frozen.startswith(KERNEL):
-            continue
-        first = next((place for place in places if not place.contracted and place.dim == 0), places[0])
-        layer = first.tensor.removesuffix(".weight")
-        taken[layer] = taken.get(layer, 0) + 1
-        name = layer if taken[layer] == 1 else f"{layer}#{taken[layer]}"
-        why = inexact.get(axis)
-        found.append(
-            Group(
-                name=name,
-                size=axis.size,
-                minimum=axis.minimum,
-                frozen=axis.frozen,
-                exact=why is None,
-                inexact=why,
-                members=tuple(places),
-                ties=tuple(reasons.get(axis, ())),
-                axis=axis,
-            )
-        )
-    return tuple(found)

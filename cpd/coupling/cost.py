@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -46,13 +47,14 @@ _VIEWS = {
 
 @dataclass(frozen=True)
 class Term:
-    """A product of dimensions, and what it counts; `name` is that of a parameter."""
+    """A product of dimensions, and what it counts; `name` is that of a parameter, `node` an operation."""
 
     dims: tuple[Dim, ...]
     parameters: int = 0
     macs: int = 0
     activations: int = 0
     name: str = ""
+    node: Node | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,21 @@ class Cost:
         weights = [(term.parameters, term.macs, term.activations) for term in self._terms]
         self._fixed = sum(others.values())
         self._sums = ProductSums([term.dims for term in self._terms], weights, figures=3)
+
+    def without(self, nodes: Collection[Node], removes: Callable[[str], bool]) -> Cost:
+        """The cost of a model without some operations.
+
+        Args:
+            nodes: the operations that are not there.
+            removes: whether a parameter is not there either.
+        """
+        other = copy(self)
+        kept = [not (term.node in nodes or (term.name and removes(term.name))) for term in self._terms]
+        other._terms = [term for term, stays in zip(self._terms, kept, strict=True) if stays]
+        other.unused = {name: size for name, size in self.unused.items() if not removes(name)}
+        other._fixed = self._fixed - sum(self.unused.values()) + sum(other.unused.values())
+        other._sums = self._sums.weighted(np.array(kept)[:, None])
+        return other
 
     def __call__(self, counts: Mapping[Axis, int]) -> CostFigures:
         """The cost when each axis keeps `counts[axis]` positions (all, if it is not named)."""
@@ -261,8 +278,8 @@ def _operation_terms(ctx: Context) -> list[Term]:
     for node in ctx.graph.operations:
         value = ctx.values[node]
         if isinstance(value, tuple) and op_name(node) not in _VIEWS and not op_name(node).endswith("_"):
-            terms.append(Term(value, activations=1))
-        terms.extend(Term(dims, macs=1) for dims in _macs(ctx, node))
+            terms.append(Term(value, activations=1, node=node))
+        terms.extend(Term(dims, macs=1, node=node) for dims in _macs(ctx, node))
     return terms
 
 

@@ -8,7 +8,8 @@ After shrinking those are taken over the kept positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ ZERO_PRESERVING = {
     "view_as_complex", "view_as_real", "stft", "istft", "roi_align", "max_unpool2d", "max_unpool3d", *TRANSFORMS,
 }  # fmt: skip
 #: Those of them that read the first tensor, at places or in a shape that others tell.
-_READS = {
+READS = {
     "gather", "take_along_dim", "index", "index_select", "grid_sampler", "roi_align", "stft", "istft", "expand_as",
     "view_as", "reshape_as", "type_as",
 }  # fmt: skip
@@ -91,7 +92,7 @@ class Exactness:
         self.inexact: dict[Axis, str] = {}
         self._memory: dict[Node, Node] = {}
         self._open: dict[Node, set[Axis]] = {}
-        live = _live(ctx.graph)
+        live = live_nodes(ctx.graph)
         for node in ctx.graph.nodes:
             if node.op == "call_function" and node in live:
                 self.dirty[node] = self._visit(node)
@@ -101,7 +102,7 @@ class Exactness:
 
     def _share_memory(self, node: Node) -> None:
         """What is written to a view is written to all that share its memory: `out[:, :6] = x` changes `out`."""
-        for source, written in _shares(node):
+        for source, written in shares(node):
             memory = self._memory[node] = self._memory.get(source, source)
             for other in self.dirty if written else ():
                 if self._memory.get(other, other) is memory:
@@ -141,7 +142,7 @@ class Exactness:
             return self._reduction(node, name, bound, own)
         if find(node) is pointwise or name in ("max", "min"):
             zero = {axis: frozenset(source for source in inputs if self._zero(source, axis)) for axis in own}
-            kinds = {sources: _gives_zero(node, sources) for sources in set(zero.values())}
+            kinds = {sources: gives_zero(node, sources) for sources in set(zero.values())}
             return {axis for axis, sources in zero.items() if not kinds[sources]}
         if name in DISTANCES:
             shifted = name in ("pairwise_distance", "triplet_margin_loss") and bound["eps"] != 0
@@ -156,7 +157,7 @@ class Exactness:
             written = [bound[key] for key in ("self", "src", "source", "values") if isinstance(bound.get(key), Node)]
             return {axis for axis in own if bound.get("value") or not all(self._zero(s, axis) for s in written)}
         if name in ZERO_PRESERVING and bound.get("value") in (None, 0):
-            sources = inputs[:1] if name in _READS else node.all_input_nodes
+            sources = inputs[:1] if name in READS else node.all_input_nodes
             carried = set().union(*map(self._axes, sources))
             return own - carried | own & set().union(*(self.dirty[source] for source in sources))
         return own
@@ -210,7 +211,7 @@ class Exactness:
         return (own - clean) if name != "batch_norm" or along else own & self.dirty[source]
 
 
-def _shares(node: Node) -> Iterator[tuple[Node, bool]]:
+def shares(node: Node) -> Iterator[tuple[Node, bool]]:
     """The tensors whose memory an op's result shares, and whether it writes to it."""
     schema = getattr(node.target, "_schema", None)
     arguments = schema.arguments if schema is not None else ()
@@ -221,18 +222,31 @@ def _shares(node: Node) -> Iterator[tuple[Node, bool]]:
         yield node.all_input_nodes[0], False
 
 
-def _live(graph: OperationGraph) -> set[Node]:
-    """The nodes that an output which matters depends on, or a number that is read, and what is written to a tensor."""
+def live_nodes(
+    graph: OperationGraph,
+    instead: Mapping[Node, Node] = MappingProxyType({}),
+    apart: Collection[Node] = frozenset(),
+) -> set[Node]:
+    """The nodes that an output which matters depends on, or a number that is read, and what is written to a tensor.
+
+    Args:
+        graph: the operations.
+        instead: nodes that only pass another on, which is read in their place.
+        apart: nodes that write to nothing but what only they read.
+    """
     live = set(graph.returned())
     for node in reversed(graph.nodes):
-        written = op_name(node) == READ or any(changed for _, changed in _shares(node))
-        if node.op != "output" and (written or any(user in live for user in node.users)):
-            live.add(node)
+        alone = node in instead or node in apart
+        written = not alone and (op_name(node) == READ or any(changed for _, changed in shares(node)))
+        if node.op == "output" or not (written or node in live):
+            continue
+        live.add(node)
+        live.update([instead[node]] if node in instead else node.all_input_nodes)
     return live
 
 
 @torch.no_grad()
-def _gives_zero(node: Node, zero: frozenset[Node]) -> bool:
+def gives_zero(node: Node, zero: frozenset[Node]) -> bool:
     """Whether an elementwise op gives zero where some of its tensors are zero and the others are anything.
 
     `x * y` does where one of them is, `x + y` where both are, `x + 1` never.

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from cpd.algebra import axes
-from cpd.coupling.comb import Comb, Group, Member
+from cpd.coupling.comb import Comb
+from cpd.coupling.groups import Group, Member
 from cpd.model.masks import masked_weights
 from cpd.model.tensors import named_tensors
 

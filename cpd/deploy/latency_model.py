@@ -8,13 +8,14 @@ which is what memory-bound operations follow. Candidates that were exported and 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from torch import nn
+from torch.fx import Node
 
 from cpd.algebra import axes
 from cpd.algebra.axes import Axis, Dim
@@ -24,7 +25,7 @@ from cpd.coupling.comb import comb as make_comb
 from cpd.deploy.kernels import KernelTimes, MatrixProduct
 from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.profiling import NodeTime
-from cpd.deploy.workload import Contraction, Workload, workload
+from cpd.deploy.workload import Computed, Contraction, Workload, workload
 from cpd.model.arguments import INPUTS, MODEL
 from cpd.model.progress import part
 from cpd.model.tensors import copy_of
@@ -52,13 +53,32 @@ class Share:
         contractions: the operations that these are, which share it equally.
         tensors: the tensors of that size, or all where there is none: those that the time of what is no contraction
             follows.
+        call_ms: of that, what does not follow any width.
     """
 
     op: str
     nodes: int
     ms: float
     contractions: tuple[Contraction, ...] = ()
-    tensors: tuple[tuple[Dim, ...], ...] = ()
+    tensors: tuple[Computed, ...] = ()
+    call_ms: float = 0.0
+
+    def without(self, nodes: Collection[Node]) -> Share:
+        """What is left of it without some operations."""
+        if self.contractions:
+            left = tuple(item for item in self.contractions if item.node not in nodes)
+            share = len(left) / len(self.contractions)
+            return replace(self, nodes=round(self.nodes * share), ms=self.ms * share, contractions=left)
+        tensors = tuple(item for item in self.tensors if item.node not in nodes)
+        if len(tensors) == len(self.tensors):
+            return self
+        share = len(tensors) / len(self.tensors)
+        call_ms, sizes = (
+            self.call_ms * share,
+            [sum(_size(t.dims, {}) for t in some) for some in (tensors, self.tensors)],
+        )
+        ms = call_ms + (self.ms - self.call_ms) * sizes[0] / max(sizes[1], 1)
+        return replace(self, nodes=round(self.nodes * share), ms=ms, tensors=tensors, call_ms=call_ms)
 
 
 class LatencyModel:
@@ -84,13 +104,18 @@ class LatencyModel:
         self.shares = _assigned(nodes, work)
         self.original_ms = sum(share.ms for share in self.shares)
         self._times = times
-        constant, products, weights = _elementwise(self.shares)
+        products, weights = _elementwise(self.shares)
         timed = [(item, share.ms / len(share.contractions)) for share in self.shares for item in share.contractions]
         moving = [(item, ms) for item, ms in timed if _open(item)]
-        self._constant = constant + sum(ms for item, ms in timed if not _open(item))
+        self._constant = _constant(self.shares)
         # the widths of contractions are evaluated along with the rest, as products that weigh nothing
-        own = [(dim,) for item, _ in moving for pair in item.widths.values() for part in pair for dim in part]
-        self._sums = ProductSums([*products, *own], [[weight] for weight in (*weights, *(0.0 for _ in own))], figures=1)
+        own = [
+            Computed(item.node, (dim,)) for item, _ in moving for pair in item.widths.values() for part in pair
+            for dim in part
+        ]  # fmt: skip
+        self._computed = [*products, *own]
+        numbers = [[weight] for weight in (*weights, *(0.0 for _ in own))]
+        self._sums = ProductSums([item.dims for item in self._computed], numbers, figures=1)
         self._items = [_Item(item, ms, self._sums.places) for item, ms in moving]
         self._users = {axis: [item for item in self._items if axis in item.axes] for axis in self._sums.axes}
         times.prepare([(item.anchor, _open(item)) for item, _ in moving])
@@ -104,6 +129,19 @@ class LatencyModel:
         """The same model, to be corrected by other measurements than this one."""
         other = copy(self)
         other._observed = []
+        return other
+
+    def without(self, nodes: Collection[Node]) -> LatencyModel:
+        """The same model of a network without some operations, to be corrected by other measurements."""
+        other = self.unobserved()
+        other.shares = [share.without(nodes) for share in self.shares]
+        other._constant = _constant(other.shares)
+        other._items = [item for item in self._items if item.contraction.node not in nodes]
+        other._users = {
+            axis: [item for item in users if item.contraction.node not in nodes] for axis, users in self._users.items()
+        }
+        stays = [item.node not in nodes for item in self._computed]
+        other._sums = self._sums.weighted(np.array(stays)[:, None])
         return other
 
     def milliseconds(self, counts: Mapping[Axis, int]) -> float:
@@ -152,9 +190,9 @@ class LatencyModel:
                 each = share.ms / len(share.contractions)
                 found.append(sum(of.get(id(item), each) for item in share.contractions))
                 continue
-            fixed, whole = min(share.ms, CALL_MS), sum(_size(shape, {}) for shape in share.tensors)
-            left = sum(_size(shape, counts) for shape in share.tensors) / whole if whole else 1.0
-            found.append(fixed + (share.ms - fixed) * left)
+            whole = sum(_size(item.dims, {}) for item in share.tensors)
+            left = sum(_size(item.dims, counts) for item in share.tensors) / whole if whole else 1.0
+            found.append(share.call_ms + (share.ms - share.call_ms) * left)
         return found
 
     def fixed(self) -> dict[str, float]:
@@ -165,8 +203,8 @@ class LatencyModel:
                 parts = [(1.0, bool(_open(item))) for item in share.contractions]
                 call = 0.0
             else:
-                parts = [(float(_size(shape, {})), any(map(axes.is_open, shape))) for shape in share.tensors]
-                call = min(share.ms, CALL_MS)
+                parts = [(float(_size(item.dims, {})), any(map(axes.is_open, item.dims))) for item in share.tensors]
+                call = share.call_ms
             overhead += call
             held = sum(size for size, is_open in parts if not is_open) / max(sum(size for size, _ in parts), 1.0)
             frozen[share.op] = frozen.get(share.op, 0.0) + (share.ms - call) * held
@@ -222,12 +260,12 @@ def _assigned(nodes: Sequence[NodeTime], work: Workload) -> list[Share]:
     for item in work.contractions:
         for key in _keys(item):
             contractions.setdefault(key, []).append(item)
-    tensors: dict[Key, list[tuple[Dim, ...]]] = {}
-    for dims in work.tensors:
-        sizes = tuple(dim.size for dim in dims)
+    tensors: dict[Key, list[Computed]] = {}
+    for computed in work.tensors:
+        sizes = tuple(dim.size for dim in computed.dims)
         for key in dict.fromkeys((("tensor", math.prod(sizes)), ("filled", math.prod(_filled(sizes))))):
-            tensors.setdefault(key, []).append(dims)
-    every = [dims for dims in work.tensors if dims]
+            tensors.setdefault(key, []).append(computed)
+    every = [computed for computed in work.tensors if computed.dims]
     tally: dict[Key, tuple[dict[str, None], list[float]]] = {}
     for node in nodes:
         largest = max((*node.inputs, *node.outputs), key=math.prod, default=())
@@ -236,10 +274,13 @@ def _assigned(nodes: Sequence[NodeTime], work: Workload) -> list[Share]:
         ops, times = tally.setdefault(found, ({}, []))
         ops[node.op] = None
         times.append(node.ms)
-    return [
-        Share(", ".join(ops), len(times), sum(times), tuple(contractions.get(key, ())), tuple(tensors.get(key, every)))
-        for key, (ops, times) in tally.items()
-    ]
+    found_shares = []
+    for key, (ops, times) in tally.items():
+        ms, own = sum(times), tuple(tensors.get(key, every))
+        whole = sum(_size(item.dims, {}) for item in own)
+        call = 0.0 if key in contractions else min(ms, CALL_MS) if whole else ms
+        found_shares.append(Share(", ".join(ops), len(times), ms, tuple(contractions.get(key, ())), own, call))
+    return found_shares
 
 
 def _keys(item: Contraction) -> tuple[Key, ...]:
@@ -282,20 +323,24 @@ def _full(channels: int) -> int:
     return VECTOR * math.ceil(channels / VECTOR)
 
 
-def _elementwise(shares: Sequence[Share]) -> tuple[float, list[tuple[Dim, ...]], list[float]]:
-    """Of all that is no contraction: ms that do not depend on widths, and products of dimensions with their weights."""
-    constant = 0.0
-    products: list[tuple[Dim, ...]] = []
+def _constant(shares: Iterable[Share]) -> float:
+    """The ms that no width changes."""
+    return sum(
+        share.call_ms + sum(share.ms / len(share.contractions) for item in share.contractions if not _open(item))
+        for share in shares
+    )
+
+
+def _elementwise(shares: Sequence[Share]) -> tuple[list[Computed], list[float]]:
+    """Of all that is no contraction: the tensors that its time follows, and the ms of an element of each."""
+    products: list[Computed] = []
     weights: list[float] = []
     for share in shares:
-        if share.contractions:
-            continue
-        whole = sum(_size(shape, {}) for shape in share.tensors)
-        fixed = min(share.ms, CALL_MS) if whole else share.ms
-        constant += fixed
-        products += share.tensors
-        weights += [(share.ms - fixed) / max(whole, 1)] * len(share.tensors)
-    return constant, products, weights
+        if not share.contractions:
+            whole = sum(_size(item.dims, {}) for item in share.tensors)
+            products += share.tensors
+            weights += [(share.ms - share.call_ms) / max(whole, 1)] * len(share.tensors)
+    return products, weights
 
 
 # ---------------------------------------------------------------------------------- a profile to look at

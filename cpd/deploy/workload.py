@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch.fx import Node
 
@@ -25,12 +26,14 @@ class Contraction:
     """A convolution or matrix product.
 
     Attributes:
+        node: the operation.
         name: the module that it is in.
         result: the dimensions of what it gives.
         anchor: the kernel at the widths of the unpruned model.
         widths: for each of the kernel's widths by name, the dimensions whose product, divided by that of others, it is.
     """
 
+    node: Node
     name: str
     result: Dims
     anchor: Kernel
@@ -45,25 +48,32 @@ class Contraction:
         return self.anchor.at(**{name: _width(*dims, size) for name, dims in self.widths.items()})
 
 
+class Computed(NamedTuple):
+    """A tensor that an operation gives, or has inside."""
+
+    node: Node
+    dims: Dims
+
+
 @dataclass(frozen=True)
 class Workload:
     """All operations of a model: contractions, and the shape of every tensor that is computed."""
 
     contractions: tuple[Contraction, ...]
-    tensors: tuple[Dims, ...]
+    tensors: tuple[Computed, ...]
 
 
 def workload(ctx: Context) -> Workload:
     """The operations of a comb's graph, in their order."""
     contractions: list[Contraction] = []
-    tensors: list[Dims] = []
+    tensors: list[Computed] = []
     for node in ctx.graph.operations:
         value = ctx.values[node]
-        tensors.extend(tuple(shape) for shape in (value if isinstance(value, list) else [value]))
+        tensors.extend(Computed(node, tuple(shape)) for shape in (value if isinstance(value, list) else [value]))
         found = _contractions(ctx, node)
         contractions.extend(found)
         if op_name(node) == "scaled_dot_product_attention":  # its weights are a tensor that the graph does not name
-            tensors.append(found[0].result)
+            tensors.append(Computed(node, found[0].result))
     return Workload(tuple(contractions), tuple(tensors))
 
 
@@ -71,38 +81,38 @@ def _contractions(ctx: Context, node: Node) -> list[Contraction]:
     name = op_name(node)
     if name not in {"linear", "scaled_dot_product_attention", *CONVOLUTIONS, *TRANSPOSED, *MATRIX_PRODUCTS}:
         return []
-    bound, value, where = arguments(node), ctx.values[node], owner(node) or name
+    bound, value = arguments(node), ctx.values[node]
     assert isinstance(value, tuple)
     if name == "linear":
         inner = ctx.shape(bound["weight"])[-1]
-        return [_product(where, value, (), value[:-1], inner, value[-1], constant=True)]
+        return [_product(node, value, (), value[:-1], inner, value[-1], constant=True)]
     if name in MATRIX_PRODUCTS:
         left, right = (source for source in node.args[-2:] if isinstance(source, Node))
         inner = ctx.shape(left)[-1]
         if right.name in ctx.graph.tensors:
-            return [_product(where, value, (), value[:-1], inner, value[-1], constant=True)]
-        return [_product(where, value, value[:-2], value[-2:-1], inner, value[-1])]
+            return [_product(node, value, (), value[:-1], inner, value[-1], constant=True)]
+        return [_product(node, value, value[:-2], value[-2:-1], inner, value[-1])]
     if name == "scaled_dot_product_attention":
         query, key = ctx.shape(bound["query"]), ctx.shape(bound["key"])
         scores = (*query[:-1], key[-2])
         return [
-            _product(where, scores, query[:-2], query[-2:-1], query[-1], key[-2]),
-            _product(where, value, query[:-2], query[-2:-1], key[-2], value[-1]),
+            _product(node, scores, query[:-2], query[-2:-1], query[-1], key[-2]),
+            _product(node, value, query[:-2], query[-2:-1], key[-2], value[-1]),
         ]
-    return [_convolution(ctx, node, bound, value, where)]
+    return [_convolution(ctx, node, bound, value)]
 
 
 def _product(
-    where: str, result: Dims, batch: Dims, rows: Dims, inner: Dim, columns: Dim, *, constant: bool = False
+    node: Node, result: Dims, batch: Dims, rows: Dims, inner: Dim, columns: Dim, *, constant: bool = False
 ) -> Contraction:
     sizes = (math.prod(dim.size for dim in batch), math.prod(dim.size for dim in rows), inner.size, columns.size)
     widths: dict[str, tuple[Dims, Dims]] = {
         "batch": (batch, ()), "rows": (rows, ()), "inner": ((inner,), ()), "columns": ((columns,), ()),
     }  # fmt: skip
-    return Contraction(where, result, MatrixProduct(*sizes, constant), widths)
+    return Contraction(node, _where(node), result, MatrixProduct(*sizes, constant), widths)
 
 
-def _convolution(ctx: Context, node: Node, bound: dict[str, object], value: Dims, where: str) -> Contraction:
+def _convolution(ctx: Context, node: Node, bound: dict[str, object], value: Dims) -> Contraction:
     source, weight = ctx.shape(bound["input"]), ctx.shape(bound["weight"])  # type: ignore[arg-type]
     rank = len(weight) - 2
     batch = source[: -rank - 1]
@@ -125,7 +135,11 @@ def _convolution(ctx: Context, node: Node, bound: dict[str, object], value: Dims
     anchor = Convolution(
         **sizes, space=space, kernel=kernel, stride=stride, padding=padding, dilation=dilation, transposed=transposed
     )
-    return Contraction(where, value, anchor, widths)
+    return Contraction(node, _where(node), value, anchor, widths)
+
+
+def _where(node: Node) -> str:
+    return owner(node) or op_name(node)
 
 
 def _each(numbers: object, rank: int) -> tuple[int, ...]:

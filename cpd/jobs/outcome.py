@@ -148,7 +148,9 @@ def report_of(
     times = (latency.original_ms, latency.candidate_ms) if latency else (None, None)
     before, after = (
         Figures(cost.parameters, cost.macs, cost.activations, time_ms, metric)
-        for cost, time_ms, metric in zip((comb.cost({}), comb.cost(kept)), times, measured.metrics, strict=True)
+        for cost, time_ms, metric in zip(
+            (comb.cost({}), comb.without(pruner.plan.removed).cost(kept)), times, measured.metrics, strict=True
+        )
     )
     return Report(
         call=call,
@@ -186,18 +188,19 @@ def missed(target: Target, found: LatencyComparison, tolerance: float) -> str | 
 
 
 def _layers(original: nn.Module, result: nn.Module) -> tuple[LayerRow, ...]:
-    """The width of every layer that has a matrix or a kernel of weights, before and after."""
+    """The width of every layer that has a matrix or a kernel of weights, before and after; 0 where it has gone."""
 
     def width(module: nn.Module, weight: Tensor) -> int:
         names = ("out_channels", "out_features", "embedding_dim")
         return next((found for name in names if isinstance(found := getattr(module, name, None), int)), len(weight))
 
-    rows = []
+    rows, left = [], dict(result.named_modules(remove_duplicate=False))
     for name, module in original.named_modules():
         weights = [(key, weight) for key, weight in module.named_parameters(recurse=False) if weight.dim() >= 2]
         if weights:
-            (key, weight), narrower = weights[0], result.get_submodule(name)
-            after = width(narrower, narrower.get_parameter(key))
+            (key, weight), narrower = weights[0], left.get(name)
+            parameter = None if narrower is None else narrower._parameters.get(key)
+            after = 0 if narrower is None or parameter is None else width(narrower, parameter)
             rows.append(LayerRow(name, type(module).__name__, width(module, weight), after))
     return tuple(rows)
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from cpd.algebra import ties
-from cpd.coupling.comb import COMB, Comb, Group
+from cpd.coupling.comb import COMB, Comb
+from cpd.coupling.groups import Group
 from cpd.criteria.score import score
 from cpd.errors import InputError, needs_extra
 from cpd.model.architecture import check_architecture

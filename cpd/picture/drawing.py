@@ -19,8 +19,9 @@ from pathlib import Path
 
 import jinja2
 
-from cpd.coupling.comb import COMB, Comb, Group
+from cpd.coupling.comb import COMB, Comb
 from cpd.coupling.cost import split_reason
+from cpd.coupling.groups import Group
 from cpd.errors import ArtifactError, InputError
 from cpd.options import PATH, checked
 from cpd.picture.graph import contract

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import networkx as nx
 from torch import nn
 
-from cpd.coupling.comb import Comb, Group
+from cpd.coupling.comb import Comb
 from cpd.coupling.cost import split_reason
+from cpd.coupling.groups import Group
 from cpd.picture.graph import Item
 from cpd.picture.layout import Box, Layout, Point, layout, rows_of
 

@@ -375,7 +375,11 @@ def _check_fit(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor]) -> N
     """The weights must have, under every name, the shape that the plan gives the model, and its caches be there."""
     for cache in plan.caches:
         _check_cache(model, cache)
-    state = model.state_dict(keep_vars=True)
+    paths = dict(model.named_modules(remove_duplicate=False))
+    absent = next((item.module for item in plan.replacements if item.module not in paths), None)
+    if absent is not None:
+        raise ArtifactError(f"The plan removes {absent}; this model has no such module.")
+    state = {name: item for name, item in model.state_dict(keep_vars=True).items() if not plan.removes(name)}
     first: dict[int, str] = {}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from glob import escape
@@ -20,6 +21,7 @@ from cpd.deploy.latency_model import LatencyModel
 from cpd.errors import TargetError
 from cpd.model.inputs import Call
 from cpd.plan import Plan
+from cpd.selection.branching import Candidate, best_number, in_order, removable_branches
 from cpd.selection.obstacles import obstacles
 from cpd.selection.search import Search
 from cpd.selection.selector import Selector
@@ -41,12 +43,16 @@ class Decision:
 
     Attributes:
         keep: {group name: channels that stay}.
+        removed: the branches that have gone.
+        leaving: those that go until the target is reached, in their order.
         scopes: the scopes that are still in question.
         goal: the figure that the schedule runs in, at the target.
         notes: what a user should know of it.
     """
 
     keep: Keep
+    removed: tuple[str, ...]
+    leaving: tuple[str, ...]
     scopes: tuple[Scope, ...]
     goal: float
     notes: tuple[str, ...] = ()
@@ -68,11 +74,13 @@ class Decider:
         others: further inputs that a measured target holds for.
         error_of: the error of the logits once a plan has been applied and recovered from, without training; None
             where there is no data.
+        error_without: the error of the logits without each of some branches; None where branches stay.
         stage: a context manager for each stage by name.
 
     Attributes:
         scopes: those still in question.
         goal: the figure that the schedule runs in, at the target; None before the first decision.
+        leaving: the branches that go until the target is reached, in their order; None before the first decision.
         search: one dict a measured candidate (scope, macs_ratio, predicted, speedup).
         probe: times candidates beside the unpruned model; None until something is timed.
     """
@@ -91,6 +99,7 @@ class Decider:
         threads: int,
         others: tuple[Call, ...],
         error_of: Callable[[Plan], float] | None,
+        error_without: Callable[[list[str]], Mapping[str, float]] | None,
         stage: Stage,
     ) -> None:
         self.comb, self.target, self.limits = comb, target, limits
@@ -103,10 +112,10 @@ class Decider:
         self.goal: float | None = None
         self.search: list[dict[str, Any]] = []
         self.probe: LatencyProbe | None = None
-        self._error_of, self._stage = error_of, stage
-        self._weighing: Weighing | None = None
+        self.leaving: tuple[str, ...] | None = () if error_without is None else None
+        self._error_of, self._error_without, self._stage = error_of, error_without, stage
         self._latency_model: LatencyModel | None = None
-        self._latency_models: dict[Scope, LatencyModel] = {}
+        self._errors: dict[str, float] = {}
         self._unpruned_ms: float | None = None
 
     def decide(
@@ -127,7 +136,7 @@ class Decider:
         Raises:
             TargetError: the target is out of reach.
         """
-        scores = by_capacity(self.comb, scores) if self._by_capacity else scores
+        scores, self._errors = by_capacity(self.comb, scores) if self._by_capacity else scores, {}
         if not untrusted:
             return self._decided(scores, kept, share, self.limits)
         told = [f"{name}: {why}" for name, why in untrusted.items()]
@@ -144,18 +153,27 @@ class Decider:
     def _decided(
         self, scores: Mapping[str, Tensor], kept: Mapping[str, tuple[int, ...]], share: float, limits: Limits
     ) -> Decision:
-        weighing, start = self._weigh(), {name: len(channels) for name, channels in kept.items()}
-        selectors = {scope: Selector(self.comb, scores, limits, scope, weighing, start) for scope in self.scopes}
+        def selector(scope: Scope, removed: Iterable[str]) -> Selector:
+            comb = self.comb.without(removed)
+            return Selector(comb, scores, limits, scope, self._weigh(comb), start)
+
+        start, told = {name: len(channels) for name, channels in kept.items()}, tuple[str, ...]()
+        if self.leaving is None:
+            self.leaving, told = self._branches(selector, scores, limits)
+            self.scopes = self.scopes[:1] if self.leaving else self.scopes
+        leaving = self.leaving[: math.ceil(share * len(self.leaving))]
+        selectors = {scope: selector(scope, leaving) for scope in self.scopes}
         scopes, goal = self.scopes, self.goal
         if goal is None or share == 1:
-            scope, keep, notes = self._at_target(selectors)
-            scopes, goal = (scope,), self._figure(self.comb.cost(self.counts(keep)))
+            at_target = {scope: selector(scope, self.leaving) for scope in self.scopes}
+            scope, keep, notes = self._at_target(at_target)
+            scopes, goal = (scope,), self._figure(at_target[scope].comb.cost(self.counts(keep)))
             if share == 1:
-                return Decision(keep, scopes, goal, notes)
-        (selector,) = (selectors[scope] for scope in scopes)
+                return Decision(keep, leaving, self.leaving, scopes, goal, (*told, *notes))
+        (chosen,) = (selectors[scope] for scope in scopes)
         full = self._figure(self.comb.cost({}))
-        plan = selector.plan(selector.meet(self._figure, full - (full - goal) * share))
-        return Decision(dict(plan.groups), scopes, goal)
+        plan = chosen.plan(chosen.meet(self._figure, full - (full - goal) * share))
+        return Decision(dict(plan.groups), leaving, self.leaving, scopes, goal, told)
 
     def counts(self, keep: Mapping[str, tuple[int, ...]]) -> dict[Axis, int]:
         """The width of each axis."""
@@ -167,12 +185,10 @@ class Decider:
 
     # ------------------------------------------------------------------------------ measured once
 
-    def _weigh(self) -> Weighing:
+    def _weigh(self, comb: Comb) -> Weighing:
         """What a removed channel is weighed against."""
-        if self._weighing is None:
-            latency = self._latency() if self.normalization == "latency" else None
-            self._weighing = Weighing(self.normalization, self._exponent, latency)
-        return self._weighing
+        latency = self._latency(comb) if self.normalization == "latency" else None
+        return Weighing(self.normalization, self._exponent, latency)
 
     def _probe(self) -> LatencyProbe:
         """Times candidates beside the unpruned model."""
@@ -182,21 +198,61 @@ class Decider:
                 self.probe = LatencyProbe(self.comb.model, call, threads=self.threads, others=self._others)
         return self.probe
 
-    def _latency(self, scope: Scope | None = None) -> LatencyModel:
-        """Predicts the latency of any widths, corrected by what was measured of one scope's candidates."""
+    def _latency(self, comb: Comb) -> LatencyModel:
+        """Predicts the latency of any widths of what is left of the model."""
         if self._latency_model is None:
             probe = self._probe()
             with self._stage("profile"):
                 self._latency_model = LatencyModel(self.comb, probe.profile(), KernelTimes(self.threads))
-        if scope is None:
-            return self._latency_model
-        return self._latency_models.setdefault(scope, self._latency_model.unobserved())
+        return self._latency_model.without(self.comb.removal(comb.removed).gone)
 
     def _original_ms(self) -> float:
         """The latency of the unpruned model."""
         if self._unpruned_ms is None:
             self._unpruned_ms = self._probe().original_ms()
         return self._unpruned_ms
+
+    # ------------------------------------------------------------------------------ branches
+
+    def _branches(
+        self, selector: Callable[[Scope, Iterable[str]], Selector], scores: Mapping[str, Tensor], limits: Limits
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The branches that go until the target is reached, in their order, and what a user should know of it."""
+        names = removable_branches(self.comb, limits) if limits.max_removed else []
+        if not names or self._error_without is None:
+            return (), ()
+        errors = self._error_without(names)
+        order = in_order(self.comb, errors, {name: self._saved(name) for name in names}, limits.max_removed)
+
+        def candidate(number: int) -> Candidate | None:
+            chosen = selector(self.scopes[0], order[:number])
+            plan = self._expected(chosen)
+            return None if plan is None else Candidate(_gone(chosen, scores, plan), lambda: self._error(plan))
+
+        tried = best_number([errors[name] for name in order], candidate)
+        best = min(tried, key=lambda number: (tried[number], number))
+        if math.isinf(tried[best]):
+            return (), ()
+        told = ", ".join(f"{tried[number]:.3g} without {number}" for number in sorted(tried))
+        named = f": {', '.join(order[:best][:NAMED])}{', …' if best > NAMED else ''}" if best else ""
+        note = f"Branches removed: {best} of {len(names)}{named}. Relative error of the logits at the target: {told}."
+        return tuple(order[:best]), (note,)
+
+    def _saved(self, name: str) -> float:
+        """What the target's figure loses without a branch."""
+        without = self.comb.without([name])
+        if self.target.is_measured:
+            return self._latency(self.comb).milliseconds({}) - self._latency(without).milliseconds({})
+        return self.target.of(self.comb.cost({})) - self.target.of(without.cost({}))
+
+    def _expected(self, selector: Selector) -> Plan | None:
+        """The plan that should be on target; None where that is out of reach."""
+        if self.target.is_measured:
+            search = self._search_of(selector)
+            return search.plan() if search.is_in_reach() else None
+        if self.target.of(selector.comb.cost(selector.least())) > self.target.absolute(self.comb.cost({})):
+            return None
+        return self._computed(selector)
 
     # ------------------------------------------------------------------------------ at the target
 
@@ -216,13 +272,7 @@ class Decider:
         Of two scopes the one is gone on with whose plan comes nearer to the model as it is, without training; what the
         prediction lacks differs between them, so each is measured once before they are compared.
         """
-        searches = {
-            scope: Search(
-                self.comb.model, selector, self._probe(), self._latency(scope), self.target, self._original_ms(),
-                self.tolerance,
-            )
-            for scope, selector in selectors.items()
-        }  # fmt: skip
+        searches = {scope: self._search_of(selector) for scope, selector in selectors.items()}
         try:
             chosen, told = self._nearest(searches)
             try:
@@ -240,6 +290,21 @@ class Decider:
                 for t in search.tried
             ]
 
+    def _search_of(self, selector: Selector) -> Search:
+        """A search for the widths whose speed is the one asked for, what is measured correcting its own predictions."""
+        latency = self._latency(selector.comb)
+        return Search(
+            self.comb.model, selector, self._probe(), latency, self.target, self._original_ms(),
+            self.comb.cost({}).macs, self.tolerance,
+        )  # fmt: skip
+
+    def _error(self, plan: Plan) -> float:
+        """The error of the logits once a plan has been applied and recovered from; found once a decision."""
+        assert self._error_of is not None
+        if plan.digest not in self._errors:
+            self._errors[plan.digest] = self._error_of(plan)
+        return self._errors[plan.digest]
+
     def _nearest(self, searches: Mapping[Scope, Search]) -> tuple[Scope, str]:
         """The scope whose logits come nearest to those of the model as it is, without training; what each keeps."""
         if len(searches) == 1 or self._error_of is None:
@@ -248,8 +313,8 @@ class Decider:
         for scope, search in searches.items():
             search.step()
             plan = search.plan()
-            errors[scope] = self._error_of(plan)
-            left = self.comb.cost(self.counts(plan.groups)).macs / max(self.comb.cost({}).macs, 1)
+            errors[scope] = self._error(plan)
+            left = search.selector.comb.cost(self.counts(plan.groups)).macs / max(self.comb.cost({}).macs, 1)
             shares.append(f"{scope} keeps {left:.1%} of the MACs, relative error of the logits {errors[scope]:.3g}")
         return min(errors, key=lambda scope: errors[scope]), "; ".join(shares)
 
@@ -258,19 +323,19 @@ class Decider:
         if not floored:
             return []
         return [
-            f"{len(floored)} of {len(self.comb.open)} groups are as narrow as the limits allow "
+            f"{len(floored)} of {len(selector.comb.open)} groups are as narrow as the limits allow "
             f"(max_ratio={self.limits.max_ratio:g}, min_width={self.limits.min_width}): {', '.join(floored[:NAMED])}"
             f"{', …' if len(floored) > NAMED else '.'}"
         ]
 
     def _computed(self, selector: Selector) -> Plan:
-        full, least = self.comb.cost({}), self.comb.cost(selector.least())
+        full, least = self.comb.cost({}), selector.comb.cost(selector.least())
         goal = self.target.absolute(full)
         if self.target.of(least) > goal:
             shares = "parameters" if self.target.name == "target_params" else "macs"
             never = sum(self.comb.unused.values()) if shares == "parameters" else 0
             stands = obstacles(
-                selector, lambda counts: self.target.of(self.comb.cost(counts)),
+                selector, lambda counts: self.target.of(selector.comb.cost(counts)),
                 {"is of parameters that the forward never uses": never}, shares,
             )  # fmt: skip
             raise TargetError(
@@ -279,3 +344,13 @@ class Decider:
                 + (f" {unused_sentence(self.comb.unused)}" if self.comb.unused else "")
             )
         return selector.plan(selector.meet(self.target.of, goal))
+
+
+def _gone(selector: Selector, scores: Mapping[str, Tensor], plan: Plan) -> float:
+    """The sum of the scores of the channels that go, beside those that have gone."""
+    total = 0.0
+    for group in selector.comb.open:
+        found = scores[group.name].clone()
+        found[list(plan.groups[group.name])] = 0.0
+        total += float(found[found.isfinite()].sum())
+    return total

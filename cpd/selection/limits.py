@@ -1,4 +1,4 @@
-"""Limits: what a selection may do to a group."""
+"""Limits: what a selection may do to a group, and to a branch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from cpd.errors import InputError
 
 if TYPE_CHECKING:  # torch takes seconds to import
-    from cpd.coupling.comb import Comb, Group
+    from cpd.coupling.branches import Branch
+    from cpd.coupling.comb import Comb
+    from cpd.coupling.groups import Group
 
 
 @dataclass(frozen=True)
@@ -22,26 +24,32 @@ class Limits:
             factor of it: heads of 64 channels go one by one).
         max_ratio: the largest share of a group that may go.
         min_width: the fewest channels that a group may keep.
-        ratios: {pattern of group names, as of a shell: share that goes}: groups that take no part in the selection;
-            the first pattern that matches counts.
+        ratios: {pattern of names of groups or branches, as of a shell: share that goes}: groups that take no part in
+            the selection, and branches that stay; the first pattern that matches counts.
+        max_removed: the largest share of the branches that may go.
     """
 
     round_to: int = 8
     max_ratio: float = 0.9
     min_width: int = 1
     ratios: Mapping[str, float] = field(default_factory=dict)
+    max_removed: float = 1.0
 
-    def ratio_of(self, group: Group) -> float | None:
+    def ratio_of(self, item: Group | Branch) -> float | None:
         """The share of a group that goes in any case; None where selection decides."""
-        matches = (share for pattern, share in self.ratios.items() if fnmatch.fnmatchcase(group.name, pattern))
+        matches = (share for pattern, share in self.ratios.items() if fnmatch.fnmatchcase(item.name, pattern))
         return next(matches, None)
 
 
+def _names(pattern: str, branch: Branch) -> bool:
+    return fnmatch.fnmatchcase(branch.name, pattern)
+
+
 def check_ratios(comb: Comb, limits: Limits) -> None:
-    """Raise `InputError` unless every pattern of `limits.ratios` names an open group, and every share is one."""
+    """Raise `InputError` unless every pattern of `limits.ratios` names an open group or a branch."""
     names = [group.name for group in comb.open]
     for pattern, share in limits.ratios.items():
-        if not fnmatch.filter(names, pattern):
+        if not fnmatch.filter(names, pattern) and not any(_names(pattern, branch) for branch in comb.branches):
             raise InputError(f"No open group is named like {pattern!r}; there are {', '.join(names[:8])}, …")
         if not 0 <= share < 1:
             raise InputError(f"The share of {pattern!r} must be at least 0 and below 1; got {share!r}.")

@@ -73,6 +73,7 @@ class Search:
         latency: predicts; corrected by what is measured.
         target: the speed-up or latency asked for.
         original_ms: the latency of the original.
+        original_macs: its multiply-accumulates.
         tolerance: the relative distance from the target that is good enough; the search aims at half of it, give
             or take a standard error of the measurement.
 
@@ -88,10 +89,12 @@ class Search:
         latency: LatencyModel,
         target: Target,
         original_ms: float,
+        original_macs: int,
         tolerance: float = 0.05,
     ) -> None:
         self.model, self.selector, self.probe, self.latency = model, selector, probe, latency
         self.target, self.tolerance, self.tried = target, tolerance, list[Candidate]()
+        self._macs = original_macs
         self._goal, self._upcoming = target.speedup(original_ms), dict[Axis, int]()
 
     def upcoming(self) -> Mapping[Axis, int]:
@@ -100,6 +103,10 @@ class Search:
             reached = self.selector.reach(self.latency.speedup, self._goal)
             self._upcoming = self.selector.widened(reached, self.latency)
         return self._upcoming
+
+    def is_in_reach(self) -> bool:
+        """Whether the widths that should be on target are as fast, by the prediction."""
+        return self.latency.speedup(self.upcoming()) >= self._goal * (1 - self.tolerance)
 
     def plan(self) -> Plan:
         """What the search will end on, as far as is known by now."""
@@ -143,7 +150,7 @@ class Search:
         log.info("Candidate: predicted %.2f times as fast; exporting and timing it …", expected)
         found = self.probe.compare(narrower, seconds=SECONDS, precision=self.tolerance / 3, slowest=slowest)
         self.latency.observe(counts, found.speedup)
-        ratio = self.selector.comb.cost(counts).macs / self.selector.comb.cost({}).macs
+        ratio = self.selector.comb.cost(counts).macs / max(self._macs, 1)
         log.info("Candidate: %.2f times as fast at %.1f %% of the MACs", found.speedup, 100 * ratio)
         self.tried.append(Candidate(counts, plan, ratio, expected, found, self.target.attained(found)))
         return self.tried[-1]

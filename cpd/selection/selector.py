@@ -18,8 +18,9 @@ from torch import Tensor
 
 from cpd.algebra import axes, ties
 from cpd.algebra.axes import Axis, Dim, Product
-from cpd.coupling.comb import Comb, Group
+from cpd.coupling.comb import Comb
 from cpd.coupling.cost import CostFigures
+from cpd.coupling.groups import Group
 from cpd.errors import InputError
 from cpd.plan import Plan
 from cpd.selection.limits import Limits, check_ratios

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -73,6 +73,7 @@ class Part:
         shared: the layers whose input is the same for all samples.
         outputs: weight -> what the unpruned layer gave in the rows that are looked at, [rows, outputs].
         others: weight -> what its output is added to, in the same rows.
+        sums: weight -> the sum of both.
     """
 
     call: Call
@@ -80,6 +81,7 @@ class Part:
     shared: frozenset[str] = frozenset()
     outputs: dict[str, Tensor] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
     def first(self, samples: int) -> Part:
         """The first samples alone."""
@@ -91,7 +93,8 @@ class Part:
                 for name, value in rows.items()
             }
 
-        return Part(self.call.part(samples), self.held[:samples], self.shared, cut(self.outputs), cut(self.others))
+        rows = (cut(found) for found in (self.outputs, self.others, self.sums))
+        return Part(self.call.part(samples), self.held[:samples], self.shared, *rows)
 
 
 class Calibration:
@@ -138,6 +141,7 @@ class Calibration:
                 calls = [channels_last(call) for call in calls]
             probe = _Probe(original, calls[0].to(self.device))
             self.layers = probe.layers(self.samples) if layers else {}
+            self.streams = {name: layer.stream for name, layer in self.layers.items() if layer.stream is not None}
             at_once = max(1, int(memory_gb * 2**30 / (ALIVE * probe.most_bytes)))
             self.few = min(at_once, max(1, SMALL // probe.most_bytes))
             self.parts = list(_parts(calls, at_once))
@@ -180,51 +184,79 @@ class Calibration:
 
     def _look(self, original: nn.Module, part: Part) -> None:
         """Note what every layer of the unpruned model gives."""
-        outputs: dict[str, list[Tensor]] = {}
-        sums: dict[str, list[Tensor]] = {}
+        outputs, added, sums = (dict[str, list[Tensor]]() for _ in range(3))
         part.shared = frozenset(name for name, layer in self.layers.items() if layer.along is None)
         for low, high in _pieces(part.call.samples, self.few):
-            call, others = part.call.slice(low, high).to(self.device), Others(self.layers)
+            call, others = part.call.slice(low, high).to(self.device), Others(self.streams)
+            at_sum: dict[int, LayerCall] = {}
 
-            def after(layer: LayerCall, samples: int = call.samples, others: Others = others) -> None:
+            def after(
+                layer: LayerCall, samples: int = call.samples, others: Others = others,
+                at_sum: dict[int, LayerCall] = at_sum,
+            ) -> None:  # fmt: skip
                 if layer.weight in self.layers:
                     index = self.index(layer, samples)
                     outputs.setdefault(layer.weight, []).append(flat(layer.responses(index)))
                     other = others.of(layer)
                     if other is not None:
-                        sums.setdefault(layer.weight, []).append(flat(layer.outputs(index, other)))
+                        added.setdefault(layer.weight, []).append(flat(layer.outputs(index, other)))
+                    if layer.weight in self.streams:
+                        at_sum[self.streams[layer.weight].sum] = layer
 
-            with seen(LayerCalls(original, after=after, step=others.keep)):
+            def step(
+                step: Step, samples: int = call.samples, others: Others = others,
+                at_sum: dict[int, LayerCall] = at_sum,
+            ) -> None:  # fmt: skip
+                others.keep(step)
+                layer = at_sum.pop(step.number, None)
+                if layer is not None:
+                    value = self.streams[layer.weight].laid_out(step.output, layer.output.shape)
+                    if value is not None:
+                        rows = layer.outputs(self.index(layer, samples), value)
+                        sums.setdefault(layer.weight, []).append(flat(rows))
+
+            with seen(LayerCalls(original, after=after, step=step)):
                 call.on(original)
-        part.outputs, part.others = (
+        part.outputs, part.others, part.sums = (
             {name: rows[0] if name in part.shared else torch.cat(rows) for name, rows in found.items()}
-            for found in (outputs, sums)
+            for found in (outputs, added, sums)
         )
 
     @torch.no_grad()
-    def judge(self, model: nn.Module) -> tuple[float, float]:
+    def judge(self, model: nn.Module, samples: int | None = None) -> tuple[float, float]:
         """How near a model's outputs come to the unpruned one's, on the samples that are held out.
+
+        Args:
+            model: the narrower model.
+            samples: about how many of them; None: all.
 
         Returns:
             The mean squared error of the logits, relative to their variance; and the share of equal classes.
         """
-        error = same = count = 0.0
+        error = same = count = seen = 0.0
+        every = sum(map(len, self.expected))
         with evaluating(model), of_the_user("The narrower model", "on data"):
             for call, expected in zip(self.held(), self.expected, strict=True):
-                found = logits(self.read(call.on(model)))
+                if samples is not None and seen >= samples:
+                    break
+                found, seen = logits(self.read(call.on(model))), seen + len(expected)
                 error += float((found - expected).double().square().sum())
                 if expected.dim() > 1:
                     agree = found.argmax(1) == expected.argmax(1)
                     same, count = same + float(agree.sum()), count + agree.numel()
-        return error / max(self.spread, 1e-30), same / max(count, 1)
+        return error / max(self.spread * seen / every, 1e-30), same / max(count, 1)
 
 
 class Others:
-    """The other operands of the sums that layers lead to, kept until the layer has been called."""
+    """The other operands of the sums that layers lead to, kept until the layer has been called.
 
-    def __init__(self, layers: dict[str, Layer]) -> None:
-        self.streams = {name: layer.stream for name, layer in layers.items() if layer.stream is not None}
-        self.left = Counter(stream.other for stream in self.streams.values())
+    Args:
+        streams: how the output of each layer, by its weight, gets to a sum, where it does.
+    """
+
+    def __init__(self, streams: Mapping[str, Stream]) -> None:
+        self.streams = streams
+        self.left = Counter(stream.other for stream in streams.values() if stream.other is not None)
         self.values: dict[int, Any] = {}
 
     def keep(self, step: Step) -> None:
@@ -235,16 +267,13 @@ class Others:
     def of(self, layer: LayerCall) -> Tensor | None:
         """What the output of a layer will be added to, laid out as that output is; None where there is none."""
         stream = self.streams.get(layer.weight)
-        if stream is None:
+        if stream is None or stream.other is None:
             return None
         value = self.values.get(stream.other)
         self.left[stream.other] -= 1
         if not self.left[stream.other]:
             self.values.pop(stream.other, None)
-        if not isinstance(value, Tensor):
-            return None
-        value = stream.at_output(value, layer.output.shape)
-        return value if value.shape == layer.output.shape else None
+        return stream.laid_out(value, layer.output.shape)
 
 
 class _Probe:
@@ -304,7 +333,18 @@ class _Probe:
             each = min(math.ceil(max(LEAST * features, rows) / samples), self.places[name])
             stream = None if layer.kind == "transposed" else sums.get(name)
             found[name] = Layer(shape, groups, along, each, name in self.normed, stream)
-        return found
+        return self._together(found)
+
+    def _together(self, layers: dict[str, Layer]) -> dict[str, Layer]:
+        """Layers whose sums follow one another are looked at in the same rows: one sum may stand for another."""
+        rows = Counter[int]()
+        for name, layer in layers.items():
+            if layer.stream is not None:
+                rows[self.places[name]] = max(rows[self.places[name]], layer.rows)
+        return {
+            name: layer if layer.stream is None else replace(layer, rows=rows[self.places[name]])
+            for name, layer in layers.items()
+        }
 
 
 def _parts(calls: list[Call], at_once: int) -> Iterable[Part]:

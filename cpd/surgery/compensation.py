@@ -38,6 +38,7 @@ from cpd.plan import PLAN, Plan
 from cpd.surgery.calibration import HELD_OUT, MEMORY_GB, Calibration, Layer, Others, Part, flat
 from cpd.surgery.least_squares import Sums, best_damping
 from cpd.trace.layer_calls import LayerCall, LayerCalls, from_matrix, matrix, seen
+from cpd.trace.streams import Stream, streams
 
 #: A channel that is multiplied by less than this share of the median on its way to a sum keeps its own target.
 LEAST_SCALE = 1e-3
@@ -136,6 +137,7 @@ def refit(
     *,
     norms: bool = False,
     samples: int | None = None,
+    alone: bool = False,
 ) -> dict[str, Refit]:
     """One pass over the samples that refits the layers of a narrower model.
 
@@ -148,6 +150,7 @@ def refit(
         norms: whether each BatchNorm takes the statistics of what reaches it in this pass, but those between a layer
             and a sum that it is fitted to.
         samples: at most so many are used, about; None: all.
+        alone: whether only those layers are refitted that take over what a branch gave.
 
     Returns:
         {weight: what was done}, in the order of the forward.
@@ -158,7 +161,7 @@ def refit(
     before = state_of(model)
     try:
         with evaluating(model), of_the_user("The narrower model", "on data"):
-            found = _Pass(model, calibration, plan, chosen, norms)
+            found = _Pass(model, calibration, plan, chosen, norms, alone)
             for part in calibration.first(samples):
                 found.over(part)
     except BaseException:
@@ -216,11 +219,20 @@ class _Pass:
     """A pass over the samples, part by part."""
 
     def __init__(
-        self, model: nn.Module, calibration: Calibration, plan: Plan, chosen: Mapping[str, Refit] | None, norms: bool
-    ) -> None:
+        self, model: nn.Module, calibration: Calibration, plan: Plan, chosen: Mapping[str, Refit] | None,
+        norms: bool, alone: bool,
+    ) -> None:  # fmt: skip
         self.model, self.calibration, self.plan = model, calibration, plan
         self.chosen, self.norms = chosen, norms
         self.tensors = named_tensors(model)
+        self.streams = calibration.streams
+        if plan.replacements:
+            left = streams(model, calibration.parts[0].call.part(1).to(calibration.device))
+            self.streams = {name: stream for name, stream in left.items() if name in calibration.layers}
+        self.stands_for = _stands_for(calibration.streams, plan)
+        self.layers = {
+            name: layer for name, layer in calibration.layers.items() if not alone or name in self.stands_for
+        }
         self.fits: dict[str, _Fit] = {}
         self.moments: dict[int, _Moments] = {}
         self.refits: dict[str, Refit] = {}
@@ -229,14 +241,14 @@ class _Pass:
 
     def over(self, part: Part) -> None:
         """Refit every layer on these samples and all before them."""
-        self.part, self.others = part, Others(self.calibration.layers)
+        self.part, self.others = part, Others(self.streams)
         call = part.call.to(self.calibration.device)
         with seen(LayerCalls(self.model, instead=self._refit, norm=self._norm, step=self.others.keep)):
             call.on(self.model)
 
     def _refit(self, layer: LayerCall) -> Tensor | None:
         """Refit the layer that is being called; returns its new output."""
-        known = self.calibration.layers.get(layer.weight)
+        known = self.layers.get(layer.weight)
         if known is None:
             return None
         index = self.calibration.index(layer, self.part.call.samples)
@@ -297,15 +309,31 @@ class _Pass:
         )
 
     def _for_the_sum(self, layer: LayerCall, known: Layer, index: Tensor | None, output: Tensor) -> Tensor | None:
-        """What the layer should give so that the sum that its output goes into is the unpruned one; None without."""
-        other, before = self.others.of(layer), self.part.others.get(layer.weight)
-        if known.stream is None or other is None or before is None:
+        """What the layer should give so that the sum that its output goes into is the unpruned one; None without.
+
+        Where branches that followed are gone, the sum is what it was after the last of them.
+        """
+        other, stream = self.others.of(layer), self.streams.get(layer.weight)
+        if known.stream is None or (stream is None and not self.plan.removed):
             return None
         scale = known.stream.scale(self.tensors, output.shape[1])
         usable = scale.abs() > LEAST_SCALE * scale.abs().median()
         factor = torch.where(usable, 1 / torch.where(usable, scale, 1.0), 0.0).to(output)
-        missing = self._unpruned(layer, known, len(output), before) - flat(layer.outputs(index, other))
-        return output + missing.float() * factor
+
+        def unpruned(value: Tensor) -> Tensor:
+            return self._unpruned(layer, known, len(output), value).float()
+
+        found, before = output, self.part.others.get(layer.weight)
+        own, after = (self.part.sums.get(name) for name in (layer.weight, self.stands_for.get(layer.weight, "")))
+        if stream is None:  # nothing is added to it any more: it gives the sum itself, up to a constant
+            if own is None:
+                return None
+            found = unpruned(own) * factor
+        elif other is not None and before is not None:
+            found = found + (unpruned(before) - flat(layer.outputs(index, other))) * factor
+        if own is not None and after is not None and own.shape == after.shape:
+            found = found + unpruned(after - own) * factor
+        return None if found is output else found
 
     def _norm(self, given: dict[str, Any]) -> None:
         """Set the statistics of a BatchNorm to what reaches it, or its mean to what the layer before it lacks."""
@@ -321,6 +349,18 @@ class _Pass:
         elif self.shifted is not None and x is self.shifted[0]:
             mean.copy_(moments.before - self.shifted[1].to(mean.dtype))
         self.shifted = None
+
+
+def _stands_for(streams: Mapping[str, Stream], plan: Plan) -> dict[str, str]:
+    """Layers after whose sum branches have gone -> the last layer of those branches."""
+    found: dict[str, str] = {}
+    for weight, stream in streams.items():  # in the order of the sums
+        before = stream.follows
+        while before is not None and plan.removes(before):
+            before = streams[before].follows if before in streams else None
+        if before is not None and plan.removes(weight):
+            found[before] = weight
+    return found
 
 
 def _grouped(value: Tensor, groups: int) -> Tensor:

@@ -54,15 +54,20 @@ class MaskedForward(Interpreter):
         self.context = comb.context
         self.masks: dict[Axis, Mask] = {}
         self.scales = {scale.node: scale for scale in comb.scales if not scale.rows}
+        removal = comb.removal(plan.removed)
+        self.instead = removal.instead
         for group in comb.groups:
             self.masks[group.axis] = axes.mask(group.axis, {})
-            self.masks[group.axis][:] = False
-            self.masks[group.axis][list(plan.groups[group.name])] = True
+            if group.name not in removal.groups:  # nothing is read of these
+                self.masks[group.axis][:] = False
+                self.masks[group.axis][list(plan.groups[group.name])] = True
         self.counts = {axis: int(mask.sum()) for axis, mask in self.masks.items()}
 
     def run_node(self, n: Node) -> Any:
         """Run one node, on the kept positions alone where it mixes over a dimension."""
         name = op_name(n)
+        if n in self.instead:
+            return self.env[self.instead[n]].clone()
         if n.op == "call_function":
             if name in MIXING and "other" not in arguments(n):
                 return self._narrowed(n)
@@ -220,7 +225,7 @@ def shape_mismatch(comb: Comb, plan: Plan, again: OperationGraph) -> str | None:
         None where all agree, else a sentence that names the node.
     """
     widths = {group.axis: len(plan.groups[group.name]) for group in comb.groups}
-    pairs, odd = pair(comb.operations, again)
+    pairs, odd = pair(comb.operations, again, comb.removal(plan.removed).gone)
     if odd is not None:
         return f"{odd.name} has no counterpart in the shrunk model"
     for before, after in pairs.items():

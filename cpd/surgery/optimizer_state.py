@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -58,3 +58,11 @@ def narrow_state(entries: list[Entry]) -> None:
     """Put into place what `narrowed_state` found."""
     for entry in entries:
         entry.state[entry.key] = entry.value
+
+
+def drop_parameters(optimizer: torch.optim.Optimizer, gone: Collection[int]) -> None:
+    """Take parameters, by their `id`, and their state out of an optimizer; its groups stay, in their order."""
+    for group in optimizer.param_groups:
+        for parameter in (item for item in group["params"] if id(item) in gone):
+            optimizer.state.pop(parameter, None)
+        group["params"] = [item for item in group["params"] if id(item) not in gone]

@@ -7,6 +7,7 @@ Each is tried on few samples, and the chosen one done once more, on all.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -30,6 +31,8 @@ NOTHING, RECALIBRATION = "nothing", "recalibration"
 BATCH = 32
 #: Samples that tell two plans apart, or two variants, and that choose how much to damp.
 TRIED = 128
+#: Samples that tell one branch from another.
+FEW = 64
 COMPENSATION, WITH_NORMS = "compensation", "compensation with BatchNorm"
 
 
@@ -113,6 +116,19 @@ def recovered_error(model: nn.Module, calibration: Calibration, plan: Plan) -> f
         return calibration.judge(model)[0]
     calibration.tried[plan.digest] = chosen, calibration.judge(model)
     return calibration.tried[plan.digest][1][0]
+
+
+def error_without(model: nn.Module, calibration: Calibration, plan: Plan) -> float:
+    """The error of the logits without some branches, about, once the layers before them give what those gave.
+
+    Args:
+        model: the model without them; changed.
+        calibration: the samples, and what the unpruned model makes of them.
+        plan: what `model` keeps of it.
+    """
+    with suppress(InputError):
+        refit(model, calibration, plan, samples=FEW, alone=True)
+    return calibration.judge(model, FEW)[0]
 
 
 class _Trial:

@@ -16,6 +16,7 @@ from cpd.model import kept
 from cpd.model.architecture import check_architecture
 from cpd.model.arguments import MODEL
 from cpd.model.inputs import check_model, evaluating
+from cpd.model.removed import put_in_place, replacement
 from cpd.model.skeleton import refresh, set_attributes
 from cpd.model.state import forget
 from cpd.model.tensors import derived, every_tensor, sliced
@@ -59,7 +60,9 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
         if (tensor := tensors[name]).is_leaf and tensor.grad is not None
     }
     before = {name: (tensors[name].data, tensors[name].grad) for name in changed}
+    replaced: dict[str, nn.Module] = {}
     try:
+        replaced = put_in_place(model, {item.module: replacement(item) for item in plan.replacements})
         for name, value in changed.items():
             _assign(tensors[name], value, gradients.get(name))
         set_attributes(model, plan.attributes)
@@ -67,6 +70,7 @@ def shrink(model: nn.Module, plan: Plan) -> nn.Module:
         _derive(model)
         lint(model)
     except Exception:
+        put_in_place(model, replaced)
         for name, (value, gradient) in before.items():
             _assign(tensors[name], value, gradient)
         set_attributes(model, [Attribute(item.module, item.name, item.new, item.old) for item in plan.attributes])
@@ -106,6 +110,10 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> None:
                 f"{'no such tensor' if found is None else list(found)}. Apply it to a model of the original "
                 "architecture and size, not to one already shrunk."
             )
+    paths = dict(model.named_modules(remove_duplicate=False))
+    absent = next((item.module for item in plan.replacements if item.module not in paths), None)
+    if absent is not None:
+        raise ShrinkError(f"The plan removes {absent}, which this model lacks.")
     for rescale in plan.rescales:
         shape = tensors[rescale.tensor].shape if rescale.tensor in tensors else ()
         rows = shape[rescale.dim] if rescale.dim < len(shape) else 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -266,20 +266,40 @@ def line_of(node: Node) -> str:
     return f"{Path(mine[-1][0]).name}:{mine[-1][1]}" if mine else "unknown line"
 
 
+def _read(nodes: list[Node]) -> list[Node]:
+    """Operations whose results are read, by others that are, or that write to what is."""
+    found: set[Node] = set()
+    for node in reversed(nodes):
+        writes = called(node).endswith("_") and not node.users
+        if writes or any(user.op == "output" or user in found or user not in nodes for user in node.users):
+            found.add(node)
+    return [node for node in nodes if node in found]
+
+
 #: Ops that compute nothing: left out where a tensor is laid out so already, which may depend on a width, or kept as
 #: the edge of a sub-graph.
 _IDLE = {"contiguous", "_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_assert_tensor_metadata"}
 
 
-def pair(old: OperationGraph, new: OperationGraph) -> tuple[dict[Node, Node], Node | None]:
+def pair(
+    old: OperationGraph, new: OperationGraph, gone: Collection[Node] = frozenset()
+) -> tuple[dict[Node, Node], Node | None]:
     """Each operation of one graph beside its twin in the graph of the same model at other widths.
+
+    Args:
+        old: the one graph.
+        new: the other.
+        gone: operations of the first that the second is without; then what is read nowhere in it does not count.
 
     Returns:
         The pairs, and the first operation of `old` that has no twin; None where all have one.
     """
+    idle = _IDLE | {"clone"} if gone else _IDLE
     left, right = (
-        [n for n in graph.operations if op_name(n) not in _IDLE and not writes_state(n)] for graph in (old, new)
+        [n for n in graph.operations if op_name(n) not in idle and not writes_state(n)] for graph in (old, new)
     )
+    if gone:
+        left, right = [n for n in left if n not in gone], _read(right)
     pairs: dict[Node, Node] = {}
     for before, after in zip(left, right, strict=False):
         if op_name(before) != op_name(after):

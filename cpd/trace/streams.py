@@ -1,4 +1,4 @@
-"""Streams: layers whose output is added to a value that the forward has computed before.
+"""Streams: layers whose output is added to another value, most often one that the forward has computed before.
 
 The last layer of a residual branch is one: what it gives passes a BatchNorm, a scale, a permutation, and is added to
 what the branch has read. They are found from the calls of one forward, whatever modules make them.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -23,6 +23,8 @@ from cpd.trace.layer_calls import LayerCalls, Step, norm_given, seen
 _ADD = ("add", "add_", "__add__", "__iadd__", "__radd__")
 _MULTIPLY = ("mul", "mul_", "multiply", "__mul__", "__imul__", "__rmul__")
 _SAME = ("dropout", "feature_dropout", "alpha_dropout", "contiguous", "clone")
+#: What a post-activation network does between two sums.
+_ACTIVATIONS = ("relu", "relu_", "relu6", "hardtanh", "hardtanh_", "gelu", "silu", "hardswish", "leaky_relu")
 _RESHAPE = ("view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze")
 
 Scale = tuple[str | None, str | None, float]
@@ -33,13 +35,18 @@ class Stream:
     """How the output of a layer gets to a sum.
 
     Attributes:
-        other: number of the call that gives the other operand, which comes before the layer.
+        other: number of the call that gives the other operand; None where that comes after the layer.
+        sum: number of the call that adds them.
+        follows: the weight of the layer whose sum the other operand is, as it was or through an activation; None where
+            it is something else.
         scales: what a channel is multiplied by on the way: names of a weight and of a running variance, each None
             where there is none, and an epsilon; or of neither, and a factor.
         undo: steps that bring a value of the sum's shape to that of the layer's output; they take that too.
     """
 
-    other: int
+    other: int | None
+    sum: int
+    follows: str | None
     scales: tuple[Scale, ...]
     undo: tuple[Callable[[Tensor, torch.Size], Tensor], ...]
 
@@ -48,6 +55,13 @@ class Stream:
         for step in self.undo:
             value = step(value, shape)
         return value
+
+    def laid_out(self, value: Any, shape: torch.Size) -> Tensor | None:
+        """The same; None where it is no tensor, or one of another shape then."""
+        if not isinstance(value, Tensor):
+            return None
+        value = self.at_output(value, shape)
+        return value if value.shape == shape else None
 
     def scale(self, tensors: Mapping[str, Tensor], channels: int) -> Tensor:
         """What each channel of the layer's output is multiplied by on its way to the sum, [channels], float64."""
@@ -89,7 +103,7 @@ class _Flow:
         while self.read[number] == 1:
             step, taken = self.steps[number], self.takes[number]
             if step.weight is not None:
-                return step, Stream(-1, tuple(scales), tuple(undo))
+                return step, Stream(None, -1, None, tuple(scales), tuple(undo))
             name, before = step.function.__name__, taken[0] if taken else None
             if name == "batch_norm":
                 given = norm_given(step.args, step.kwargs)
@@ -113,6 +127,12 @@ class _Flow:
                 return None
             number = before
         return None
+
+    def through_activations(self, number: int) -> int:
+        """The call whose result a value is, or is the activation of."""
+        while self.steps[number].function.__name__ in (*_ACTIVATIONS, *_SAME) and self.takes[number][0] is not None:
+            number = self.takes[number][0] or 0
+        return number
 
     def _constant(self, step: Step) -> tuple[int | None, Scale] | None:
         """The value that a product multiplies by a constant, and the constant; None where there is none."""
@@ -142,13 +162,13 @@ class _Flow:
 
 @torch.no_grad()
 def streams(model: nn.Module, call: Call) -> dict[str, Stream]:
-    """The layers whose output is added to a value that was there before, by the name of their weight.
+    """The layers whose output is added to another value, by the name of their weight.
 
     Args:
         model: in eval mode.
         call: one it runs on; one sample is enough.
     """
-    flow, found = _Flow(model), dict[str, Stream]()
+    flow, found, sums = _Flow(model), dict[str, Stream](), dict[int, str]()
     with seen(LayerCalls(model, step=flow.add)):
         call.on(model)
     for step in flow.steps:
@@ -162,8 +182,12 @@ def streams(model: nn.Module, call: Call) -> dict[str, Stream]:
             if value is None or other is None:
                 continue
             branch = flow.back(value)
-            if branch is not None and other < branch[0].number:
-                found[str(branch[0].weight)] = Stream(other, branch[1].scales, branch[1].undo)
+            if branch is not None:
+                weight, known = str(branch[0].weight), other < branch[0].number
+                follows = sums.get(flow.through_activations(other)) if known else None
+                found[weight] = replace(branch[1], other=other if known else None, sum=step.number, follows=follows)
+                if known or step.number not in sums:
+                    sums[step.number] = weight
     return found
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cpd.coupling.comb import Comb, Group
+from cpd.coupling.comb import Comb
+from cpd.coupling.groups import Group
 from helpers.zoo import MODELS, comb, dense, images
 
 FOLDER = Path(__file__).parent / "golden"
