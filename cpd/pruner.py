@@ -362,11 +362,11 @@ class Pruner:
         return self.comb.plan(found.keep, remove=found.removed)
 
     @memory_reused()
-    def _error_of(self, plan: Plan) -> float:
-        """The error of the logits once a plan has been applied and recovered from, on a copy."""
+    def _error_of(self, plan: Plan, roughly: bool) -> float:
+        """The error of the logits once a plan has been applied and recovered from, on a copy; or roughly that."""
         step = plan.since(self.plan)
         narrower = shrink(copy_of(self.model), step)
-        return recovered_error(narrower, self._calibrated(self.model), step)
+        return recovered_error(narrower, self._calibrated(self.model), step, roughly=roughly)
 
     @memory_reused()
     def _errors_without(self, names: list[str]) -> dict[str, float]:

@@ -272,7 +272,8 @@ class Comb:
 
         Raises:
             PlanError: a group or a branch is unknown or frozen, a group is emptied, a channel is out of range, both
-                operands of a sum are removed, or, if `strict`, a tie or a minimum is broken; or this is the comb of a narrower model (`narrowed`), for scoring alone.
+                operands of a sum are removed, or, if `strict`, a tie or a minimum is broken; or this is the comb of a
+                narrower model (`narrowed`), for scoring alone.
 
         Examples:
             >>> from torch import nn

@@ -14,13 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
+
 from cpd.coupling.comb import Comb
 from cpd.selection.limits import Limits
 
 #: Numbers of branches that are tried at most, none included.
 MOST_TRIALS = 6
+#: After so many others without success, none goes.
+HOPELESS = 2
 #: Numbers of which the error is guessed.
-GUESSES = 9
+GUESSES = 18
+#: By how much less, relative to it, the error must be than without removing any.
+CLEARLY = 0.05
 
 
 @dataclass(frozen=True)
@@ -64,16 +70,20 @@ def in_order(comb: Comb, errors: Mapping[str, float], saved: Mapping[str, float]
 
 
 def best_number(errors: Sequence[float], candidate: Callable[[int], Candidate | None]) -> dict[int, float]:
-    """How many branches go: the error of each number that was tried; the least is the best.
+    """How many branches go: the error of each number that was tried.
 
-    What channels cost beside branches is told by the widths alone; so the number that should be best is known, and
-    from there on the search goes to where the error falls.
+    The error is foretold as that of the widths, told by the scores and by what the model without any branch removed
+    has shown, and that of the branches, by the sum of what each costs alone and by what others tried have shown. The
+    number that should be best is tried next, until that is known.
 
     Args:
         errors: what each branch costs, in the order in which they go.
         candidate: number of branches -> what is left at the target; None where it is out of reach.
     """
-    known, tried, most = dict[int, Candidate | None](), dict[int, float](), len(errors)
+    known, tried = dict[int, Candidate | None](), dict[int, float]()
+    alone = [0.0, *accumulate(errors)]
+    factors: dict[int, float] = {}  # of the errors of so many branches, over the sum of what each costs alone
+    numbers = sorted({round(len(errors) * step / GUESSES) for step in range(GUESSES + 1)})
 
     def at(number: int) -> Candidate | None:
         if number not in known:
@@ -83,25 +93,30 @@ def best_number(errors: Sequence[float], candidate: Callable[[int], Candidate | 
     def attempt(number: int) -> None:
         found = at(number)
         tried[number] = math.inf if found is None else found.error()
-
-    attempt(0)
-    widths = at(0)
-    worth = tried[0] / widths.scores if widths is not None and widths.scores > 0 else 0.0
-    branches = [0.0, *accumulate(errors)]
+        if number and found is not None:
+            factors[number] = max(tried[number] - worth * found.scores, 0.0) / max(alone[number], 1e-30)
 
     def expected(number: int) -> float:
-        found = at(number)
-        return math.inf if found is None else branches[number] + worth * found.scores
+        found, places = at(number), sorted(factors)
+        factor = float(np.interp(number, places, [factors[place] for place in places])) if places else 1.0
+        return math.inf if found is None else factor * alone[number] + worth * found.scores
 
-    spread = sorted({round(most * step / GUESSES) for step in range(1, GUESSES + 1)})
-    if spread:
-        attempt(min(spread, key=expected))
-    step = max(1, round(most / GUESSES))
-    while len(tried) < MOST_TRIALS and step:
+    worth = 0.0
+    attempt(0)
+    widths = at(0)
+    if widths is not None and widths.scores > 0:
+        worth = tried[0] / widths.scores
+    while len(tried) < MOST_TRIALS:
         best = min(tried, key=lambda number: (tried[number], number))
-        beside = [number for number in (best + step, best - step) if 0 <= number <= most and number not in tried]
-        if beside:
-            attempt(beside[0])
-        else:
-            step //= 2
+        near = [number for number in (best - 1, best + 1) if best and 0 < number <= len(errors)]
+        upcoming = min({*numbers, *near, best}, key=lambda number: (tried.get(number, expected(number)), number))
+        if upcoming in tried or (best == 0 and len(tried) > HOPELESS):
+            break
+        attempt(upcoming)
     return tried
+
+
+def chosen_number(tried: Mapping[int, float]) -> int:
+    """The number of branches whose error is least, if it is clearly less than that of none."""
+    best = min(tried, key=lambda number: (tried[number], number))
+    return best if tried[best] < (1 - CLEARLY) * tried.get(0, math.inf) else 0

@@ -21,7 +21,7 @@ from cpd.deploy.latency_model import LatencyModel
 from cpd.errors import TargetError
 from cpd.model.inputs import Call
 from cpd.plan import Plan
-from cpd.selection.branching import Candidate, best_number, in_order, removable_branches
+from cpd.selection.branching import Candidate, best_number, chosen_number, in_order, removable_branches
 from cpd.selection.obstacles import obstacles
 from cpd.selection.search import Search
 from cpd.selection.selector import Selector
@@ -35,6 +35,8 @@ Keep = dict[str, tuple[int, ...]]
 Stage = Callable[[str], AbstractContextManager[None]]
 #: Groups that a note names.
 NAMED = 8
+#: A scope whose error is more than so many times the least is not measured.
+ABOUT = 1.15
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,8 @@ class Decider:
         tolerance: how far from a measured target the search may end, as a fraction.
         threads: of ONNX Runtime when timing.
         others: further inputs that a measured target holds for.
-        error_of: the error of the logits once a plan has been applied and recovered from, without training; None
-            where there is no data.
+        error_of: the error of the logits once a plan has been applied and recovered from, without training, or roughly
+            that; None where there is no data.
         error_without: the error of the logits without each of some branches; None where branches stay.
         stage: a context manager for each stage by name.
 
@@ -98,7 +100,7 @@ class Decider:
         tolerance: float,
         threads: int,
         others: tuple[Call, ...],
-        error_of: Callable[[Plan], float] | None,
+        error_of: Callable[[Plan, bool], float] | None,
         error_without: Callable[[list[str]], Mapping[str, float]] | None,
         stage: Stage,
     ) -> None:
@@ -160,7 +162,10 @@ class Decider:
         start, told = {name: len(channels) for name, channels in kept.items()}, tuple[str, ...]()
         if self.leaving is None:
             self.leaving, told = self._branches(selector, scores, limits)
-            self.scopes = self.scopes[:1] if self.leaving else self.scopes
+        if self.leaving:
+            self.scopes = self.scopes[:1]
+        elif len(self.scopes) > 1:
+            self.scopes = self._near(selector)
         leaving = self.leaving[: math.ceil(share * len(self.leaving))]
         selectors = {scope: selector(scope, leaving) for scope in self.scopes}
         scopes, goal = self.scopes, self.goal
@@ -227,16 +232,30 @@ class Decider:
         def candidate(number: int) -> Candidate | None:
             chosen = selector(self.scopes[0], order[:number])
             plan = self._expected(chosen)
-            return None if plan is None else Candidate(_gone(chosen, scores, plan), lambda: self._error(plan))
+            return None if plan is None else Candidate(_gone(chosen, scores, plan), lambda: self._roughly(plan))
 
         tried = best_number([errors[name] for name in order], candidate)
-        best = min(tried, key=lambda number: (tried[number], number))
-        if math.isinf(tried[best]):
-            return (), ()
+        best = chosen_number(tried)
         told = ", ".join(f"{tried[number]:.3g} without {number}" for number in sorted(tried))
         named = f": {', '.join(order[:best][:NAMED])}{', …' if best > NAMED else ''}" if best else ""
         note = f"Branches removed: {best} of {len(names)}{named}. Relative error of the logits at the target: {told}."
         return tuple(order[:best]), (note,)
+
+    def _near(self, selector: Callable[[Scope, Iterable[str]], Selector]) -> tuple[Scope, ...]:
+        """The scopes that are worth being measured: whose error is about the least."""
+        errors = dict[Scope, float]()
+        for scope in self.scopes:
+            plan = self._expected(selector(scope, ()))
+            errors[scope] = math.inf if plan is None else self._roughly(plan)
+        return tuple(scope for scope in self.scopes if errors[scope] <= ABOUT * min(errors.values()))
+
+    def _roughly(self, plan: Plan) -> float:
+        """About the error of the logits once a plan has been applied and recovered from; found once a decision."""
+        if self._error_of is None:
+            return 0.0
+        if plan.digest not in self._errors:
+            self._errors[plan.digest] = self._error_of(plan, True)
+        return self._errors[plan.digest]
 
     def _saved(self, name: str) -> float:
         """What the target's figure loses without a branch."""
@@ -298,13 +317,6 @@ class Decider:
             self.comb.cost({}).macs, self.tolerance,
         )  # fmt: skip
 
-    def _error(self, plan: Plan) -> float:
-        """The error of the logits once a plan has been applied and recovered from; found once a decision."""
-        assert self._error_of is not None
-        if plan.digest not in self._errors:
-            self._errors[plan.digest] = self._error_of(plan)
-        return self._errors[plan.digest]
-
     def _nearest(self, searches: Mapping[Scope, Search]) -> tuple[Scope, str]:
         """The scope whose logits come nearest to those of the model as it is, without training; what each keeps."""
         if len(searches) == 1 or self._error_of is None:
@@ -313,7 +325,7 @@ class Decider:
         for scope, search in searches.items():
             search.step()
             plan = search.plan()
-            errors[scope] = self._error(plan)
+            errors[scope] = self._error_of(plan, False)
             left = search.selector.comb.cost(self.counts(plan.groups)).macs / max(self.comb.cost({}).macs, 1)
             shares.append(f"{scope} keeps {left:.1%} of the MACs, relative error of the logits {errors[scope]:.3g}")
         return min(errors, key=lambda scope: errors[scope]), "; ".join(shares)

@@ -31,8 +31,8 @@ NOTHING, RECALIBRATION = "nothing", "recalibration"
 BATCH = 32
 #: Samples that tell two plans apart, or two variants, and that choose how much to damp.
 TRIED = 128
-#: Samples that tell one branch from another.
-FEW = 64
+#: Samples that tell one branch from another: refitted on, and judged by.
+FEW, FEWER = 64, 32
 COMPENSATION, WITH_NORMS = "compensation", "compensation with BatchNorm"
 
 
@@ -99,23 +99,26 @@ def recover(model: nn.Module, calibration: Calibration, plan: Plan) -> Recovery:
     return Recovery(chosen, trial.errors, trial.agreements, failure, calibration.samples)
 
 
-def recovered_error(model: nn.Module, calibration: Calibration, plan: Plan) -> float:
+def recovered_error(model: nn.Module, calibration: Calibration, plan: Plan, *, roughly: bool = False) -> float:
     """The error of the logits that recovery will leave, about: by one variant on some samples; `model` is changed.
 
-    `recover` goes on from what was found here of the same plan.
+    `recover` goes on from what was found here of the same plan, but roughly.
 
     Args:
         model: the narrower model.
         calibration: the samples, and what the unpruned model makes of them.
         plan: what `model` keeps of it.
+        roughly: on half as many samples.
     """
     try:
-        chosen = refit(model, calibration, plan, norms=True, samples=TRIED)
+        chosen = refit(model, calibration, plan, norms=True, samples=FEW if roughly else TRIED)
     except InputError:
         recalibrate_batchnorm(model, _tried(calibration))
         return calibration.judge(model)[0]
-    calibration.tried[plan.digest] = chosen, calibration.judge(model)
-    return calibration.tried[plan.digest][1][0]
+    judged = calibration.judge(model)
+    if not roughly:
+        calibration.tried[plan.digest] = chosen, judged
+    return judged[0]
 
 
 def error_without(model: nn.Module, calibration: Calibration, plan: Plan) -> float:
@@ -128,7 +131,7 @@ def error_without(model: nn.Module, calibration: Calibration, plan: Plan) -> flo
     """
     with suppress(InputError):
         refit(model, calibration, plan, samples=FEW, alone=True)
-    return calibration.judge(model, FEW)[0]
+    return calibration.judge(model, FEWER)[0]
 
 
 class _Trial:
