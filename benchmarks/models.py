@@ -126,6 +126,15 @@ def random_plan(combed: Comb, share: float = 0.3, *, exact: bool = False, seed: 
     return combed.plan(keep)
 
 
+def random_branches(combed: Comb, share: float = 0.3, *, seed: int = 0, at_least: int = 1) -> list[str]:
+    """A random `share`, and at least so many, of the branches that can be removed, of each sum one at most."""
+    rng = random.Random(seed)
+    names = [branch.name for branch in combed.branches if branch.frozen is None]
+    sums = {branch.name: branch.found.sum for branch in combed.branches}
+    chosen = rng.sample(names, min(len(names), max(at_least, round(share * len(names)))))
+    return list({sums[name]: name for name in chosen}.values())
+
+
 def counted_macs(model: nn.Module, call: Call) -> int:
     """Multiply-accumulates by torch's own counter, which knows matrix products, convolutions and attention."""
     with torch.no_grad(), plain_attention(), FlopCounterMode(display=False) as counter:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from cpd import processes
 from cpd.config import PRUNING, PruneConfig
+from cpd.coupling.branches import Branch
 from cpd.coupling.comb import COMB, Comb
 from cpd.coupling.comb import comb as comb_model
 from cpd.coupling.cost import unused_sentence
@@ -53,14 +54,15 @@ from cpd.model.tensors import copy_of, named_tensors
 from cpd.options import LOSS, Check, checked, function, integer, takes_options, text
 from cpd.plan import Architecture, Plan
 from cpd.randomness import random_states_kept, seeded
+from cpd.selection.branching import check_branches
 from cpd.selection.decision import Decider
 from cpd.selection.limits import check_ratios
 from cpd.selection.weighing import Normalization
-from cpd.surgery.calibration import Calibration
 from cpd.surgery.masked import masked_error
 from cpd.surgery.optimizer_state import drop_parameters, narrow_state, narrowed_state
-from cpd.surgery.recovery import Recovery, error_without, recover, recovered_error
+from cpd.surgery.recovery import Recovery, recover
 from cpd.surgery.shrink import shrink
+from cpd.surgery.trials import Trials
 
 log = logging.getLogger("cpd")
 
@@ -182,44 +184,29 @@ class Pruner:
         self._stage = (lambda _: nullcontext()) if stage is None else partial(_entered, stage)
         self._events = self.config.when.events(steps)
         self.data = None if data is None else processes.Share(data, self.config.score_batches)
-        if self.config.branches and data is None:
-            raise InputError("branches=True needs data=: what a branch is worth shows in what the model makes of it.")
-        if comb is None:
-            if self.config.measures:
-                check_runs(self.model, as_call(example_inputs))
-            with self._stage("comb"):  # of a copy: the model itself will not stay as it is
-                comb = comb_model(skeleton(self.model, {}), example_inputs, **self.config.combing)
-        check_architecture(
-            self.model, comb.architecture, InputError, "The comb is", "Comb this model, or leave comb= to the pruner."
-        )
-        if comb.model is self.model:  # which will not stay as it is
-            comb = replace(comb, model=skeleton(self.model, {}))
-        self.comb = comb
-        if not self.comb.open:
-            reasons = "\n".join(f"  {group.name} ({group.size}): {group.frozen}" for group in self.comb.groups)
-            raise NothingToPruneError(f"No group of {type(model).__name__} can be pruned:\n{reasons}")
+        check_branches(self.config.branches, data)
+        self.comb = comb = _comb_of(self.model, comb, example_inputs, self.config, self._stage)
         check_ratios(self.comb, limits)
+        self._trials = None if self.data is None else Trials(
+            self.data, seed=self.config.seed, memory_gb=self.config.memory_gb, layers=self.config.compensation,
+            read=comb.read,
+        )  # fmt: skip
         self.criterion, self.why = choose_criterion(self.config.criterion, self.data, loss)
         self._decider = Decider(
             comb, self.target, limits, normalization=self.config.normalization, exponent=self.config.exponent,
             scope=self.config.scope, data_free=self.criterion in DATA_FREE, tolerance=self.config.tolerance,
             threads=self.config.threads,
             others=tuple(of_shape(item, comb.operations.call) for item in self.config.latency_inputs),
-            error_of=None if self.data is None else self._error_of,
-            error_without=None if self.data is None or self.config.branches is False else self._errors_without,
+            error_of=self._error_of if self._trials else None,
+            error_without=self._errors_without if self._trials and self.config.branches is not False else None,
             stage=self._stage,
         )  # fmt: skip
         self.plan = self.comb.plan({})
         self.steps_taken = 0
         self.shrinks: list[Shrink] = []
-        self.notes = [unused_sentence(comb.unused)] if comb.unused else list[str]()
-        if comb.operations.chosen is not None:
-            self.notes.append(outputs_sentence(comb.outputs))
-        if comb.operations.values_read:
-            self.notes.append(comb.operations.values_sentence)
+        self.notes = _notes_of(comb)
         self.checks: dict[str, float] = {}
         self._asked, self._limit = Asked(), BATCHES
-        self._calibration: Calibration | None = None
         self._accumulated = self._from_gradients()
 
     # ------------------------------------------------------------------------------ what it is
@@ -233,6 +220,11 @@ class Pruner:
     def normalization(self) -> Normalization:
         """What scores are divided by what is saved of."""
         return self._decider.normalization
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        """What could be removed as a whole; none where nothing of the kind was asked for."""
+        return self.comb.branches if self._decider.removes_branches else ()
 
     @property
     def search(self) -> list[dict[str, Any]]:
@@ -281,7 +273,9 @@ class Pruner:
         Args:
             between: called between the shrink and what makes up for it.
         """
-        share, self._calibration = self._events[len(self.shrinks)][1], None  # of the weights as they are now
+        share = self._events[len(self.shrinks)][1]
+        if self._trials is not None:
+            self._trials.forget()
         seed = self.config.seed + SCORING + len(self.shrinks)
         with random_states_kept(), seeded(self.data, seed):
             self._asked, self._limit = processes.from_first(self._wanted)
@@ -298,11 +292,8 @@ class Pruner:
             "Shrink %d of %d: %s MACs and %s parameters left",
             len(self.shrinks), len(self._events), f"{left.macs:,}", f"{left.parameters:,}",
         )  # fmt: skip
-        left_alone = self.comb.left_alone(plan) if len(self.shrinks) == len(self._events) else ()
-        if left_alone:
-            more = f" and {len(left_alone) - NAMED} more" if len(left_alone) > NAMED else ""
-            names = ", ".join(left_alone[:NAMED])
-            self.note(f"Integers equal to an old width, which nothing ties to it, stay as they are: {names}{more}.")
+        if self.done and (left_alone := self.comb.left_alone(plan)):
+            self.note(_left_alone_sentence(left_alone))
         self._accumulated = self._from_gradients()
         return self.shrinks[-1]
 
@@ -340,17 +331,12 @@ class Pruner:
                 limit=self._limit, seed=self.config.seed + len(self.shrinks), total=processes.total,
             )  # fmt: skip
             found, untrusted = scores.drawn(), scores.untrusted
-        whole = dict[str, Tensor]()
-        for group in self.comb.open:
-            whole[group.name] = torch.full((group.size,), -math.inf, dtype=torch.float64)
-            if group.name in found:  # it has not gone with a branch
-                whole[group.name][list(self.plan.groups[group.name])] = found[group.name].to("cpu", torch.float64)
-        return Scores(whole, untrusted, {})
+        return Scores(_whole(self.comb, self.plan, found), untrusted, {})
 
     def _select(self, scores: Scores, share: float) -> Plan:
         """What stays after this shrink; where something is measured for it, as the first process has measured it."""
         decider, kept = self._decider, self.plan.groups
-        if self.target.is_measured or self.normalization == "latency":
+        if self.target.is_measured or self.normalization == "latency" or decider.removes_branches:
             ranks = repr([torch.argsort(scores[group.name], stable=True).tolist() for group in self.comb.open])
             processes.check_same(hashlib.sha256(ranks.encode()).hexdigest(), "ranking of the channels")
             found = processes.from_first(lambda: decider.decide(scores, kept, share, scores.untrusted))
@@ -361,33 +347,21 @@ class Pruner:
             self.note(note)
         return self.comb.plan(found.keep, remove=found.removed)
 
-    @memory_reused()
     def _error_of(self, plan: Plan, roughly: bool) -> float:
         """The error of the logits once a plan has been applied and recovered from, on a copy; or roughly that."""
-        step = plan.since(self.plan)
-        narrower = shrink(copy_of(self.model), step)
-        return recovered_error(narrower, self._calibrated(self.model), step, roughly=roughly)
+        assert self._trials is not None
+        return self._trials.error(self.model, plan.since(self.plan), self._limit, roughly=roughly)
 
-    @memory_reused()
     def _errors_without(self, names: list[str]) -> dict[str, float]:
         """The error of the logits without each of some branches, the layers before it giving what it gave."""
-        found, calibration = {}, self._calibrated(self.model)
+        assert self._trials is not None
+        found = {}
         with part("branches", len(names)) as progress:
             for name in names:
                 plan = self.comb.plan(self.plan.groups, remove=[*self.plan.removed, name]).since(self.plan)
-                found[name] = error_without(shrink(copy_of(self.model), plan), calibration, plan)
+                found[name] = self._trials.error_without(self.model, plan, self._limit)
                 progress.advance()
         return found
-
-    def _calibrated(self, unpruned: nn.Module) -> Calibration:
-        """The data, and what the model as it is before the shrink makes of it; found once for each shrink."""
-        if self._calibration is None:
-            assert self.data is not None
-            self._calibration = Calibration(
-                unpruned, self.data, limit=self._limit, seed=self.config.seed,
-                memory_gb=self.config.memory_gb, layers=self.config.compensation, read=self.comb.read,
-            )  # fmt: skip
-        return self._calibration
 
     # ------------------------------------------------------------------------------ shrink
 
@@ -423,12 +397,15 @@ class Pruner:
         """Make up for a shrink without training, as the first process does."""
 
         def recovered() -> Recovery:
-            return recover(self.model, self._calibrated(before.to(device_of(self.model))), step)
+            assert self._trials is not None
+            calibration = self._trials.calibration(before.to(device_of(self.model)), self._limit)
+            return recover(self.model, calibration, step)
 
         with self._stage("recover"):
             found = processes.from_first(recovered)
             processes.copy_from_first(named_tensors(self.model).values())
-        self._calibration = None
+        if self._trials is not None:
+            self._trials.forget()
         if found.samples < self._asked.samples:
             self.note(self._asked.told(found.samples))
         self.note(str(found) if len(self._events) == 1 else f"Shrink {len(self.shrinks) + 1}: {found}")
@@ -497,3 +474,47 @@ class Pruner:
         self._accumulated = self._from_gradients()
         if self._accumulated is not None:
             self._accumulated.load_state_dict(seen)
+
+
+def _notes_of(comb: Comb) -> list[str]:
+    """What a user should know of a comb, sentence by sentence."""
+    notes = [unused_sentence(comb.unused)] if comb.unused else list[str]()
+    if comb.operations.chosen is not None:
+        notes.append(outputs_sentence(comb.outputs))
+    if comb.operations.values_read:
+        notes.append(comb.operations.values_sentence)
+    return notes
+
+
+def _left_alone_sentence(places: tuple[str, ...]) -> str:
+    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
+    names = ", ".join(places[:NAMED])
+    return f"Integers equal to an old width, which nothing ties to it, stay as they are: {names}{more}."
+
+
+def _whole(comb: Comb, plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores of what a plan has left, at its places in the unpruned model; -inf elsewhere."""
+    whole = dict[str, Tensor]()
+    for group in comb.open:
+        whole[group.name] = torch.full((group.size,), -math.inf, dtype=torch.float64)
+        if group.name in scores:  # it has not gone with a branch
+            whole[group.name][list(plan.groups[group.name])] = scores[group.name].to("cpu", torch.float64)
+    return whole
+
+
+def _comb_of(model: nn.Module, comb: Comb | None, example_inputs: Any, config: PruneConfig, stage: Stage) -> Comb:
+    """The comb of a model, of a copy: the model itself will not stay as it is."""
+    if comb is None:
+        if config.measures:
+            check_runs(model, as_call(example_inputs))
+        with stage("comb"):
+            comb = comb_model(skeleton(model, {}), example_inputs, **config.combing)
+    check_architecture(
+        model, comb.architecture, InputError, "The comb is", "Comb this model, or leave comb= to the pruner."
+    )
+    if comb.model is model:
+        comb = replace(comb, model=skeleton(model, {}))
+    if not comb.open:
+        reasons = "\n".join(f"  {group.name} ({group.size}): {group.frozen}" for group in comb.groups)
+        raise NothingToPruneError(f"No group of {type(model).__name__} can be pruned:\n{reasons}")
+    return comb

@@ -97,6 +97,7 @@ WRONG: dict[str, Any] = {
     "compensation": 1, "score_batches": 0, "memory_gb": 0,
     "schedule": "sudden", "prune_from": -0.1, "prune_until": 1.1, "interval": 0,
     "round_to": 2.5, "max_ratio": 1, "min_width": True, "ratios": {"a": 1}, "tolerance": 0, "threads": 0,
+    "branches": 1, "max_removed": 1.5,
     "latency_inputs": 3, "seed": -1, "outputs": 1.5, "masks": "drop", "proof_copies": 0, "proof_seconds": 0,
 }  # fmt: skip
 
@@ -227,7 +228,8 @@ EVERY = (
     "--prune-from 0.1 --prune-until 0.9 --interval 7 "
     "--round-to 2 --max-ratio 0.7 --min-width 4 --ratios layer1*=0.25 --ratios fc=0 --tolerance 0.1 --threads 2 "
     "--latency-inputs 2x3x64x64 --latency-inputs 1x3x32x32 --seed 5 --outputs logits --outputs 1.0 --masks permanent "
-    "--proof-copies 50 --proof-seconds 30 --momentum 0.5 --warmup 0.2 --max-grad-norm none --kd none --features fc"
+    "--branches --max-removed 0.4 --proof-copies 50 --proof-seconds 30 "
+    "--momentum 0.5 --warmup 0.2 --max-grad-norm none --kd none --features fc"
 )
 
 
@@ -240,7 +242,7 @@ def test_every_option_reaches_the_library(called: dict[str, Any], tmp_path: Any)
         schedule="linear", prune_from=0.1, prune_until=0.9, interval=7, round_to=2,
         max_ratio=0.7, min_width=4, ratios={"layer1*": 0.25, "fc": 0.0}, tolerance=0.1, threads=2,
         latency_inputs=((2, 3, 64, 64), (1, 3, 32, 32)), seed=5, outputs=("logits", "1.0"), masks="permanent",
-        proof_copies=50, proof_seconds=30.0,
+        proof_copies=50, proof_seconds=30.0, branches=True, max_removed=0.4,
     )  # fmt: skip
     assert all(getattr(called["config"], name) != item.default for name, item in PRUNING.items() if name not in TARGETS)
     training = called["training"]

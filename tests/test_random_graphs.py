@@ -24,7 +24,17 @@ from cpd.surgery.masked import masked_error
 from cpd.surgery.shrink import shrink
 from helpers import random_oddities  # noqa: F401 (enters its kinds)
 from helpers.random_models import BATCH, CLASSES, KINDS, SIDE, Net, Step, steps_of_a_model
-from helpers.zoo import assert_shapes_as_predicted, comb, dense, going_on, random_plan, relative_error, snapshot, zeroed
+from helpers.zoo import (
+    assert_shapes_as_predicted,
+    comb,
+    dense,
+    going_on,
+    random_branches,
+    random_plan,
+    relative_error,
+    snapshot,
+    zeroed,
+)
 
 EXAMPLES = int(os.environ.get("CPD_EXAMPLES", "150"))
 SEED = os.environ.get("CPD_SEED")
@@ -50,12 +60,32 @@ def check(steps: list[tuple], head: str = "mean", share: float = 0.3, number: in
         found, expected = shrink(copy.deepcopy(model), exact)(x), zeroed(model, exact)(x)
     assert relative_error(found, expected) <= 1e-9
     assert_selected_within(combed, plan, number)
+    if number % 2:
+        assert_branches_go(model, combed, plan, x, number)
     if number % 4 == 0:  # the shrunk model is combed again: as slow as all the rest
         again = comb(shrunk, x)
         assert_shapes_as_predicted(combed, plan, again)
         assert again.cost({}) == combed.cost({g.axis: len(plan.groups[g.name]) for g in combed.groups})
     assert snapshot(model) == before
     return combed, plan
+
+
+def assert_branches_go(model: torch.nn.Module, combed: Comb, first: Plan, x: torch.Tensor, number: int) -> None:
+    """Some branches, then all that can, go beside channels: removed is masked, and costs what is foretold."""
+    for share in (0.3, 1.0):
+        removed = random_branches(combed, share, seed=number)
+        if not removed:
+            return
+        plan = combed.plan(first.groups, remove=removed)
+        small = shrink(copy.deepcopy(model), Plan.from_dict(plan.to_dict()))
+        note(f"without {removed}")
+        assert masked_error(model, small, combed, plan) <= 1e-9
+        again = comb(small, x)
+        assert_shapes_as_predicted(combed, plan, again)
+        cost = combed.without(removed).cost({g.axis: len(plan.groups[g.name]) for g in combed.groups})
+        assert cost.macs == again.cost({}).macs
+        assert cost.parameters == sum(parameter.numel() for parameter in small.parameters())
+        small.train()(torch.cat([x, x])).sum().backward()
 
 
 def assert_selected_within(combed: Comb, first: Plan, number: int) -> None:

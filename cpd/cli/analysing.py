@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +32,8 @@ from cpd.cli.command import Output
 from cpd.cli.compressing import report_output
 from cpd.cli.folders import Images
 from cpd.cli.tables import (
+    branch_dict,
+    branches_table,
     frozen_table,
     group_dict,
     groups_table,
@@ -64,8 +66,11 @@ def comb(
     proof_seconds: Annotated[
         float | None, typer.Option(help="Seconds after which what is not proved is frozen.", show_default="no limit")
     ] = None,
+    branches: Annotated[
+        bool, typer.Option(help="Also what can be removed as a whole, such as residual blocks.")
+    ] = True,
 ) -> Output:
-    """List a model's coupling groups (size, members, exact, frozen and why) and what the frozen ones hold."""
+    """List a model's coupling groups (members, exact, frozen and why), its branches, and what the frozen ones hold."""
     if plot is not None:
         from cpd.picture import check_path
 
@@ -76,23 +81,24 @@ def comb(
     from cpd.coupling.cost import unused_sentence
     from cpd.model.outputs import outputs_sentence
 
+    proof: dict[str, Any] = {"proof_copies": proof_copies, "proof_seconds": proof_seconds}
     with part("comb"):
-        combed = cpd.comb(
-            built, example_inputs, outputs=outputs or None, proof_copies=proof_copies, proof_seconds=proof_seconds
-        )
+        combed = cpd.comb(built, example_inputs, outputs=outputs or None, **proof)
+    with part("branches"):
+        found = combed.branches if branches else ()
     share: dict[str, float] = combed.open_share
     if plot is not None:
         from cpd.picture import draw
 
         log.info("picture written to %s", draw(combed, plot))
-    open_count = sum(group.frozen is None for group in combed.groups)
     sentence = (
-        f"{open_count} of {len(combed.groups)} groups are open: they hold {share['parameters']:.1%} of the "
+        f"{len(combed.open)} of {len(combed.groups)} groups are open: they hold {share['parameters']:.1%} of the "
         f"parameters and {share['macs']:.1%} of the MACs."
     )
     data = {
         "model": model,
         "groups": [group_dict(group) for group in combed.groups],
+        "branches": [branch_dict(branch) for branch in found],
         "open_share": dict(share),
         "frozen_share": [asdict(row) for row in combed.frozen_share],
         "unused": dict(combed.unused),
@@ -103,7 +109,8 @@ def comb(
     told += [outputs_sentence(combed.outputs)] if outputs else []
     told += [combed.operations.values_sentence] if combed.operations.values_read else []
     frozen = [frozen_table(combed.frozen_share)] if combed.frozen_share else []
-    return Output(data, (groups_table(combed.groups), sentence, *told, *frozen))
+    removable = [branches_table(found)] if found else []
+    return Output(data, (groups_table(combed.groups), sentence, *told, *frozen, *removable))
 
 
 def sensitivity(

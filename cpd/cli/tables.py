@@ -11,6 +11,7 @@ from rich.text import Text
 from cpd.model.metric import title, written
 
 if TYPE_CHECKING:
+    from cpd.coupling.branches import Branch
     from cpd.coupling.cost import FrozenShare
     from cpd.deploy.latency import LatencyTable
     from cpd.deploy.latency_model import ModelProfile
@@ -129,6 +130,34 @@ def frozen_table(rows: Sequence[FrozenShare]) -> Table:
         places = f"{len(row.places)}: {', '.join(shown)}" if shown else ""
         table.add_row(Text(row.reason), _share(row.parameters), _share(row.macs), Text(places))
     return table
+
+
+def branches_table(branches: Sequence[Branch]) -> Table:
+    """One row a branch: where it is, what goes with it, removable or why not."""
+    table = Table(title="Branches: what can be removed as a whole", title_justify="left")
+    table.add_column("branch", overflow="fold")
+    table.add_column("parameters", justify="right")
+    table.add_column("MACs", justify="right")
+    table.add_column("removable", overflow="fold")
+    for branch in branches:
+        frozen = "yes" if branch.frozen is None else f"no: {branch.frozen}"
+        style = "" if branch.frozen is None else "yellow"
+        table.add_row(Text(branch.name), f"{branch.parameters:,}", f"{branch.macs:,}", Text(frozen, style=style))
+    return table
+
+
+def branch_dict(branch: Branch) -> dict[str, Any]:
+    """A branch as JSON types."""
+    return {
+        "name": branch.name,
+        "start": list(branch.start),
+        "end": branch.end,
+        "modules": list(branch.modules),
+        "groups": list(branch.groups),
+        "parameters": branch.parameters,
+        "macs": branch.macs,
+        "frozen": branch.frozen,
+    }
 
 
 def _share(share: float) -> str:

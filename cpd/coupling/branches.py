@@ -1,12 +1,8 @@
 """Branches: what lies between a value and a sum that it is added to, and can go as a whole.
 
-In `y = x + f(x)`, `f` is a branch: all operations whose results go into one operand of the sum and nowhere else. Without
-it that operand is zero and `y` is `x`. Branches are found from the graph alone, whatever modules make them: residual
-blocks, attention and MLP of a transformer, the path beside a projection.
-
-The user's forward stays as it is. Where a whole module gives its input then, `torch.nn.Identity` takes its place. Else
-the module that gives the operand is replaced by one that gives nothing (`cpd.model.removed`), and those before it by
-`Identity`. A copy without the branches is traced, and must do what is predicted; a branch with which it does not stays.
+In `y = x + f(x)`, `f` is a branch: all operations whose results go into one operand of the sum and nowhere else.
+Without it that operand is zero and `y` is `x`. Branches are found from the graph alone, whatever modules make them:
+residual blocks, attention and MLP of a transformer, the path beside a projection.
 """
 
 from __future__ import annotations
@@ -15,44 +11,19 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any
 
-import torch
 from torch import nn
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from cpd.coupling.cost import Cost, CostFigures
-from cpd.coupling.exactness import READS, ZERO_PRESERVING, gives_zero, live_nodes, shares
+from cpd.coupling.exactness import live_nodes
 from cpd.coupling.groups import Group
+from cpd.coupling.removal import NO_REMOVAL, Found, Removal, Remover, proved
 from cpd.errors import PlanError
-from cpd.model.inputs import evaluating
-from cpd.model.removed import put_in_place, replacement
-from cpd.model.skeleton import skeleton
-from cpd.model.state import preserved
-from cpd.plan import Replacement
-from cpd.rules import Context, arguments
-from cpd.rules.base import find, tensor_inputs
-from cpd.rules.pointwise import pointwise
+from cpd.rules import Context
 from cpd.trace.graph import OperationGraph, op_name, owners, shape_of
-from cpd.trace.tracer import retrace_operations
-from cpd.trace.values import answering
 
 _ADDING = {"add", "add_"}
-#: Ops whose results lie where all that they are given lies: what was at least 0 still is.
-_PASSING = {
-    "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d",
-    "adaptive_avg_pool2d", "adaptive_max_pool2d", "clone", "contiguous", "view", "reshape", "flatten", "permute",
-    "transpose", "cat", "slice", "select", "unsqueeze", "squeeze", "alias", "detach",
-}  # fmt: skip
-#: Functions that change nothing of what they gave themselves.
-_IDEMPOTENT = {"relu", "hardtanh", "relu6", "clamp"}
-#: Ops whose results are at least 0.
-_POSITIVE = {"relu", "relu6", "sigmoid", "softmax", "abs", "exp", "square", "softplus", "hardsigmoid"}
-#: Ops that a copy without branches need not have: they compute nothing.
-_IDLE = {"contiguous", "clone", "_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_assert_tensor_metadata"}
-#: Copies that are traced at most to tell which branches can go.
-MOST_COPIES = 64
 
 
 @dataclass(frozen=True)
@@ -81,59 +52,15 @@ class Branch:
     found: Found = field(repr=False, compare=False)
 
 
-@dataclass(frozen=True, eq=False)
-class Found:
-    """A branch in the graph.
-
-    Attributes:
-        sum: the sum.
-        operand: the operand of it that the branch gives.
-        other: the other one.
-        nodes: the operations of the branch.
-        start: the nodes that it reads.
-    """
-
-    sum: Node
-    operand: Node
-    other: Node
-    nodes: frozenset[Node]
-    start: tuple[Node, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Removal:
-    """What goes when some branches do.
-
-    Attributes:
-        names: of the branches.
-        instead: each sum that is passed over -> the operand that is left.
-        gone: every operation that is not there any more, the sums included.
-        replacements: the modules to be replaced.
-        groups: names of the groups that go.
-        cost: of what is left; None where nothing goes.
-    """
-
-    names: frozenset[str] = frozenset()
-    instead: Mapping[Node, Node] = field(default_factory=dict)
-    gone: frozenset[Node] = frozenset()
-    replacements: tuple[Replacement, ...] = ()
-    groups: frozenset[str] = frozenset()
-    cost: Cost | None = None
-
-    def removes(self, name: str) -> bool:
-        """Whether a module, parameter or buffer goes with the module that it lies in."""
-        return any(name.startswith(f"{item.module}.") for item in self.replacements)
-
-
-NO_REMOVAL = Removal()
-
-
 def find_branches(ctx: Context) -> Iterator[Found]:
     """Every branch of a graph, in the order of the sums."""
     graph = ctx.graph
-    order = {node: index for index, node in enumerate(graph.nodes)}
+    live = live_nodes(graph)
+    order = {node: index for index, node in enumerate(graph.nodes) if node in live}
     state = {*graph.tensors, *graph.constants}
     for node in graph.operations:
+        if node not in live:
+            continue
         operands = [item for item in node.args[:2] if isinstance(item, Node) and shape_of(item) == shape_of(node)]
         if op_name(node) not in _ADDING or node.kwargs.get("alpha", 1) != 1 or len(operands) != 2:
             continue
@@ -143,290 +70,43 @@ def find_branches(ctx: Context) -> Iterator[Found]:
                 source for inner in sorted(nodes, key=order.__getitem__) for source in inner.all_input_nodes
                 if source not in nodes and source.name not in state
             ))  # fmt: skip
-            above = _above(other, min((order[source] for source in start), default=0), order)
+            if op_name(operand) in _ADDING and any(source in start for source in operand.all_input_nodes):
+                continue  # the value itself, with another branch added
             weighs = any(source.name in state for inner in nodes for source in inner.all_input_nodes)
-            if weighs and any(source in above for source in start):
+            if weighs and any(source.name not in state for source in _above([other]) & _above(start)):
                 yield Found(node, operand, other, frozenset(nodes), start)
 
 
 def _alone(operand: Node, summed: Node, order: Mapping[Node, int]) -> set[Node]:
-    """The operations whose results go into an operand of a sum and nowhere else; none where the operand does."""
-    if set(operand.users) != {summed} or operand.op != "call_function":
+    """The operations whose results go into an operand of a sum and nowhere else; none where the operand does.
+
+    Args:
+        operand: the operand.
+        summed: the sum.
+        order: the places of the nodes whose results matter.
+    """
+    if operand.op != "call_function" or {user for user in operand.users if user in order} != {summed}:
         return set()
     nodes, pending = {operand}, [operand]
     while pending:
-        for source in sorted(pending.pop().all_input_nodes, key=order.__getitem__, reverse=True):
-            if source not in nodes and source.op == "call_function" and all(user in nodes for user in source.users):
+        for source in pending.pop().all_input_nodes:
+            inside = all(user in nodes for user in source.users if user in order)
+            if inside and source not in nodes and source.op == "call_function":
                 nodes.add(source)
                 pending.append(source)
     return nodes
 
 
-def _above(node: Node, first: int, order: Mapping[Node, int]) -> set[Node]:
-    """A node and all that it is computed from, no earlier than the first place that matters."""
-    found, pending = {node}, [node]
+def _above(nodes: Iterable[Node]) -> set[Node]:
+    """Nodes and all that they are computed from."""
+    found = set(nodes)
+    pending = list(found)
     while pending:
         for source in pending.pop().all_input_nodes:
-            if source not in found and order[source] >= first:
+            if source not in found:
                 found.add(source)
                 pending.append(source)
     return found
-
-
-class Remover:
-    """Tells what goes, and which modules are replaced, when some branches do.
-
-    Args:
-        ctx: the algebra over the graph.
-        model: the unpruned model; left as it was.
-    """
-
-    def __init__(self, ctx: Context, model: nn.Module) -> None:
-        self.ctx, self.graph, self.model = ctx, ctx.graph, model
-        self.calls = _calls(model, self.graph)
-        self.inside: dict[str, list[Node]] = {}
-        for node in self.graph.operations:
-            for path in dict.fromkeys(owners(node)):
-                self.inside.setdefault(path, []).append(node)
-
-    def hindrance(self, branch: Found) -> str | None:
-        """Why a branch cannot be removed, as far as the graph tells."""
-        for node in branch.nodes:
-            if any(changed for _, changed in shares(node)) and _memory(node) not in branch.nodes:
-                return self.ctx.reason(node, "it writes to a tensor that others read")
-        if self.removal([branch]) is None:
-            return self.ctx.reason(branch.operand, "no module gives this operand of the sum and nothing else")
-        return None
-
-    def removal(self, branches: Iterable[Found]) -> Removal | None:
-        """What goes with some branches, of each sum one at most; None where no modules can be replaced for it."""
-        instead = {branch.sum: branch.other for branch in branches}
-        apart = {node for branch in branches for node in branch.nodes}
-        live = live_nodes(self.graph, instead, apart)
-        whole = dict[str, Node]()
-        for path in sorted({path for node in instead if node in live for path in owners(node)}, key=len):
-            if path and not any(path.startswith(f"{outer}.") for outer in whole):
-                passes = self._passes(path, instead, apart)
-                if passes is not None:
-                    instead, whole = {**instead, **passes}, {**whole, path: next(iter(passes))}
-                    live = live_nodes(self.graph, instead, apart)
-        gone = {node for node in self.graph.operations if node not in live}
-        passed = {node for node in instead if node in live}
-        dead = {path for path, nodes in self.inside.items() if path and gone.issuperset(nodes)} - whole.keys()
-        ends = dict[str, bool]()
-        for branch in branches:
-            if branch.sum in live and not any(branch.sum in self.inside[path] for path in whole):
-                found = self._ends(branch.operand, dead)
-                if found is None:
-                    return None
-                ends |= {path: ends.get(path, False) or _written(branch.sum) for path in found}
-        replacements = [Replacement(path, "identity") for path in whole]
-        for path in sorted(dead, key=lambda path: (path.count("."), path)):
-            if not self.calls.get(path) or any(path.startswith(f"{item.module}.") for item in replacements):
-                continue
-            if any(end.startswith(f"{path}.") for end in ends):
-                continue
-            if path in ends:
-                replacements.append(self._nothing(path, copied=ends[path]))
-            else:
-                replacements.append(self._inner(path))
-        return Removal(frozenset(), instead, frozenset(gone | passed), tuple(replacements))
-
-    def _passes(self, path: str, instead: Mapping[Node, Node], apart: Collection[Node]) -> dict[Node, Node] | None:
-        """What to read in the place of a module's results where it gives what it was given; None where it does not."""
-        nodes, passed, roots = set(self.inside[path]), dict[Node, Node](), set[Node]()
-        for out in self.inside[path]:
-            if nodes.issuperset(out.users):
-                continue
-            if _written(out):
-                return None
-            node = out
-            while node in nodes:
-                below = instead.get(node) or self._unchanged(node, instead)
-                if below is None:
-                    return None
-                passed[node] = node = below
-            roots.add(node)
-        call = self.calls.get(path, NEVER)
-        if len(roots) != 1 or (call.times, call.args, call.kwargs, call.outputs) != (1, 1, 0, None):
-            return None
-        live = live_nodes(self.graph, {**instead, **passed}, apart)
-        return passed if live.isdisjoint(nodes - passed.keys()) else None
-
-    def _unchanged(self, node: Node, instead: Mapping[Node, Node]) -> Node | None:
-        """The operand of an op that changes nothing of it, as relu does not of what relu has given."""
-        if op_name(node).removesuffix("_") not in _IDEMPOTENT or not isinstance(node.args[0], Node):
-            return None
-        return node.args[0] if _within(node.args[0], node, instead) else None
-
-    def _ends(self, node: Node, dead: Collection[str]) -> set[str] | None:
-        """The modules that make a value zero once they give nothing; None where there are none."""
-        if node.op != "call_function":
-            return None
-        path = next((path for path in reversed(owners(node)) if path in dead and self.calls.get(path)), None)
-        if path is not None:
-            return {path}
-        name, sources = op_name(node).removesuffix("_"), tensor_inputs(node)
-        if find(node) is pointwise:
-            found = {source: self._ends(source, dead) for source in sources}
-            removed = [source for source in sources if found[source] is not None]
-            for some in (*([source] for source in removed), removed):
-                if some and gives_zero(node, frozenset(some)):
-                    return set().union(*(found[source] or () for source in some))
-        elif name in ZERO_PRESERVING and arguments(node).get("value") in (None, 0):
-            each = [self._ends(source, dead) for source in (sources[:1] if name in READS else sources)]
-            if all(item is not None for item in each):
-                return set().union(*(item or () for item in each))
-        return None
-
-    def _nothing(self, path: str, *, copied: bool = False) -> Replacement:
-        call = self.calls[path]
-        return Replacement(path, "nothing", copied, call.keeps, call.outputs)
-
-    def _inner(self, path: str) -> Replacement:
-        """What takes the place of a module whose result goes nowhere."""
-        call = self.calls[path]
-        alike = call.keeps and (call.args, call.kwargs, call.outputs) == (1, 0, None)
-        return Replacement(path, "identity") if alike else self._nothing(path)
-
-
-@dataclass(frozen=True)
-class Called:
-    """How a module is called.
-
-    Attributes:
-        times: how often in a forward.
-        args: arguments by position.
-        kwargs: arguments by name.
-        outputs: how many it returns in a tuple; None where it is none.
-        keeps: whether what it gives, or the first of it, has the shape of the first tensor that it is given.
-    """
-
-    times: int
-    args: int
-    kwargs: int
-    outputs: int | None
-    keeps: bool
-
-
-NEVER = Called(0, 0, 0, None, False)
-
-
-@torch.no_grad()
-def _calls(model: nn.Module, graph: OperationGraph) -> dict[str, Called]:
-    """How each module is called in one forward."""
-    found: dict[str, Called] = {}
-
-    def note(path: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        before = found.get(path, Called(0, 0, 0, None, True))
-        first, given = (next(filter(torch.is_tensor, tree_leaves(item)), None) for item in (output, (args, kwargs)))
-        keeps = before.keeps and first is not None and given is not None and first.shape == given.shape
-        outputs = len(output) if type(output) is tuple else None
-        found[path] = Called(before.times + 1, len(args), len(kwargs), outputs, keeps)
-
-    handles = [
-        module.register_forward_hook(
-            lambda _, args, kwargs, output, path=path: note(path, args, kwargs, output), with_kwargs=True
-        )
-        for path, module in model.named_modules()
-    ]
-    try:
-        with preserved(model), evaluating(model), answering(graph.answers):
-            graph.call.on(graph.runner(model))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def _memory(node: Node) -> Node:
-    """The node whose memory a node's result lies in."""
-    source = next((source for source, _ in shares(node)), None)
-    return node if source is None else _memory(source)
-
-
-def _written(node: Node) -> bool:
-    """Whether something is written to a node's result later."""
-    for user in node.users:
-        for source, changed in shares(user):
-            if source is node and (changed or _written(user)):
-                return True
-    return False
-
-
-def _within(node: Node, function: Node, instead: Mapping[Node, Node]) -> bool:
-    """Whether a value lies where an idempotent function changes nothing."""
-    if node in instead:
-        return _within(instead[node], function, instead)
-    name, wanted = (op_name(item).removesuffix("_") for item in (node, function))
-    if name == wanted and node.args[1:] == function.args[1:] and node.kwargs == function.kwargs:
-        return True
-    if wanted == "relu" and (name in _POSITIVE or (name == "hardtanh" and node.args[1:2] == (0.0,))):
-        return True
-    if name in _PASSING or (name == "add" and wanted == "relu" and len(tensor_inputs(node)) == 2):
-        return all(_within(source, function, instead) for source in tensor_inputs(node))
-    return False
-
-
-# ---------------------------------------------------------------------------------- proof
-
-
-def removable(ctx: Context, model: nn.Module) -> tuple[Remover, list[tuple[Found, str | None]]]:
-    """Every branch of a model with the reason why it cannot be removed, if it cannot; tried on copies.
-
-    Of each sum one branch at most is removed at a time, and of each module; then of all modules at once.
-    """
-    remover = Remover(ctx, model)
-    reasons = {branch: remover.hindrance(branch) for branch in find_branches(ctx)}
-    rounds: list[dict[str, Found]] = []
-    together = dict[Node, Found]()
-    for branch in (branch for branch, reason in reasons.items() if reason is None):
-        together.setdefault(branch.sum, branch)
-        around = owners(branch.sum)[0]
-        free = next((some for some in rounds if around not in some), None)
-        if free is None:
-            rounds.append(free := {})
-        free[around] = branch
-    left = MOST_COPIES
-    pending: list[list[Found]] = [*(list(some.values()) for some in rounds), list(together.values())]
-    while pending:
-        some = [branch for branch in pending.pop(0) if reasons[branch] is None]
-        if not some:
-            continue
-        left -= 1
-        wrong = _differs(remover, some) if left >= 0 else "not proved within the copies that are tried"
-        if wrong is None:
-            continue
-        if len(some) == 1 or left < 0:
-            reasons |= {branch: ctx.reason(branch.sum, wrong) for branch in some}
-        else:
-            middle = len(some) // 2
-            pending[:0] = [some[:middle], some[middle:]]
-    return remover, list(reasons.items())
-
-
-def _differs(remover: Remover, branches: Sequence[Found]) -> str | None:
-    """What a copy without some branches does otherwise than predicted; None where it does what is predicted."""
-    removal = remover.removal(branches)
-    if removal is None:
-        return "no module gives this operand of the sum and nothing else"
-    copy = skeleton(remover.model, {})
-    put_in_place(copy, {item.module: replacement(item) for item in removal.replacements})
-    again = retrace_operations(copy, remover.graph)
-    if again is None:
-        return "the forward fails without this branch"
-    expected = [node for node in remover.graph.operations if node not in removal.gone]
-    stays = [_told(node) for node in expected if op_name(node) not in _IDLE]
-    live = live_nodes(again)
-    found = [_told(node) for node in again.operations if node in live and op_name(node) not in _IDLE]
-    return None if found == stays else "the forward does something else without this branch"
-
-
-def _told(node: Node) -> tuple[str, tuple[int, ...]]:
-    return op_name(node), shape_of(node)
-
-
-# ---------------------------------------------------------------------------------- for the comb
 
 
 class Removable:
@@ -445,7 +125,8 @@ class Removable:
     def __init__(self, ctx: Context, model: nn.Module, groups: Sequence[Group], cost: Cost) -> None:
         self._groups, self._cost = groups, cost
         self._known: dict[frozenset[str], Removal] = {}
-        self._remover, found = removable(ctx, model)
+        self._remover = Remover(ctx, model)
+        found = proved(self._remover, find_branches(ctx))
         removals = [NO_REMOVAL if why else self._completed(self._remover.removal([one])) for one, why in found]
         inside = [[name for group in groups for name in _tensors(group) if item.removes(name)] for item in removals]
         names = _names([one for one, _ in found], inside)

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from cpd.algebra import axes, ties
 from cpd.algebra.axes import Axis, Dim, Fixed, Mask
 from cpd.algebra.ties import Tie
-from cpd.coupling.branches import NO_REMOVAL, Branch, Removable, Removal
+from cpd.coupling.branches import Branch, Removable
 from cpd.coupling.cost import Cost, FrozenShare
 from cpd.coupling.exactness import Exactness
 from cpd.coupling.groups import Group, freeze_tables, groups_of
+from cpd.coupling.removal import NO_REMOVAL, Removal
 from cpd.errors import InputError, PlanError
 from cpd.model.architecture import architecture_of, check_architecture
 from cpd.model.arguments import INPUTS, MODEL
@@ -248,7 +249,7 @@ class Comb:
                 size=sizes[group.axis],
                 axis=others.get(group.axis, group.axis),
                 members=tuple(item for item in group.members if not removal.removes(item.tensor)),
-            )  # fmt: skip
+            )
             for group in self.groups
             if group.name not in removal.groups
         )

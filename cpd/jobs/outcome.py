@@ -20,7 +20,7 @@ from cpd.options import FLAG, PATH, changed, checked, plain
 from cpd.plan import Plan
 from cpd.pruner import Pruner
 from cpd.report.artifacts import PRETRAINED, check_output_dir, save_pretrained, save_result
-from cpd.report.records import Figures, GroupRow, LayerRow
+from cpd.report.records import BranchRow, Figures, GroupRow, LayerRow
 from cpd.report.report import Report
 from cpd.selection.target import Target
 
@@ -163,6 +163,10 @@ def report_of(
         result=after,
         latency=None if latency is None else latency.to_dict(),
         groups=tuple(_row(group, len(groups[group.name])) for group in comb.groups),
+        branches=tuple(
+            BranchRow(item.name, item.parameters, item.macs, item.name in pruner.plan.removed, item.frozen)
+            for item in pruner.branches
+        ),
         layers=_layers(model, pruner.model),
         nodes=measured.nodes,
         shrinks=tuple({"epoch": item.step / max(per_epoch, 1), **asdict(item)} for item in pruner.shrinks),

@@ -55,7 +55,10 @@ class Nothing:
             return nothing._sum(right, factor)
         like = None
         if nothing._like is not None:
-            known = tree_map(lambda item: item._like if isinstance(item, cls) else item, (args, dict(kwargs)))
+            if name.endswith("_") and not name.startswith("__"):
+                return nothing  # what is written to it
+            apart = {"inplace": False} if "inplace" in kwargs else {}
+            known = tree_map(lambda item: item._like if isinstance(item, cls) else item, (args, {**kwargs, **apart}))
             like = func(*known[0], **known[1])
             if not isinstance(like, Tensor):
                 return like

@@ -100,6 +100,34 @@ class GroupRow:
 
 
 @dataclass(frozen=True)
+class BranchRow:
+    """One branch: operations that can be removed together.
+
+    Attributes:
+        name: the branch's name in `comb.branches`.
+        parameters: that go with it, in the unpruned model.
+        macs: that go with it.
+        removed: whether it has gone.
+        frozen: why it could not be removed, None if it could.
+    """
+
+    name: str
+    parameters: int
+    macs: int
+    removed: bool
+    frozen: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as plain JSON types."""
+        return plain_fields(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BranchRow:
+        """The row that `to_dict` wrote; raises `ArtifactError` if it is another one."""
+        return conform(data, cls, f"a {cls.__name__}")
+
+
+@dataclass(frozen=True)
 class LayerRow:
     """One layer with weights: how wide it was, how wide it is.
 

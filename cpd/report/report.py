@@ -22,7 +22,17 @@ from cpd.files.reading import conform
 from cpd.model.metric import UNNAMED, title, written
 from cpd.model.sources import BY_NAME
 from cpd.report.charts import Chart, costly_nodes, is_number, line_chart, operator_rows, points_of, width_bars
-from cpd.report.records import OBJECTS, Figures, GroupRow, LatencyRow, LayerRow, NodeRow, ShrinkRow, plain_fields
+from cpd.report.records import (
+    OBJECTS,
+    BranchRow,
+    Figures,
+    GroupRow,
+    LatencyRow,
+    LayerRow,
+    NodeRow,
+    ShrinkRow,
+    plain_fields,
+)
 
 if TYPE_CHECKING:
     from cpd.report.records import SweepPoint
@@ -72,6 +82,7 @@ class Report:
         result: figures of the compressed model.
         latency: `LatencyComparison.to_dict()`, None where nothing was timed.
         groups: one row a coupling group.
+        branches: one row a branch, where branches could be removed.
         layers: one row a layer with weights, in the order of the model's modules.
         nodes: one dict an ONNX node, as ONNX Runtime runs it (name, op, before_ms, after_ms: None where one lacks it).
         shrinks: one dict a shrink (epoch, step, share, macs, parameters, plan_hash).
@@ -94,6 +105,7 @@ class Report:
     result: Figures
     latency: dict[str, Any] | None = None
     groups: tuple[GroupRow, ...] = ()
+    branches: tuple[BranchRow, ...] = ()
     layers: tuple[LayerRow, ...] = ()
     nodes: tuple[dict[str, Any], ...] = ()
     shrinks: tuple[dict[str, Any], ...] = ()
@@ -160,6 +172,7 @@ class Report:
             groups=open_groups,
             inexact=any(not row.exact for row in open_groups),
             frozen=[row for row in self.groups if row.frozen is not None],
+            removed=[row for row in self.branches if row.removed],
             charts=_charts(self),
             latency=_flat(self.latency or {}),
         )
@@ -170,6 +183,7 @@ class Report:
             report=self,
             call=call_text(self.call),
             by_name=self.source is not None and self.source.startswith(BY_NAME),
+            removed=[row for row in self.branches if row.removed],
             factory=_factory(self.source),
         )
 

@@ -17,6 +17,7 @@ from itertools import accumulate
 import numpy as np
 
 from cpd.coupling.comb import Comb
+from cpd.errors import InputError
 from cpd.selection.limits import Limits
 
 #: Numbers of branches that are tried at most, none included.
@@ -40,6 +41,12 @@ class Candidate:
 
     scores: float
     error: Callable[[], float]
+
+
+def check_branches(branches: bool | None, data: object) -> None:
+    """Raise `InputError` where branches may be removed, and there is nothing to tell what they are worth by."""
+    if branches and data is None:
+        raise InputError("branches=True needs data=: what a branch is worth shows in what the model makes of it.")
 
 
 def removable_branches(comb: Comb, limits: Limits) -> list[str]:

@@ -120,6 +120,11 @@ class Decider:
         self._errors: dict[str, float] = {}
         self._unpruned_ms: float | None = None
 
+    @property
+    def removes_branches(self) -> bool:
+        """Whether branches may go."""
+        return self._error_without is not None and bool(self.limits.max_removed)
+
     def decide(
         self,
         scores: Mapping[str, Tensor],

@@ -299,7 +299,7 @@ def pair(
         [n for n in graph.operations if op_name(n) not in idle and not writes_state(n)] for graph in (old, new)
     )
     if gone:
-        left, right = [n for n in left if n not in gone], _read(right)
+        left, right = _read([n for n in left if n not in gone]), _read(right)
     pairs: dict[Node, Node] = {}
     for before, after in zip(left, right, strict=False):
         if op_name(before) != op_name(after):

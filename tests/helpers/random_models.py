@@ -302,6 +302,64 @@ class Narrowed(nn.Module):
 
 
 @kind(MAP, arguments=width)
+class PostActivation(nn.Module):
+    """A residual block whose sum goes through an activation, in place."""
+
+    def __init__(self, shape: Shape, inner: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(shape[1], inner, 3, padding=1), nn.BatchNorm2d(inner)
+        self.conv2, self.bn2 = nn.Conv2d(inner, shape[1], 1, bias=False), nn.BatchNorm2d(shape[1])
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        out += x
+        return self.act(out)
+
+
+@kind(MAP, arguments=width)
+class Projected(nn.Module):
+    """Two paths to one sum, one of them short."""
+
+    def __init__(self, shape: Shape, outputs: int) -> None:
+        super().__init__()
+        self.long = nn.Sequential(nn.Conv2d(shape[1], outputs, 1), nn.SiLU(), nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.short = nn.Conv2d(shape[1], outputs, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.long(x) + self.short(x))
+
+
+@kind(MAP, arguments=width)
+class GatedResidual(nn.Module):
+    """A branch that ends in a gate, and a layer scale of the block."""
+
+    def __init__(self, shape: Shape, inner: int) -> None:
+        super().__init__()
+        self.norm, self.first = nn.BatchNorm2d(shape[1]), nn.Conv2d(shape[1], inner, 3, padding=1)
+        self.gate, self.last = nn.Conv2d(inner, inner, 1), nn.Conv2d(inner, shape[1], 1)
+        self.gamma = nn.Parameter(torch.ones(shape[1], 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.first(self.norm(x)))
+        y = self.last(y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid())
+        return x + self.gamma * y
+
+
+@kind(MAP, arguments=width)
+class Arms(nn.Module):
+    """A branch of two arms that are concatenated, inside a residual block."""
+
+    def __init__(self, shape: Shape, inner: int) -> None:
+        super().__init__()
+        self.left, self.right = nn.Conv2d(shape[1], inner, 1), nn.Conv2d(shape[1], inner, 3, padding=1)
+        self.join = nn.Conv2d(2 * inner, shape[1], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(self.join(torch.cat([self.left(x), F.gelu(self.right(x))], 1)), x)
+
+
+@kind(MAP, arguments=width)
 class SqueezeExcite(nn.Module):
     def __init__(self, shape: Shape, inner: int) -> None:
         super().__init__()

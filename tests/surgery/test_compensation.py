@@ -222,7 +222,8 @@ class Half(nn.Linear):
 
 
 def test_a_branch_that_is_no_stream_keeps_its_own_target():
-    assert streams(Other("none").eval(), Call((torch.randn(1, 3, 8, 8),), {})) == {}
+    found = streams(Other("none").eval(), Call((torch.randn(1, 3, 8, 8),), {}))
+    assert all(stream.other is None for stream in found.values())  # what it is added to is not known in time
     assert streams(Half(8, 16), Call((torch.randn(1, 8),), {})) == {}
 
 

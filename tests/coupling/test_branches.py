@@ -1,0 +1,343 @@
+"""Branches: found from the graph, removed by replacing modules, with what masking gives."""
+
+from __future__ import annotations
+
+import copy
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cpd
+from cpd.coupling.comb import Comb
+from cpd.model.architecture import architecture_of
+from cpd.model.removed import Nothing, Removed
+from cpd.plan import Plan
+from cpd.surgery.masked import masked_error, shape_mismatch
+from cpd.surgery.optimizer_state import drop_parameters
+from helpers.zoo import comb, conv, dense
+
+IMAGE = torch.randn(2, 3, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+
+
+class Basic(nn.Module):
+    """A block of a ResNet: the sum goes through an activation, and may have a projection beside it."""
+
+    def __init__(self, inputs: int, outputs: int, inplace: bool = True) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, outputs, 3), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = conv(outputs, outputs, 3), nn.BatchNorm2d(outputs)
+        self.act = nn.ReLU(inplace=inplace)
+        self.shortcut = None if inputs == outputs else nn.Sequential(conv(inputs, outputs), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(self.act(self.bn1(self.conv1(x)))))
+        out += x if self.shortcut is None else self.shortcut(x)
+        return self.act(out)
+
+
+class Blocks(nn.Module):
+    """A stem, blocks, a head."""
+
+    def __init__(self, *blocks: nn.Module, width: int = 8, last: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, width, 3), nn.BatchNorm2d(width), nn.ReLU())
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(last, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+class Transformer(nn.Module):
+    """A block of a transformer, with scales of its own."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.MultiheadAttention(width, 2, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 16), nn.GELU(), nn.Linear(16, width))
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(x)
+        found, _ = self.attn(y, y, y)
+        x = x + found
+        return x + self.gamma * self.mlp(self.norm2(x))
+
+
+class Tokens(nn.Module):
+    """Patches, blocks of a transformer, a head."""
+
+    def __init__(self, depth: int = 2) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 8, 2, stride=2)
+        self.blocks = nn.Sequential(*(Transformer() for _ in range(depth)))
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+class Windows(nn.Module):
+    """A branch whose forward asks for the shape of what its attention gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.BatchNorm2d(8), conv(8, 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(self.norm(x))
+        n, c, h, w = y.shape
+        y = y.view(n, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, c, 2, 2)
+        y = y.reshape(n, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
+        return x + torch.roll(y, (1, 1), (2, 3))
+
+
+class Gated(nn.Module):
+    """A branch that ends in a gate, computed from its own middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.gate = conv(8, 8, 3), conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        return torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True))) * y + x
+
+
+class Parallel(nn.Module):
+    """Two branches that read one norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.left, self.right = nn.BatchNorm2d(8), conv(8, 8, 3), conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        return x + self.left(y) + self.right(y)
+
+
+class Nested(nn.Module):
+    """A branch with a residual block inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.inner = conv(8, 8), Basic(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(self.inner(self.before(x)), x)
+
+
+class Functional(nn.Module):
+    """A branch that no module gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.weight = conv(3, 8), nn.Parameter(torch.randn(8, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return (x + torch.conv2d(x, self.weight)).relu()
+
+
+class Writing(nn.Module):
+    """The sum is written to, while what was added to is read again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = conv(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.inner(x)
+        y.mul_(2.0)
+        return y * x
+
+
+#: Blocks of width 8 -> the names of their branches that can go.
+BLOCKS = {
+    "post-activation": (lambda: [Basic(8, 8), Basic(8, 8)], ["blocks.0", "blocks.1"]),
+    "projection": (lambda: [Basic(8, 8), Basic(8, 8)], ["blocks.0", "blocks.1"]),
+    "windows": (lambda: [Windows()], ["blocks.0"]),
+    "gated": (lambda: [Gated()], ["blocks.0"]),
+    "parallel": (lambda: [Parallel()], ["blocks.0.left", "blocks.0.right"]),
+    "nested": (lambda: [Nested()], ["blocks.0.inner", "blocks.0"]),
+    "writing": (lambda: [Writing()], ["blocks.0.inner"]),
+}
+
+
+def blocks(kind: str) -> nn.Module:
+    return dense(Blocks(*BLOCKS[kind][0]()))
+
+
+def projected() -> nn.Module:
+    return dense(Blocks(Basic(8, 8), Basic(8, 12), Basic(12, 12), last=12))
+
+
+def assert_removed(model: nn.Module, combed: Comb, plan: Plan) -> nn.Module:
+    """Removed is masked, the graph is the predicted one, costs and architecture too; trains, and is itself again."""
+    small = cpd.shrink(copy.deepcopy(model), Plan.from_dict(plan.to_dict()))
+    assert masked_error(model, small, combed, plan) <= 1e-9
+    again = comb(small, IMAGE)
+    assert shape_mismatch(combed, plan, again.operations) is None
+    assert combed.architecture.narrowed(plan).difference(architecture_of(small)) is None
+    widths = {group.axis: len(plan.groups[group.name]) for group in combed.groups}
+    cost = combed.without(plan.removed).cost(widths)
+    assert (cost.macs, cost.parameters) == (again.cost({}).macs, sum(p.numel() for p in small.parameters()))
+    copy.deepcopy(small).train()(torch.cat([IMAGE, IMAGE])).sum().backward()
+    return small
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_every_branch_of_a_block_can_go(kind: str) -> None:
+    model = blocks(kind)
+    combed = comb(model, IMAGE)
+    assert [branch.name for branch in combed.branches if branch.frozen is None] == BLOCKS[kind][1]
+    for branch in combed.branches:
+        small = assert_removed(model, combed, combed.plan({}, remove=[branch.name]))
+        gone = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in small.parameters())
+        assert branch.parameters == gone > 0
+        keep = {group.name: range(1, group.size) for group in combed.open}
+        assert_removed(model, combed, combed.plan(keep, remove=[branch.name]))
+
+
+def test_a_block_that_gives_its_input_becomes_an_identity() -> None:
+    model = blocks("post-activation")
+    combed = comb(model, IMAGE)
+    small = assert_removed(model, combed, combed.plan({}, remove=["blocks.0", "blocks.1"]))
+    assert all(type(block) is nn.Identity for block in small.blocks)
+    assert type(small) is Blocks
+    assert not any(name.startswith("blocks") for name in small.state_dict())
+
+
+def test_a_block_whose_input_its_activation_would_change_keeps_it() -> None:
+    model = dense(nn.Sequential(conv(3, 8), Basic(8, 8), nn.Flatten(), nn.Linear(512, 5)))
+    combed = comb(model, IMAGE)
+    small = assert_removed(model, combed, combed.plan({}, remove=["1"]))
+    assert type(small[1]) is Basic
+    assert isinstance(small[1].bn2, Removed)
+
+
+def test_of_two_operands_one_can_go() -> None:
+    model = projected()
+    combed = comb(model, IMAGE)
+    assert [branch.name for branch in combed.branches] == ["blocks.0", "blocks.1", "blocks.1.shortcut", "blocks.2"]
+    for name in ("blocks.1", "blocks.1.shortcut"):
+        assert_removed(model, combed, combed.plan({}, remove=[name, "blocks.2"]))
+    with pytest.raises(cpd.PlanError, match=r"both operands of one sum"):
+        combed.plan({}, remove=["blocks.1", "blocks.1.shortcut"])
+
+
+def test_attention_and_mlp_of_a_transformer_go_apart_and_together() -> None:
+    model = dense(Tokens())
+    combed = comb(model, IMAGE)
+    names = [branch.name for branch in combed.branches]
+    assert names == ["blocks.0.attn", "blocks.0.mlp", "blocks.1.attn", "blocks.1.mlp"]
+    for remove in (names[:1], names[1:2], names[1:3], names):
+        plan = combed.plan({group.name: range(group.size // 2) for group in combed.open}, remove=remove)
+        small = assert_removed(model, combed, plan)
+    assert not any("attn" in name or "mlp" in name for name in small.state_dict())
+
+
+def test_groups_and_cost_of_a_branch() -> None:
+    model = blocks("post-activation")
+    combed = comb(model, IMAGE)
+    (branch, _) = combed.branches
+    assert branch.groups == ("blocks.0.conv1",)
+    assert branch.macs == 2 * 2 * 64 * 8 * 8 * 9  # two images, two convolutions
+    plan = combed.plan({}, remove=[branch.name])
+    assert plan.groups["blocks.0.conv1"] == ()
+    assert plan.removed == ("blocks.0",)
+    assert "1 branch removed" in repr(plan)
+    assert combed.without(plan.removed).cost({}).macs == combed.cost({}).macs - branch.macs
+
+
+def test_nothing_of_a_branch_is_left_in_onnx() -> None:
+    model = projected().float()
+    combed = comb(model, IMAGE.float())
+    names = [branch.name for branch in combed.branches if not branch.name.endswith("shortcut")]
+    small = cpd.shrink(copy.deepcopy(model), combed.plan({}, remove=names))
+    graph = onnx.load_from_string(cpd.export_onnx(small, IMAGE.float())).graph
+    assert [node.op_type for node in graph.node].count("Conv") == 2  # stem and projection
+    assert not {"Add", "Identity", "Expand"} & {node.op_type for node in graph.node}
+
+
+def test_what_no_module_gives_stays_and_says_why() -> None:
+    combed = comb(dense(Functional()), IMAGE)
+    (branch,) = combed.branches
+    assert branch.frozen.startswith("no module gives this operand of the sum and nothing else [conv2d in the model")
+    with pytest.raises(cpd.PlanError, match=r"cannot be removed: no module"):
+        combed.plan({}, remove=[branch.name])
+    with pytest.raises(cpd.PlanError, match=r"Unknown branches \['layer9'\]; comb\.branches lists"):
+        combed.plan({}, remove=["layer9"])
+
+
+def test_a_sum_that_is_written_to_is_a_copy() -> None:
+    model = blocks("writing")
+    combed = comb(model, IMAGE)
+    small = assert_removed(model, combed, combed.plan({}, remove=["blocks.0.inner"]))
+    assert small.blocks[0].inner.copied
+
+
+def test_a_plan_since_another_removes_what_is_new() -> None:
+    model = blocks("post-activation")
+    combed = comb(model, IMAGE)
+    first = combed.plan({"stem.0": range(6), "blocks.0.conv1": range(5)}, remove=["blocks.1"])
+    last = combed.plan({"stem.0": range(4)}, remove=["blocks.0", "blocks.1"])
+    small = cpd.shrink(cpd.shrink(copy.deepcopy(model), first), last.since(first))
+    with torch.no_grad():
+        torch.testing.assert_close(small(IMAGE), cpd.shrink(copy.deepcopy(model), last)(IMAGE))
+    assert last.since(first).removed == ("blocks.0",)
+    with pytest.raises(cpd.PlanError, match=r"keeps blocks\.0, which the earlier one has removed"):
+        first.since(last)
+
+
+def test_a_comb_of_a_shrunk_model_has_no_branches_to_offer() -> None:
+    model = blocks("post-activation")
+    combed = comb(model, IMAGE)
+    cpd.shrink(model, combed.plan({"stem.0": range(6)}))
+    with pytest.raises(cpd.PlanError, match=r"Ask for comb\.branches before the model is shrunk"):
+        _ = combed.branches
+
+
+def test_a_plan_does_not_fit_a_model_without_the_module() -> None:
+    combed = comb(blocks("post-activation"), IMAGE)
+    plan = combed.plan({}, remove=["blocks.1"])
+    with pytest.raises(cpd.ShrinkError, match=r"The plan removes blocks\.1, which this model lacks"):
+        cpd.shrink(dense(Blocks(Basic(8, 8))), plan)
+
+
+def test_parameters_that_went_leave_the_optimizer() -> None:
+    model = blocks("post-activation")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(IMAGE).sum().backward()
+    optimizer.step()
+    before = {id(parameter) for parameter in model.parameters()}
+    combed = comb(copy.deepcopy(model), IMAGE)
+    cpd.shrink(model, combed.plan({}, remove=["blocks.0"]))
+    left = {id(parameter) for parameter in model.parameters()}
+    drop_parameters(optimizer, before - left)
+    assert {id(item) for item in optimizer.param_groups[0]["params"]} == left == set(map(id, optimizer.state))
+
+
+def test_nothing_is_zero_of_any_shape() -> None:
+    x, nothing = torch.randn(2, 3), Nothing()
+    for found in (x + nothing, nothing + x, torch.add(x, nothing), torch.relu(nothing).view(-1) * 3 + x, x - nothing):
+        assert found is x
+    torch.testing.assert_close(nothing - x, -x)
+    torch.testing.assert_close(torch.add(nothing, x, alpha=2), 2 * x)
+    y = x.clone()
+    y += nothing
+    nothing += x
+    assert nothing is x
+    copied = Nothing(copied=True) + x
+    assert copied is not x
+    assert torch.equal(copied, x)
+    shaped = Nothing(like=x).transpose(0, 1)
+    assert shaped.shape == (3, 2)
+    assert shaped.size(0) == 3
+    with pytest.raises(AttributeError, match="A branch was removed here, and what it gave has no shape"):
+        _ = Nothing().shape
+    with pytest.raises(TypeError, match="has no size"):
+        Nothing().size()
