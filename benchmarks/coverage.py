@@ -10,6 +10,8 @@ each, and a run that is started again with the same file goes on where it ended 
 | `--all` | all of them |
 | `--faults` | the small models of what once broke a comb (`benchmarks/faults.py`), through "masked" and "warm" alone |
 
+`--branches` removes the same share of the branches too, and then all that can go; the table says how many there are.
+
 `--warm` combs each model after forwards too, and compares groups and attributes.
 
 `--peer` runs Torch-Pruning on the same models in the same run (its own graph, group magnitude, uniform ratio 0.5); it
@@ -133,7 +135,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, str(HERE / "oracles.py"), name, "--share", str(options.share), "--json", str(file)]
         if options.skip:
             command += ["--skip", *options.skip]
-        command += ["--warm"] * options.warm
+        command += ["--warm"] * options.warm + ["--branches"] * options.branches
         end = limited(command, options.limit)
         rows = json.loads(file.read_text()) if file.exists() else []
     row = rows[-1] if rows else {"model": name}
@@ -238,6 +240,18 @@ def summary(rows: list[dict[str, Any]], options: argparse.Namespace) -> Table:
         table.add_row("models with at least 90 % of the parameters open", f"{sum(s >= 0.9 for s in shares)}")
         table.add_row("trace + comb + shrink, median / longest / sum", _times(seconds))
         table.add_row("models over 20 s", f"{sum(s > 20 for s in seconds)}")
+    if options.branches:
+        having = [row for row in done if row.get("branches")]
+        errors = [str(row.get("all_removed", "-")) for row in having if row.get("open_branches")]
+        largest = max((float(error) for error in errors if error[0].isdigit()), default=0.0)
+        table.add_row("models with branches", str(len(having)))
+        table.add_row("branches found", str(sum(row["branches"] for row in having)))
+        table.add_row("branches that can go", str(sum(row["open_branches"] for row in having)))
+        table.add_row("  all of them gone: largest error", f"{largest:.0e} of {len(errors)} models")
+        for row in having:
+            if row["open_branches"] < row["branches"]:
+                reasons = "; ".join(row["branch_reasons"])
+                table.add_row(f"  {row['model']}: {row['open_branches']} of {row['branches']}", reasons)
     both = [row for row in done if row.get("peer", {}).get("seconds") and "shrink_s" in row]
     if any("peer" in row for row in rows):
         outcomes: dict[str, int] = {}
@@ -318,6 +332,7 @@ def main() -> int:
     parser.add_argument("--limit", type=float, default=600, help="seconds a model")
     parser.add_argument("--jobs", type=int, default=1, help="models at once; timings count with one only")
     parser.add_argument("--warm", action="store_true", help="comb after forwards too: the groups must be the same")
+    parser.add_argument("--branches", action="store_true", help="remove that share of the branches too")
     parser.add_argument("--faults", action="store_true", help="what once broke a comb, instead of a library")
     parser.add_argument("--peer", action="store_true", help=f"run {PEER} too")
     parser.add_argument("--json", type=Path)

@@ -34,7 +34,7 @@ from typing import Any
 
 import torch
 from faults import FAULTS
-from models import random_plan, randomize, resnet56
+from models import random_branches, random_plan, randomize, resnet56
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -116,6 +116,12 @@ def check_masked(dense: nn.Module, comb: Comb, plan: Plan) -> str:
 _CASTS = ("to", "_to_copy", "arange", "full", "zeros", "ones")
 
 
+def check_all_removed(dense: nn.Module, comb: Comb) -> str:
+    """Every branch that can go, of each sum one, removed at once: masked equals removed, all widths whole."""
+    plan = comb.plan({}, remove=random_branches(comb, 1.0))
+    return check_masked(dense, comb, plan) if plan.removed else "none"
+
+
 def check_shapes(comb: Comb, plan: Plan, again: Comb) -> str:
     """The shrunk model's own graph has the predicted shapes, node by node.
 
@@ -126,12 +132,14 @@ def check_shapes(comb: Comb, plan: Plan, again: Comb) -> str:
     return "ok"
 
 
-def check_class(original: nn.Module, small: nn.Module) -> str:
-    """The same classes everywhere; what only stands in for a torch.nn module must be one of its kind."""
+def check_class(original: nn.Module, small: nn.Module, plan: Plan) -> str:
+    """The same classes everywhere, but where a branch has gone."""
     assert type(small) is type(original), f"{type(original)} became {type(small)}"
-    pairs = zip(original.named_modules(), small.named_modules(), strict=True)
+    replaced = {item.module for item in plan.replacements}
+    left = [(path, module) for path, module in original.named_modules() if not plan.removes(path)]
+    pairs = zip(left, small.named_modules(), strict=True)
     for (path, old), (_, new) in pairs:
-        assert type(old) is type(new), f"{path}: {type(old)} became {type(new)}"
+        assert path in replaced or type(old) is type(new), f"{path}: {type(old)} became {type(new)}"
     return "ok"
 
 
@@ -222,8 +230,9 @@ def _reload(folder: str) -> None:
 
 
 def examine(
-    name: str, share: float, seed: int, skip: tuple[str, ...], note: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
+    name: str, share: float, seed: int, skip: tuple[str, ...], note: Callable[[dict[str, Any]], None],
+    branches: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """One model through comb, plan, shrink and the oracles; `note` is given the row after every stage."""
     start = time.perf_counter()
     model, inputs = build(name)
@@ -257,7 +266,20 @@ def examine(
         "unknown": list(comb.unknown),
         "reasons": frozen_reasons(comb),
     }
+    start = time.perf_counter()
+    found = comb.branches if branches else ()
+    row |= {
+        "branches": len(found),
+        "open_branches": sum(branch.frozen is None for branch in found),
+        "branch_reasons": list(dict.fromkeys(str(branch.frozen) for branch in found if branch.frozen))[:4],
+        "branches_s": time.perf_counter() - start,
+    }
+    note(row)
     plan = random_plan(comb, share, seed=seed, at_least=1)
+    if branches:
+        removed = random_branches(comb, share, seed=seed)
+        plan = comb.plan(plan.groups, remove=removed)
+        row |= {"removed": len(removed), "all_removed": check_all_removed(dense, comb)}
     start = time.perf_counter()
     small = cpd.shrink(copy_of(model), plan)
     row["shrink_s"] = time.perf_counter() - start
@@ -275,7 +297,7 @@ def examine(
     stages: dict[str, Callable[[], str]] = {
         "masked": lambda: check_masked(dense, comb, plan),
         "shapes": lambda: check_shapes(comb, plan, second()),
-        "class": lambda: check_class(model, small),
+        "class": lambda: check_class(model, small, plan),
         "onnx": lambda: check_onnx(model, small, call32),
         "again": lambda: check_again(comb, plan, second(), share),
         "train": lambda: check_train(small, call32, comb),
@@ -326,8 +348,8 @@ def passed(row: dict[str, Any]) -> bool:
 
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
     """The figures of some models, a row each."""
-    names = ["model", "params", "nodes", "groups", "open", "open params", "open MACs", "left", *CHECKS, "trace s",
-             "comb s", "shrink s", "MiB"]  # fmt: skip
+    names = ["model", "params", "nodes", "groups", "open", "open params", "open MACs", "left", "branches", "open",
+             "all removed", *CHECKS, "trace s", "comb s", "branches s", "shrink s", "MiB"]  # fmt: skip
     table = Table(*names, title=title)
     for row in rows:
         if "open_parameters" not in row:
@@ -336,8 +358,9 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Table:
         table.add_row(
             row["model"], f"{row['parameters'] / 1e6:.1f} M", str(row["nodes"]), str(row["groups"]), str(row["open"]),
             f"{row['open_parameters']:.1%}", f"{row['open_macs']:.1%}", f"{row.get('parameters_left', 1):.1%}",
+            *(str(row.get(key, "-")) for key in ("branches", "open_branches", "all_removed")),
             *(str(row.get(check, "-")).split(":")[0] for check in CHECKS),
-            *(f"{row.get(key, 0):.1f}" for key in ("trace_s", "comb_s", "shrink_s")), f"{row.get('peak_mib', 0):.0f}",
+            *(f"{row.get(key, 0):.1f}" for key in ("trace_s", "comb_s", "branches_s", "shrink_s")), f"{row.get('peak_mib', 0):.0f}",
         )  # fmt: skip
     return table
 
@@ -350,6 +373,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--skip", nargs="*", default=[], choices=CHECKS, help="checks to leave out")
     parser.add_argument("--warm", action="store_true", help="comb after forwards too")
+    parser.add_argument(
+        "--branches", action="store_true", help="that share of the branches goes too; then all that can"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--reload", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -367,7 +393,7 @@ def main() -> int:
 
     for name in options.models:
         try:
-            row = examine(name, options.share, options.seed, skip, note)
+            row = examine(name, options.share, options.seed, skip, note, options.branches)
         except Exception as error:
             row = {"model": name, "error": _line(error), "traceback": traceback.format_exc()}
         note(row)
