@@ -360,7 +360,8 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Table:
             f"{row['open_parameters']:.1%}", f"{row['open_macs']:.1%}", f"{row.get('parameters_left', 1):.1%}",
             *(str(row.get(key, "-")) for key in ("branches", "open_branches", "all_removed")),
             *(str(row.get(check, "-")).split(":")[0] for check in CHECKS),
-            *(f"{row.get(key, 0):.1f}" for key in ("trace_s", "comb_s", "branches_s", "shrink_s")), f"{row.get('peak_mib', 0):.0f}",
+            *(f"{row.get(key, 0):.1f}" for key in ("trace_s", "comb_s", "branches_s", "shrink_s")),
+            f"{row.get('peak_mib', 0):.0f}",
         )  # fmt: skip
     return table
 

@@ -26,6 +26,7 @@ from cpd.errors import ArtifactError, InputError
 from cpd.options import PATH, checked
 from cpd.picture.graph import contract
 from cpd.picture.scene import GREY, arrange, colours, counted, details, references, sentence
+from cpd.plan import PLAN, Plan
 
 SUFFIXES = (".svg", ".html")
 MARK = "cpd: a picture of coupling groups"
@@ -62,13 +63,14 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-@checked(comb=COMB, path=PATH)
-def draw(comb: Comb, path: str | os.PathLike[str]) -> Path:
+@checked(comb=COMB, path=PATH, plan=PLAN)
+def draw(comb: Comb, path: str | os.PathLike[str], *, plan: Plan | None = None) -> Path:
     """Draw the grouped graph of a model to a self-contained `.svg` or `.html` file.
 
     Args:
         comb: what `cpd.comb` found.
         path: the file; an earlier picture there is replaced.
+        plan: the branches that it removes are drawn pale.
 
     Returns:
         The path written.
@@ -78,6 +80,7 @@ def draw(comb: Comb, path: str | os.PathLike[str]) -> Path:
         ArtifactError: if the file cannot be written.
     """
     target = check_path(path)
+    comb = comb if plan is None else comb.without(plan.removed)
     text = render(comb, html=target.suffix.lower() == ".html")
     try:
         target.write_text(text, encoding="utf-8", newline="\n")

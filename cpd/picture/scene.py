@@ -5,7 +5,7 @@ from __future__ import annotations
 import colorsys
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import networkx as nx
@@ -45,6 +45,7 @@ class Shape:
     colour: str
     stripes: tuple[tuple[float, float, str], ...]
     dashed: bool
+    gone: bool
     title: str
 
 
@@ -56,6 +57,7 @@ class Line:
     head: str
     colour: str
     groups: str
+    gone: bool
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,9 @@ def arrange(graph: nx.DiGraph, comb: Comb, palette: Sequence[str]) -> Scene:
     laid = layout(graph, rows, widths, ROW, bands)
     gutter = max((_text(prefix, 24, MONO) + 14 for prefix in blocks), default=0)
     width = laid.width + gutter
-    shapes = tuple(_shape(items[i], names[i], laid.boxes[i], comb.groups, palette) for i in graph)
+    removed = comb.removal(comb.removed).gone
+    gone = {index for index, item in items.items() if removed.issuperset(item.nodes) and item.nodes}
+    shapes = tuple(_shape(items[i], names[i], laid.boxes[i], comb.groups, palette, gone=i in gone) for i in graph)
 
     def frame(level: int, label: str, members: Sequence[int], top: float, bottom: float) -> Frame:
         found = {number for index in members for number in items[index].groups if comb.groups[number].frozen is None}
@@ -120,7 +124,7 @@ def arrange(graph: nx.DiGraph, comb: Comb, palette: Sequence[str]) -> Scene:
     for parent, run in _runs(list(blocks)):
         members = [index for prefix in run for index in blocks[prefix]]
         frames.append(frame(2, parent, members, spans[run[0]][0], spans[run[-1]][1]))
-    lines = tuple(_lines(items, laid, comb.groups, palette))
+    lines = tuple(_lines(items, laid, comb.groups, palette, gone))
     return Scene(shapes, lines, tuple(frames), _round(width), _round(laid.height))
 
 
@@ -200,7 +204,9 @@ def _width(item: Item, name: str) -> float:
     return 2.0 * math.ceil((room + len(name) * MONO + kind + widths) / 2)
 
 
-def _shape(item: Item, name: str, box: Box, groups: Sequence[Group], palette: Sequence[str]) -> Shape:
+def _shape(
+    item: Item, name: str, box: Box, groups: Sequence[Group], palette: Sequence[str], *, gone: bool
+) -> Shape:
     own = [groups[index] for index in item.groups]
     free = [index for index in item.groups if groups[index].frozen is None]
     stripe = (box.height - 6) / max(len(item.groups), 1)
@@ -218,7 +224,8 @@ def _shape(item: Item, name: str, box: Box, groups: Sequence[Group], palette: Se
             for number, index in enumerate(item.groups)
         ),
         dashed=any(not groups[index].exact for index in free),
-        title="\n".join([_heading(item), *map(sentence, own)]),
+        gone=gone,
+        title="\n".join([_heading(item), *(["removed with its branch"] if gone else map(sentence, own))]),
     )
 
 
@@ -273,12 +280,15 @@ def _colour(own: Sequence[int], groups: Sequence[Group], palette: Sequence[str])
     return GREY if own else PLAIN
 
 
-def _lines(items: Mapping[int, Item], laid: Layout, groups: Sequence[Group], palette: Sequence[str]) -> Iterable[Line]:
-    for (start, _), points in sorted(laid.routes.items()):
+def _lines(
+    items: Mapping[int, Item], laid: Layout, groups: Sequence[Group], palette: Sequence[str], gone: Collection[int]
+) -> Iterable[Line]:
+    for (start, end), points in sorted(laid.routes.items()):
         own = items[start].groups
         (x, y), (before, _) = points[-1], points[-2]
         head = f"M{_round(x)} {_round(y)}" + ("l-3.5 -6h7z" if _round(before) == _round(x) else "l-6 -3.5v7z")
-        yield Line(_rounded(points), head, _colour(own, groups, palette), references(own))
+        pale = start in gone or (end in gone and items[end].role == "layer")
+        yield Line(_rounded(points), head, _colour(own, groups, palette), references(own), pale)
 
 
 def _rounded(points: Sequence[Point]) -> str:
