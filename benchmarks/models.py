@@ -140,3 +140,7 @@ def counted_macs(model: nn.Module, call: Call) -> int:
     with torch.no_grad(), plain_attention(), FlopCounterMode(display=False) as counter:
         call.on(model)
     return counter.get_total_flops() // 2
+
+
+#: What may go -> the options of compress.
+PARTS: dict[str, dict[str, object]] = {"both": {}, "widths": {"branches": False}, "branches": {"max_ratio": 1e-6}}

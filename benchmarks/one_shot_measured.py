@@ -3,8 +3,9 @@
 `cpd.compress(model, target_speedup=…, data=…, epochs=0)`, with no other option and in a process of its own, for trained
 ImageNet models (400 images to calibrate, 300 to test) and the CIFAR-10 ResNet-56 (1,024 and 1,017). The ONNX file
 that comes of it is judged by ONNX Runtime, on one thread: its accuracy, and in one more process its speed, in turn with
-the unpruned model's. `--peer` prunes by others on the same images, ever more, until they are as fast: Torch-Pruning
-(widths in multiples of 8, BatchNorm recalibrated), and onnxsim on the ONNX file (L2 or Wanda, then its refit).
+the unpruned model's. `--parts` says what may go: widths and branches, or one of the two alone. `--peer` prunes by
+others on the same images, ever more, until they are as fast: Torch-Pruning (widths in multiples of 8, BatchNorm
+recalibrated), and onnxsim on the ONNX file (L2 or Wanda, then its refit).
 `--images` gives compress fewer images, at 1.7 times fewer MACs; `--fewer` asks for MACs, widths free and in multiples
 of 8. Both put beside what the same plan keeps by BatchNorm recalibration alone. The JSON file goes on where it ended.
 
@@ -36,7 +37,7 @@ import onnx
 import platformdirs
 import torch
 from coverage import PEER, installed_peer
-from models import counted_macs
+from models import PARTS, counted_macs
 from one_shot import Batches, Images, peer_steps
 from onnx_latency import separately
 from resnet56_cifar10 import BORDER, MissingDataError, check_files, load_data, load_model
@@ -148,6 +149,7 @@ def compressed(
         "recovery": next((match[1] for match in kept if match), ""),
         "notes": report.notes,
         "macs_left": report.result.macs / report.original.macs,
+        "removed": f"{len(result.plan.removed)} of {len(report.branches)}",
         "said": result.speedup,
     }
     if "target_macs" in target:
@@ -256,8 +258,10 @@ class Bench:
     def tasks(self) -> Iterator[tuple[list[dict[str, Any]], Callable[..., Iterator[dict[str, Any]]]]]:
         """What rows are told by, and what makes those of them that are missing."""
         options = self.options
-        for asked in options.speedups:
-            yield [{"model": self.name, "by": "cpd", "asked": asked}], self.ours
+        for part in options.parts:
+            by = "cpd" if part == "both" else f"cpd, {part} alone"
+            for asked in options.speedups:
+                yield [{"model": self.name, "by": by, "asked": asked}], partial(self.ours, part)
         for by in PEERS if options.peer and options.speedups else ():
             yield [{"model": self.name, "by": by, "asked": asked} for asked in options.speedups], self.theirs
         at_macs = [(IMAGES_FEWER, IMAGES_ROUND, count) for count in options.images]
@@ -265,13 +269,12 @@ class Bench:
         for fewer, round_to, count in at_macs:
             yield [{"model": self.name, "fewer": fewer, "round_to": round_to, "images": count}], self.at_macs
 
-    def ours(self, heads: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def ours(self, part: str, heads: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """compress, asked for a speed-up."""
         for head in heads:
+            target = {"target_speedup": head["asked"], **PARTS[part]}
             with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-                found = apart(
-                    compressed, self.name, self.options, {"target_speedup": head["asked"]}, None, Path(folder)
-                )
+                found = apart(compressed, self.name, self.options, target, None, Path(folder))
                 if "error" not in found:
                     found |= self.judged(Path(folder, "model.onnx")) | {"reached": True}
                 yield head | {"dense": self.dense[1]} | found
@@ -293,9 +296,9 @@ class Bench:
                 yield head | {"dense": self.dense[1], "seconds": seconds / len(heads)} | found
 
     def at_macs(self, heads: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """compress, asked for MACs."""
+        """compress, asked for MACs, widths alone."""
         for head in heads:
-            target = {"target_macs": 1 / head["fewer"], "round_to": head["round_to"]}
+            target = {"target_macs": 1 / head["fewer"], "round_to": head["round_to"], **PARTS["widths"]}
             with tempfile.TemporaryDirectory(dir=self.folder) as folder:
                 found = apart(compressed, self.name, self.options, target, head["images"], Path(folder))
                 if "error" not in found:
@@ -325,7 +328,17 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
     timed, fixed = [row for row in rows if "by" in row], [row for row in rows if "fewer" in row]
     spends = ("recovery", "s", "by stage", "peak GiB")
     if timed:
-        heads = ("model", "unpruned", "by", "asked", "measured apart", "% right", "MACs left", *spends)
+        heads = (
+            "model",
+            "unpruned",
+            "by",
+            "asked",
+            "measured apart",
+            "% right",
+            "MACs left",
+            "branches removed",
+            *spends,
+        )
         table = Table(*heads, title="At measured speed, ONNX Runtime, one thread")
         for row in sorted(timed, key=lambda row: (row["model"], row["asked"])):
             first = row["model"], f"{row['dense']:.1f}", row["by"], f"{row['asked']:g}x"
@@ -334,7 +347,8 @@ def tables(rows: list[dict[str, Any]]) -> Iterator[Table]:
                 continue
             speed = f"{row['speedup']:.2f}x" + ("" if row["reached"] else ", its fastest")
             left = f"{row['macs_left']:.1%}" if "macs_left" in row else ""
-            table.add_row(*first, speed, f"{row['accuracy']:.1f}", left, *spent(row))
+            gone = row.get("removed", "")
+            table.add_row(*first, speed, f"{row['accuracy']:.1f}", left, gone, *spent(row))
         yield table
     if fixed:
         heads = ("model", "unpruned", "MACs", "widths", "images", "BatchNorm recalibrated alone", "% right", *spends)
@@ -377,6 +391,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("data_dir", type=Path)
     parser.add_argument("--models", nargs="+", default=list(SUBJECTS), choices=list(SUBJECTS))
     parser.add_argument("--speedups", nargs="*", type=float, default=list(SPEEDUPS), help="measured in ONNX Runtime")
+    parser.add_argument("--parts", nargs="+", default=["both"], choices=list(PARTS), help="what may go")
     parser.add_argument("--peer", action="store_true", help=f"run {PEER} and {ONNXSIM} too")
     parser.add_argument("--images", nargs="*", type=int, default=[], help="to calibrate on, at 1.7 times fewer MACs")
     parser.add_argument("--fewer", nargs="*", type=float, default=[], help="times fewer MACs, of all images")

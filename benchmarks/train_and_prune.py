@@ -33,7 +33,7 @@ import timm
 import torch
 import torchvision
 from coverage import PEER, installed_peer
-from models import CifarResNet, counted_macs
+from models import PARTS, CifarResNet, counted_macs
 from one_shot import peer_narrowed, vit
 from resnet56_cifar10 import FEW_IMAGES, check_files, load_data, load_model, normalise
 from rich.console import Console
@@ -259,7 +259,7 @@ def ours(
     result = cpd.compress(
         dense, data=loader, evaluate=evaluate, example_inputs=example, training=config, epochs=config.epochs,
         lr=config.lr, teacher=teacher, schedule=schedule, round_to=8 if setting["speedup"] else 1,
-        seed=setting["seed"], score_batches=options.score_batches, **target,
+        seed=setting["seed"], score_batches=options.score_batches, **target, **PARTS[setting["parts"]],
     )  # fmt: skip
     report, history = result.report, result.report.history
     trained = [row for row in history if row["epoch"]]
@@ -271,6 +271,7 @@ def ours(
         "steps_per_second": [row["steps_per_second"] for row in trained],
         "macs": report.original.macs / report.result.macs,
         "parameters": report.original.parameters / report.result.parameters,
+        "removed": len(result.plan.removed),
         "latency": report.speedup,
         "seconds": time.perf_counter() - start,
     }
@@ -309,22 +310,24 @@ def settings(options: argparse.Namespace, peer: bool) -> Iterator[dict[str, Any]
             for kd in (options.kd or [None]) if "cpd" in options.by else []:
                 for schedule in options.schedules:
                     for teacher in options.teachers:
-                        yield {"by": "cpd", "fewer": fewer, "speedup": speedup, "kd": kd, "schedule": schedule,
-                               "teacher": teacher, "seed": seed}  # fmt: skip
+                        for parts in options.parts:
+                            yield {"by": "cpd", "fewer": fewer, "speedup": speedup, "kd": kd, "schedule": schedule,
+                                   "teacher": teacher, "parts": parts, "seed": seed}  # fmt: skip
             if peer and fewer:
                 yield {"by": PEER, "fewer": fewer, "speedup": None, "kd": "none", "schedule": "one-shot",
-                       "teacher": "same", "seed": seed}  # fmt: skip
+                       "teacher": "same", "parts": "widths", "seed": seed}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- what is printed
 
 
-GROUPED = ("student", "by", "fewer", "speedup", "kd", "schedule", "teacher", "epochs")
+GROUPED = ("student", "by", "fewer", "speedup", "kd", "schedule", "teacher", "parts", "epochs")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """One line for all seeds of a run: mean and spread."""
-    heads = ("student", "by", "asked", "kd", "schedule", "teacher", "epochs", "seeds", "dense", "untrained", "trained")
+    heads = ("student", "by", "asked", "kd", "schedule", "teacher", "parts", "epochs", "seeds", "dense",
+             "untrained", "trained")  # fmt: skip
     found = Table(*heads, "change", "MACs", "parameters", "ONNX", "steps/s first, last", "s")
     for key in dict.fromkeys(tuple(row[name] for name in GROUPED) for row in rows):
         alike = [row for row in rows if tuple(row[name] for name in GROUPED) == key]
@@ -332,10 +335,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
         spread = f" ± {statistics.stdev(metrics):.2f}" if len(metrics) > 1 else ""
         untrained = [row["untrained"] for row in alike if row["untrained"] is not None]
         mean = {name: statistics.fmean(row[name] or 0 for row in alike) for name in ("macs", "parameters", "latency")}
-        student, by, fewer, speedup, kd, schedule, teacher, epochs = key
+        student, by, fewer, speedup, kd, schedule, teacher, parts, epochs = key
         dense = alike[0]["dense"]
         found.add_row(
-            student, by, f"{fewer:g}x MACs" if fewer else f"{speedup:g}x", kd, schedule, teacher, f"{epochs:g}",
+            student, by, f"{fewer:g}x MACs" if fewer else f"{speedup:g}x", kd, schedule, teacher, parts,
+            f"{epochs:g}",
             str(len(alike)), f"{dense:.2f}", f"{statistics.fmean(untrained):.2f}" if untrained else "-",
             f"{statistics.fmean(metrics):.2f}{spread}", f"{statistics.fmean(metrics) - dense:+.2f}",
             f"{mean['macs']:.2f}x", f"{mean['parameters']:.2f}x", f"{mean['latency']:.2f}x",
@@ -360,7 +364,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 continue
             seen.add(key)
             asked = f"{row['fewer']:g}x MACs" if row["fewer"] else f"{row['speedup']:g}x"
-            label = f"{row['by'].split('==')[0]} {asked} {row['kd']} {row['schedule']} {row['teacher']}"
+            label = f"{row['by'].split('==')[0]} {asked} {row['kd']} {row['schedule']} {row['teacher']} {row['parts']}"
             first = 0 if row["untrained"] is not None else 1
             style = "-" if row["by"] == "cpd" else "--"
             area.plot(range(first, first + len(row["history"])), row["history"], style, marker="o", ms=3, label=label)
@@ -390,6 +394,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--kd", nargs="+", choices=KINDS, help="default: the student's usual one")
     parser.add_argument("--schedules", nargs="+", default=["one-shot"], choices=("one-shot", "linear", "cubic"))
     parser.add_argument("--teachers", nargs="+", default=["same"], choices=("same", "larger"))
+    parser.add_argument("--parts", nargs="+", default=["both"], choices=list(PARTS), help="what may go")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--by", nargs="+", default=["cpd"], choices=("cpd", "peer"), help=f"peer: {PEER}")
     parser.add_argument("--batch", type=int, help="images a step")

@@ -204,9 +204,7 @@ def _width(item: Item, name: str) -> float:
     return 2.0 * math.ceil((room + len(name) * MONO + kind + widths) / 2)
 
 
-def _shape(
-    item: Item, name: str, box: Box, groups: Sequence[Group], palette: Sequence[str], *, gone: bool
-) -> Shape:
+def _shape(item: Item, name: str, box: Box, groups: Sequence[Group], palette: Sequence[str], *, gone: bool) -> Shape:
     own = [groups[index] for index in item.groups]
     free = [index for index in item.groups if groups[index].frozen is None]
     stripe = (box.height - 6) / max(len(item.groups), 1)
