@@ -48,7 +48,7 @@ from cpd.coupling.groups import Group
 from cpd.model import sources
 from cpd.model.inputs import Call, as_call
 from cpd.model.tensors import copy_of
-from cpd.plan import Plan
+from cpd.plan import Plan, removes
 from cpd.report.artifacts import save_result
 from cpd.report.records import Figures
 from cpd.report.report import Report
@@ -136,7 +136,7 @@ def check_class(original: nn.Module, small: nn.Module, plan: Plan) -> str:
     """The same classes everywhere, but where a branch has gone."""
     assert type(small) is type(original), f"{type(original)} became {type(small)}"
     replaced = {item.module for item in plan.replacements}
-    left = [(path, module) for path, module in original.named_modules() if not plan.removes(path)]
+    left = [(path, module) for path, module in original.named_modules() if not removes(plan.replacements, path)]
     pairs = zip(left, small.named_modules(), strict=True)
     for (path, old), (_, new) in pairs:
         assert path in replaced or type(old) is type(new), f"{path}: {type(old)} became {type(new)}"

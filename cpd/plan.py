@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import MappingProxyType
@@ -96,6 +96,11 @@ class Replacement:
     outputs: int | None = None
 
 
+def removes(replacements: Iterable[Replacement], name: str) -> bool:
+    """Whether a module, parameter or buffer goes with a module that it lies in."""
+    return any(name.startswith(f"{item.module}.") for item in replacements)
+
+
 Shape = tuple[int, ...]
 
 
@@ -181,7 +186,7 @@ class Architecture:
 
     def narrowed(self, plan: Plan) -> Architecture:
         """What a model of this architecture is once a plan of it has been applied."""
-        modules = {path: form for path, form in self.modules.items() if not plan.removes(path)}
+        modules = {path: form for path, form in self.modules.items() if not removes(plan.replacements, path)}
         modules |= {
             item.module: Form("Identity" if item.by == "identity" else "Removed", {}, {}, {})
             for item in plan.replacements
@@ -304,10 +309,6 @@ class Plan:
         """Whether anything goes."""
         return bool(self.kept or self.replacements)
 
-    def removes(self, name: str) -> bool:
-        """Whether a module, parameter or buffer goes with the module that it lies in."""
-        return any(name.startswith(f"{item.module}.") for item in self.replacements)
-
     def since(self, earlier: Plan) -> Plan:
         """What is left to do of this plan on a model that `earlier`, a plan of the same model, was applied to.
 
@@ -325,7 +326,7 @@ class Plan:
         if back:
             raise PlanError(f"This plan keeps {back[0]}, which the earlier one has removed.")
         kept, shapes = dict[str, dict[int, Tensor]](), dict[str, tuple[int, ...]]()
-        for name in (name for name in {**earlier.kept, **self.kept} if not self.removes(name)):
+        for name in (name for name in {**earlier.kept, **self.kept} if not removes(self.replacements, name)):
             before, now = earlier.kept.get(name, {}), self.kept.get(name, {})
             full = self.shapes.get(name) or earlier.shapes[name]
             narrower = tuple(len(before.get(dim, range(size))) for dim, size in enumerate(full))
@@ -356,7 +357,7 @@ class Plan:
                 ours[key].new if key in ours else theirs[key].old,
             )
             for key in {**theirs, **ours}
-            if not self.removes(f"{key[0]}.{key[1]}")
+            if not removes(self.replacements, f"{key[0]}.{key[1]}")
         ]
         return tuple(step for step in steps if step.old != step.new)
 
@@ -368,7 +369,7 @@ class Plan:
                 factors[key] = factors.get(key, 1.0) * item.factor**power
         found = []
         for (tensor, dim, positions), factor in factors.items():
-            if self.removes(tensor):
+            if removes(self.replacements, tensor):
                 continue
             left = earlier.kept.get(tensor, {}).get(dim)
             if left is not None:

@@ -453,14 +453,14 @@ class Pruner:
             then = Architecture.from_dict(state["architecture"]) if "architecture" in state else self.comb.architecture
             if (found := then.difference(self.comb.architecture)) is not None:
                 raise CheckpointError(f"The state is not of this model: {found}.")
-            plan = self.comb.plan(state["plan"], remove=state["removed"])
+            plan = self.comb.plan(state["plan"], remove=state.get("removed", ()))
             if plan.digest != state["digest"]:
                 raise CheckpointError(
                     "This checkpoint belongs to a different model: its plan keeps different channels."
                 )
             shrinks = [Shrink(**item) for item in state["shrinks"]]
             scopes, goal = tuple(state["scopes"]), state["goal"]
-            leaving = None if state["leaving"] is None else tuple(state["leaving"])
+            leaving = None if state.get("leaving", ()) is None else tuple(state.get("leaving", ()))
             seen = {"sums": list(state["sums"]), "count": int(state["count"])}
             steps, search = int(state["steps_taken"]), list(state["search"])
             notes, checks = list(state["notes"]), dict(state["checks"])

@@ -178,8 +178,8 @@ def test_there_are_many_cases() -> None:
 
 #: Classes of what the library itself makes: their constructors are not called by users.
 MADE = {
-    "Comb", "Group", "LatencyComparison", "LatencyTable", "ModelProfile", "Plan", "Quantized", "Report", "Result",
-    "Sensitivity", "Sweep",
+    "Branch", "Comb", "Group", "LatencyComparison", "LatencyTable", "ModelProfile", "Plan", "Quantized", "Report",
+    "Result", "Sensitivity", "Sweep",
 }  # fmt: skip
 
 

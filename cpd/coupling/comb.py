@@ -8,7 +8,7 @@ The model is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -36,7 +36,7 @@ from cpd.model.skeleton import skeleton
 from cpd.model.state import cold, preserved
 from cpd.model.tensors import every_tensor
 from cpd.options import FLAG, LIMIT, OUTPUTS, SECONDS, Check, checked, instance
-from cpd.plan import PLAN, Architecture, Cache, Plan, Rescale
+from cpd.plan import PLAN, Architecture, Cache, Plan, Rescale, removes
 from cpd.proof.auxiliary import auxiliary_graph
 from cpd.proof.constants import Scale
 from cpd.proof.copies import edits
@@ -61,11 +61,7 @@ def _are_widths(value: Any) -> bool:
 
 NAMES = Check(
     "names of branches, as ['layer1.1']",
-    lambda value: (
-        isinstance(value, Collection)
-        and not isinstance(value, (str, bytes))
-        and all(isinstance(item, str) for item in value)
-    ),
+    lambda value: isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value),
 )
 KEEP = Check("a mapping from names of groups to the channels that are kept, as {'layer1.0.conv1': [0, 2]}", _are_widths)
 
@@ -110,13 +106,13 @@ class Comb:
     @property
     def open(self) -> tuple[Group, ...]:
         """The groups that can be pruned."""
-        gone = self.removal(self.removed).groups
+        gone = self._removal(self.removed).groups
         return tuple(group for group in self.groups if group.frozen is None and group.name not in gone)
 
     @property
     def ties(self) -> tuple[Tie, ...]:
         """Pairs of dimensions that must keep equally many channels."""
-        removal = self.removal(self.removed).groups
+        removal = self._removal(self.removed).groups
         gone = {group.axis for group in self.groups if group.name in removal}
         return tuple(tie for tie in self.context.ties if gone.isdisjoint(tie.axes))
 
@@ -145,7 +141,7 @@ class Comb:
     @cached_property
     def cost(self) -> Cost:
         """MACs, parameters and activations of any widths, from the graph's shapes alone."""
-        left = self.removal(self.removed).cost
+        left = self._removal(self.removed).cost
         return Cost(self.context, self.dims, every_tensor(self.model)) if left is None else left
 
     @property
@@ -175,22 +171,26 @@ class Comb:
         """
         return self._removable.branches
 
-    def removal(self, names: Iterable[str]) -> Removal:
+    def _removal(self, names: frozenset[str]) -> Removal:
+        return self._removable.removal(names) if names else NO_REMOVAL
+
+    @checked(names=NAMES)
+    def removal(self, names: Collection[str]) -> Removal:
         """What goes when some branches do: operations, modules, groups, and the cost of what is left.
 
         Raises:
             PlanError: a branch is unknown or frozen, or both operands of a sum would go.
         """
-        names = frozenset(names)
-        return self._removable.removal(names) if names else NO_REMOVAL
+        return self._removal(frozenset(names))
 
-    def without(self, names: Iterable[str]) -> Comb:
+    @checked(names=NAMES)
+    def without(self, names: Collection[str]) -> Comb:
         """The same comb, of which every plan removes these branches.
 
         Raises:
             PlanError: as `removal`.
         """
-        found = replace(self, removed=self.removal({*self.removed, *names}).names)
+        found = replace(self, removed=self._removal(self.removed | frozenset(names)).names)
         return found if found.removed != self.removed else self
 
     @cached_property
@@ -218,7 +218,7 @@ class Comb:
         return tuple(
             f"{place.module}.{place.name} = {dims[0].size}".lstrip(".")
             for place, dims in self.unread.items()
-            if not plan.removes(f"{place.module}.{place.name}")
+            if not removes(plan.replacements, f"{place.module}.{place.name}")
             and any(axes.count(dim, counts) < dim.size for dim in dims)
         )
 
@@ -242,7 +242,7 @@ class Comb:
         )  # fmt: skip
         sizes = {group.axis: len(plan.groups[group.name]) for group in self.groups}
         others = {axis: Axis(size) for axis, size in sizes.items() if size < axis.size}
-        removal = self.removal(plan.removed)
+        removal = self._removal(frozenset(plan.removed))
         groups = tuple(
             replace(
                 group,
@@ -293,7 +293,7 @@ class Comb:
             )
         if remove:
             return self.without(remove).plan(keep, strict=strict)
-        named, removal = {group.name: group for group in self.groups}, self.removal(self.removed)
+        named, removal = {group.name: group for group in self.groups}, self._removal(self.removed)
         masks = {
             named[name].axis: _mask(named, name, positions)
             for name, positions in keep.items()

@@ -22,7 +22,7 @@ from cpd.model.inputs import evaluating
 from cpd.model.removed import put_in_place, replacement
 from cpd.model.skeleton import skeleton
 from cpd.model.state import preserved
-from cpd.plan import Replacement
+from cpd.plan import Replacement, removes
 from cpd.rules import Context, arguments
 from cpd.rules.base import find, tensor_inputs
 from cpd.rules.pointwise import pointwise
@@ -87,7 +87,7 @@ class Removal:
 
     def removes(self, name: str) -> bool:
         """Whether a module, parameter or buffer goes with the module that it lies in."""
-        return any(name.startswith(f"{item.module}.") for item in self.replacements)
+        return removes(self.replacements, name)
 
 
 NO_REMOVAL = Removal()

@@ -39,7 +39,7 @@ from cpd.model.arguments import MODEL
 from cpd.model.inputs import check_model
 from cpd.model.recorded import rebuilt
 from cpd.options import FLAG, PATH, checked
-from cpd.plan import Cache, Plan
+from cpd.plan import Cache, Plan, removes
 from cpd.report.report import Report
 from cpd.surgery.shrink import shrink
 
@@ -379,7 +379,9 @@ def _check_fit(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor]) -> N
     absent = next((item.module for item in plan.replacements if item.module not in paths), None)
     if absent is not None:
         raise ArtifactError(f"The plan removes {absent}; this model has no such module.")
-    state = {name: item for name, item in model.state_dict(keep_vars=True).items() if not plan.removes(name)}
+    state = {
+        name: item for name, item in model.state_dict(keep_vars=True).items() if not removes(plan.replacements, name)
+    }
     first: dict[int, str] = {}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):

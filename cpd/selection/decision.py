@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from glob import escape
@@ -160,7 +160,7 @@ class Decider:
     def _decided(
         self, scores: Mapping[str, Tensor], kept: Mapping[str, tuple[int, ...]], share: float, limits: Limits
     ) -> Decision:
-        def selector(scope: Scope, removed: Iterable[str]) -> Selector:
+        def selector(scope: Scope, removed: Sequence[str]) -> Selector:
             comb = self.comb.without(removed)
             return Selector(comb, scores, limits, scope, self._weigh(comb), start)
 
@@ -225,7 +225,7 @@ class Decider:
     # ------------------------------------------------------------------------------ branches
 
     def _branches(
-        self, selector: Callable[[Scope, Iterable[str]], Selector], scores: Mapping[str, Tensor], limits: Limits
+        self, selector: Callable[[Scope, Sequence[str]], Selector], scores: Mapping[str, Tensor], limits: Limits
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """The branches that go until the target is reached, in their order, and what a user should know of it."""
         names = removable_branches(self.comb, limits) if limits.max_removed else []
@@ -246,7 +246,7 @@ class Decider:
         note = f"Branches removed: {best} of {len(names)}{named}. Relative error of the logits at the target: {told}."
         return tuple(order[:best]), (note,)
 
-    def _near(self, selector: Callable[[Scope, Iterable[str]], Selector]) -> tuple[Scope, ...]:
+    def _near(self, selector: Callable[[Scope, Sequence[str]], Selector]) -> tuple[Scope, ...]:
         """The scopes that are worth being measured: whose error is about the least."""
         errors = dict[Scope, float]()
         for scope in self.scopes:
@@ -319,7 +319,7 @@ class Decider:
         latency = self._latency(selector.comb)
         return Search(
             self.comb.model, selector, self._probe(), latency, self.target, self._original_ms(),
-            self.comb.cost({}).macs, self.tolerance,
+            self.tolerance, self.comb.cost({}).macs,
         )  # fmt: skip
 
     def _nearest(self, searches: Mapping[Scope, Search]) -> tuple[Scope, str]:

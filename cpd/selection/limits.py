@@ -47,7 +47,7 @@ def _names(pattern: str, branch: Branch) -> bool:
 
 def check_ratios(comb: Comb, limits: Limits) -> None:
     """Raise `InputError` unless every pattern of `limits.ratios` names an open group or a branch."""
-    names = [group.name for group in comb.open]
+    names = [group.name for group in comb.groups if group.frozen is None]
     for pattern, share in limits.ratios.items():
         if not fnmatch.filter(names, pattern) and not any(_names(pattern, branch) for branch in comb.branches):
             raise InputError(f"No open group is named like {pattern!r}; there are {', '.join(names[:8])}, …")

@@ -73,9 +73,9 @@ class Search:
         latency: predicts; corrected by what is measured.
         target: the speed-up or latency asked for.
         original_ms: the latency of the original.
-        original_macs: its multiply-accumulates.
         tolerance: the relative distance from the target that is good enough; the search aims at half of it, give
             or take a standard error of the measurement.
+        original_macs: multiply-accumulates of the original; None: of the selector's comb, of which no branch has gone.
 
     Attributes:
         tried: all that was measured.
@@ -89,12 +89,12 @@ class Search:
         latency: LatencyModel,
         target: Target,
         original_ms: float,
-        original_macs: int,
         tolerance: float = 0.05,
+        original_macs: int | None = None,
     ) -> None:
         self.model, self.selector, self.probe, self.latency = model, selector, probe, latency
         self.target, self.tolerance, self.tried = target, tolerance, list[Candidate]()
-        self._macs = original_macs
+        self._macs = selector.comb.cost({}).macs if original_macs is None else original_macs
         self._goal, self._upcoming = target.speedup(original_ms), dict[Axis, int]()
 
     def upcoming(self) -> Mapping[Axis, int]:

@@ -34,7 +34,7 @@ from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import check_model, evaluating
 from cpd.model.tensors import named_tensors, restore, state_of
 from cpd.options import LIMIT, SEED, checked, number
-from cpd.plan import PLAN, Plan
+from cpd.plan import PLAN, Plan, removes
 from cpd.surgery.calibration import HELD_OUT, MEMORY_GB, Calibration, Layer, Others, Part, flat
 from cpd.surgery.least_squares import Sums, best_damping
 from cpd.trace.layer_calls import LayerCall, LayerCalls, from_matrix, matrix, seen
@@ -356,9 +356,9 @@ def _stands_for(streams: Mapping[str, Stream], plan: Plan) -> dict[str, str]:
     found: dict[str, str] = {}
     for weight, stream in streams.items():  # in the order of the sums
         before = stream.follows
-        while before is not None and plan.removes(before):
+        while before is not None and removes(plan.replacements, before):
             before = streams[before].follows if before in streams else None
-        if before is not None and plan.removes(weight):
+        if before is not None and removes(plan.replacements, weight):
             found[before] = weight
     return found
 

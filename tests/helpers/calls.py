@@ -160,7 +160,12 @@ def _calls() -> dict[str, Valid]:
         "Schedule": (cpd.Schedule, {}),
         "PruneConfig": (cpd.PruneConfig, {}),
         "DistillConfig": (cpd.DistillConfig, {}),
-        "Comb.plan": (lambda keep, strict=False: comb().plan(keep, strict=strict), {"keep": lambda: {"0": [0, 1]}}),
+        "Comb.plan": (
+            lambda keep, remove=(), strict=False: comb().plan(keep, remove=remove, strict=strict),
+            {"keep": lambda: {"0": [0, 1]}},
+        ),
+        "Comb.removal": (lambda names: comb().removal(names), {"names": list}),
+        "Comb.without": (lambda names: comb().without(names), {"names": list}),
         "Comb.narrowed": (lambda model, plan: comb().narrowed(model, plan), {"model": narrow, "plan": plan}),
         "Comb.left_alone": (lambda plan: comb().left_alone(plan), {"plan": plan}),
         "Plan.since": (lambda earlier: plan().since(earlier), {"earlier": plan}),

@@ -35,7 +35,12 @@ class Fakes:
                 name="fc", size=10, minimum=1, frozen="an output", exact=False, members=members[:1], ties=()
             ),
         )
+        branch = SimpleNamespace(
+            name="layer1.1", start=("relu",), end="batch_norm", modules=("layer1.1",), groups=("layer1.1.conv1",),
+            parameters=73984, macs=231211008, frozen=None,
+        )  # fmt: skip
         return SimpleNamespace(
-            groups=groups, open_share={"parameters": 0.987, "macs": 0.5}, frozen_share=(), unused={}, outputs=("",),
+            groups=groups, open=groups[:1], branches=(branch,),
+            open_share={"parameters": 0.987, "macs": 0.5}, frozen_share=(), unused={}, outputs=("",),
             operations=SimpleNamespace(values_read=("net.py:14",), values_sentence="It reads values (net.py:14)."),
         )  # fmt: skip

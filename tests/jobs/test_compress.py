@@ -179,9 +179,9 @@ def test_unreachable_speedup_gives_the_best_figure():
 
 def test_public_names():
     assert set(cpd.__all__) == {
-        "ArtifactError", "CPDError", "Comb", "DistillConfig", "ExportError", "Group", "InputError", "LatencyComparison",
-        "NothingToPruneError", "Plan", "PlanError", "Pruner", "Report", "Result", "Schedule", "Sensitivity",
-        "ShrinkError", "TargetError", "CheckpointError", "PruneConfig",
+        "ArtifactError", "Branch", "CPDError", "Comb", "DistillConfig", "ExportError", "Group", "InputError",
+        "LatencyComparison", "NothingToPruneError", "Plan", "PlanError", "Pruner", "Report", "Result", "Schedule",
+        "Sensitivity", "ShrinkError", "TargetError", "CheckpointError", "PruneConfig",
         "TraceError", "TrainingError", "comb", "compare_latency", "compensate", "compress", "distill", "export_onnx",
         "load", "score", "sensitivity", "shrink", "LatencyTable", "ModelProfile", "OnnxModule", "Quantized", "Sweep",
         "from_pretrained", "measure_latency", "profile_model", "quantize_onnx", "sweep",

@@ -122,10 +122,10 @@ def test_the_note_names_the_scope_that_was_taken(monkeypatch):
             self.tried.append(SimpleNamespace(macs_ratio=0.4, predicted=2.0, speedup=2.0))
 
         def plan(self) -> Any:
-            return SimpleNamespace(groups={"a": (0,)}, error=self.selector)
+            return SimpleNamespace(groups={"a": (0,)}, error=self.selector.error)
 
         def finish(self) -> Any:
-            if self.selector == 0.1:
+            if self.selector.error == 0.1:
                 raise cpd.TargetError("out of reach")
             return SimpleNamespace(plan=self.plan())
 
@@ -134,8 +134,11 @@ def test_the_note_names_the_scope_that_was_taken(monkeypatch):
     decider.comb = SimpleNamespace(model=None, cost=lambda counts: SimpleNamespace(macs=100 if not counts else 40))
     decider.target, decider.tolerance, decider.search = Target("target_speedup", 2.0), 0.05, []
     decider.counts = decider._probe = decider._latency = decider._original_ms = lambda *_: {"a": 1}
-    decider._error_of = lambda plan: plan.error
-    chosen, plan, (note,) = decider._measured({"global": 0.1, "group": 0.2})
+    decider._error_of = lambda plan, roughly: plan.error
+    selectors = {
+        scope: SimpleNamespace(comb=decider.comb, error=error) for scope, error in (("global", 0.1), ("group", 0.2))
+    }
+    chosen, plan, (note,) = decider._measured(selectors)
     assert (chosen, plan.error) == ("group", 0.2)
     assert [row["scope"] for row in decider.search] == ["global", "group"]
     assert note == (
