@@ -51,10 +51,7 @@ def check_branches(branches: bool | None, data: object) -> None:
 
 def removable_branches(comb: Comb, limits: Limits) -> list[str]:
     """The branches that a selection may remove."""
-    protected = (0.0, *(share for share in limits.ratios.values() if share == 0))
-    return [
-        branch.name for branch in comb.branches if branch.frozen is None and limits.ratio_of(branch) not in protected
-    ]
+    return [branch.name for branch in comb.branches if branch.frozen is None and limits.ratio_of(branch) != 0]
 
 
 def in_order(comb: Comb, errors: Mapping[str, float], saved: Mapping[str, float], most: float) -> list[str]:
