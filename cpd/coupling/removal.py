@@ -40,8 +40,12 @@ _PASSING = {
 _IDEMPOTENT = {"relu", "hardtanh", "relu6", "clamp"}
 #: Ops whose results are at least 0.
 _POSITIVE = {"relu", "relu6", "sigmoid", "softmax", "abs", "exp", "square", "softplus", "hardsigmoid"}
-#: Ops that a copy without branches need not have: they compute nothing.
-_IDLE = {"contiguous", "clone", "_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_assert_tensor_metadata"}
+#: Ops that a copy without branches need not have: they compute nothing. What a dropout in eval mode gives is its input
+#: itself, so that what reads the input later seems to read the dropout.
+IDLE = {
+    "contiguous", "clone", "dropout", "feature_dropout", "alpha_dropout", "_set_grad_enabled", "_enter_autocast",
+    "_exit_autocast", "_assert_tensor_metadata",
+}  # fmt: skip
 #: Copies that are traced at most to tell which branches can go.
 MOST_COPIES = 64
 
@@ -132,7 +136,7 @@ class Remover:
                     live = live_nodes(self.graph, instead, apart)
         gone = {node for node in self.graph.operations if node not in live}
         passed = {node for node in instead if node in live}
-        dead = {path for path, nodes in self.inside.items() if path and gone.issuperset(nodes)} - whole.keys()
+        dead = {path for path, nodes in self.inside.items() if path and _goes(nodes, gone)} - whole.keys()
         ends = dict[str, bool]()
         for branch in branches:
             if branch.sum in live and not any(branch.sum in self.inside[path] for path in whole):
@@ -192,8 +196,8 @@ class Remover:
                 if some and gives_zero(node, frozenset(some)):
                     return set().union(*(found[source] or () for source in some))
         elif name in ZERO_PRESERVING and arguments(node).get("value") in (None, 0):
-            each = [self._ends(source, dead) for source in (sources[:1] if name in READS else sources)]
-            if all(item is not None for item in each):
+            each = [self._ends(source, dead) for source in (sources[:1] if name in READS else node.all_input_nodes)]
+            if each and all(item is not None for item in each):
                 return set().union(*(item or () for item in each))
         return None
 
@@ -245,6 +249,12 @@ def _calls(model: nn.Module, graph: OperationGraph) -> dict[str, Called]:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _goes(nodes: Iterable[Node], gone: Collection[Node]) -> bool:
+    """Whether all that computes something goes."""
+    working = [node for node in nodes if op_name(node) not in IDLE]
+    return bool(working) and all(node in gone for node in working)
 
 
 def _memory(node: Node) -> Node:
@@ -323,9 +333,9 @@ def _differs(remover: Remover, branches: Sequence[Found]) -> str | None:
     if again is None:
         return "the forward fails without this branch"
     expected = [node for node in remover.graph.operations if node not in removal.gone]
-    stays = [_told(node) for node in expected if op_name(node) not in _IDLE]
+    stays = [_told(node) for node in expected if op_name(node) not in IDLE]
     live = live_nodes(again)
-    found = [_told(node) for node in again.operations if node in live and op_name(node) not in _IDLE]
+    found = [_told(node) for node in again.operations if node in live and op_name(node) not in IDLE]
     return None if found == stays else "the forward does something else without this branch"
 
 

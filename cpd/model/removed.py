@@ -69,7 +69,7 @@ class Nothing:
     def _sum(self, other: Any, factor: Any) -> Any:
         """What `factor * other` and nothing are together."""
         if not isinstance(other, Tensor):
-            return self if isinstance(other, Nothing) else other
+            return self if isinstance(other, Nothing) or other == 0 else other
         if factor != 1:
             return other * factor
         return other.clone() if self._copied else other
@@ -116,9 +116,10 @@ class Removed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Nothing | tuple[Nothing, ...]:
         """Nothing, whatever is given."""
-        given = next((item for item in (*args, *kwargs.values()) if isinstance(item, Tensor)), None)
-        like = given.new_zeros(()).expand(given.shape) if self.shaped and given is not None else None
-        nothing = Nothing(copied=self.copied, like=like)
+        given = next((item for item in (*args, *kwargs.values()) if isinstance(item, (Tensor, Nothing))), None)
+        if isinstance(given, Tensor):
+            given = Nothing(like=given.new_zeros(()).expand(given.shape))
+        nothing = Nothing(copied=self.copied, like=given._like if self.shaped and given is not None else None)
         return nothing if self.outputs is None else (nothing,) * self.outputs
 
 

@@ -267,11 +267,11 @@ def line_of(node: Node) -> str:
 
 
 def _read(nodes: list[Node]) -> list[Node]:
-    """Operations whose results are read, by others that are, or that write to what is."""
-    found: set[Node] = set()
+    """Operations whose results are read: outside, by others that are, or by writing to them."""
+    found, within = set[Node](), set(nodes)
     for node in reversed(nodes):
         writes = called(node).endswith("_") and not node.users
-        if writes or any(user.op == "output" or user in found or user not in nodes for user in node.users):
+        if writes or any(user in found or user not in within for user in node.users):
             found.add(node)
     return [node for node in nodes if node in found]
 
@@ -294,12 +294,11 @@ def pair(
     Returns:
         The pairs, and the first operation of `old` that has no twin; None where all have one.
     """
-    idle = _IDLE | {"clone"} if gone else _IDLE
-    left, right = (
-        [n for n in graph.operations if op_name(n) not in idle and not writes_state(n)] for graph in (old, new)
-    )
+    idle, sides = _IDLE, (old.operations, new.operations)
     if gone:
-        left, right = _read([n for n in left if n not in gone]), _read(right)
+        idle = _IDLE | {"clone", "dropout", "feature_dropout", "alpha_dropout"}
+        sides = _read([node for node in old.operations if node not in gone]), _read(new.operations)
+    left, right = ([n for n in side if op_name(n) not in idle and not writes_state(n)] for side in sides)
     pairs: dict[Node, Node] = {}
     for before, after in zip(left, right, strict=False):
         if op_name(before) != op_name(after):

@@ -91,7 +91,7 @@ def test_what_is_protected_stays(model, data, options):
 
 
 def test_no_more_go_than_may(model, data):
-    result = cpd.compress(model, target_macs=0.6, round_to=1, data=data, epochs=0, progress=False, max_removed=0.25)
+    result = cpd.compress(model, data=data, epochs=0, progress=False, **{**ASKED, "target_macs": 0.6}, max_removed=0.25)
     assert len(result.plan.removed) == 1
 
 
