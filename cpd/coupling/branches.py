@@ -185,13 +185,16 @@ def _branch(
 
 
 def _names(branches: Sequence[Found], inside: Sequence[Collection[str]]) -> list[str]:
-    """A name for each branch: the module that its operations lie in; where that holds several, the largest inside.
+    """A name for each branch: the module that its parameters lie in; where that holds several, the largest inside.
 
     Args:
         branches: the branches.
         inside: for each the parameters that go with it.
     """
-    places = [_common([owners(node)[0] for node in branch.nodes]) for branch in branches]
+    places = [
+        _common([tensor.rpartition(".")[0] for tensor in tensors] or [owners(node)[0] for node in branch.nodes])
+        for branch, tensors in zip(branches, inside, strict=True)
+    ]
     found, taken = list[str](), Counter[str]()
     for branch, place, tensors in zip(branches, places, inside, strict=True):
         name = place

@@ -142,6 +142,44 @@ class Functional(nn.Module):
         return (x + torch.conv2d(x, self.weight)).relu()
 
 
+class Rope(nn.Module):
+    """Attention that is given a table by name, whose result is scaled by the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attn = nn.BatchNorm2d(8), Tabled()
+        self.gamma = nn.Parameter(torch.ones(8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gamma * self.attn(self.norm(x), table=torch.ones(3))
+
+
+class Tabled(nn.Module):
+    """A layer with a table, after a dropout that does nothing in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.inner, self.last = nn.Dropout(0.5), conv(8, 16, 3), conv(8, 8)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        left, right = self.inner(self.drop(x)).split(8, 1)
+        return self.last(left * right + table.sum())
+
+
+class FromZero(nn.Module):
+    """Paths that are added up one by one, from 0 on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paths = nn.ModuleList([conv(8, 8), conv(8, 8, 3), nn.BatchNorm2d(8)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = 0
+        for path in self.paths:
+            total = total + path(x)
+        return torch.relu(total)
+
+
 class Writing(nn.Module):
     """The sum is written to, while what was added to is read again."""
 
@@ -163,6 +201,8 @@ BLOCKS = {
     "gated": (lambda: [Gated()], ["blocks.0"]),
     "parallel": (lambda: [Parallel()], ["blocks.0.left", "blocks.0.right"]),
     "nested": (lambda: [Nested()], ["blocks.0.inner", "blocks.0"]),
+    "table": (lambda: [Rope()], ["blocks.0"]),
+    "from zero": (lambda: [FromZero()], ["blocks.0.paths.0", "blocks.0.paths.1", "blocks.0.paths", "blocks.0.paths.2"]),
     "writing": (lambda: [Writing()], ["blocks.0.inner"]),
 }
 
