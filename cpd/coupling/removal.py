@@ -26,7 +26,7 @@ from cpd.plan import Replacement, removes
 from cpd.rules import Context, arguments
 from cpd.rules.base import find, tensor_inputs
 from cpd.rules.pointwise import pointwise
-from cpd.trace.graph import OperationGraph, op_name, owners, shape_of
+from cpd.trace.graph import IDLE, OperationGraph, op_name, owners, shape_of
 from cpd.trace.tracer import retrace_operations
 from cpd.trace.values import answering
 
@@ -40,12 +40,6 @@ _PASSING = {
 _IDEMPOTENT = {"relu", "hardtanh", "relu6", "clamp"}
 #: Ops whose results are at least 0.
 _POSITIVE = {"relu", "relu6", "sigmoid", "softmax", "abs", "exp", "square", "softplus", "hardsigmoid"}
-#: Ops that a copy without branches need not have: they compute nothing. What a dropout in eval mode gives is its input
-#: itself, so that what reads the input later seems to read the dropout.
-IDLE = {
-    "contiguous", "clone", "dropout", "feature_dropout", "alpha_dropout", "_set_grad_enabled", "_enter_autocast",
-    "_exit_autocast", "_assert_tensor_metadata",
-}  # fmt: skip
 #: Copies that are traced at most to tell which branches can go.
 MOST_COPIES = 64
 

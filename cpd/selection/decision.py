@@ -172,7 +172,6 @@ class Decider:
         elif len(self.scopes) > 1:
             self.scopes = self._near(selector)
         leaving = self.leaving[: math.ceil(share * len(self.leaving))]
-        selectors = {scope: selector(scope, leaving) for scope in self.scopes}
         scopes, goal = self.scopes, self.goal
         if goal is None or share == 1:
             at_target = {scope: selector(scope, self.leaving) for scope in self.scopes}
@@ -180,8 +179,7 @@ class Decider:
             scopes, goal = (scope,), self._figure(at_target[scope].comb.cost(self.counts(keep)))
             if share == 1:
                 return Decision(keep, leaving, self.leaving, scopes, goal, (*told, *notes))
-        (chosen,) = (selectors[scope] for scope in scopes)
-        full = self._figure(self.comb.cost({}))
+        chosen, full = selector(scopes[0], leaving), self._figure(self.comb.cost({}))
         plan = chosen.plan(chosen.meet(self._figure, full - (full - goal) * share))
         return Decision(dict(plan.groups), leaving, self.leaving, scopes, goal, told)
 
@@ -241,9 +239,10 @@ class Decider:
 
         tried = best_number([errors[name] for name in order], candidate)
         best = chosen_number(tried)
-        told = ", ".join(f"{tried[number]:.3g} without {number}" for number in sorted(tried))
+        told = ", ".join(f"{number}: {tried[number]:.3g}" for number in sorted(tried))
         named = f": {', '.join(order[:best][:NAMED])}{', …' if best > NAMED else ''}" if best else ""
-        note = f"Branches removed: {best} of {len(names)}{named}. Relative error of the logits at the target: {told}."
+        by_number = f"Relative error of the logits at the target, by the number of branches removed: {told}."
+        note = f"Branches removed: {best} of {len(names)}{named}. {by_number}"
         return tuple(order[:best]), (note,)
 
     def _near(self, selector: Callable[[Scope, Sequence[str]], Selector]) -> tuple[Scope, ...]:

@@ -279,6 +279,9 @@ def _read(nodes: list[Node]) -> list[Node]:
 #: Ops that compute nothing: left out where a tensor is laid out so already, which may depend on a width, or kept as
 #: the edge of a sub-graph.
 _IDLE = {"contiguous", "_set_grad_enabled", "_enter_autocast", "_exit_autocast", "_assert_tensor_metadata"}
+#: Those, and the ones that a copy without some operations may have or lack. What a dropout in eval mode gives is its
+#: input itself, so that what reads the input later seems to read the dropout.
+IDLE = _IDLE | {"clone", "dropout", "feature_dropout", "alpha_dropout"}
 
 
 def pair(
@@ -296,7 +299,7 @@ def pair(
     """
     idle, sides = _IDLE, (old.operations, new.operations)
     if gone:
-        idle = _IDLE | {"clone", "dropout", "feature_dropout", "alpha_dropout"}
+        idle = IDLE
         sides = _read([node for node in old.operations if node not in gone]), _read(new.operations)
     left, right = ([n for n in side if op_name(n) not in idle and not writes_state(n)] for side in sides)
     pairs: dict[Node, Node] = {}
