@@ -15,11 +15,15 @@ from itertools import takewhile
 from torch import nn
 from torch.fx import Node
 
+from cpd.algebra.axes import Dim
 from cpd.coupling.cost import Cost, CostFigures
 from cpd.coupling.exactness import live_nodes
 from cpd.coupling.groups import Group
 from cpd.coupling.removal import NO_REMOVAL, Found, Removal, Remover, proved
 from cpd.errors import PlanError
+from cpd.proof.copies import narrower
+from cpd.proof.draws import Draws, Widths
+from cpd.proof.provenance import Place
 from cpd.rules import Context
 from cpd.trace.graph import OperationGraph, op_name, owners, shape_of
 
@@ -115,6 +119,8 @@ class Removable:
     Args:
         ctx: the algebra over the graph.
         model: the unpruned model.
+        dims: the dimensions of its parameters and buffers.
+        attributes: its integers that follow a width.
         groups: its groups.
         cost: its cost.
 
@@ -122,10 +128,14 @@ class Removable:
         branches: every one, in the order of the sums.
     """
 
-    def __init__(self, ctx: Context, model: nn.Module, groups: Sequence[Group], cost: Cost) -> None:
+    def __init__(
+        self, ctx: Context, model: nn.Module, dims: Mapping[str, tuple[Dim, ...]], attributes: Mapping[Place, Dim],
+        groups: Sequence[Group], cost: Cost,
+    ) -> None:  # fmt: skip
         self._groups, self._cost = groups, cost
         self._known: dict[frozenset[str], Removal] = {}
-        self._remover = Remover(ctx, model)
+        widths = Draws(ctx, Widths(dims)).draw(done=0)
+        self._remover = Remover(ctx, model, narrower(model, dims, attributes, widths), widths)
         found = proved(self._remover, find_branches(ctx))
         removals = [NO_REMOVAL if why else self._completed(self._remover.removal([one])) for one, why in found]
         inside = [[name for group in groups for name in _tensors(group) if item.removes(name)] for item in removals]

@@ -151,7 +151,7 @@ class Comb:
                 self.model, self.architecture, PlanError, "The comb is",
                 "Ask for comb.branches before the model is shrunk, or comb it anew.",
             )  # fmt: skip
-            self._found.append(Removable(self.context, self.model, self.groups, self.cost))
+            self._found.append(Removable(self.context, self.model, self.dims, self.attributes, self.groups, self.cost))
         return self._found[0]
 
     @property

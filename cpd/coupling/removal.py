@@ -23,6 +23,8 @@ from cpd.model.removed import put_in_place, replacement
 from cpd.model.skeleton import skeleton
 from cpd.model.state import preserved
 from cpd.plan import Replacement, removes
+from cpd.proof.copies import mismatch
+from cpd.proof.draws import Counts
 from cpd.rules import Context, arguments
 from cpd.rules.base import find, tensor_inputs
 from cpd.rules.pointwise import pointwise
@@ -97,10 +99,12 @@ class Remover:
     Args:
         ctx: the algebra over the graph.
         model: the unpruned model; left as it was.
+        narrow: a copy of it at other widths, without values.
+        widths: those widths.
     """
 
-    def __init__(self, ctx: Context, model: nn.Module) -> None:
-        self.ctx, self.graph, self.model = ctx, ctx.graph, model
+    def __init__(self, ctx: Context, model: nn.Module, narrow: nn.Module, widths: Counts) -> None:
+        self.ctx, self.graph, self.narrow, self.widths = ctx, ctx.graph, narrow, widths
         self.calls = _calls(model, self.graph)
         self.inside: dict[str, list[Node]] = {}
         for node in self.graph.operations:
@@ -144,9 +148,17 @@ class Remover:
                 continue
             if any(end.startswith(f"{path}.") for end in ends):
                 continue
-            call = self.calls[path]
-            replacements.append(Replacement(path, "nothing", ends.get(path, False), call.keeps, call.outputs))
+            shaped = self.calls[path].keeps and self._keeps_widths(path)
+            replacements.append(Replacement(path, "nothing", ends.get(path, False), shaped, self.calls[path].outputs))
         return Removal(frozenset(), instead, frozenset(gone | passed), tuple(replacements))
+
+    def _keeps_widths(self, path: str) -> bool:
+        """Whether what a module gives is as wide as what it is given of the same shape, at all widths."""
+        nodes = self.inside[path]
+        out = next((node for node in nodes if not set(nodes).issuperset(node.users)), nodes[-1])
+        given = {source for node in nodes for source in node.all_input_nodes if source.name not in self.graph.tensors}
+        alike = [source for source in given.difference(nodes) if shape_of(source) == shape_of(out)]
+        return all(self.ctx.dims_of(source) == self.ctx.dims_of(out) for source in alike)
 
     def _passes(self, path: str, instead: Mapping[Node, Node], apart: Collection[Node]) -> dict[Node, Node] | None:
         """What to read in the place of a module's results where it gives what it was given; None where it does not."""
@@ -321,17 +333,11 @@ def _differs(remover: Remover, branches: Sequence[Found]) -> str | None:
     removal = remover.removal(branches)
     if removal is None:
         return "no module gives this operand of the sum and nothing else"
-    copy = skeleton(remover.model, {})
+    copy = skeleton(remover.narrow, {})
     put_in_place(copy, {item.module: replacement(item) for item in removal.replacements})
     again = retrace_operations(copy, remover.graph)
     if again is None:
         return "the forward fails without this branch"
-    expected = [node for node in remover.graph.operations if node not in removal.gone]
-    stays = [_told(node) for node in expected if op_name(node) not in IDLE]
-    live = live_nodes(again)
-    found = [_told(node) for node in again.operations if node in live and op_name(node) not in IDLE]
-    return None if found == stays else "the forward does something else without this branch"
-
-
-def _told(node: Node) -> tuple[str, tuple[int, ...]]:
-    return op_name(node), shape_of(node)
+    if mismatch(remover.ctx, again, remover.widths, removal.gone) is not None:
+        return "the forward does something else without this branch"
+    return None

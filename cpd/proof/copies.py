@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -105,15 +105,7 @@ class Copies:
 
     def narrow(self, counts: Counts, extra: Mapping[Place, Dim] | None = None, *, meta: bool = False) -> nn.Module:
         """A copy of the model with these widths, its attributes and some extra ones set, without values."""
-        shapes = {
-            name: shape
-            for name, dims in self.dims.items()
-            if (shape := tuple(axes.count(dim, counts) for dim in dims)) != tuple(dim.size for dim in dims)
-        }
-        with garbage_collection_paused():
-            model = skeleton(self.model, shapes, meta=meta)
-        set_attributes(model, edits(self.model, {**self.attributes, **(extra or {})}, counts))
-        return model
+        return narrower(self.model, self.dims, {**self.attributes, **(extra or {})}, counts, meta=meta)
 
     def observe(
         self, counts: Counts, extra: Mapping[Place, Dim] | None = None, *, compare: bool = False
@@ -225,6 +217,55 @@ class Copies:
             return False
         dim = self.ctx.shape(node.all_input_nodes[0])[arguments(node)["dim"]]
         return before >= dim.size and after >= axes.count(dim, counts)
+
+
+def narrower(
+    model: nn.Module, dims: Mapping[str, tuple[Dim, ...]], attributes: Mapping[Place, Dim], counts: Counts, *,
+    meta: bool = False,
+) -> nn.Module:  # fmt: skip
+    """A copy of a model at other widths, without values.
+
+    Args:
+        model: the model; left as it was.
+        dims: the dimensions of its parameters and buffers.
+        attributes: the integers that follow a width.
+        counts: the width of each axis that is not whole.
+        meta: put every tensor on the meta device.
+    """
+    shapes = {
+        name: shape
+        for name, each in dims.items()
+        if (shape := tuple(axes.count(dim, counts) for dim in each)) != tuple(dim.size for dim in each)
+    }
+    with garbage_collection_paused():
+        copy = skeleton(model, shapes, meta=meta)
+    set_attributes(copy, edits(model, attributes, counts))
+    return copy
+
+
+def mismatch(ctx: Context, again: OperationGraph, counts: Counts, gone: Collection[Node] = frozenset()) -> str | None:
+    """The first operation of a narrower copy that is not there, or whose result is not as wide as predicted.
+
+    Args:
+        ctx: the algebra over the graph of the unpruned model.
+        again: the operations of the copy.
+        counts: the width of each axis that is not whole.
+        gone: operations that the copy is without.
+
+    Returns:
+        None where all agree, else a sentence that names the operation.
+    """
+    pairs, odd = pair(ctx.graph, again, gone)
+    if odd is not None:
+        return f"{odd.name} has no counterpart in the shrunk model"
+    for before, after in pairs.items():
+        value, found = ctx.values[before], after.meta.get("val")
+        shapes, tensors = (value, list(found or ())) if isinstance(value, list) else ([value], [found])
+        for shape, tensor in zip(shapes, tensors, strict=True):
+            expected = tuple(axes.count(dim, counts) for dim in shape)
+            if isinstance(tensor, Tensor) and expected != tuple(tensor.shape):
+                return f"{before.name} is {list(tensor.shape)}; predicted {list(expected)}"
+    return None
 
 
 def edits(model: nn.Module, attributes: Mapping[Place, Dim], counts: Counts) -> list[Attribute]:

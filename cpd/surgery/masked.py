@@ -31,10 +31,11 @@ from cpd.model.inputs import check_model, evaluating, plain_attention
 from cpd.model.tensors import every_tensor
 from cpd.plan import Plan
 from cpd.proof.constants import ATTENTION
+from cpd.proof.copies import mismatch
 from cpd.proof.replay import predicted
 from cpd.rules import Shape, arguments
 from cpd.rules.base import tensor_inputs
-from cpd.trace.graph import OperationGraph, op_name, pair
+from cpd.trace.graph import OperationGraph, op_name
 from cpd.trace.values import answering
 
 #: Ops that mix over a dimension otherwise than by a sum of products: they see its kept positions alone.
@@ -225,14 +226,4 @@ def shape_mismatch(comb: Comb, plan: Plan, again: OperationGraph) -> str | None:
         None where all agree, else a sentence that names the node.
     """
     widths = {group.axis: len(plan.groups[group.name]) for group in comb.groups}
-    pairs, odd = pair(comb.operations, again, comb.removal(plan.removed).gone)
-    if odd is not None:
-        return f"{odd.name} has no counterpart in the shrunk model"
-    for before, after in pairs.items():
-        value, found = comb.context.values[before], after.meta.get("val")
-        shapes, tensors = (value, list(found or ())) if isinstance(value, list) else ([value], [found])
-        for shape, tensor in zip(shapes, tensors, strict=True):
-            expected = tuple(axes.count(dim, widths) for dim in shape)
-            if isinstance(tensor, Tensor) and expected != tuple(tensor.shape):
-                return f"{before.name} is {list(tensor.shape)}; predicted {list(expected)}"
-    return None
+    return mismatch(comb.context, again, widths, comb.removal(plan.removed).gone)
