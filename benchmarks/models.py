@@ -127,12 +127,13 @@ def random_plan(combed: Comb, share: float = 0.3, *, exact: bool = False, seed: 
 
 
 def random_branches(combed: Comb, share: float = 0.3, *, seed: int = 0, at_least: int = 1) -> list[str]:
-    """A random `share`, and at least so many, of the branches that can be removed, of each sum one at most."""
-    rng = random.Random(seed)
-    names = [branch.name for branch in combed.branches if branch.frozen is None]
-    sums = {branch.name: branch.found.sum for branch in combed.branches}
-    chosen = rng.sample(names, min(len(names), max(at_least, round(share * len(names)))))
-    return list({sums[name]: name for name in chosen}.values())
+    """A random `share`, and at least so many, of the branches that can be removed; one operand of each sum stays."""
+    rng, chosen = random.Random(seed), list[str]()
+    can_go = [branch for branch in combed.branches if branch.frozen is None]
+    for branch in rng.sample(can_go, min(len(can_go), max(at_least, round(share * len(can_go))))):
+        if branch.may_follow(chosen):
+            chosen.append(branch.name)
+    return chosen
 
 
 def counted_macs(model: nn.Module, call: Call) -> int:

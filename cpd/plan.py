@@ -83,14 +83,15 @@ class Replacement:
 
     Attributes:
         module: path of the module.
-        by: "identity" (`torch.nn.Identity`), or "nothing": what a sum takes no notice of (`cpd.model.removed`).
-        copied: with "nothing": the sum is copied, for something is written to it later.
-        shaped: with "nothing": what the module gives has the shape of its first argument.
-        outputs: with "nothing": how many the module returns in a tuple; None where it is none.
+        by: "identity" (`torch.nn.Identity`), or what is left out (`cpd.model.removed`): "nothing" of a sum, "empty" of
+            a concatenation, "one" of a product.
+        copied: what is left of the sum or product is copied, for something is written to it later.
+        shaped: what the module gives has the shape of its first argument.
+        outputs: how many the module returns in a tuple; None where it is none.
     """
 
     module: str
-    by: Literal["identity", "nothing"]
+    by: Literal["identity", "nothing", "empty", "one"]
     copied: bool = False
     shaped: bool = False
     outputs: int | None = None

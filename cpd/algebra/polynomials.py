@@ -6,7 +6,7 @@ of products of dimensions. Both are laid out as arrays of indices once; evaluati
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -45,6 +45,7 @@ class ProductSums:
         self._dims = len(dims)
         #: The column of each dimension, resolved, in what `dims` gives.
         self.places = place
+        self._present = np.ones(len(self.axes), dtype=np.int64)
         self._products = _padded([[place[axes.resolve(dim)] for dim in product] for product in products], len(dims))
 
     def weighted(self, factors: npt.NDArray[Any]) -> ProductSums:
@@ -53,9 +54,15 @@ class ProductSums:
         other._weights = self._weights * factors
         return other
 
+    def without(self, absent: Collection[Axis]) -> ProductSums:
+        """The same sums where no position is left of some axes, whatever widths are given."""
+        other = copy(self)
+        other._present = self._present * np.array([axis not in absent for axis in self.axes], dtype=np.int64)
+        return other
+
     def widths(self, counts: Mapping[Axis, int]) -> Numbers:
         """[axes]: the width of each axis, whole where it is not named."""
-        return np.array([counts.get(axis, axis.size) for axis in self.axes], dtype=np.int64)
+        return np.array([counts.get(axis, axis.size) for axis in self.axes], dtype=np.int64) * self._present
 
     def __call__(self, widths: npt.ArrayLike) -> npt.NDArray[Any]:
         """[candidates, axes] -> [candidates, figures], exact where the weights are integers."""
@@ -65,7 +72,7 @@ class ProductSums:
 
     def slopes(self, widths: npt.ArrayLike) -> Floats:
         """[axes] -> [axes, figures]: what each figure gains by one position more of each axis, to first order."""
-        at: Floats = np.asarray(widths, dtype=np.float64)
+        at: Floats = np.asarray(widths, dtype=np.float64) * self._present
         by_dim = np.zeros((self._dims + 1, self._weights.shape[1]))
         for column, others in _others(_gathered(self._dim_values(at[None]), self._products)[0]):
             np.add.at(by_dim, self._products[:, column], others[:, None] * self._weights)
@@ -82,7 +89,7 @@ class ProductSums:
 
     def _dim_values(self, widths: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         """[candidates, axes] -> [candidates, dims]."""
-        values = _gathered(widths, self._monomials).prod(-1) * self._coefficients
+        values = _gathered(np.multiply(widths, self._present), self._monomials).prod(-1) * self._coefficients
         found: npt.NDArray[np.generic] = np.add.reduceat(values, self._starts, axis=1)
         return found
 

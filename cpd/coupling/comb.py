@@ -303,6 +303,7 @@ class Comb:
         if unknown:
             raise PlanError(f"Unknown groups {unknown}; comb.groups lists the names.")
         masks, adjusted = self._honour_ties(masks, strict)
+        masks.update((axis, np.zeros(axis.size, dtype=np.bool_)) for axis in removal.empty)
         return self._build(masks, adjusted, removal)
 
     def _honour_ties(self, masks: dict[Axis, Mask], strict: bool) -> tuple[dict[Axis, Mask], list[str]]:

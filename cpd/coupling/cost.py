@@ -119,19 +119,20 @@ class Cost:
         self._fixed = sum(others.values())
         self._sums = ProductSums([term.dims for term in self._terms], weights, figures=3)
 
-    def without(self, nodes: Collection[Node], removes: Callable[[str], bool]) -> Cost:
+    def without(self, nodes: Collection[Node], removes: Callable[[str], bool], empty: Collection[Axis] = ()) -> Cost:
         """The cost of a model without some operations.
 
         Args:
             nodes: the operations that are not there.
             removes: whether a parameter is not there either.
+            empty: axes of which no position is left.
         """
         other = copy(self)
         kept = [not (term.node in nodes or (term.name and removes(term.name))) for term in self._terms]
         other._terms = [term for term, stays in zip(self._terms, kept, strict=True) if stays]
         other.unused = {name: size for name, size in self.unused.items() if not removes(name)}
         other._fixed = self._fixed - sum(self.unused.values()) + sum(other.unused.values())
-        other._sums = self._sums.weighted(np.array(kept)[:, None])
+        other._sums = self._sums.weighted(np.array(kept)[:, None]).without(empty)
         return other
 
     def __call__(self, counts: Mapping[Axis, int]) -> CostFigures:

@@ -226,6 +226,7 @@ def live_nodes(
     graph: OperationGraph,
     instead: Mapping[Node, Node] = MappingProxyType({}),
     apart: Collection[Node] = frozenset(),
+    left_out: Collection[tuple[Node, Node]] = frozenset(),
 ) -> set[Node]:
     """The nodes that an output which matters depends on, or a number that is read, and what is written to a tensor.
 
@@ -233,6 +234,7 @@ def live_nodes(
         graph: the operations.
         instead: nodes that only pass another on, which is read in their place.
         apart: nodes that write to nothing but what only they read.
+        left_out: concatenations, each with an operand that is left out of it.
     """
     live = set(graph.returned())
     for node in reversed(graph.nodes):
@@ -241,7 +243,8 @@ def live_nodes(
         if node.op == "output" or not (written or node in live):
             continue
         live.add(node)
-        live.update([instead[node]] if node in instead else node.all_input_nodes)
+        read = [instead[node]] if node in instead else node.all_input_nodes
+        live.update(source for source in read if (node, source) not in left_out)
     return live
 
 

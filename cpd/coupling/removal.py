@@ -7,20 +7,21 @@ traced, and must do what is predicted; a branch with which it does not stays.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
+from cpd.algebra import axes
+from cpd.algebra.axes import Axis
 from cpd.coupling.cost import Cost
 from cpd.coupling.exactness import READS, ZERO_PRESERVING, gives_zero, live_nodes, shares
 from cpd.model.inputs import evaluating
 from cpd.model.removed import put_in_place, replacement
-from cpd.model.skeleton import skeleton
 from cpd.model.state import preserved
 from cpd.plan import Replacement, removes
 from cpd.proof.copies import mismatch
@@ -42,6 +43,7 @@ _PASSING = {
 _IDEMPOTENT = {"relu", "hardtanh", "relu6", "clamp"}
 #: Ops whose results are at least 0.
 _POSITIVE = {"relu", "relu6", "sigmoid", "softmax", "abs", "exp", "square", "softplus", "hardsigmoid"}
+NO_MODULE = "no module gives this operand and nothing else"
 #: Copies that are traced at most to tell which branches can go.
 MOST_COPIES = 64
 
@@ -51,18 +53,24 @@ class Found:
     """A branch in the graph.
 
     Attributes:
-        sum: the sum.
-        operand: the operand of it that the branch gives.
-        other: the other one.
+        kind: what it gives is left out of a sum ("nothing"), of concatenations ("empty") or of a product ("one").
+        joint: that operation; of several concatenations the first.
+        operands: what it gives to that: one value, or, to concatenations, one or more.
+        other: the other operand of a sum or product.
         nodes: the operations of the branch.
         start: the nodes that it reads.
+        left_out: concatenations, each with the operand that is left out of it.
+        empty: the axes of which no position is left then.
     """
 
-    sum: Node
-    operand: Node
-    other: Node
+    kind: Literal["nothing", "empty", "one"]
+    joint: Node
+    operands: tuple[Node, ...]
+    other: Node | None
     nodes: frozenset[Node]
     start: tuple[Node, ...]
+    left_out: frozenset[tuple[Node, Node]] = frozenset()
+    empty: frozenset[Axis] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +81,7 @@ class Removal:
         names: of the branches.
         instead: each sum that is passed over -> the operand that is left.
         gone: every operation that is not there any more, the sums included.
+        empty: the axes of which no position is left, while others are concatenated with them.
         replacements: the modules to be replaced.
         groups: names of the groups that go.
         cost: of what is left; None where nothing goes.
@@ -81,6 +90,7 @@ class Removal:
     names: frozenset[str] = frozenset()
     instead: Mapping[Node, Node] = field(default_factory=dict)
     gone: frozenset[Node] = frozenset()
+    empty: frozenset[Axis] = frozenset()
     replacements: tuple[Replacement, ...] = ()
     groups: frozenset[str] = frozenset()
     cost: Cost | None = None
@@ -99,11 +109,11 @@ class Remover:
     Args:
         ctx: the algebra over the graph.
         model: the unpruned model; left as it was.
-        narrow: a copy of it at other widths, without values.
-        widths: those widths.
+        narrow: gives a copy of it at other widths, without values.
+        widths: those at which a removal is tried.
     """
 
-    def __init__(self, ctx: Context, model: nn.Module, narrow: nn.Module, widths: Counts) -> None:
+    def __init__(self, ctx: Context, model: nn.Module, narrow: Callable[[Counts], nn.Module], widths: Counts) -> None:
         self.ctx, self.graph, self.narrow, self.widths = ctx, ctx.graph, narrow, widths
         self.calls = _calls(model, self.graph)
         self.inside: dict[str, list[Node]] = {}
@@ -116,32 +126,50 @@ class Remover:
         for node in branch.nodes:
             if any(changed for _, changed in shares(node)) and _memory(node) not in branch.nodes:
                 return self.ctx.reason(node, "it writes to a tensor that others read")
-        if self.removal([branch]) is None:
-            return self.ctx.reason(branch.operand, "no module gives this operand of the sum and nothing else")
+        found = self.removal([branch])
+        if found is None:
+            return self.ctx.reason(branch.operands[0], NO_MODULE)
+        beside = next((name for name in self._along(branch.empty) if not found.removes(name)), None)
+        if beside is not None:
+            return self.ctx.reason(branch.operands[0], f"{beside} lies beside the modules of this branch")
         return None
 
+    def _along(self, empty: Collection[Axis]) -> list[str]:
+        """The parameters and buffers of which nothing is left without some axes."""
+        nodes = [node for node in self.graph.nodes if empty and node.name in self.graph.tensors]
+        return [self.graph.tensors[node.name] for node in nodes if vanishes(self.ctx, node, empty)]
+
     def removal(self, branches: Iterable[Found]) -> Removal | None:
-        """What goes with some branches, of each sum one at most; None where no modules can be replaced for it."""
-        instead = {branch.sum: branch.other for branch in branches}
+        """What goes with some branches; None where no modules can be replaced for it."""
+        branches = list(branches)
+        instead = {branch.joint: branch.other for branch in branches if branch.other is not None}
         apart = {node for branch in branches for node in branch.nodes}
-        live = live_nodes(self.graph, instead, apart)
+        left_out = frozenset(pair for branch in branches for pair in branch.left_out)
+        live = live_nodes(self.graph, instead, apart, left_out)
+        joins = {join for join, _ in left_out if join in live}
+        if any(all((join, source) in left_out for source in join.all_input_nodes) for join in joins):
+            return None
         whole = dict[str, Node]()
         for path in dict.fromkeys(path for node in instead if node in live for path in owners(node)):
             if path and not any(inner.startswith(f"{path}.") for inner in whole):
-                passes = self._passes(path, instead, apart)
+                passes = self._passes(path, instead, apart, left_out)
                 if passes is not None:
                     instead, whole = {**instead, **passes}, {**whole, path: next(iter(passes))}
-                    live = live_nodes(self.graph, instead, apart)
+                    live = live_nodes(self.graph, instead, apart, left_out)
         gone = {node for node in self.graph.operations if node not in live}
         passed = {node for node in instead if node in live}
         dead = {path for path, nodes in self.inside.items() if path and _goes(nodes, gone)} - whole.keys()
-        ends = dict[str, bool]()
+        ends = dict[str, tuple[Found, bool]]()
         for branch in branches:
-            if branch.sum in live and not any(branch.sum in self.inside[path] for path in whole):
-                found = self._ends(branch.operand, dead)
-                if found is None:
+            if any(branch.joint in self.inside[path] for path in whole):
+                continue
+            joints = {branch.joint} | {join for join, _ in branch.left_out}
+            for operand in branch.operands if joints & live else ():
+                found = self._ends(operand, dead) if branch.kind == "nothing" else self._sources(operand, dead)
+                if found is None or any(path in ends and ends[path][0].kind != branch.kind for path in found):
                     return None
-                ends |= {path: ends.get(path, False) or _written(branch.sum) for path in found}
+                copied = branch.other is not None and _written(branch.joint)
+                ends |= {path: (branch, copied or (path in ends and ends[path][1])) for path in found}
         replacements = [Replacement(path, "identity") for path in whole]
         for path in sorted(dead, key=lambda path: (path.count("."), path)):
             if not self.calls.get(path) or any(path.startswith(f"{item.module}.") for item in replacements):
@@ -149,8 +177,10 @@ class Remover:
             if any(end.startswith(f"{path}.") for end in ends):
                 continue
             shaped = self.calls[path].keeps and self._keeps_widths(path)
-            replacements.append(Replacement(path, "nothing", ends.get(path, False), shaped, self.calls[path].outputs))
-        return Removal(frozenset(), instead, frozenset(gone | passed), tuple(replacements))
+            kind, copied = (ends[path][0].kind, ends[path][1]) if path in ends else ("nothing", False)
+            replacements.append(Replacement(path, kind, copied, shaped, self.calls[path].outputs))
+        empty = frozenset(axis for branch in branches for axis in branch.empty)
+        return Removal(frozenset(), instead, frozenset(gone | passed), empty, tuple(replacements))
 
     def _keeps_widths(self, path: str) -> bool:
         """Whether what a module gives is as wide as what it is given of the same shape, at all widths."""
@@ -160,7 +190,9 @@ class Remover:
         alike = [source for source in given.difference(nodes) if shape_of(source) == shape_of(out)]
         return all(self.ctx.dims_of(source) == self.ctx.dims_of(out) for source in alike)
 
-    def _passes(self, path: str, instead: Mapping[Node, Node], apart: Collection[Node]) -> dict[Node, Node] | None:
+    def _passes(
+        self, path: str, instead: Mapping[Node, Node], apart: Collection[Node], left_out: Collection[tuple[Node, Node]]
+    ) -> dict[Node, Node] | None:
         """What to read in the place of a module's results where it gives what it was given; None where it does not."""
         nodes, passed, roots = set(self.inside[path]), dict[Node, Node](), set[Node]()
         for out in self.inside[path]:
@@ -178,7 +210,7 @@ class Remover:
         call = self.calls.get(path, NEVER)
         if len(roots) != 1 or (call.times, call.args, call.kwargs, call.outputs) != (1, 1, 0, None):
             return None
-        live = live_nodes(self.graph, {**instead, **passed}, apart)
+        live = live_nodes(self.graph, {**instead, **passed}, apart, left_out)
         return passed if live.isdisjoint(nodes - passed.keys()) else None
 
     def _unchanged(self, node: Node, instead: Mapping[Node, Node]) -> Node | None:
@@ -187,11 +219,25 @@ class Remover:
             return None
         return node.args[0] if _within(node.args[0], node, instead) else None
 
+    def _sources(self, node: Node, dead: Collection[str]) -> set[str] | None:
+        """The modules that all of a value comes from, if all of them go."""
+        path = self._outermost(node, dead)
+        if path is not None:
+            return {path}
+        sources = [source for source in tensor_inputs(node) if source.name not in self.graph.tensors]
+        each = [self._sources(source, dead) for source in sources if node.op == "call_function"]
+        return None if not each or any(item is None for item in each) else set().union(*(item or () for item in each))
+
+    def _outermost(self, node: Node, dead: Collection[str]) -> str | None:
+        """The largest module that goes which a node is called in."""
+        paths = owners(node) if node.op == "call_function" else []
+        return next((path for path in reversed(paths) if path in dead and self.calls.get(path)), None)
+
     def _ends(self, node: Node, dead: Collection[str]) -> set[str] | None:
         """The modules that make a value zero once they give nothing; None where there are none."""
         if node.op != "call_function":
             return None
-        path = next((path for path in reversed(owners(node)) if path in dead and self.calls.get(path)), None)
+        path = self._outermost(node, dead)
         if path is not None:
             return {path}
         name, sources = op_name(node).removesuffix("_"), tensor_inputs(node)
@@ -206,6 +252,12 @@ class Remover:
             if each and all(item is not None for item in each):
                 return set().union(*(item or () for item in each))
         return None
+
+
+def vanishes(ctx: Context, node: Node, empty: Collection[Axis]) -> bool:
+    """Whether nothing is left of a node's tensor, or of one of them, without some axes."""
+    counts = dict.fromkeys(empty, 0)
+    return any(dim.size and not axes.count(dim, counts) for dim in ctx.dims_of(node))
 
 
 @dataclass(frozen=True)
@@ -304,8 +356,8 @@ def proved(remover: Remover, branches: Iterable[Found]) -> list[tuple[Found, str
     rounds: list[dict[str, Found]] = []
     together = dict[Node, Found]()
     for branch in (branch for branch, reason in reasons.items() if reason is None):
-        together.setdefault(branch.sum, branch)
-        around = owners(branch.sum)[0]
+        together.setdefault(branch.joint, branch)
+        around = owners(branch.joint)[0]
         free = next((some for some in rounds if around not in some), None)
         if free is None:
             rounds.append(free := {})
@@ -321,7 +373,7 @@ def proved(remover: Remover, branches: Iterable[Found]) -> list[tuple[Found, str
         if wrong is None:
             continue
         if len(some) == 1 or left < 0:
-            reasons |= {branch: remover.ctx.reason(branch.sum, wrong) for branch in some}
+            reasons |= {branch: remover.ctx.reason(branch.joint, wrong) for branch in some}
         else:
             middle = len(some) // 2
             pending[:0] = [some[:middle], some[middle:]]
@@ -332,12 +384,13 @@ def _differs(remover: Remover, branches: Sequence[Found]) -> str | None:
     """What a copy without some branches does otherwise than predicted; None where it does what is predicted."""
     removal = remover.removal(branches)
     if removal is None:
-        return "no module gives this operand of the sum and nothing else"
-    copy = skeleton(remover.narrow, {})
+        return NO_MODULE
+    widths = {**remover.widths, **dict.fromkeys(removal.empty, 0)}
+    copy = remover.narrow(widths)
     put_in_place(copy, {item.module: replacement(item) for item in removal.replacements})
     again = retrace_operations(copy, remover.graph)
     if again is None:
         return "the forward fails without this branch"
-    if mismatch(remover.ctx, again, remover.widths, removal.gone) is not None:
+    if mismatch(remover.ctx, again, widths, removal.gone) is not None:
         return "the forward does something else without this branch"
     return None

@@ -124,6 +124,7 @@ class LatencyModel:
         self._excess = {item: item.ms - self._pace * alone[item] for item in self._items}
         self._least = {item: min(LEAST, item.ms / max(self._pace * alone[item], 1e-9)) for item in self._items}
         self._observed: list[tuple[float, float]] = []
+        self._empty: dict[Axis, int] = {}
 
     def unobserved(self) -> LatencyModel:
         """The same model, to be corrected by other measurements than this one."""
@@ -131,9 +132,15 @@ class LatencyModel:
         other._observed = []
         return other
 
-    def without(self, nodes: Collection[Node]) -> LatencyModel:
-        """The same model of a network without some operations, to be corrected by other measurements."""
+    def without(self, nodes: Collection[Node], empty: Collection[Axis] = ()) -> LatencyModel:
+        """The same model of a network without some operations, to be corrected by other measurements.
+
+        Args:
+            nodes: the operations that are not there.
+            empty: axes of which no position is left.
+        """
         other = self.unobserved()
+        other._empty = dict.fromkeys(empty, 0)
         other.shares = [share.without(nodes) for share in self.shares]
         other._constant = _constant(other.shares)
         other._items = [item for item in self._items if item.contraction.node not in nodes]
@@ -141,7 +148,7 @@ class LatencyModel:
             axis: [item for item in users if item.contraction.node not in nodes] for axis, users in self._users.items()
         }
         stays = [item.node not in nodes for item in self._computed]
-        other._sums = self._sums.weighted(np.array(stays)[:, None])
+        other._sums = self._sums.weighted(np.array(stays)[:, None]).without(empty)
         return other
 
     def milliseconds(self, counts: Mapping[Axis, int]) -> float:
@@ -191,7 +198,7 @@ class LatencyModel:
                 found.append(sum(of.get(id(item), each) for item in share.contractions))
                 continue
             whole = sum(_size(item.dims, {}) for item in share.tensors)
-            left = sum(_size(item.dims, counts) for item in share.tensors) / whole if whole else 1.0
+            left = sum(_size(item.dims, {**counts, **self._empty}) for item in share.tensors) / whole if whole else 1.0
             found.append(share.call_ms + (share.ms - share.call_ms) * left)
         return found
 

@@ -2,12 +2,13 @@
 
 `x + branch(x)` without the branch is `x`. The user's forward still says `x + …`, so what the branch gives is a
 `Nothing`, to which adding `x` gives `x` itself: no operation is left of the branch, in eager mode or in an export.
+`torch.cat([x, branch(x)], 1)` leaves it out in the same way, and `x * gate(x)` is `x`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -17,6 +18,12 @@ from cpd.plan import Replacement
 _ADDING = {"add", "add_", "__add__", "__radd__", "__iadd__"}
 _SUBTRACTING = {"sub", "sub_", "subtract", "subtract_", "__sub__", "__isub__"}
 _FROM = {"rsub", "__rsub__"}
+_MULTIPLYING = {
+    "mul", "mul_", "multiply", "multiply_", "__mul__", "__rmul__", "__imul__", "div", "div_", "divide", "divide_",
+    "true_divide", "__truediv__", "__itruediv__",
+}  # fmt: skip
+_JOINING = {"cat", "concat", "concatenate"}
+Kind = Literal["nothing", "empty", "one"]
 #: What only a tensor can tell.
 _ASKED = {
     "size", "dim", "ndimension", "numel", "nelement", "item", "tolist", "numpy", "stride", "is_contiguous", "data_ptr",
@@ -25,15 +32,17 @@ _ASKED = {
 
 
 class Nothing:
-    """A tensor of zeros: a sum with it is the other operand, whatever else is done with it gives it again.
+    """What an operation takes no notice of; whatever else is done with it gives it again.
 
     Args:
-        copied: a sum gives a copy of the other operand, for something is written to it later.
+        kind: of the operation: "nothing" is zeros in a sum, "empty" no channel in a concatenation, "one" ones in a
+            product.
+        copied: a sum or product gives a copy of the other operand, for something is written to it later.
         like: a tensor of its shape; None where that is not known.
     """
 
-    def __init__(self, *, copied: bool = False, like: Tensor | None = None) -> None:
-        self._copied, self._like = copied, like
+    def __init__(self, kind: Kind = "nothing", *, copied: bool = False, like: Tensor | None = None) -> None:
+        self._kind, self._copied, self._like = kind, copied, like
 
     def __repr__(self) -> str:
         """Its name."""
@@ -46,13 +55,9 @@ class Nothing:
         """What a function of torch gives."""
         name, kwargs = func.__name__, kwargs or {}
         nothing = next(item for item in tree_leaves((args, kwargs)) if isinstance(item, cls))
-        operands = [*args[:2], *(kwargs[key] for key in ("input", "other") if key in kwargs)]
-        if name in (_ADDING | _SUBTRACTING | _FROM) and len(operands) == 2:
-            left, right = operands
-            if isinstance(right, cls):
-                return nothing._sum(left, -1 if name in _FROM else 1)
-            factor = kwargs.get("alpha", 1) * (-1 if name in _SUBTRACTING else 1)
-            return nothing._sum(right, factor)
+        found = nothing._neutral(func, name, args, kwargs)
+        if found is not None:
+            return found
         like = None
         if nothing._like is not None:
             if name.endswith("_") and not name.startswith("__"):
@@ -64,7 +69,33 @@ class Nothing:
                 return like
         elif name in _ASKED:
             raise TypeError(f"A branch was removed here, and what it gave has no {name}.")
-        return cls(copied=nothing._copied, like=like)
+        return cls(nothing._kind, copied=nothing._copied, like=like)
+
+    def _neutral(self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """What the operation gives that takes no notice of it; None for all others."""
+        if self._kind == "empty":
+            if name not in _JOINING:
+                return None
+            joined, *others = args or [kwargs["tensors"]]
+            left = [item for item in joined if not (isinstance(item, Nothing) and item._kind == "empty")]
+            nothing = next((item for item in left if isinstance(item, Nothing)), None if left else self)
+            rest = {key: value for key, value in kwargs.items() if key != "tensors"}
+            return func(left, *others, **rest) if nothing is None else nothing
+        operands = [*args[:2], *(kwargs[key] for key in ("input", "other") if key in kwargs)]
+        if len(operands) != 2:
+            return None
+        left, right = operands
+        if self._kind == "one":
+            return self._product(right if left is self else left) if name in _MULTIPLYING else None
+        if name not in (_ADDING | _SUBTRACTING | _FROM):
+            return None
+        if isinstance(right, Nothing):
+            return self._sum(left, -1 if name in _FROM else 1)
+        return self._sum(right, kwargs.get("alpha", 1) * (-1 if name in _SUBTRACTING else 1))
+
+    def _product(self, other: Any) -> Any:
+        """What `other` and one are together."""
+        return other.clone() if self._copied and isinstance(other, Tensor) else other
 
     def _sum(self, other: Any, factor: Any) -> Any:
         """What `factor * other` and nothing are together."""
@@ -104,7 +135,7 @@ for _name in (
 
 
 class Removed(nn.Module):
-    """Stands where the last module of a branch was; gives `Nothing`.
+    """Stands where a module of a branch was; gives `Nothing`.
 
     Args:
         item: what it takes the place of.
@@ -112,14 +143,17 @@ class Removed(nn.Module):
 
     def __init__(self, item: Replacement) -> None:
         super().__init__()
-        self.copied, self.shaped, self.outputs = item.copied, item.shaped, item.outputs
+        assert item.by != "identity"
+        self.kind: Kind
+        self.kind, self.copied, self.shaped, self.outputs = item.by, item.copied, item.shaped, item.outputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Nothing | tuple[Nothing, ...]:
         """Nothing, whatever is given."""
         given = next((item for item in (*args, *kwargs.values()) if isinstance(item, (Tensor, Nothing))), None)
         if isinstance(given, Tensor):
             given = Nothing(like=given.new_zeros(()).expand(given.shape))
-        nothing = Nothing(copied=self.copied, like=given._like if self.shaped and given is not None else None)
+        like = given._like if self.shaped and given is not None else None
+        nothing = Nothing(self.kind, copied=self.copied, like=like)
         return nothing if self.outputs is None else (nothing,) * self.outputs
 
 

@@ -55,7 +55,7 @@ def removable_branches(comb: Comb, limits: Limits) -> list[str]:
 
 
 def in_order(comb: Comb, errors: Mapping[str, float], saved: Mapping[str, float], most: float) -> list[str]:
-    """Branches in the order in which they go, of each sum one.
+    """Branches in the order in which they go; of each sum and concatenation one operand stays.
 
     Args:
         comb: the comb.
@@ -64,11 +64,9 @@ def in_order(comb: Comb, errors: Mapping[str, float], saved: Mapping[str, float]
         most: the largest share of them that may go.
     """
     order = sorted(errors, key=lambda name: errors[name] / max(saved[name], 1e-12))
-    sums = {branch.name: branch.found.sum for branch in comb.branches}
-    seen, found = set(), list[str]()
+    named, found = {branch.name: branch for branch in comb.branches}, list[str]()
     for name in order:
-        if sums[name] not in seen:
-            seen.add(sums[name])
+        if named[name].may_follow(found):
             found.append(name)
     return found[: math.floor(most * len(found) + 1e-9)]
 

@@ -212,7 +212,8 @@ class Decider:
             probe = self._probe()
             with self._stage("profile"):
                 self._latency_model = LatencyModel(self.comb, probe.profile(), KernelTimes(self.threads))
-        return self._latency_model.without(self.comb.removal(comb.removed).gone)
+        removal = self.comb.removal(comb.removed)
+        return self._latency_model.without(removal.gone, removal.empty)
 
     def _original_ms(self) -> float:
         """The latency of the unpruned model."""

@@ -150,7 +150,7 @@ def refit(
         norms: whether each BatchNorm takes the statistics of what reaches it in this pass, but those between a layer
             and a sum that it is fitted to.
         samples: at most so many are used, about; None: all.
-        alone: whether only those layers are refitted that take over what a branch gave.
+        alone: whether only those layers are refitted that take over what a branch gave, or that have read it.
 
     Returns:
         {weight: what was done}, in the order of the forward.
@@ -230,9 +230,8 @@ class _Pass:
             left = streams(model, calibration.parts[0].call.part(1).to(calibration.device))
             self.streams = {name: stream for name, stream in left.items() if name in calibration.layers}
         self.stands_for = _stands_for(calibration.streams, plan)
-        self.layers = {
-            name: layer for name, layer in calibration.layers.items() if not alone or name in self.stands_for
-        }
+        affected = {*self.stands_for, *plan.kept, *_readers(calibration.layers, plan, self.stands_for)}
+        self.layers = {name: layer for name, layer in calibration.layers.items() if not alone or name in affected}
         self.fits: dict[str, _Fit] = {}
         self.moments: dict[int, _Moments] = {}
         self.refits: dict[str, Refit] = {}
@@ -360,6 +359,25 @@ def _stands_for(streams: Mapping[str, Stream], plan: Plan) -> dict[str, str]:
             before = streams[before].follows if before in streams else None
         if before is not None and removes(plan.replacements, weight):
             found[before] = weight
+    return found
+
+
+def _readers(layers: Iterable[str], plan: Plan, stands_for: Mapping[str, str]) -> set[str]:
+    """The layers next to those of removed branches that no layer stands for: what reads a product with its gate gone.
+
+    Args:
+        layers: all layers, by their weights, in the order of the forward.
+        plan: what goes.
+        stands_for: as `_stands_for` found it.
+    """
+    found, before = set[str](), list[str]()
+    for weight in layers:
+        if removes(plan.replacements, weight):
+            before.append(weight)
+            continue
+        if before and not set(before) & set(stands_for.values()):
+            found.add(weight)
+        before = []
     return found
 
 

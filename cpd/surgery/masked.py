@@ -56,10 +56,10 @@ class MaskedForward(Interpreter):
         self.masks: dict[Axis, Mask] = {}
         self.scales = {scale.node: scale for scale in comb.scales if not scale.rows}
         removal = comb.removal(plan.removed)
-        self.instead = removal.instead
+        self.instead, self.gone = removal.instead, removal.gone
         for group in comb.groups:
             self.masks[group.axis] = axes.mask(group.axis, {})
-            if group.name not in removal.groups:  # nothing is read of these
+            if group.name not in removal.groups or group.axis in removal.empty:  # nothing is read of the others
                 self.masks[group.axis][:] = False
                 self.masks[group.axis][list(plan.groups[group.name])] = True
         self.counts = {axis: int(mask.sum()) for axis, mask in self.masks.items()}
@@ -69,7 +69,7 @@ class MaskedForward(Interpreter):
         name = op_name(n)
         if n in self.instead:
             return self.env[self.instead[n]].clone()
-        if n.op == "call_function":
+        if n.op == "call_function" and n not in self.gone:
             if name in MIXING and "other" not in arguments(n):
                 return self._narrowed(n)
             if name == ATTENTION:

@@ -193,6 +193,60 @@ class Writing(nn.Module):
         return y * x
 
 
+class Fire(nn.Module):
+    """Two arms of other widths, through activations, concatenated; then back to the width of the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.act, self.last = conv(8, 4), conv(8, 5, 3), nn.ReLU(), conv(9, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([self.act(self.left(x)), torch.tanh(self.right(x))], 1))
+
+
+class Dense(nn.Module):
+    """Layers that read all that was there before, joined anew for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([
+            nn.Sequential(nn.BatchNorm2d(8 + 3 * i), nn.ReLU(), conv(8 + 3 * i, 3, 3)) for i in range(3)
+        ])  # fmt: skip
+        self.last = conv(17, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [x]
+        for layer in self.layers:
+            found.append(layer(torch.cat(found, dim=1)))
+        return self.last(torch.cat(tensors=found, dim=1))
+
+
+class Squeezed(nn.Module):
+    """Squeeze and excitation before a layer, of a module that gates and of one that gives the gate."""
+
+    def __init__(self, module: bool) -> None:
+        super().__init__()
+        self.before, self.after = conv(8, 8), conv(8, 8)
+        gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(8, 4), nn.ReLU(), conv(4, 8), nn.Sigmoid())
+        self.se = Times(gate) if module else gate
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(x)
+        return self.after(self.se(y) if self.module else y * self.se(y))
+
+
+class Times(nn.Module):
+    """What it is given, times its gate."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.gate = gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gate(x)
+
+
 #: Blocks of width 8 -> the names of their branches that can go.
 BLOCKS = {
     "post-activation": (lambda: [Basic(8, 8), Basic(8, 8)], ["blocks.0", "blocks.1"]),
@@ -204,6 +258,10 @@ BLOCKS = {
     "table": (lambda: [Rope()], ["blocks.0"]),
     "from zero": (lambda: [FromZero()], ["blocks.0.paths.0", "blocks.0.paths.1", "blocks.0.paths", "blocks.0.paths.2"]),
     "writing": (lambda: [Writing()], ["blocks.0.inner"]),
+    "arms": (lambda: [Fire()], ["blocks.0.left", "blocks.0.right"]),
+    "dense": (lambda: [Dense()], ["blocks.0.layers.0", "blocks.0.layers.1", "blocks.0.layers.2"]),
+    "gate": (lambda: [Squeezed(True)], ["blocks.0.se.gate"]),
+    "gate alone": (lambda: [Squeezed(False)], ["blocks.0.se"]),
 }
 
 
@@ -265,8 +323,43 @@ def test_of_two_operands_one_can_go() -> None:
     assert [branch.name for branch in combed.branches] == ["blocks.0", "blocks.1", "blocks.1.shortcut", "blocks.2"]
     for name in ("blocks.1", "blocks.1.shortcut"):
         assert_removed(model, combed, combed.plan({}, remove=[name, "blocks.2"]))
-    with pytest.raises(cpd.PlanError, match=r"both operands of one sum"):
+    with pytest.raises(cpd.PlanError, match=r"one of them must stay"):
         combed.plan({}, remove=["blocks.1", "blocks.1.shortcut"])
+
+
+def test_one_arm_of_a_concatenation_stays() -> None:
+    model = blocks("arms")
+    combed = comb(model, IMAGE)
+    plan = combed.plan({}, remove=["blocks.0.left"])
+    assert plan.groups["blocks.0.left"] == ()
+    small = assert_removed(model, combed, plan)
+    assert small.blocks[0].last.in_channels == 5
+    with pytest.raises(cpd.PlanError, match=r"blocks\.0\.left, blocks\.0\.right are all that one sum or concatenation"):
+        combed.plan({}, remove=["blocks.0.left", "blocks.0.right"])
+
+
+def test_dense_layers_go_together_and_leave_nothing_in_onnx() -> None:
+    model = blocks("dense")
+    combed = comb(model, IMAGE)
+    plan = combed.plan({"blocks.0.layers.2.2": [1]}, remove=["blocks.0.layers.0", "blocks.0.layers.1"])
+    small = assert_removed(model, combed, plan).float()
+    assert small.blocks[0].layers[2][0].num_features == 8
+    assert small.blocks[0].last.in_channels == 9
+    graph = onnx.load_from_string(cpd.export_onnx(small, IMAGE.float())).graph
+    assert [node.op_type for node in graph.node].count("Conv") == 3
+
+
+def test_a_gate_goes_where_a_layer_can_take_it_up() -> None:
+    for module in (True, False):
+        model = dense(Blocks(Squeezed(module)))
+        combed = comb(model, IMAGE)
+        (branch,) = combed.branches
+        small = assert_removed(model, combed, combed.plan({}, remove=[branch.name])).float()
+        graph = onnx.load_from_string(cpd.export_onnx(small, IMAGE.float())).graph
+        assert not {"Mul", "Sigmoid"} & {node.op_type for node in graph.node}
+    assert type(dense(Blocks(Squeezed(True))).blocks[0].se) is Times
+    model = dense(Blocks(Times(Squeezed(True).se.gate)))  # what reads it is a mean
+    assert comb(model, IMAGE).branches == ()
 
 
 def test_attention_and_mlp_of_a_transformer_go_apart_and_together() -> None:
@@ -306,7 +399,7 @@ def test_nothing_of_a_branch_is_left_in_onnx() -> None:
 def test_what_no_module_gives_stays_and_says_why() -> None:
     combed = comb(dense(Functional()), IMAGE)
     (branch,) = combed.branches
-    assert branch.frozen.startswith("no module gives this operand of the sum and nothing else [conv2d in the model")
+    assert branch.frozen.startswith("no module gives this operand and nothing else [conv2d in the model")
     with pytest.raises(cpd.PlanError, match=r"cannot be removed: no module"):
         combed.plan({}, remove=[branch.name])
     with pytest.raises(cpd.PlanError, match=r"Unknown branches \['layer9'\]; comb\.branches lists"):
@@ -381,3 +474,17 @@ def test_nothing_is_zero_of_any_shape() -> None:
         _ = Nothing().shape
     with pytest.raises(TypeError, match="has no size"):
         Nothing().size()
+
+
+def test_empty_is_left_out_of_a_concatenation_and_one_of_a_product() -> None:
+    x, empty, one = torch.randn(2, 3), Nothing("empty"), Nothing("one")
+    assert torch.equal(torch.cat([x, torch.relu(empty), x], 1), torch.cat([x, x], 1))
+    assert torch.equal(torch.cat(tensors=[empty, x], dim=1), x)
+    assert isinstance(torch.cat([empty, empty], 1), Nothing)
+    assert isinstance(torch.cat([empty, Nothing()], 1), Nothing)
+    for found in (x * one, torch.sigmoid(one) * x, torch.mul(x, one.view(-1)), x / one, x.mul_(one)):
+        assert found is x
+    assert torch.equal(x + one * Nothing(), x)
+    copied = x * Nothing("one", copied=True)
+    assert copied is not x
+    assert torch.equal(copied, x)

@@ -45,6 +45,24 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+class Excited(nn.Module):
+    """A layer, a gate that is nearly the same for every image, a layer that reads their product, an arm of little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.wide, self.arm = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(8, 4, 3)
+        self.gate = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 32, 1), nn.Conv2d(32, 16, 1), nn.Sigmoid())
+        self.last, self.head = nn.Conv2d(16, 8, 1), nn.Linear(12, 5)
+        nn.init.normal_(self.gate[2].weight, std=0.01)
+        nn.init.constant_(self.arm.weight, 1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        wide = torch.relu(self.wide(x))
+        found = torch.cat([self.last(wide * self.gate(wide)), self.arm(x)], 1)
+        return self.head(torch.relu(found).mean((2, 3)))
+
+
 #: Of every group most stays, so that the target asks for more than channels.
 ASKED = {"target_macs": 0.45, "round_to": 1, "max_ratio": 0.2}
 
@@ -61,6 +79,22 @@ def data() -> list[tuple[Tensor, Tensor]]:
     return [
         (torch.randn(32, 3, 8, 8, generator=generator), torch.randint(5, (32,), generator=generator)) for _ in range(4)
     ]
+
+
+def test_a_layer_takes_up_a_gate_and_those_after_an_arm_its_mean(data):
+    torch.manual_seed(0)
+    model = Excited().eval()
+    combed = cpd.comb(model, data[0][0])
+    assert [branch.name for branch in combed.branches if branch.frozen is None] == ["gate", "gate#2", "arm"]
+    calibration = Calibration(model, data)
+    for name in ("gate", "arm"):
+        plan = combed.plan({}, remove=[name])
+        plain = calibration.judge(cpd.shrink(copy.deepcopy(model), plan))[0]
+        found = error_without(cpd.shrink(copy.deepcopy(model), plan), calibration, plan)
+        assert found < 1e-2 * min(plain, 1)
+        small = cpd.shrink(copy.deepcopy(model), plan)
+        recover(small, calibration, plan)
+        assert calibration.judge(small)[0] <= 2 * found
 
 
 def test_what_gives_little_goes(model, data, tmp_path):
