@@ -93,8 +93,9 @@ class DistillConfig:
     features: Sequence[str] | Mapping[str, str] = option(
         (), _FEATURES,
         "Modules whose outputs the distillation loss compares (Python: or {the student's: the teacher's}), through a "
-        "learned linear map where the student's is narrower. Default: the logits; for cirkd and mse what the last "
-        "layer reads.",
+        "learned linear map where the student's is narrower. Default: the logits; for cirkd what the last layer "
+        "reads; for mse the residual stream at the end of each stage, or, where there is none, what the last layer "
+        "reads.",
     )  # fmt: skip
     ema: float | None = option(
         None, number("between 0 and 1", lambda value: 0 < value < 1),

@@ -6,7 +6,7 @@ differ, and CIRKD's memory of the teacher's embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from cpd.distillation.losses import channel_wise, cross_image, feature_error, kl
 from cpd.errors import InputError, of_the_user
 from cpd.model.inputs import Call, evaluating, logits
 from cpd.model.outputs import whole
+from cpd.trace.streams import stages
 
 if TYPE_CHECKING:
     from cpd.distillation.config import DistillConfig
@@ -64,7 +65,9 @@ class Distillation(nn.Module):
         self.pairs = pairs = config.feature_pairs
         self.inputs = not pairs and self.kind in ("cirkd", "mse")  # of what the last layer reads
         if self.inputs and call is not None:
-            self.pairs = pairs = {last_layer(student, call): last_layer(teacher, call)}
+            found = _streams(student, teacher, call) if self.kind == "mse" else {}
+            self.inputs = not found
+            self.pairs = pairs = found or {last_layer(student, call): last_layer(teacher, call)}
         for model, names, whose in ((student, pairs, "student"), (teacher, pairs.values(), "teacher")):
             modules = dict(model.named_modules())
             unknown = [name for name in names if name not in modules]
@@ -195,13 +198,50 @@ class Distillation(nn.Module):
     def state(self) -> dict[str, Any]:
         """What `load` takes up."""
         projections = {name: value.detach() for name, value in self.projections.items()}
-        return {"pairs": self.pairs, "memory": self.memory, "projections": projections}
+        return {"pairs": self.pairs, "inputs": self.inputs, "memory": self.memory, "projections": projections}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         self.pairs, self.memory = state["pairs"], state["memory"]
+        self.inputs = state.get("inputs", self.inputs)
         for name, value in state["projections"].items():
             self.projections[name] = nn.Parameter(value)
+
+
+def _streams(student: nn.Module, teacher: nn.Module, call: Call) -> dict[str, str]:
+    """{the student's module: the teacher's} that give the streams of both at the end of each stage.
+
+    The student's are those of the teacher's names, or, where it has others, its own; nothing where the two do not agree
+    in all but channels.
+    """
+    with evaluating(student), evaluating(teacher), of_the_user("The forward", "on the first batch of data"):
+        theirs = stages(teacher, call)
+        alike = set(theirs) <= dict(student.named_modules()).keys()
+        ours = _shapes(student, theirs, call) if alike else stages(student, call)
+    pairs = list(zip(ours.items(), theirs.items(), strict=False)) if len(ours) == len(theirs) else []
+    agree = all(len(a) == len(b) and (a[1:] == b[1:] or a[:-1] == b[:-1]) for (_, a), (_, b) in pairs)
+    return {a: b for (a, _), (b, _) in pairs} if agree else {}
+
+
+@torch.no_grad()
+def _shapes(model: nn.Module, names: Iterable[str], call: Call) -> dict[str, tuple[int, ...]]:
+    """The shape of what each of some modules gives, without the samples; of those that give a tensor."""
+    found: dict[str, tuple[int, ...]] = {}
+
+    def note(name: str, output: Any) -> None:
+        if isinstance(output, Tensor):
+            found[name] = tuple(output.shape[1:])
+
+    modules = dict(model.named_modules())
+    handles = [
+        modules[name].register_forward_hook(lambda _, args, output, name=name: note(name, output)) for name in names
+    ]
+    try:
+        call.on(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: found[name] for name in names if name in found}
 
 
 def last_layer(model: nn.Module, call: Call) -> str:

@@ -7,7 +7,7 @@ what the branch has read. They are found from the calls of one forward, whatever
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
@@ -128,6 +128,25 @@ class _Flow:
             number = before
         return None
 
+    def sums(self) -> Iterator[Step]:
+        """The calls that add two values of one shape."""
+        for step in self.steps:
+            operands = [value for value in step.args if _is_tensor(value)]
+            if step.function.__name__ not in _ADD or len(operands) != 2 or step.kwargs.get("alpha", 1) != 1:
+                continue
+            if operands[0].shape == operands[1].shape == step.output.shape:
+                yield step
+
+    def through_views(self, number: int) -> int:
+        """The same through what only lays a value out in another way."""
+        number = self.through_activations(number)
+        while self.steps[number].function.__name__ in (*_RESHAPE, "permute", "transpose"):
+            before = self.takes[number][0]
+            if before is None:
+                break
+            number = self.through_activations(before)
+        return number
+
     def through_activations(self, number: int) -> int:
         """The call whose result a value is, or is the activation of."""
         while self.steps[number].function.__name__ in (*_ACTIVATIONS, *_SAME) and self.takes[number][0] is not None:
@@ -171,12 +190,7 @@ def streams(model: nn.Module, call: Call) -> dict[str, Stream]:
     flow, found, sums = _Flow(model), dict[str, Stream](), dict[int, str]()
     with seen(LayerCalls(model, step=flow.add)):
         call.on(model)
-    for step in flow.steps:
-        operands = [value for value in step.args if _is_tensor(value)]
-        if step.function.__name__ not in _ADD or len(operands) != 2 or step.kwargs.get("alpha", 1) != 1:
-            continue
-        if operands[0].shape != operands[1].shape or step.output.shape != operands[0].shape:
-            continue
+    for step in flow.sums():
         numbers = flow.takes[step.number]
         for value, other in (numbers, reversed(numbers)):
             if value is None or other is None:
@@ -189,6 +203,44 @@ def streams(model: nn.Module, call: Call) -> dict[str, Stream]:
                 if known or step.number not in sums:
                     sums[step.number] = weight
     return found
+
+
+@torch.no_grad()
+def stages(model: nn.Module, call: Call) -> dict[str, tuple[int, ...]]:
+    """The modules that give a stream as it is at the end of each stage: the last of each shape.
+
+    Args:
+        model: in eval mode.
+        call: one it runs on; one sample is enough.
+
+    Returns:
+        {path of the module: shape of what it gives, without the samples}, in the order of the forward.
+    """
+    flow, given = _Flow(model), dict[int, str]()
+
+    def note(path: str, output: Any) -> None:
+        if _is_tensor(output) and path:
+            given[id(output)] = path  # the outermost that gives it comes last
+
+    handles = [
+        module.register_forward_hook(lambda _, args, output, path=path: note(path, output))
+        for path, module in model.named_modules()
+    ]
+    try:
+        with seen(LayerCalls(model, step=flow.add)):
+            call.on(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    sums = {step.number for step in flow.sums()}
+    last: list[tuple[tuple[int, ...], str]] = []
+    for step in flow.steps:
+        path = given.get(id(step.output)) if _is_tensor(step.output) and step.output.dim() > 2 else None
+        if path is not None and flow.through_views(step.number) in sums:
+            shape = tuple(step.output.shape[1:])
+            goes_on = bool(last) and sorted(last[-1][0]) == sorted(shape)  # channels may lie first or last
+            last = [*(last[:-1] if goes_on else last), (shape, path)]
+    return {path: shape for shape, path in last}
 
 
 def _inverse(step: Step) -> Callable[[Tensor, torch.Size], Tensor]:

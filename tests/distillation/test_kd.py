@@ -129,6 +129,53 @@ def test_the_usual_temperature_and_weight_follow_the_loss() -> None:
     assert (given.kd_temperature, given.weight_of_kd) == (1.5, 0.5)
 
 
+class Staged(nn.Module):
+    """Two stages of a residual block each, the second narrower in its inner layer as a student's may be."""
+
+    def __init__(self, wide: int = 8, inner: int = 8) -> None:
+        super().__init__()
+        self.stem, self.down = nn.Conv2d(3, wide, 3), nn.Conv2d(wide, 2 * wide, 2, stride=2)
+        self.stages = nn.ModuleList([Residual(wide, inner), Residual(2 * wide, inner)])
+        self.head = nn.Linear(2 * wide, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages[1](self.down(self.stages[0](self.stem(x))))
+        return self.head(x.mean((2, 3)))
+
+
+class Residual(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(width, inner, 1), nn.Conv2d(inner, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.last(torch.relu(self.first(x))))
+
+
+def test_features_are_the_streams_at_the_end_of_each_stage_if_not_named() -> None:
+    torch.manual_seed(0)
+    teacher, student = Staged(), Staged(6, 4)
+    batch = torch.randn(4, 3, 9, 9), torch.arange(4)
+    found, loss = run("mse", student, teacher, batch)
+    assert found.pairs == {"stages.0": "stages.0", "stages.1": "stages.1"}
+    assert {name: tuple(value.shape) for name, value in found.projections.items()} == {
+        "stages/0": (8, 6), "stages/1": (16, 12),
+    }  # fmt: skip
+    again = Distillation(DistillConfig(kd="mse"), student, teacher)
+    again.load(found.state())
+    with again.watching():
+        outputs = teacher(batch[0]), student(batch[0])
+    assert again(outputs[1], outputs[0], batch[1]).item() == pytest.approx(loss.item())
+    student.stages[1] = nn.Identity()  # what is left of a removed branch gives the stream
+    assert run("mse", student, teacher, batch)[0].pairs == found.pairs
+    other = nn.Sequential(
+        nn.Conv2d(3, 6, 3), Residual(6, 2), nn.Conv2d(6, 4, 2, stride=2), Residual(4, 2), nn.Flatten()
+    )
+    assert run("mse", other, teacher, batch)[0].pairs == {"1": "stages.0", "3": "stages.1"}
+    shallow = nn.Sequential(nn.Conv2d(3, 6, 3), Residual(6, 2), nn.Flatten(), nn.Linear(294, 16))
+    assert run("mse", shallow, teacher, batch)[0].pairs == {"3": "head"}  # what the last layer reads
+
+
 def test_narrower_features_are_projected_first_by_least_squares() -> None:
     """A student whose features are a linear image of the teacher's loses nothing by it."""
     torch.manual_seed(0)
