@@ -137,6 +137,36 @@ def job_compress(folder: str) -> dict[str, object]:
     return {"digest": result.plan.digest, "loss": [row["loss"] for row in result.report.history]}
 
 
+class Blocks(nn.Module):
+    """Residual blocks, the later of which give little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = nn.Conv2d(3, 12, 3, padding=1), nn.Linear(12, 6)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(12, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 12, 1)) for _ in range(3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem(x))
+        for share, block in zip((1.0, 0.05, 0.02), self.blocks, strict=True):
+            x = torch.relu(x + share * block(x))
+        return self.head(x.mean((2, 3)))
+
+
+def job_branches(folder: str) -> dict[str, object]:
+    """A run that removes branches beside channels."""
+    processes.start()
+    result = cpd.compress(
+        Blocks(), target_macs=0.4, data=batches_of(16 // processes.count()), example_inputs=X[:1], epochs=1, lr=0.01,
+        round_to=1, max_ratio=0.3, output_dir=Path(folder) / f"out{processes.count()}",
+    )  # fmt: skip
+    processes.check_same(result.plan.digest, "plan")
+    processes.check_same(str([p.sum().item() for p in result.model.parameters()]), "student")
+    return {"removed": result.plan.removed, "digest": result.plan.digest}
+
+
 def job_disagree(folder: str) -> None:
     """Every rank with weights of its own."""
     processes.start()
@@ -195,6 +225,15 @@ def test_two_processes_make_the_plan_of_one_and_one_of_them_writes(tmp_path: Pat
         path.name for path in (tmp_path / "out1").iterdir()
     }
     assert cpd.load(tmp_path / "out2", model=Plain()) is not None
+
+
+def test_branches_are_chosen_alike_in_every_process(tmp_path: Path) -> None:
+    found = {
+        job: forked("job_branches", tmp_path / job, count)[0] for job, count in (("one", 1), ("again", 1), ("two", 2))
+    }
+    assert found["one"] == found["again"]
+    assert found["one"]["removed"]
+    assert found["two"]["removed"] == found["one"]["removed"]  # which sees half of each batch
 
 
 def test_processes_that_disagree_are_named(tmp_path: Path) -> None:
