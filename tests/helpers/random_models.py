@@ -360,6 +360,21 @@ class Arms(nn.Module):
 
 
 @kind(MAP, arguments=width)
+class Densely(nn.Module):
+    """Layers that read all that was there before, concatenated anew for each."""
+
+    def __init__(self, shape: Shape, growth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(shape[1] + i * growth, growth, 1) for i in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = [x]
+        for layer in self.layers:
+            found.append(F.gelu(layer(torch.cat(found, 1))))
+        return torch.cat(found, 1)
+
+
+@kind(MAP, arguments=width)
 class SqueezeExcite(nn.Module):
     def __init__(self, shape: Shape, inner: int) -> None:
         super().__init__()
