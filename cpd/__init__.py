@@ -55,6 +55,9 @@ if TYPE_CHECKING:
     from cpd.report.artifacts import from_pretrained, load
     from cpd.report.report import Report
     from cpd.selection.schedule import Schedule
+    from cpd.sparsity.config import SparseConfig
+    from cpd.sparsity.masking import get_sparsity, mask
+    from cpd.sparsity.masks import Masks
     from cpd.surgery.compensation import compensate
     from cpd.surgery.shrink import shrink
 
@@ -103,6 +106,12 @@ _ROOMS = {
     ),
     "cpd.report.report": ("Report",),
     "cpd.selection.schedule": ("Schedule",),
+    "cpd.sparsity.config": ("SparseConfig",),
+    "cpd.sparsity.masking": (
+        "get_sparsity",
+        "mask",
+    ),
+    "cpd.sparsity.masks": ("Masks",),
     "cpd.surgery.compensation": ("compensate",),
     "cpd.surgery.shrink": ("shrink",),
 }
@@ -122,6 +131,7 @@ __all__ = [
     "InputError",
     "LatencyComparison",
     "LatencyTable",
+    "Masks",
     "ModelProfile",
     "NothingToPruneError",
     "OnnxModule",
@@ -135,6 +145,7 @@ __all__ = [
     "Schedule",
     "Sensitivity",
     "ShrinkError",
+    "SparseConfig",
     "Sweep",
     "TargetError",
     "TraceError",
@@ -146,7 +157,9 @@ __all__ = [
     "distill",
     "export_onnx",
     "from_pretrained",
+    "get_sparsity",
     "load",
+    "mask",
     "measure_latency",
     "profile_model",
     "quantize_onnx",

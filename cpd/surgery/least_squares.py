@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -100,7 +102,26 @@ def best_damping(
         return held.error(change, fit.shift(change, takes_mean))
 
     errors: dict[float | None, float] = {None: error(None)}
-    if errors[None] > NEGLIGIBLE:
+    if errors[None] > NEGLIGIBLE and support is None:
         errors |= {damping: error(damping) for damping in DAMPINGS}
+    elif errors[None] > NEGLIGIBLE:
+        errors |= _downhill(error)
     chosen = min(errors, key=lambda damping: errors[damping])
     return chosen, errors[None], errors[chosen]
+
+
+def _downhill(error: Callable[[float], float]) -> dict[float | None, float]:
+    """The errors of some dampings, from the middle on down to where they rise again: each costs a solution a row."""
+    found, at = dict[float | None, float](), len(DAMPINGS) // 2 - 1
+
+    def of(index: int) -> float:
+        if not 0 <= index < len(DAMPINGS):
+            return math.inf
+        if DAMPINGS[index] not in found:
+            found[DAMPINGS[index]] = error(DAMPINGS[index])
+        return found[DAMPINGS[index]]
+
+    step = -1 if of(at - 1) < of(at) else 1
+    while of(at + step) < of(at):
+        at += step
+    return found

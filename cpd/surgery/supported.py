@@ -45,10 +45,15 @@ def _directly(support: Tensor, xx: Tensor, cross: Tensor) -> Tensor:
         inputs = torch.argsort(rows[at], dim=1, descending=True, stable=True)[:, :most]
         inside = torch.arange(most, device=rows.device) < counts[at, None]
         system = xx[(at // outputs)[:, None, None], inputs[:, :, None], inputs[:, None, :]]
-        system = torch.where(inside[:, :, None] & inside[:, None, :], system, 0)
-        system.diagonal(dim1=1, dim2=2).add_(~inside)
+        if int(counts[at[-1]]) < most:
+            system = torch.where(inside[:, :, None] & inside[:, None, :], system, 0)
+            system.diagonal(dim1=1, dim2=2).add_(~inside)
         right = torch.where(inside, wanted[at].gather(1, inputs), 0)
-        solved = torch.linalg.solve(system, right)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if bool(failed.any()):  # rounding has left it a little short of positive
+            solved = torch.linalg.solve(system, right)
+        else:
+            solved = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
         found[at] = found[at].scatter_add(1, inputs, solved)
     return found.reshape(groups, outputs, features)
 
