@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from cpd.sparsity.config import SparseConfig
     from cpd.sparsity.masking import get_sparsity, mask
     from cpd.sparsity.masks import Masks
+    from cpd.sparsity.sparsifier import Sparsifier
     from cpd.surgery.compensation import compensate
     from cpd.surgery.shrink import shrink
 
@@ -112,6 +113,7 @@ _ROOMS = {
         "mask",
     ),
     "cpd.sparsity.masks": ("Masks",),
+    "cpd.sparsity.sparsifier": ("Sparsifier",),
     "cpd.surgery.compensation": ("compensate",),
     "cpd.surgery.shrink": ("shrink",),
 }
@@ -146,6 +148,7 @@ __all__ = [
     "Sensitivity",
     "ShrinkError",
     "SparseConfig",
+    "Sparsifier",
     "Sweep",
     "TargetError",
     "TraceError",

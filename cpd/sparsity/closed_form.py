@@ -1,0 +1,79 @@
+"""The closed form: weights that stay are refitted, by least squares, to what the layers of the dense model gave.
+
+Where most weights go, they go in stages, each of which is refitted before the next is chosen: what is left has taken
+over by then what went, and its magnitude tells more than that of the dense weights. The last stage is refitted in
+several ways, of which held-out samples choose (`cpd.surgery.recovery`). No gradient step is taken.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import nn
+
+from cpd.errors import InputError
+from cpd.model.progress import part
+from cpd.plan import Plan
+from cpd.sparsity.masks import Masks
+from cpd.surgery.calibration import Calibration
+from cpd.surgery.compensation import refit
+from cpd.surgery.recovery import Recovery, recover
+
+#: The share of the weights that the first stage leaves, of those there are; and a later one, of what the one before it
+#: left, at least.
+FIRST, NEXT = 0.4, 0.5
+#: Samples that a stage before the last is refitted on.
+SAMPLES = 256
+#: What is kept of the shape of a model by masks: all.
+WHOLE = Plan({}, {}, {})
+
+
+def stages(before: float, after: float) -> list[float]:
+    """The shares of zeros that lie on the way from one to another, the last included.
+
+    Args:
+        before: the share of zeros there is.
+        after: the share there is to be.
+    """
+    dense, left = 1 - before, 1 - after
+    if left >= FIRST * dense or left <= 0:
+        return [after]
+    count = max(1, math.ceil(math.log(left / (FIRST * dense)) / math.log(NEXT) - 1e-9))
+    ratio = (left / (FIRST * dense)) ** (1 / count)
+    return [1 - FIRST * dense * ratio**step for step in range(count)] + [after]
+
+
+def sparsified(
+    model: nn.Module,
+    calibration: Calibration,
+    choose: Callable[[nn.Module, float], Masks],
+    shares: list[float],
+) -> tuple[Masks, Recovery]:
+    """Make a model sparse, in place, in stages, and refit it after each.
+
+    Args:
+        model: the model.
+        calibration: the samples, and what the dense model makes of them.
+        choose: gives the masks of a model as it is by now, for a share of zeros.
+        shares: of the stages.
+
+    Returns:
+        The masks, and how the last stage was refitted.
+    """
+    with part("stages", len(shares)) as progress:
+        for share in shares[:-1]:
+            masks = choose(model, share)
+            masks.apply(model)
+            if calibration.layers:
+                try:
+                    refit(model, calibration, WHOLE, norms=True, samples=SAMPLES, support=masks.kept)
+                except InputError:
+                    break  # the last stage says why
+            progress.advance()
+        masks = choose(model, shares[-1])
+        masks.apply(model)
+        found = recover(model, calibration, WHOLE, masks.kept)
+        masks.apply(model)
+        progress.advance()
+    return masks, found
