@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from cpd.jobs.compress import compress
     from cpd.jobs.outcome import Result
     from cpd.jobs.sensitivity import Sensitivity, sensitivity
+    from cpd.jobs.sparsify import SparseResult, sparsify
     from cpd.jobs.sweep import Sweep, sweep
     from cpd.plan import Plan
     from cpd.pruner import Pruner
@@ -94,6 +95,10 @@ _ROOMS = {
     "cpd.jobs.sensitivity": (
         "Sensitivity",
         "sensitivity",
+    ),
+    "cpd.jobs.sparsify": (
+        "SparseResult",
+        "sparsify",
     ),
     "cpd.jobs.sweep": (
         "Sweep",
@@ -148,6 +153,7 @@ __all__ = [
     "Sensitivity",
     "ShrinkError",
     "SparseConfig",
+    "SparseResult",
     "Sparsifier",
     "Sweep",
     "TargetError",
@@ -169,6 +175,7 @@ __all__ = [
     "score",
     "sensitivity",
     "shrink",
+    "sparsify",
     "sweep",
 ]
 

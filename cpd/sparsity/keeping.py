@@ -2,8 +2,8 @@
 
 Without regrowth, and for RigL, they are zero and have no gradient. For network surgery (Guo et al. 2016, arXiv
 1608.04493) the dense weights are kept beside the model: it runs masked, and each step is taken on the dense ones with
-the gradient of the masked run. For soft pruning (He et al. 2018, arXiv 1808.06866) weights are set to zero at each change
-and go on being trained, until the last.
+the gradient of the masked run. For soft pruning (He et al. 2018, arXiv 1808.06866) weights are set to zero at each
+change and go on being trained, until the last.
 """
 
 from __future__ import annotations
