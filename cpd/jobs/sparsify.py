@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cpd import processes
-from cpd.coupling.comb import Comb, comb
+from cpd.coupling.comb import comb
 from cpd.criteria.choice import criterion_name
 from cpd.deploy.export import export_onnx
 from cpd.deploy.latency import LatencyComparison, LatencyProbe
@@ -30,7 +32,7 @@ from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_e
 from cpd.jobs.stages import Stages
 from cpd.model.architecture import architecture_of
 from cpd.model.arguments import INPUTS, MODEL, REPEATED_DATA
-from cpd.model.inputs import Call, check_model, evaluated
+from cpd.model.inputs import Call, check_model, evaluated, evaluating, plain_attention
 from cpd.model.masks import masks_applied
 from cpd.model.metric import metric_name, told, written
 from cpd.model.progress import shown
@@ -242,7 +244,7 @@ def sparsify(
         run = _Run(model, student, call, sparsifier, learning, stages, checkpoint, per_epoch)
         run.prune_and_train(data, loss, evaluate, teacher, rewind)
         record = call_record(settings, learning, objects, folder)
-        result = run.finish(record, source, metric_name(evaluate), combed)
+        result = run.finish(record, source, metric_name(evaluate))
     if folder is not None:
         processes.from_first(lambda: result.save(folder, overwrite=overwrite, storage=storage))
     if checkpoint is not None:
@@ -356,7 +358,7 @@ class _Run:
 
     # ------------------------------------------------------------------------------ what came of it
 
-    def finish(self, record: dict[str, Any], source: str | None, metric: str, combed: Comb | None) -> SparseResult:
+    def finish(self, record: dict[str, Any], source: str | None, metric: str) -> SparseResult:
         """Shrink what is wholly zero, export, measure, and report."""
         sparsifier = self.sparsifier
         assert sparsifier.masks is not None
@@ -376,7 +378,7 @@ class _Run:
             sparsifier.note(NOT_FASTER)
         if source is not None and (fault := why_not_by_name(source)):
             sparsifier.note(f"cpd.load does not build {source} by itself ({fault}): pass it a fresh model.")
-        config, (original, result) = sparsifier.config, self._figures(comparison, combed, plan)
+        config, (original, result) = sparsifier.config, self._figures(comparison)
         report = Report(
             call=record,
             model_class=f"{type(self.model).__module__}.{type(self.model).__qualname__}",
@@ -419,16 +421,20 @@ class _Run:
         probe = LatencyProbe(self.model, self.call, threads=self.sparsifier.config.threads)
         return onnx, probe.compare(onnx, seconds=FINAL_SECONDS, precision=0.02)
 
-    def _figures(self, latency: LatencyComparison | None, combed: Comb | None, plan: Plan) -> list[Figures]:
-        """What both models cost, as far as it can be traced."""
+    def _figures(self, latency: LatencyComparison | None) -> list[Figures]:
+        """What both models cost."""
         times = (latency.original_ms, latency.candidate_ms) if latency else (None, None)
-        try:
-            own = combed or comb(self.model, self.call, proof_copies=1)
-            kept = {group.axis: len(plan.groups.get(group.name, range(group.size))) for group in own.groups}
-            costs = [(cost.parameters, cost.macs, cost.activations) for cost in (own.cost({}), own.cost(kept))]
-        except CPDError:
-            costs = [(sum(p.numel() for p in model.parameters()), 0, 0) for model in (self.model, self.student)]
-        return [Figures(*cost, *rest) for cost, *rest in zip(costs, times, self.metrics, strict=True)]
+        return [
+            Figures(sum(weight.numel() for weight in model.parameters()), _macs(model, self.call), 0, time_ms, metric)
+            for model, time_ms, metric in zip((self.model, self.student), times, self.metrics, strict=True)
+        ]
+
+
+def _macs(model: nn.Module, call: Call) -> int:
+    """Multiply-accumulates of a pass over the example inputs, by torch's own counter; zeros count like all others."""
+    with torch.no_grad(), evaluating(model), plain_attention(), FlopCounterMode(display=False) as counter:
+        call.on(model)
+    return int(counter.get_total_flops()) // 2
 
 
 def _rewound(model: nn.Module, rewind: Mapping[str, Tensor] | str, seed: int) -> nn.Module:

@@ -300,7 +300,8 @@ def _figure_rows(report: Report) -> Iterable[FigureRow]:
         change = f"{after.metric - before.metric:+.{places}f}".replace("-", "−")
         yield FigureRow(_headed(report.metric_name), first, last, change)
     if before.latency_ms is not None and after.latency_ms is not None:
-        faster = "" if report.speedup is None else f"{report.speedup:.2f}× faster"
+        word = "" if report.zeros is not None else " faster"
+        faster = "" if report.speedup is None else f"{report.speedup:.2f}×{word}"
         yield FigureRow("ONNX Runtime latency", _ms(before.latency_ms), _ms(after.latency_ms), faster)
     if report.zeros is not None:
         yield FigureRow("Weights that are zero", f"{report.zeros_before:.1%}", f"{report.zeros:.1%}", "")
@@ -313,7 +314,8 @@ def _figure_rows(report: Report) -> Iterable[FigureRow]:
         ("MACs", before.macs, after.macs),
         ("Activations", before.activations, after.activations),
     ):
-        yield FigureRow(label, human(was), human(now), _percent(was, now))
+        if was or now:
+            yield FigureRow(label, human(was), human(now), _percent(was, now))
 
 
 def _headed(metric_name: str) -> str:

@@ -129,10 +129,17 @@ class Pattern:
         """The units of a layer."""
         return Units(layer, self.block)
 
-    def of_runs(self, layer: Layer, scores: Tensor) -> Tensor:
-        """What stays of a layer where N of each M stay, those of the highest scores; bool of the weight's shape."""
+    def of_runs(self, layer: Layer, scores: Tensor, share: float | None = None) -> Tensor:
+        """What stays of a layer where N of each M stay, those of the highest scores; bool of the weight's shape.
+
+        Args:
+            layer: the layer.
+            scores: of its weights.
+            share: of zeros, on the way to N of M; None: that of the pattern.
+        """
         assert self.runs is not None
         stay, length = self.runs
+        stay = stay if share is None else max(stay, round((1 - share) * length))
         rows = layer.forward(scores).transpose(1, 2)  # the input channels innermost
         runs = rows.reshape(*rows.shape[:2], -1, length)
         order = torch.argsort(runs, dim=-1, descending=True, stable=True)

@@ -147,7 +147,7 @@ def select(
         layers: that can be sparse.
         scores: of each unit of each layer (`Units`), or of each weight for N:M.
         pattern: which weights go together.
-        sparsity: the share of zeros; None for N:M, which says it.
+        sparsity: the share of zeros; of N:M on the way there, None for that of the pattern.
         scope: "global": scores are compared over all layers; "layer": every layer has the same share.
         ratios: shares by name; "erk"; "lamp"; or a sensitivity. What is not decided on by name makes up for the rest.
         most: the largest share of a layer.
@@ -157,7 +157,7 @@ def select(
     """
     if pattern.runs is not None:
         fixed = named_shares(ratios, layers) if isinstance(ratios, Mapping) else {}
-        return {name: pattern.of_runs(layers[name], scores[name]) for name in layers if fixed.get(name) != 0}
+        return {name: pattern.of_runs(layers[name], scores[name], sparsity) for name in layers if fixed.get(name) != 0}
     assert sparsity is not None
     units = {name: pattern.units(layer) for name, layer in layers.items()}
     fixed = named_shares(ratios, layers) if isinstance(ratios, Mapping) else {}

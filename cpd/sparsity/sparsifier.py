@@ -239,7 +239,9 @@ class Sparsifier:
         with random_states_kept(), seeded(self.data, seed):
             before = self.masks
             self._keeper.show_dense()
-            if self.config.regrow == "rigl" and before is not None and share <= before.sparsity + 1e-9:
+            number = len(self.changes)
+            full = number > 0 and self._events[number][1] == self._events[number - 1][1]
+            if self.config.regrow == "rigl" and before is not None and full:
                 masks = self._swapped(before)
             else:
                 masks = self._chosen(share, before, last=last)
