@@ -20,9 +20,8 @@ from cpd.surgery.calibration import Calibration
 from cpd.surgery.compensation import refit
 from cpd.surgery.recovery import Recovery, recover
 
-#: The share of the weights that the first stage leaves, of those there are; and a later one, of what the one before it
-#: left, at least.
-FIRST, NEXT = 0.4, 0.5
+#: The share of the weights that a stage leaves, of those that there were before it, at least.
+LEAVING = 0.6
 #: Samples that a stage before the last is refitted on.
 SAMPLES = 256
 #: What is kept of the shape of a model by masks: all.
@@ -36,12 +35,9 @@ def stages(before: float, after: float) -> list[float]:
         before: the share of zeros there is.
         after: the share there is to be.
     """
-    dense, left = 1 - before, 1 - after
-    if left >= FIRST * dense or left <= 0:
-        return [after]
-    count = max(1, math.ceil(math.log(left / (FIRST * dense)) / math.log(NEXT) - 1e-9))
-    ratio = (left / (FIRST * dense)) ** (1 / count)
-    return [1 - FIRST * dense * ratio**step for step in range(count)] + [after]
+    dense, left = 1 - before, max(1 - after, 1e-6)
+    count = max(1, math.ceil(math.log(left / dense) / math.log(LEAVING) - 1e-9)) if left < dense else 1
+    return [1 - dense * (left / dense) ** (step / count) for step in range(1, count)] + [after]
 
 
 def sparsified(

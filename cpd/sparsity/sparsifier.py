@@ -275,8 +275,7 @@ class Sparsifier:
             with self._stage("score"):
                 return self._choose(self.model, share)
         there = 0.0 if before is None else before.sparsity
-        shares = stages(there, share) if self.config.layout.share is None else [share]
-        return self._refitted(self._choose, shares)
+        return self._refitted(self._choose, stages(there, share))
 
     def _choose(self, model: nn.Module, share: float) -> Masks:
         scale = STAYING if self.config.regrow == "splice" and model is self.model else 1.0

@@ -1,9 +1,10 @@
 """Least squares with a support: every output is a combination of its own inputs alone, the others of its weights zero.
 
-Each row of the solution is that of its own, smaller system: the rows and columns of the normal equations that its
-support names. They are solved directly, many rows at a time, or where that would take longer (wide layers, few zeros)
-by conjugate gradients over all rows together, one product with the whole matrix an iteration (Hestenes and Stiefel
-1952), preconditioned by the diagonal.
+Each row of the solution is that of its own, smaller system: the rows and columns of the normal equations A that its
+support names. They are solved directly, many rows at a time. Where fewer entries are zero than not, what is solved is
+the system of those that are zero: with x the solution without a support, x - y inverse(A), y so that it is zero there.
+Where either would take long (wide layers), all rows are solved together by conjugate gradients, one product with A an
+iteration (Hestenes and Stiefel 1952), preconditioned by the diagonal.
 """
 
 from __future__ import annotations
@@ -25,11 +26,19 @@ def solve_on(support: Tensor, xx: Tensor, cross: Tensor) -> Tensor:
         xx: positive definite, [groups, features, features].
         cross: [groups, outputs, features].
     """
-    features = support.shape[-1]
-    directly = float(support.sum(-1).double().pow(3).sum()) / 3
-    if directly > 2.0 * ITERATIONS * features**2 * support[..., 0].numel():
+    features, counts = support.shape[-1], support.sum(-1).double()
+    by_zeros = bool(counts.mean() > features / 2)
+    directly = float((features - counts if by_zeros else counts).pow(3).sum()) / 3
+    if directly > 2.0 * ITERATIONS * features**2 * counts.numel():
         return _by_gradients(support, xx, cross)
-    return _directly(support, xx, cross)
+    return _by_zeros(support, xx, cross) if by_zeros else _directly(support, xx, cross)
+
+
+def _by_zeros(support: Tensor, xx: Tensor, cross: Tensor) -> Tensor:
+    """Row by row, by the systems of the entries that are to be zero."""
+    inverse = torch.linalg.inv(xx)
+    whole = cross @ inverse
+    return (whole - _directly(~support, inverse, whole) @ inverse) * support
 
 
 def _directly(support: Tensor, xx: Tensor, cross: Tensor) -> Tensor:
