@@ -17,7 +17,7 @@ from cpd.model.progress import part
 from cpd.plan import Plan
 from cpd.sparsity.masks import Masks
 from cpd.surgery.calibration import Calibration
-from cpd.surgery.compensation import refit
+from cpd.surgery.compensation import Refit, refit
 from cpd.surgery.recovery import Recovery, recover
 
 #: The share of the weights that a stage leaves, of those that there were before it, at least.
@@ -57,15 +57,19 @@ def sparsified(
     Returns:
         The masks, and how the last stage was refitted.
     """
+    chosen: dict[str, Refit] | None = None  # how much each layer is damped, by the first stage
     with part("stages", len(shares)) as progress:
         for share in shares[:-1]:
             masks = choose(model, share)
             masks.apply(model)
             if calibration.layers:
                 try:
-                    refit(model, calibration, WHOLE, norms=True, samples=SAMPLES, support=masks.kept)
+                    done = refit(
+                        model, calibration, WHOLE, chosen, norms=True, samples=SAMPLES, support=masks.kept
+                    )  # fmt: skip
                 except InputError:
                     break  # the last stage says why
+                chosen = chosen or done
             progress.advance()
         masks = choose(model, shares[-1])
         masks.apply(model)

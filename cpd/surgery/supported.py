@@ -36,9 +36,10 @@ def solve_on(support: Tensor, xx: Tensor, cross: Tensor) -> Tensor:
 
 def _by_zeros(support: Tensor, xx: Tensor, cross: Tensor) -> Tensor:
     """Row by row, by the systems of the entries that are to be zero."""
-    inverse = torch.linalg.inv(xx)
+    inverse: Tensor = torch.linalg.inv(xx)
     whole = cross @ inverse
-    return (whole - _directly(~support, inverse, whole) @ inverse) * support
+    found: Tensor = (whole - _directly(~support, inverse, whole) @ inverse) * support
+    return found
 
 
 def _directly(support: Tensor, xx: Tensor, cross: Tensor) -> Tensor:
