@@ -49,12 +49,17 @@ if TYPE_CHECKING:
     from cpd.jobs.compress import compress
     from cpd.jobs.outcome import Result
     from cpd.jobs.sensitivity import Sensitivity, sensitivity
+    from cpd.jobs.sparsify import SparseResult, sparsify
     from cpd.jobs.sweep import Sweep, sweep
     from cpd.plan import Plan
     from cpd.pruner import Pruner
     from cpd.report.artifacts import from_pretrained, load
     from cpd.report.report import Report
     from cpd.selection.schedule import Schedule
+    from cpd.sparsity.config import SparseConfig
+    from cpd.sparsity.masking import get_sparsity, mask
+    from cpd.sparsity.masks import Masks
+    from cpd.sparsity.sparsifier import Sparsifier
     from cpd.surgery.compensation import compensate
     from cpd.surgery.shrink import shrink
 
@@ -91,6 +96,10 @@ _ROOMS = {
         "Sensitivity",
         "sensitivity",
     ),
+    "cpd.jobs.sparsify": (
+        "SparseResult",
+        "sparsify",
+    ),
     "cpd.jobs.sweep": (
         "Sweep",
         "sweep",
@@ -103,6 +112,13 @@ _ROOMS = {
     ),
     "cpd.report.report": ("Report",),
     "cpd.selection.schedule": ("Schedule",),
+    "cpd.sparsity.config": ("SparseConfig",),
+    "cpd.sparsity.masking": (
+        "get_sparsity",
+        "mask",
+    ),
+    "cpd.sparsity.masks": ("Masks",),
+    "cpd.sparsity.sparsifier": ("Sparsifier",),
     "cpd.surgery.compensation": ("compensate",),
     "cpd.surgery.shrink": ("shrink",),
 }
@@ -122,6 +138,7 @@ __all__ = [
     "InputError",
     "LatencyComparison",
     "LatencyTable",
+    "Masks",
     "ModelProfile",
     "NothingToPruneError",
     "OnnxModule",
@@ -135,6 +152,9 @@ __all__ = [
     "Schedule",
     "Sensitivity",
     "ShrinkError",
+    "SparseConfig",
+    "SparseResult",
+    "Sparsifier",
     "Sweep",
     "TargetError",
     "TraceError",
@@ -146,13 +166,16 @@ __all__ = [
     "distill",
     "export_onnx",
     "from_pretrained",
+    "get_sparsity",
     "load",
+    "mask",
     "measure_latency",
     "profile_model",
     "quantize_onnx",
     "score",
     "sensitivity",
     "shrink",
+    "sparsify",
     "sweep",
 ]
 

@@ -48,12 +48,12 @@ from cpd.model.inputs import as_call, batches, check_model, device_of, of_shape
 from cpd.model.masks import masks_applied
 from cpd.model.outputs import outputs_sentence
 from cpd.model.progress import part
+from cpd.model.randomness import random_states_kept, seeded
 from cpd.model.skeleton import skeleton
 from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of, named_tensors
 from cpd.options import LOSS, Check, checked, function, integer, takes_options, text
 from cpd.plan import Architecture, Plan
-from cpd.randomness import random_states_kept, seeded
 from cpd.selection.branching import check_branches
 from cpd.selection.decision import Decider
 from cpd.selection.limits import check_ratios

@@ -27,8 +27,8 @@ from cpd.errors import CheckpointError, InputError, TrainingError
 from cpd.files.checkpoint import Checkpoint
 from cpd.files.reading import digest_of
 from cpd.jobs.identity import TOLD, identity
+from cpd.model.randomness import random_states, set_random_states
 from cpd.model.tensors import hash_of
-from cpd.randomness import random_states, set_random_states
 from helpers.files import Killed, stopped
 from helpers.forks import started
 from helpers.mutations import mutations

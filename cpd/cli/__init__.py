@@ -6,6 +6,7 @@ options.py     the options of PruneConfig and DistillConfig as options of comman
 wording.py     messages of the library in the words of the command line
 folders.py     folders of images as data
 compressing.py compress, sweep, quantize, demo
+sparsifying.py sparsify
 analysing.py   comb, sensitivity, profile, latency, report
 tables.py      what is printed
 
@@ -19,7 +20,7 @@ from typing import Annotated
 
 import typer
 
-from cpd.cli import analysing, compressing
+from cpd.cli import analysing, compressing, sparsifying
 from cpd.cli.command import register
 
 app = typer.Typer(
@@ -62,6 +63,9 @@ register(app, compressing.compress, "timm:resnet18 --target-speedup 2 --data ima
          "torchvision:mobilenet_v2 --target-macs 0.5 --data images/ --schedule cubic --kd kl --epochs 30",
          "--config recipe.yaml --output-dir out --resume")  # fmt: skip
 register(app, compressing.sweep, "timm:resnet18 --speedups 1.5,2,3 --data images/ --output-dir out --plot sweep.svg")
+register(app, sparsifying.sparsify, "timm:resnet18 --sparsity 0.8 --data images/ --output-dir out",
+         "timm:resnet18 --pattern 2:4 --data images/ --epochs 0",
+         "timm:resnet18 --sparsity 0.9 --schedule cubic --data images/ --storage packed --output-dir out")  # fmt: skip
 register(app, compressing.quantize, "out --data images/")
 register(app, analysing.report, "out")
 register(app, analysing.comb, "timm:vit_tiny_patch16_224", "timm:swin_tiny_patch4_window7_224 --plot groups.html")

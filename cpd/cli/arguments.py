@@ -203,7 +203,7 @@ def _built(source: ModelSource, pretrained: bool) -> nn.Module:
 
     What is random in it is the same each time: a run that goes on, and each of several processes, has the same model.
     """
-    from cpd.randomness import random_states_kept, seeded
+    from cpd.model.randomness import random_states_kept, seeded
 
     with random_states_kept(), seeded(None, 0):
         if source.by_name:

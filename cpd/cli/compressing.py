@@ -96,7 +96,7 @@ def compress(
         data, batch_size, workers, options["seed"], augment, auto_augment, random_erasing, mean, std
     )  # fmt: skip
     config, training = _configs(options, images)
-    source, given = _prepared(model, input_size, pretrained, images, teacher, trust_source)
+    source, given = prepared(model, input_size, pretrained, images, teacher, trust_source)
     if output_dir is None:
         log.info("Nothing will be written: without --output-dir the result is measured and shown, then lost.")
 
@@ -146,7 +146,7 @@ def sweep(
         from cpd.jobs.sensitivity import check_plot
 
         check_plot(plot)
-    source, given = _prepared(model, input_size, pretrained, images, teacher, trust_source)
+    source, given = prepared(model, input_size, pretrained, images, teacher, trust_source)
     if output_dir is None:
         log.info("No model will be written: without --output-dir a sweep gives its table alone.")
 
@@ -169,7 +169,7 @@ def _configs(options: dict[str, Any], images: Images) -> tuple[PruneConfig, Dist
     return PruneConfig(**pruning), DistillConfig(**training)
 
 
-def _prepared(
+def prepared(
     model: str, input_size: str | None, pretrained: bool, images: Images, teacher: str | None, trust: bool
 ) -> tuple[str, dict[str, Any]]:
     """The source of a model, and what `cpd.compress` is given of objects."""

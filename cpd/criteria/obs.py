@@ -55,7 +55,7 @@ STEPS = 64
 def obs(setting: Setting) -> dict[str, Tensor]:
     """The expected squared change of the logits when a position goes after all that cost less, the rest refitted."""
     sites = CallSites.of(setting)
-    moments: dict[str, _Moments] = {}
+    moments: dict[str, Moments] = {}
     generator = torch.Generator().manual_seed(setting.seed)
     alone: dict[str, Tensor] | None = None  # of the groups that no layer can be refitted for
     count = 0
@@ -63,7 +63,7 @@ def obs(setting: Setting) -> dict[str, Tensor]:
     def after(layer: LayerCall) -> None:
         if layer.weight in sites.read:
             along = sites.samples_along.get((layer.weight, 0), (0, 0))[0]
-            moments.setdefault(layer.weight, _Moments(layer)).add(layer, batch.call.samples, along, generator)
+            moments.setdefault(layer.weight, Moments(layer)).add(layer, batch.call.samples, along, generator)
 
     for batch in setting.batches():
 
@@ -99,7 +99,7 @@ def obs(setting: Setting) -> dict[str, Tensor]:
     return result
 
 
-class _Moments:
+class Moments:
     """Covariance of a layer's input and of the gradient at its output, over batches."""
 
     def __init__(self, layer: LayerCall) -> None:
@@ -190,13 +190,13 @@ def _surprise(covariance: Tensor, held: Tensor) -> float:
     The sum over features of log v + e / v, v the variance that it leaves to a feature given the others and e the mean
     squared error on the rows (Besag 1975, "Statistical analysis of non-lattice data").
     """
-    precision = _inverse(covariance)
+    precision = inverse_of(covariance)
     left = 1 / precision.diagonal(dim1=1, dim2=2)
     errors = ((precision @ held) * precision).sum(2) * left.square()
     return float((left.clamp_min(1e-30).log() + errors / left).sum())
 
 
-def _inverse(covariance: Tensor) -> Tensor:
+def inverse_of(covariance: Tensor) -> Tensor:
     """Of a positive matrix, or of one that rounding has left a little short of it."""
     factor, failed = torch.linalg.cholesky_ex(covariance)
     return torch.linalg.inv(covariance) if bool(failed.any()) else torch.cholesky_inverse(factor)
@@ -211,12 +211,12 @@ class _Reader:
         columns: the features of each position, [size, features of one].
     """
 
-    def __init__(self, moments: _Moments, site: Site, samples: int) -> None:
+    def __init__(self, moments: Moments, site: Site, samples: int) -> None:
         labels = site.labels.repeat_interleave(moments.repeats)
         self.columns = torch.argsort(labels, stable=True)[int((labels < 0).sum()) :].view(site.size, -1)
         covariance = moments.covariance()
         dtype = torch.double if len(covariance[0]) <= EXACT else torch.float
-        self.inverse = _inverse(covariance).to("cpu", dtype)
+        self.inverse = inverse_of(covariance).to("cpu", dtype)
         root = _root(moments.gradient.double() / samples)
         folded = moments.matrix.unflatten(1, (-1, moments.kernel)).flatten(2)
         self.outputs = (root @ folded).unflatten(2, (moments.kernel, -1)).flatten(1, 2).to("cpu", dtype)

@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
@@ -38,10 +38,10 @@ from cpd.model.inputs import Batch, batches, evaluated
 from cpd.model.metric import metric_name
 from cpd.model.outputs import Outputs, reader
 from cpd.model.progress import Part, part, shown
+from cpd.model.randomness import random_states, random_states_kept, seeded, set_random_states
 from cpd.model.task_loss import LossFunction, task_loss
 from cpd.model.tensors import named_tensors, restore, state_of
 from cpd.options import EVALUATE, LOSS, NUMBER, OUTPUTS, checked, or_none
-from cpd.randomness import random_states, random_states_kept, seeded, set_random_states
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
@@ -52,7 +52,7 @@ Evaluate = Callable[[nn.Module], float]
 
 
 class ShrinksWhileTrained(Protocol):
-    """What `distill` asks of a pruner: `cpd.Pruner` is one.
+    """What `distill` asks of a pruner: `cpd.Pruner` is one, `cpd.Sparsifier` another.
 
     Attributes:
         optimizer: whose state is sliced with the parameters; set by `distill`.
@@ -73,6 +73,14 @@ class ShrinksWhileTrained(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
+
+
+@runtime_checkable
+class MasksGradients(Protocol):
+    """A pruner that keeps weights at zero: `cpd.Sparsifier` is one."""
+
+    def mask_gradients(self) -> None:
+        """Set the gradients of those weights to zero, before they are clipped."""
 
 
 @checked(
@@ -330,6 +338,8 @@ class _Run:
             for name, value in values.items():
                 self.sums[name].append(value)
         self.share_projections()
+        if isinstance(self.pruner, MasksGradients):
+            self.pruner.mask_gradients()
         if self.config.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.trainee.parameters(), self.config.max_grad_norm)
         self.optimizer.step()

@@ -18,8 +18,8 @@ from cpd.distillation.kd import Distillation
 from cpd.errors import InputError, TrainingError, of_the_user
 from cpd.files.checkpoint import Checkpoint
 from cpd.model.inputs import Batch, device_of, evaluating
+from cpd.model.randomness import random_states_kept
 from cpd.options import Check, instance
-from cpd.randomness import random_states_kept
 
 CHECKPOINT = instance(Checkpoint, "a cpd.files.checkpoint.Checkpoint")
 PRUNER = Check(

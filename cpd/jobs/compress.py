@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import logging
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Any, TypedDict
+from typing import Any
 
 from torch import nn
 
@@ -28,13 +26,14 @@ from cpd.errors import CPDError, first_line
 from cpd.files.checkpoint import Checkpoint
 from cpd.files.reading import conform
 from cpd.jobs.identity import agreed_identity
-from cpd.jobs.outcome import Measured, Result, call_record, missed, report_of
+from cpd.jobs.outcome import Before, Measured, Result, call_record, kept_weights, missed, report_of
 from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
+from cpd.jobs.stages import Stages
 from cpd.model.arguments import INPUTS, MODEL, REPEATED_DATA
 from cpd.model.inputs import Call, check_model, evaluated
 from cpd.model.masks import masks_applied
 from cpd.model.metric import metric_name, told, written
-from cpd.model.progress import part, shown
+from cpd.model.progress import shown
 from cpd.model.recorded import why_not_by_name
 from cpd.model.state import preserved
 from cpd.model.task_loss import LossFunction
@@ -161,7 +160,7 @@ def compress(
             check_data(student, batches, loss, settings.outputs, learning, teacher)
         per_epoch = steps_an_epoch(settings, learning, data)
         scored_on = data if calibration is None else calibration
-        stages = _Stages(_planned(settings, scored_on is not None, data is not None and learning.epochs > 0))
+        stages = Stages(_planned(settings, scored_on is not None, data is not None and learning.epochs > 0))
         with stages("comb"):
             combed = comb(model, call, **settings.combing)
         by_weight = scored_on is None and settings.criterion is None
@@ -179,13 +178,6 @@ def compress(
     return result
 
 
-class _Before(TypedDict):
-    """What was found before the training, as its checkpoint has it."""
-
-    history: list[dict[str, Any]]
-    before: float | None
-
-
 @dataclass
 class _Run:
     """State of one compression, handed from stage to stage."""
@@ -195,7 +187,7 @@ class _Run:
     call: Call
     pruner: Pruner
     training: DistillConfig
-    stages: _Stages
+    stages: Stages
     checkpoint: Checkpoint | None
     per_epoch: int
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -249,27 +241,19 @@ class _Run:
 
     def _trained(self, records: Sequence[EpochRecord], evaluate: Evaluate | None, before: float | None) -> float | None:
         """The metric after the training; what is kept of it is noted where that is not the end."""
-        kept = next((record for record in records if record.kept), None)
-        if kept is not None:
-            if kept is not records[-1] and kept.metric is not None:
-                best = told(metric_name(evaluate), kept.metric)
-                self.pruner.note(f"The weights after epoch {kept.epoch} of {len(records)} are kept, the best: {best}.")
-            return kept.metric
-        if records and before is not None:
-            best = told(metric_name(evaluate), before)
-            self.pruner.note(
-                f"No epoch made the model better: the weights before the training are kept ({best}). A lower lr, more "
-                "epochs or less augmentation may help."
-            )
+        found, text = kept_weights(records, metric_name(evaluate), before)
+        if text is not None:
+            self.pruner.note(text)
+        if records and not any(record.kept for record in records):
             self.history = [{**row, "kept": True} if row["epoch"] == 0 else row for row in self.history]
-        return before
+        return found
 
     def _before(self, evaluate: Evaluate | None) -> float | None:
         """The metric of the unpruned model; that of the checkpoint, with its history, where there is one."""
         if self.checkpoint is None or self.checkpoint.state is None:
             return self._evaluated(evaluate, "before pruning")
         with self.checkpoint.taken_up():
-            extra = conform(self.checkpoint.extra, _Before, "a state")
+            extra = conform(self.checkpoint.extra, Before, "a state")
         self.history = extra["history"]
         return extra["before"]
 
@@ -322,31 +306,6 @@ class _Run:
         comparison = probe.compare(candidate, seconds=FINAL_SECONDS, precision=0.01, slowest=slowest)
         nodes = paired(probe.profile(seconds=PROFILE_SECONDS), probe.profile(onnx, seconds=PROFILE_SECONDS))
         return onnx, comparison, nodes
-
-
-class _Stages:
-    """Times the stages of a run, and shows which one is on, of how many.
-
-    Args:
-        planned: those that follow one another; others are parts of these, or stand between them.
-    """
-
-    def __init__(self, planned: Sequence[str]) -> None:
-        self.seconds: dict[str, float] = {}
-        self.planned, self._within = planned, False
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        start, within = time.perf_counter(), self._within
-        numbered = name in self.planned and not within
-        log.log(logging.DEBUG if within else logging.INFO, "%s …", name.capitalize())
-        self._within = True
-        try:
-            with part(f"stage {self.planned.index(name) + 1} of {len(self.planned)}: {name}" if numbered else name):
-                yield
-        finally:
-            self._within = within
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
 
 def _planned(settings: PruneConfig, recovers: bool, trains: bool) -> list[str]:

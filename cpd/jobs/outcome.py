@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
 from cpd.config import PruneConfig
 from cpd.deploy.latency import LatencyComparison, environment
-from cpd.distillation.config import DistillConfig
+from cpd.distillation.config import DistillConfig, EpochRecord
 from cpd.model import sources
+from cpd.model.metric import told
 from cpd.options import FLAG, PATH, changed, checked, plain
 from cpd.plan import Plan
 from cpd.pruner import Pruner
@@ -23,6 +24,7 @@ from cpd.report.artifacts import PRETRAINED, check_output_dir, save_pretrained, 
 from cpd.report.records import BranchRow, Figures, GroupRow, LayerRow
 from cpd.report.report import Report
 from cpd.selection.target import Target
+from cpd.sparsity.config import SparseConfig
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,7 +88,7 @@ class Result:
 
 
 def call_record(
-    config: PruneConfig, training: DistillConfig, objects: Mapping[str, Any], output_dir: Path | None
+    config: PruneConfig | SparseConfig, training: DistillConfig, objects: Mapping[str, Any], output_dir: Path | None
 ) -> dict[str, Any]:
     """The call as a report keeps it: what is not the default, and the seed; of objects their names alone."""
     learned = {name: value for name, value in changed(training).items() if name not in ("seed", "progress")}
@@ -99,8 +101,15 @@ def call_record(
         **({"training": learned} if learned else {}),
         **({} if output_dir is None else {"output_dir": os.fspath(output_dir)}),
         **{name: name for name, value in objects.items() if value is not None},
-        **({"latency_inputs": "latency_inputs"} if config.latency_inputs else {}),
+        **({"latency_inputs": "latency_inputs"} if getattr(config, "latency_inputs", ()) else {}),
     }
+
+
+class Before(TypedDict):
+    """What was found before the training, as its checkpoint has it."""
+
+    history: list[dict[str, Any]]
+    before: float | None
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,7 @@ def report_of(
     return Report(
         call=call,
         model_class=f"{type(model).__module__}.{type(model).__qualname__}",
-        source=source or (str(found) if (found := sources.identify(model)) else None),
+        source=source_of(model, source),
         criterion=pruner.criterion_name,
         criterion_reason=pruner.why,
         normalization=pruner.normalization,
@@ -167,7 +176,7 @@ def report_of(
             BranchRow(item.name, item.parameters, item.macs, item.name in pruner.plan.removed, item.frozen)
             for item in pruner.branches
         ),
-        layers=_layers(model, pruner.model),
+        layers=layer_rows(model, pruner.model),
         nodes=measured.nodes,
         shrinks=tuple({"epoch": item.step / max(per_epoch, 1), **asdict(item)} for item in pruner.shrinks),
         checks=pruner.checks,
@@ -175,8 +184,35 @@ def report_of(
         metric_name=measured.metric_name,
         search=tuple(pruner.search),
         seconds=seconds,
-        environment=_environment(),
+        environment=environment_of(),
         notes=tuple(pruner.notes),
+    )
+
+
+def source_of(model: nn.Module, source: str | None) -> str | None:
+    """How a fresh model is built by name: as given, or found out; None where it is not known."""
+    return source or (str(found) if (found := sources.identify(model)) else None)
+
+
+def kept_weights(records: Sequence[EpochRecord], metric: str, before: float | None) -> tuple[float | None, str | None]:
+    """The metric after a training, and which of its weights are kept, in a sentence, where those are not the last.
+
+    Args:
+        records: one an epoch.
+        metric: the name of what was evaluated.
+        before: what it was before the training.
+    """
+    kept = next((record for record in records if record.kept), None)
+    if kept is not None:
+        if kept is records[-1] or kept.metric is None:
+            return kept.metric, None
+        best = told(metric, kept.metric)
+        return kept.metric, f"The weights after epoch {kept.epoch} of {len(records)} are kept, the best: {best}."
+    if not records or before is None:
+        return before, None
+    return before, (
+        f"No epoch made the model better: the weights before the training are kept ({told(metric, before)}). A lower "
+        "lr, more epochs or less augmentation may help."
     )
 
 
@@ -191,7 +227,7 @@ def missed(target: Target, found: LatencyComparison, tolerance: float) -> str | 
     )
 
 
-def _layers(original: nn.Module, result: nn.Module) -> tuple[LayerRow, ...]:
+def layer_rows(original: nn.Module, result: nn.Module) -> tuple[LayerRow, ...]:
     """The width of every layer that has a matrix or a kernel of weights, before and after; 0 where it has gone."""
 
     def width(module: nn.Module, weight: Tensor) -> int:
@@ -213,7 +249,8 @@ def _row(group: Any, kept: int) -> GroupRow:
     return GroupRow(group.name, group.size, kept, group.exact, group.frozen, tuple(map(str, group.members)))
 
 
-def _environment() -> dict[str, str]:
+def environment_of() -> dict[str, str]:
+    """Versions and hardware."""
     names = ("cpd", "torch", "onnx", "onnxruntime", "timm")
     found = {"python": sys.version.split()[0], **environment()}
     return {**found, **{name: version(name) for name in names}}

@@ -22,6 +22,7 @@ from cpd.model.inputs import Call, as_call, batches, device_of, evaluating
 from cpd.model.outputs import Outputs, reader
 from cpd.model.task_loss import LossFunction, task_loss
 from cpd.model.tensors import copy_of
+from cpd.sparsity.config import SparseConfig
 
 log = logging.getLogger("cpd")
 
@@ -81,13 +82,13 @@ def training_settings(
     return replace(settings, seed=seed, **{name: value for name, value in given.items() if value is not None})
 
 
-def steps_an_epoch(config: PruneConfig, training: DistillConfig, data: Iterable[Any] | None) -> int:
+def steps_an_epoch(config: PruneConfig | SparseConfig, training: DistillConfig, data: Iterable[Any] | None) -> int:
     """Optimizer steps in one pass over the data; 0 where there is none, or its length is not known.
 
     Raises:
         InputError: a schedule that needs a training, or the length of its data.
     """
-    gradual = config.schedule != "one-shot"
+    gradual = config.schedule != "one-shot" or getattr(config, "regrow", None) is not None
     if gradual and (data is None or not training.epochs):
         raise InputError(
             f"schedule={config.schedule!r} prunes during the training: pass data=loader and epochs above 0, or take "
@@ -105,7 +106,7 @@ def checkpoint_of(
     folder: Path | None,
     resume: bool,
     minutes: float,
-    config: PruneConfig,
+    config: PruneConfig | SparseConfig,
     training: DistillConfig,
     model: nn.Module,
     given: Mapping[str, Any],
@@ -116,7 +117,7 @@ def checkpoint_of(
         folder: where it lies; None: there is none.
         resume: whether the run is to go on from it.
         minutes: between two writings at least.
-        config: the options of pruning.
+        config: the options of pruning, or of sparsity.
         training: those of the training.
         model: the unpruned model.
         given: what else the run is of, as `cpd.jobs.identity` tells it; a checkpoint that was written before there was
@@ -133,7 +134,7 @@ def checkpoint_of(
     model_key = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
     key = {**config.settings(), **vars(training), "model": model_key, **given}
     del key["progress"]
-    usual = {**PruneConfig().settings(), **vars(DistillConfig()), **given}
+    usual = {**type(config)().settings(), **vars(DistillConfig()), **given}
     checkpoint = Checkpoint(folder, key, minutes, usual)
     if resume and checkpoint.read() is None:
         log.info("There is no checkpoint in %s yet: the run starts at its beginning.", folder)

@@ -7,6 +7,8 @@ report.json         every figure
 report.html         the same to look at
 README.md           a model card
 recipe.yaml         of the command line alone: the options of the run
+masks.safetensors   of a sparse model: which weights stay
+packed.safetensors  of one that was saved packed, in the place of model.safetensors: a bitmap and the values
 
 `save_pretrained` writes what model hubs look for instead: the weights, and `config.json` with what plan.json holds.
 
@@ -40,16 +42,19 @@ from cpd.model.inputs import check_model
 from cpd.model.recorded import rebuilt
 from cpd.options import FLAG, PATH, checked
 from cpd.plan import Cache, Plan, removes
+from cpd.report.packed import unpack
 from cpd.report.report import Report
 from cpd.surgery.shrink import shrink
 
 FORMAT = "cpd-1"
-WEIGHTS, PLAN, ONNX, REPORT, PAGE, CARD, CONFIG, RECIPE, SWEEP = (
+WEIGHTS, PLAN, ONNX, REPORT, PAGE, CARD, CONFIG, RECIPE, SWEEP, MASKS, PACKED = (
     "model.safetensors", "plan.json", "model.onnx", "report.json", "report.html", "README.md", "config.json",
-    "recipe.yaml", "sweep.json",
+    "recipe.yaml", "sweep.json", "masks.safetensors", "packed.safetensors",
 )  # fmt: skip
 #: What `save_result`, `save_pretrained` and a sweep write.
 RESULT, PRETRAINED, SWEPT = (WEIGHTS, PLAN, ONNX, REPORT, PAGE, CARD), (WEIGHTS, CONFIG, CARD), (SWEEP, PAGE)
+#: What a sparse result is written to, too.
+SPARSE = (*RESULT, MASKS, PACKED)
 #: What users change as they like: a model loads whatever has become of it.
 EDITABLE = (CARD, RECIPE)
 
@@ -142,14 +147,27 @@ def _owned(document: Document) -> dict[str, str | None]:
     return {**listed} if listed is not None else dict.fromkeys((*RESULT, RECIPE))
 
 
-def save_result(directory: Path, model: nn.Module, plan: Plan, report: Report, onnx: bytes | None) -> None:
+def save_result(
+    directory: Path, model: nn.Module, plan: Plan, report: Report, onnx: bytes | None,
+    masks: bytes | None = None, packed: bytes | None = None,
+) -> None:  # fmt: skip
     """Write every artifact; all of them are there at once, or what was there before.
+
+    Args:
+        directory: the folder.
+        model: the result.
+        plan: what it keeps of the original.
+        report: every figure.
+        onnx: the model as it is deployed, if it could be exported.
+        masks: which weights stay, of a sparse one.
+        packed: its weights, where they are to take the place of the plain ones.
 
     Raises:
         ArtifactError: if a file cannot be written.
     """
     files: dict[str, bytes] = {
-        WEIGHTS: save(unique_tensors(model)),
+        **({WEIGHTS: save(unique_tensors(model))} if packed is None else {PACKED: packed}),
+        **({} if masks is None else {MASKS: masks}),
         REPORT: json.dumps(report.to_dict(), indent=1).encode(),
         PAGE: report.to_html().encode(),
         CARD: report.model_card().encode(),
@@ -177,7 +195,7 @@ def _document(files: Mapping[str, bytes], plan: Plan, report: Report) -> Documen
         "format": FORMAT,
         "source": report.source,
         "model_class": report.model_class,
-        "weights_sha256": digests[WEIGHTS],
+        "weights_sha256": digests[WEIGHTS] if WEIGHTS in digests else digests[PACKED],
         "plan": plan.to_dict(),
         "files": digests,
     }
@@ -230,7 +248,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
     """Rebuild a compressed model from its folder. No code of the folder is run, and nothing is downloaded.
 
     Every file is compared with its checksum, but for README.md and recipe.yaml, which may be changed; any file but
-    model.safetensors and plan.json may be deleted.
+    model.safetensors (or packed.safetensors) and plan.json may be deleted.
 
     Args:
         directory: what `result.save` or `result.save_pretrained` wrote.
@@ -305,7 +323,7 @@ def from_pretrained(
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(str(name), allow_patterns=[CONFIG, PLAN, WEIGHTS], **download)
+        folder = snapshot_download(str(name), allow_patterns=[CONFIG, PLAN, WEIGHTS, PACKED], **download)
     except Exception as error:  # of the hub, of requests, of the disk
         raise ArtifactError(f"{name} is no folder here, and cannot be downloaded: {first_line(error)}.") from error
     return load(folder, model, trust_source=trust_source)
@@ -359,15 +377,16 @@ def read_report(folder: Path) -> Report:
 
 
 def _read_weights(files: Folder, document: Document) -> dict[str, Tensor]:
-    path = files.file(WEIGHTS)
+    packed = not files.has(WEIGHTS) and files.has(PACKED)
+    path = files.file(PACKED if packed else WEIGHTS)
     try:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != document["weights_sha256"]:
             raise ArtifactError(f"{path} is truncated, or not the file that was saved with {PLAN}.")
-        return load_tensors(content)
+        return unpack(content) if packed else load_tensors(content)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing.") from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}.") from error
 
 

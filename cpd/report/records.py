@@ -100,6 +100,28 @@ class GroupRow:
 
 
 @dataclass(frozen=True)
+class SparseRow:
+    """The weights of one layer: how many are zero.
+
+    Attributes:
+        name: of the parameter.
+        elements: its weights.
+        before: how many were zero.
+        after: how many are.
+    """
+
+    name: str
+    elements: int
+    before: int
+    after: int
+
+    @property
+    def share(self) -> float:
+        """The share of zeros now."""
+        return self.after / max(1, self.elements)
+
+
+@dataclass(frozen=True)
 class BranchRow:
     """One branch: operations that can be removed together.
 

@@ -31,6 +31,7 @@ from cpd.report.records import (
     LayerRow,
     NodeRow,
     ShrinkRow,
+    SparseRow,
     plain_fields,
 )
 
@@ -93,6 +94,9 @@ class Report:
         environment: versions and hardware.
         notes: what the user was told on the way.
         metric_name: what `evaluate` gives, with its unit in brackets.
+        job: the function that was called: "compress" or "sparsify".
+        sparsity: one row a layer whose weights can be zero, where masks were asked for.
+        stored: what the weights take in a file -> its bytes, where masks were asked for.
     """
 
     call: dict[str, Any]
@@ -116,6 +120,9 @@ class Report:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     metric_name: str = UNNAMED
+    job: str = "compress"
+    sparsity: tuple[SparseRow, ...] = ()
+    stored: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         """The figures before and after."""
@@ -142,6 +149,17 @@ class Report:
         return _asked(self)
 
     @property
+    def zeros(self) -> float | None:
+        """The share of zeros among all weights that can be zero; None where no masks were asked for."""
+        elements = sum(row.elements for row in self.sparsity)
+        return sum(row.after for row in self.sparsity) / elements if elements else None
+
+    @property
+    def zeros_before(self) -> float:
+        """The share of zeros among those weights of the original."""
+        return sum(row.before for row in self.sparsity) / max(1, sum(row.elements for row in self.sparsity))
+
+    @property
     def figure_rows(self) -> tuple[FigureRow, ...]:
         """The before/after table; what was not measured has no row."""
         return tuple(_figure_rows(self))
@@ -165,7 +183,7 @@ class Report:
         open_groups = [row for row in self.groups if row.frozen is None]
         return _template("report.html.j2").render(
             report=self,
-            call=call_text(self.call),
+            call=call_text(self.call, self.job),
             widths=width_bars(self.layers),
             operators=operator_rows(self.nodes),
             costly=costly_nodes(self.nodes),
@@ -181,7 +199,7 @@ class Report:
         """The report as the `README.md` of a saved result."""
         return _template("README.md.j2").render(
             report=self,
-            call=call_text(self.call),
+            call=call_text(self.call, self.job),
             by_name=self.source is not None and self.source.startswith(BY_NAME),
             removed=[row for row in self.branches if row.removed],
             factory=_factory(self.source),
@@ -224,13 +242,13 @@ def human(number: float) -> str:
     return f"{number:,.0f}"
 
 
-def call_text(call: Mapping[str, Any]) -> str:
+def call_text(call: Mapping[str, Any], job: str = "compress") -> str:
     """The call as Python: `cpd.compress(model, target_speedup=2, ...)`; what is None is left out."""
     given = [f"{key}={_argument(key, value)}" for key, value in call.items() if key != "model" and value is not None]
-    one_line = f"cpd.compress({', '.join(['model', *given])})"
+    one_line = f"cpd.{job}({', '.join(['model', *given])})"
     if len(one_line) <= 100:
         return one_line
-    return "\n".join(["cpd.compress(", "    model,", *(f"    {item}," for item in given), ")"])
+    return "\n".join([f"cpd.{job}(", "    model,", *(f"    {item}," for item in given), ")"])
 
 
 def _argument(name: str, value: Any) -> str:
@@ -252,6 +270,11 @@ def _factory(source: str | None) -> tuple[str, str, str] | None:
 
 def _asked(report: Report) -> str:
     call, latency = report.call, report.latency or {}
+    if report.zeros is not None:
+        return (
+            f"{report.zeros:.1%} of the weights that can be zero are zero. No runtime here is faster for it: what is "
+            "saved is the size of the file."
+        )
     if is_number(value := call.get("target_speedup")):
         low, high = latency.get("speedup_low"), latency.get("speedup_high")
         interval = f" (95 % interval {low:.2f} to {high:.2f})" if low and high else ""
@@ -277,14 +300,22 @@ def _figure_rows(report: Report) -> Iterable[FigureRow]:
         change = f"{after.metric - before.metric:+.{places}f}".replace("-", "−")
         yield FigureRow(_headed(report.metric_name), first, last, change)
     if before.latency_ms is not None and after.latency_ms is not None:
-        faster = "" if report.speedup is None else f"{report.speedup:.2f}× faster"
+        word = "" if report.zeros is not None else " faster"
+        faster = "" if report.speedup is None else f"{report.speedup:.2f}×{word}"
         yield FigureRow("ONNX Runtime latency", _ms(before.latency_ms), _ms(after.latency_ms), faster)
+    if report.zeros is not None:
+        yield FigureRow("Weights that are zero", f"{report.zeros_before:.1%}", f"{report.zeros:.1%}", "")
+    for name, size in report.stored.items():
+        plain = report.stored.get("plain", size)
+        if name != "plain":
+            yield FigureRow(f"Bytes of the weights, {name}", human(plain), human(size), _percent(plain, size))
     for label, was, now in (
         ("Parameters", before.parameters, after.parameters),
         ("MACs", before.macs, after.macs),
         ("Activations", before.activations, after.activations),
     ):
-        yield FigureRow(label, human(was), human(now), _percent(was, now))
+        if was or now:
+            yield FigureRow(label, human(was), human(now), _percent(was, now))
 
 
 def _headed(metric_name: str) -> str:

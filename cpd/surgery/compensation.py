@@ -138,6 +138,7 @@ def refit(
     norms: bool = False,
     samples: int | None = None,
     alone: bool = False,
+    support: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Refit]:
     """One pass over the samples that refits the layers of a narrower model.
 
@@ -151,6 +152,7 @@ def refit(
             and a sum that it is fitted to.
         samples: at most so many are used, about; None: all.
         alone: whether only those layers are refitted that take over what a branch gave, or that have read it.
+        support: weight -> which of its entries may differ from zero, bool of its shape; the others stay as they are.
 
     Returns:
         {weight: what was done}, in the order of the forward.
@@ -161,7 +163,7 @@ def refit(
     before = state_of(model)
     try:
         with evaluating(model), of_the_user("The narrower model", "on data"):
-            found = _Pass(model, calibration, plan, chosen, norms, alone)
+            found = _Pass(model, calibration, plan, chosen, norms, alone, support or {})
             for part in calibration.first(samples):
                 found.over(part)
     except BaseException:
@@ -220,9 +222,9 @@ class _Pass:
 
     def __init__(
         self, model: nn.Module, calibration: Calibration, plan: Plan, chosen: Mapping[str, Refit] | None,
-        norms: bool, alone: bool,
+        norms: bool, alone: bool, support: Mapping[str, Tensor],
     ) -> None:  # fmt: skip
-        self.model, self.calibration, self.plan = model, calibration, plan
+        self.model, self.calibration, self.plan, self.support = model, calibration, plan, support
         self.chosen, self.norms = chosen, norms
         self.tensors = named_tensors(model)
         self.streams = calibration.streams
@@ -261,12 +263,15 @@ class _Pass:
         fit = self.fits[layer.weight]
         lacking = fit.lacking(layer, x, output if wanted is None else wanted)
         fitted, held = fit.add(x, lacking, output, self._held(x.shape[1], known.along is None))
+        support = self.support.get(layer.weight)
+        if support is not None:
+            support = matrix(layer.kind, support.to(x.device), layer.groups)
         if self.chosen is None:
-            damping, before, after = best_damping(fitted, held, takes_mean)
+            damping, before, after = best_damping(fitted, held, takes_mean, support)
             self.refits[layer.weight] = Refit(layer.weight, before, after, damping)
         else:
             self.refits[layer.weight] = self.chosen[layer.weight]
-        change = fitted.solve(self.refits[layer.weight].damping, takes_mean)
+        change = fitted.solve(self.refits[layer.weight].damping, takes_mean, support)
         shift, weight = fitted.shift(change, takes_mean).flatten(), layer.given["weight"]
         weight.copy_(fit.weight + from_matrix(layer.kind, change, weight).to(weight.dtype))
         if bias is not None and fit.bias is not None and takes_mean:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+
+from cpd.surgery.supported import solve_on
 
 #: Dampings tried, relative to the mean square of a feature.
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -51,8 +55,14 @@ class Sums:
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
-    def solve(self, damping: float | None, takes_mean: bool) -> Tensor:
-        """The change that makes most of what is lacking small, [groups, outputs, features]; zero where it is None."""
+    def solve(self, damping: float | None, takes_mean: bool, support: Tensor | None = None) -> Tensor:
+        """The change that makes most of what is lacking small, [groups, outputs, features]; zero where it is None.
+
+        Args:
+            damping: relative to the mean square of a feature.
+            takes_mean: whether a bias takes up what all rows have in common.
+            support: the weights that may change, bool [groups, outputs, features]; None: all.
+        """
         if damping is None or not self.rows:
             return torch.zeros_like(self.lacking_x)
         mean = self.x / self.rows * float(takes_mean)
@@ -60,6 +70,8 @@ class Sums:
         cross = self.lacking_x / self.rows - (self.lacking / self.rows)[:, :, None] * mean[:, None, :]
         size = xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None, None]
         damped = xx + damping * size * torch.eye(xx.shape[1], dtype=xx.dtype, device=xx.device)
+        if support is not None:
+            return solve_on(support, damped, cross)
         found: Tensor = torch.linalg.solve(damped, cross.transpose(1, 2))
         return found.transpose(1, 2)
 
@@ -76,7 +88,9 @@ class Sums:
         return max(0.0, float(self.squares - 2 * linear + square)) / (self.spread + 1e-30)
 
 
-def best_damping(fit: Sums, held: Sums, takes_mean: bool) -> tuple[float | None, float, float]:
+def best_damping(
+    fit: Sums, held: Sums, takes_mean: bool, support: Tensor | None = None
+) -> tuple[float | None, float, float]:
     """The damping that does best on rows that were not fitted.
 
     Returns:
@@ -84,11 +98,30 @@ def best_damping(fit: Sums, held: Sums, takes_mean: bool) -> tuple[float | None,
     """
 
     def error(damping: float | None) -> float:
-        change = fit.solve(damping, takes_mean)
+        change = fit.solve(damping, takes_mean, support)
         return held.error(change, fit.shift(change, takes_mean))
 
     errors: dict[float | None, float] = {None: error(None)}
-    if errors[None] > NEGLIGIBLE:
+    if errors[None] > NEGLIGIBLE and support is None:
         errors |= {damping: error(damping) for damping in DAMPINGS}
+    elif errors[None] > NEGLIGIBLE:
+        errors |= _downhill(error)
     chosen = min(errors, key=lambda damping: errors[damping])
     return chosen, errors[None], errors[chosen]
+
+
+def _downhill(error: Callable[[float], float]) -> dict[float | None, float]:
+    """The errors of some dampings, from the middle on down to where they rise again: each costs a solution a row."""
+    found, at = dict[float | None, float](), len(DAMPINGS) // 2 - 1
+
+    def of(index: int) -> float:
+        if not 0 <= index < len(DAMPINGS):
+            return math.inf
+        if DAMPINGS[index] not in found:
+            found[DAMPINGS[index]] = error(DAMPINGS[index])
+        return found[DAMPINGS[index]]
+
+    step = -1 if of(at - 1) < of(at) else 1
+    while of(at + step) < of(at):
+        at += step
+    return found

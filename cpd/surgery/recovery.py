@@ -6,7 +6,7 @@ Each is tried on few samples, and the chosen one done once more, on all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,7 @@ from cpd.model.tensors import restore, state_of
 from cpd.plan import Plan
 from cpd.surgery.batchnorm import recalibrate_batchnorm
 from cpd.surgery.calibration import Calibration
-from cpd.surgery.compensation import refit
+from cpd.surgery.compensation import Refit, refit
 
 NOTHING, RECALIBRATION = "nothing", "recalibration"
 #: Samples in a batch whose statistics are averaged.
@@ -67,7 +67,9 @@ class Recovery:
         )
 
 
-def recover(model: nn.Module, calibration: Calibration, plan: Plan) -> Recovery:
+def recover(
+    model: nn.Module, calibration: Calibration, plan: Plan, support: Mapping[str, Tensor] | None = None
+) -> Recovery:
     """Bring a narrower model near to the unpruned one, in place, by forward passes alone.
 
     Args:
@@ -75,11 +77,12 @@ def recover(model: nn.Module, calibration: Calibration, plan: Plan) -> Recovery:
         calibration: the samples, and what the unpruned model makes of them; of its layers too, if compensation is to be
             tried.
         plan: what `model` keeps of it.
+        support: weight -> which of its entries may differ from zero, bool of its shape; None: all of every weight.
 
     Raises:
         TrainingError: if statistics are not finite.
     """
-    trial = _Trial(model, calibration, plan)
+    trial = _Trial(model, calibration, plan, support)
     trial.of(NOTHING, lambda: lambda: None)
     normed = any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules())
     failure = None
@@ -141,8 +144,10 @@ class _Trial:
         again: name -> does it once more, on all samples.
     """
 
-    def __init__(self, model: nn.Module, calibration: Calibration, plan: Plan) -> None:
-        self.model, self.calibration, self.plan = model, calibration, plan
+    def __init__(
+        self, model: nn.Module, calibration: Calibration, plan: Plan, support: Mapping[str, Tensor] | None
+    ) -> None:
+        self.model, self.calibration, self.plan, self.support = model, calibration, plan, support
         self.before = state_of(model)
         self.errors: dict[str, float] = {}
         self.agreements: dict[str, float] = {}
@@ -159,7 +164,7 @@ class _Trial:
     def known(self, name: str) -> None:
         """Take what `recovered_error` found of the variant with the statistics of BatchNorm, if there are any."""
         chosen, (self.errors[name], self.agreements[name]) = self.calibration.tried[self.plan.digest]
-        self.again[name] = lambda: refit(self.model, self.calibration, self.plan, chosen, norms=True)
+        self.again[name] = lambda: self._refit(chosen, norms=True)
 
     def recalibrated(self) -> Callable[[], object]:
         """BatchNorm recalibrated."""
@@ -168,8 +173,11 @@ class _Trial:
 
     def refitted(self, norms: bool) -> Callable[[], object]:
         """Compensated."""
-        chosen = refit(self.model, self.calibration, self.plan, norms=norms, samples=TRIED)
-        return lambda: refit(self.model, self.calibration, self.plan, chosen, norms=norms)
+        chosen = self._refit(None, norms=norms, samples=TRIED)
+        return lambda: self._refit(chosen, norms=norms)
+
+    def _refit(self, chosen: Mapping[str, Refit] | None, **options: Any) -> dict[str, Refit]:
+        return refit(self.model, self.calibration, self.plan, chosen, support=self.support, **options)
 
 
 def _tried(calibration: Calibration) -> list[Batch]:

@@ -1,0 +1,457 @@
+"""Sparsify: the whole path to a sparse model in one call.
+
+mask (score, choose, refit in closed form: `cpd.sparsity`), at once or during the next -> distill -> export, measure
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from cpd import processes
+from cpd.coupling.comb import comb
+from cpd.criteria.choice import criterion_name
+from cpd.deploy.export import export_onnx
+from cpd.deploy.latency import LatencyComparison, LatencyProbe
+from cpd.distillation.config import TRAINING, DistillConfig, EpochRecord
+from cpd.distillation.distiller import distill
+from cpd.errors import CPDError, InputError, first_line
+from cpd.files.checkpoint import Checkpoint
+from cpd.files.reading import conform
+from cpd.jobs.identity import agreed_identity
+from cpd.jobs.outcome import Before, call_record, environment_of, kept_weights, layer_rows, source_of
+from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
+from cpd.jobs.stages import Stages
+from cpd.model.architecture import architecture_of
+from cpd.model.arguments import INPUTS, MODEL, REPEATED_DATA
+from cpd.model.inputs import Call, check_model, evaluated, evaluating, plain_attention
+from cpd.model.masks import masks_applied
+from cpd.model.metric import metric_name, told, written
+from cpd.model.progress import shown
+from cpd.model.randomness import random_states_kept, seeded
+from cpd.model.recorded import why_not_by_name
+from cpd.model.state import preserved
+from cpd.model.task_loss import LossFunction
+from cpd.model.tensors import copy_of
+from cpd.options import EVALUATE, FLAG, LOSS, PATH, Check, checked, checks_of, choice, number, takes_options, text
+from cpd.plan import Plan
+from cpd.report.artifacts import SPARSE as FILES
+from cpd.report.artifacts import check_output_dir, save_result, unique_tensors
+from cpd.report.packed import pack
+from cpd.report.records import Figures, SparseRow
+from cpd.report.report import Report
+from cpd.sparsity.config import SPARSE, SparseConfig
+from cpd.sparsity.masking import weights_of, zeros_of
+from cpd.sparsity.masks import Masks
+from cpd.sparsity.patterns import CHANNEL
+from cpd.sparsity.sparsifier import Sparsifier
+from cpd.surgery.shrink import shrink
+
+log = logging.getLogger("cpd")
+
+#: Seconds that the final model is timed.
+FINAL_SECONDS = 5.0
+#: Fine-tuning goes on at this share of the rate at which a training peaks, where none is given.
+GENTLY = 0.1
+#: How the weights are written.
+STORAGES = ("plain", "packed", "packed-int8")
+NOT_FASTER = (
+    "Zeros do not make the model faster: ONNX Runtime multiplies by them. They make a packed file smaller, and on GPUs "
+    "that know 2:4 a runtime made for it faster. For speed, remove channels: cpd compress."
+)
+INIT = "init"
+
+Evaluate = Callable[[nn.Module], float]
+
+_MINUTES = number("above 0 and at most 1440 (a day)", lambda value: 0 < value <= 1440)
+_REWIND = Check(
+    "a state_dict of the model, or 'init'",
+    lambda value: value == INIT if isinstance(value, str) else isinstance(value, Mapping),
+)
+
+
+@dataclass(frozen=True, repr=False)
+class SparseResult:
+    """What `sparsify` gives.
+
+    Attributes:
+        model: the sparse model, of the same class as the one given, in eval mode; for the pattern "channel" narrower.
+        report: the numbers of every stage.
+        masks: which weights stay, of the model that was given.
+        plan: what is kept of the shape of the original: all, but for the pattern "channel".
+    """
+
+    model: nn.Module
+    report: Report
+    masks: Masks
+    plan: Plan
+    _onnx: bytes | None = field(default=None)
+
+    def __repr__(self) -> str:
+        """The figures before and after."""
+        return repr(self.report).replace(type(self.report).__name__, type(self).__name__, 1)
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros among all weights of convolutions and linear layers."""
+        return self.report.zeros or 0.0
+
+    @checked(directory=PATH, overwrite=FLAG, storage=choice(*STORAGES))
+    def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False, storage: str = "plain") -> Path:
+        """Write weights, masks, plan, ONNX model, report and model card to a folder that `cpd.load` reads.
+
+        Args:
+            directory: the folder; made if there is none. It may hold other files under other names.
+            overwrite: whether files may be replaced that cpd did not write, or that were changed since.
+            storage: how the weights are written: "plain" (`model.safetensors`, for any reader); "packed" (a bitmap and
+                the values, exactly); "packed-int8" (the values rounded to 8 bits, a scale for each output).
+
+        Raises:
+            InputError: if `directory` is no folder, cannot be written to, or holds such files.
+            ArtifactError: if a file cannot be written; the folder is then as it was.
+        """
+        target = check_output_dir(directory, FILES, overwrite=overwrite)
+        packed = None
+        if storage != "plain":
+            packed = pack(unique_tensors(self.model), int8=storage == "packed-int8")
+        masks = None if self.plan.changes else self.masks.to_bytes()
+        save_result(target, self.model, self.plan, self.report, self._onnx, masks, packed)
+        return target
+
+
+@takes_options(SparseConfig)
+@checked(
+    model=MODEL, **checks_of(SparseConfig, "sparsity"), data=REPEATED_DATA, calibration=REPEATED_DATA,
+    example_inputs=INPUTS, loss=LOSS, evaluate=EVALUATE, **checks_of(DistillConfig, "epochs", "lr"), training=TRAINING,
+    teacher=MODEL, rewind=_REWIND, output_dir=PATH, overwrite=FLAG, storage=choice(*STORAGES), resume=FLAG,
+    checkpoint_minutes=_MINUTES, source=text("a name, as 'timm:resnet18'"), progress=FLAG, config=SPARSE,
+)  # fmt: skip
+def sparsify(
+    model: nn.Module,
+    sparsity: float | None = None,
+    *,
+    data: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | None = None,
+    example_inputs: Any = None,
+    loss: LossFunction | None = None,
+    evaluate: Evaluate | None = None,
+    epochs: float | None = None,
+    lr: float | None = None,
+    training: DistillConfig | None = None,
+    teacher: nn.Module | None = None,
+    rewind: Mapping[str, Tensor] | str | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    storage: str = "plain",
+    resume: bool = False,
+    checkpoint_minutes: float = 10.0,
+    source: str | None = None,
+    progress: bool | None = None,
+    config: SparseConfig | None = None,
+    **options: Any,
+) -> SparseResult:
+    """Make weights of a model zero: choose, refit in closed form, distill, and measure.
+
+    Args:
+        model: a trained model; left as it was, a copy is made sparse. Masks of `torch.nn.utils.prune` on it are
+            multiplied into the weights of the copy.
+        sparsity: the first of the options below.
+        data: batches of (input, target), or mappings as Hugging Face loaders give, in anything that can be iterated
+            more than once. Without data nothing is refitted and nothing trained.
+        calibration: batches like those of `data`, without augmentation, for scores and refits; `data` if None.
+        example_inputs: a tensor, a tuple, or (tuple, dict), as for `cpd.compress`; one sample of `data` if None.
+        loss: `loss(output, target) -> scalar`; cross-entropy is inferred for class targets.
+        evaluate: `evaluate(model) -> float`, higher is better; reported before, between and after. The weights are
+            kept that do best by it, of those before the training and after each epoch at the final sparsity.
+        epochs: passes over `data` that the sparse model is trained; 0: no gradient step. None: those of `training`,
+            10 if it says nothing.
+        lr: peak learning rate; None: that of `training`, or a tenth of the optimizer's default.
+        training: all other settings of the training; its seed is the one below.
+        teacher: what the model learns from; the dense model if None.
+        rewind: what the weights that stay go back to before they are trained: a state dict of the model (an earlier one
+            of its training: a lottery ticket, Frankle and Carbin 2019, arXiv 1803.03635), or "init": anew, from
+            scratch. Nothing is refitted then.
+        output_dir: where the artifacts are written, and during the training a checkpoint; None writes none.
+        overwrite: whether files may be replaced there that cpd did not write, or that were changed since.
+        storage: how the weights are written, as for `SparseResult.save`.
+        resume: go on from the checkpoint in `output_dir`, if there is one.
+        checkpoint_minutes: between two checkpoints at most; there is one after every change of the masks anyhow.
+        source: how a fresh model is built by name ("timm:resnet18"); found out for timm and torchvision models.
+        progress: False shows no progress line; else there is one where stderr is a terminal.
+        config: options; those that are given by name replace its own.
+        options: those of `cpd.SparseConfig`, by name:
+
+    Returns:
+        A `SparseResult`: `model`, `masks`, `sparsity`, `report`, `save(dir)`.
+
+    Raises:
+        InputError: an unusable argument; raised before any work.
+        TrainingError: an empty loader, or a loss that is not finite.
+        CheckpointError: the checkpoint cannot be written or read, or is of a run of other settings.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+        >>> data = [(torch.randn(32, 3, 8, 8), torch.randint(10, (32,)))]  # or a DataLoader
+        >>> result = cpd.sparsify(model, 0.75, data=data, epochs=0)  # epochs=10 trains it, too
+        >>> result.masks
+        Masks(unstructured: 4,644 of 6,192 weights in 2 layers are zero, 75.0%)
+        >>> cpd.get_sparsity(result.model), cpd.get_sparsity(model)  # the model given is as it was
+        (0.75, 0.0)
+        >>> sorted(file.name for file in result.save("out").iterdir())  # doctest: +NORMALIZE_WHITESPACE
+        ['README.md', 'masks.safetensors', 'model.onnx', 'model.safetensors', 'plan.json', 'report.html',
+         'report.json']
+    """
+    processes.start()
+    named = options if sparsity is None else {"sparsity": sparsity, **options}
+    settings = SparseConfig.of(config, named, "cpd.sparsify")
+    _ = settings.share
+    model = masks_applied(copy_of(check_model(model)))
+    if rewind is not None and (settings.schedule != "one-shot" or settings.regrow is not None):
+        raise InputError("rewind goes with masks that are chosen once: take schedule='one-shot', and no regrow.")
+    settings = settings if rewind is None else replace(settings, compensation=False)
+    learning = _gently(training_settings(training, epochs, lr, settings.seed, progress))
+    folder = None if output_dir is None else check_output_dir(output_dir, FILES, overwrite=overwrite)
+    given = agreed_identity(model, teacher, data, loss)
+    checkpoint = checkpoint_of(folder, resume, checkpoint_minutes, settings, learning, model, given)
+    objects = {
+        "data": data, "calibration": calibration, "example_inputs": example_inputs, "loss": loss,
+        "evaluate": evaluate, "teacher": teacher, "rewind": rewind,
+    }  # fmt: skip
+    with preserved(model), shown(progress if processes.rank() == 0 else False):
+        call = example_call(model, example_inputs, data)
+        student = copy_of(model)
+        for batches in (item for item in (data, calibration) if item is not None):
+            check_data(student, batches, loss, settings.outputs, learning, teacher)
+        per_epoch = steps_an_epoch(settings, learning, data)
+        stages = Stages(["recover", *(["distill"] if data is not None and learning.epochs else []), "deploy"])
+        combed = None
+        if settings.pattern == CHANNEL:
+            with stages("comb"):
+                combed = comb(model, call, outputs=settings.outputs)
+        sparsifier = Sparsifier(
+            student, steps=round(per_epoch * learning.epochs), data=data if calibration is None else calibration,
+            loss=loss, config=settings, comb=combed, stage=stages,
+        )  # fmt: skip
+        run = _Run(model, student, call, sparsifier, learning, stages, checkpoint, per_epoch)
+        run.prune_and_train(data, loss, evaluate, teacher, rewind)
+        record = call_record(settings, learning, objects, folder)
+        result = run.finish(record, source, metric_name(evaluate))
+    if folder is not None:
+        processes.from_first(lambda: result.save(folder, overwrite=overwrite, storage=storage))
+    if checkpoint is not None:
+        processes.from_first(checkpoint.remove)
+    return result
+
+
+def _gently(training: DistillConfig) -> DistillConfig:
+    """The training at a tenth of its usual rate, where none is given (Han et al. 2015, section 3.3)."""
+    return replace(training, lr=GENTLY * training.peak_lr) if training.lr is None else training
+
+
+@dataclass
+class _Run:
+    """State of one run, handed from stage to stage."""
+
+    model: nn.Module
+    student: nn.Module
+    call: Call
+    sparsifier: Sparsifier
+    training: DistillConfig
+    stages: Stages
+    checkpoint: Checkpoint | None
+    per_epoch: int
+    history: list[dict[str, Any]] = field(default_factory=list)
+    metrics: tuple[float | None, float | None] = (None, None)
+
+    def prune_and_train(
+        self,
+        data: Iterable[Any] | None,
+        loss: LossFunction | None,
+        evaluate: Evaluate | None,
+        teacher: nn.Module | None,
+        rewind: Mapping[str, Tensor] | str | None,
+    ) -> None:
+        """Make the student sparse, at once or while it is trained."""
+        resumed = self.checkpoint is not None and self.checkpoint.state is not None
+        before = after = self._before(evaluate)
+        if not resumed and self.sparsifier.due:
+            after = self._at_once(evaluate, before, rewind)
+        if self.checkpoint is not None:
+            self.checkpoint.extra = {"history": list(self.history), "before": before}
+        if data is not None and self.training.epochs:
+            with self.stages("distill"):
+                guide = copy_of(self.model) if teacher is None else teacher
+                records = distill(
+                    self.student, guide, data, loss=loss, evaluate=evaluate, config=self.training,
+                    pruner=self.sparsifier, checkpoint=self.checkpoint, outputs=self.sparsifier.config.outputs,
+                    before=after,
+                )  # fmt: skip
+            self.history += [record.to_dict() for record in records]
+            after = self._trained(records, evaluate, after)
+        if not self.sparsifier.done:
+            self.sparsifier.note("The data ran out before the schedule finished; the rest became zero after training.")
+            while not self.sparsifier.done:
+                self.sparsifier.prune()
+            after = self._evaluated(evaluate, "after the training")
+        self.student.eval()
+        self.metrics = (before, after)
+
+    def _evaluated(self, evaluate: Evaluate | None, when: str) -> float | None:
+        if evaluate is None:
+            return None
+        with self.stages("evaluate"):
+            return evaluated(evaluate, self.student, when)
+
+    def _before(self, evaluate: Evaluate | None) -> float | None:
+        """The metric of the dense model; that of the checkpoint, with its history, where there is one."""
+        if self.checkpoint is None or self.checkpoint.state is None:
+            return self._evaluated(evaluate, "before pruning")
+        with self.checkpoint.taken_up():
+            extra = conform(self.checkpoint.extra, Before, "a state")
+        self.history = extra["history"]
+        return extra["before"]
+
+    def _at_once(
+        self, evaluate: Evaluate | None, before: float | None, rewind: Mapping[str, Tensor] | str | None
+    ) -> float | None:
+        """The first change of the masks, before any training; the metric after it."""
+        name, note = metric_name(evaluate), self.sparsifier.note
+        if self.sparsifier.data is None:
+            note("No data given: nothing is refitted and nothing trained back. Pass data=loader to keep the accuracy.")
+        self.sparsifier.prune()
+        masks = self.sparsifier.masks
+        assert masks is not None
+        if rewind is not None:
+            masks.apply(_rewound(self.student, rewind, self.sparsifier.config.seed))
+        raw = self._raw(masks, evaluate) if self.sparsifier.recovery is not None else None
+        if raw is not None and before is not None:
+            note(f"Before: {told(name, before)}; with these masks on the dense weights {written(name, raw)}.")
+        after = self._evaluated(evaluate, "after pruning")
+        if after is not None:
+            self.history.append({"epoch": 0, "metric": after})
+            note(f"Before any training: {told(name, after)}.")
+        return after
+
+    def _raw(self, masks: Masks, evaluate: Evaluate | None) -> float | None:
+        """The metric of the masks on the dense weights, which nothing makes up for."""
+        if evaluate is None:
+            return None
+        with self.stages("evaluate"):
+            return evaluated(evaluate, masks.apply(copy_of(self.model)).eval(), "with masks on the dense weights")
+
+    def _trained(self, records: list[EpochRecord], evaluate: Evaluate | None, before: float | None) -> float | None:
+        found, text = kept_weights(records, metric_name(evaluate), before)
+        if text is not None:
+            self.sparsifier.note(text)
+        if records and not any(record.kept for record in records):
+            self.history = [{**row, "kept": True} if row["epoch"] == 0 else row for row in self.history]
+        return found
+
+    # ------------------------------------------------------------------------------ what came of it
+
+    def finish(self, record: dict[str, Any], source: str | None, metric: str) -> SparseResult:
+        """Shrink what is wholly zero, export, measure, and report."""
+        sparsifier = self.sparsifier
+        assert sparsifier.masks is not None
+        plan = sparsifier.plan or replace(Plan({}, {}, {}), architecture=architecture_of(self.model))
+        rows = self._rows()
+        if plan.changes:
+            shrink(self.student, plan)
+        comparison, onnx = None, None
+        with self.stages("deploy"):
+            try:
+                onnx, comparison = processes.from_first(self._deployed)
+            except Exception as error:  # what ONNX Runtime raises shares no base class
+                found = error if isinstance(error, CPDError) else f"{type(error).__name__}: {first_line(error)}."
+                sparsifier.note(f"The result has no ONNX model and no latency: {found}")
+            stored = self._stored()
+        if not plan.changes:
+            sparsifier.note(NOT_FASTER)
+        if source is not None and (fault := why_not_by_name(source)):
+            sparsifier.note(f"cpd.load does not build {source} by itself ({fault}): pass it a fresh model.")
+        config, (original, result) = sparsifier.config, self._figures(comparison)
+        report = Report(
+            call=record,
+            model_class=f"{type(self.model).__module__}.{type(self.model).__qualname__}",
+            source=source_of(self.model, source),
+            criterion=criterion_name(config.criterion),  # type: ignore[arg-type]
+            criterion_reason=f"pattern {config.pattern}, scope {config.scope}",
+            normalization="none",
+            original=original,
+            result=result,
+            latency=None if comparison is None else comparison.to_dict(),
+            layers=layer_rows(self.model, self.student) if plan.changes else (),
+            shrinks=tuple({"epoch": c.step / max(self.per_epoch, 1), **asdict(c)} for c in sparsifier.changes),
+            history=tuple(self.history),
+            seconds=self.stages.seconds,
+            environment=environment_of(),
+            notes=tuple(sparsifier.notes),
+            metric_name=metric,
+            job="sparsify",
+            sparsity=() if plan.changes else rows,
+            stored={} if plan.changes else stored,
+        )
+        return SparseResult(self.student, report, sparsifier.masks, plan, onnx)
+
+    def _rows(self) -> tuple[SparseRow, ...]:
+        """The zeros of each layer, before and after."""
+        before, after = zeros_of(weights_of(self.model)), zeros_of(weights_of(self.student))
+        return tuple(
+            SparseRow(now.name, now.elements, then.zeros, now.zeros) for then, now in zip(before, after, strict=True)
+        )
+
+    def _stored(self) -> dict[str, int]:
+        """What the weights take in a file, in bytes."""
+        tensors = unique_tensors(self.student)
+        plain = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        return {"plain": plain, "packed": len(pack(tensors)), "packed with INT8": len(pack(tensors, int8=True))}
+
+    def _deployed(self) -> tuple[bytes, LatencyComparison]:
+        """The ONNX model, and its latency beside the original's."""
+        onnx = export_onnx(self.student, self.call)
+        probe = LatencyProbe(self.model, self.call, threads=self.sparsifier.config.threads)
+        return onnx, probe.compare(onnx, seconds=FINAL_SECONDS, precision=0.02)
+
+    def _figures(self, latency: LatencyComparison | None) -> list[Figures]:
+        """What both models cost."""
+        times = (latency.original_ms, latency.candidate_ms) if latency else (None, None)
+        return [
+            Figures(sum(weight.numel() for weight in model.parameters()), _macs(model, self.call), 0, time_ms, metric)
+            for model, time_ms, metric in zip((self.model, self.student), times, self.metrics, strict=True)
+        ]
+
+
+def _macs(model: nn.Module, call: Call) -> int:
+    """Multiply-accumulates of a pass over the example inputs, by torch's own counter; zeros count like all others."""
+    with torch.no_grad(), evaluating(model), plain_attention(), FlopCounterMode(display=False) as counter:
+        call.on(model)
+    return int(counter.get_total_flops()) // 2
+
+
+def _rewound(model: nn.Module, rewind: Mapping[str, Tensor] | str, seed: int) -> nn.Module:
+    """The model with earlier weights, or with new ones.
+
+    Raises:
+        InputError: if they are of another model.
+    """
+    if isinstance(rewind, str):
+        with random_states_kept(), seeded(None, seed):
+            for module in model.modules():
+                reset = getattr(module, "reset_parameters", None)
+                if callable(reset):
+                    reset()
+        return model
+    try:
+        model.load_state_dict(dict(rewind))
+    except RuntimeError as error:
+        raise InputError(f"rewind is no state dict of this model: {first_line(error)}.") from error
+    return model

@@ -1,0 +1,1 @@
+"""Sparsity: weights that are zero, kept so by masks. What narrows a model is in `surgery`; masks leave its shape."""

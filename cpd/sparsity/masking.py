@@ -1,0 +1,202 @@
+"""Mask: which weights of a model are to be zero. `cpd.mask` chooses, `cpd.get_sparsity` counts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cpd.coupling.comb import COMB, Comb, comb
+from cpd.criteria.choice import criterion_name
+from cpd.criteria.score import score
+from cpd.errors import InputError
+from cpd.model.arguments import DATA, INPUTS, MODEL
+from cpd.model.inputs import check_model
+from cpd.model.task_loss import LossFunction
+from cpd.options import FLAG, LOSS, Check, checked, checks_of, takes_options
+from cpd.plan import Plan
+from cpd.sparsity.channels import masks_of, plan_of
+from cpd.sparsity.config import SPARSE, SparseConfig
+from cpd.sparsity.masks import Masks
+from cpd.sparsity.patterns import CHANNEL, Layer, prunable
+from cpd.sparsity.ratios import select
+from cpd.sparsity.scores import WeightSetting, unit_scores
+
+#: Options that choosing masks once has no use for.
+NOT_OF_MASKS = (
+    "compensation", "memory_gb", "schedule", "prune_from", "prune_until", "interval", "regrow", "outputs", "threads",
+)  # fmt: skip
+#: Of the criteria of weights, what they are called for channels.
+OF_CHANNELS = {"magnitude": "magnitude", "taylor": "taylor", "obs": "obs", "random": "random"}
+_MODEL_OR_TENSOR = Check(
+    "a torch.nn.Module or a tensor", lambda value: isinstance(value, (nn.Module, Tensor))
+)  # fmt: skip
+
+
+@takes_options(SparseConfig, leave_out=NOT_OF_MASKS)
+@checked(
+    model=MODEL, **checks_of(SparseConfig, "sparsity"), data=DATA, loss=LOSS, comb=COMB, example_inputs=INPUTS,
+    config=SPARSE,
+)  # fmt: skip
+def mask(
+    model: nn.Module,
+    sparsity: float | None = None,
+    *,
+    data: Iterable[Any] | None = None,
+    loss: LossFunction | None = None,
+    comb: Comb | None = None,
+    example_inputs: Any = None,
+    config: SparseConfig | None = None,
+    **options: Any,
+) -> Masks:
+    """Choose which weights of a model are zero.
+
+    The weights of all convolutions and linear layers, and the projections of attention, can be; the share of zeros is
+    that of them all, together. As many are zero as were asked for, exactly, where units are single weights.
+
+    Args:
+        model: left as it was.
+        sparsity: the first of the options below.
+        data: batches, for the criteria "taylor" and "obs".
+        loss: `loss(output, target) -> scalar`, for "taylor"; cross-entropy is inferred for class targets.
+        comb: of the model, for the pattern "channel".
+        example_inputs: for the comb, if there is none.
+        config: options; those that are given by name replace its own.
+        options: those of `cpd.SparseConfig`, by name:
+
+    Returns:
+        The masks, as `masks.apply(model)` takes them.
+
+    Raises:
+        InputError: an unusable argument, a share that cannot be reached, or no layer that the pattern fits.
+
+    Examples:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(4, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+        >>> cpd.mask(model, 0.9, scope="layer").by_layer
+        {'0.weight': 0.9010416666666667, '3.weight': 0.9}
+        >>> cpd.mask(model, pattern="2:4")
+        Masks(2:4: 3,168 of 6,336 weights in 2 layers are zero, 50.0%)
+    """
+    named = options if sparsity is None else {"sparsity": sparsity, **options}
+    settings = SparseConfig.of(config, named, "cpd.mask")
+    _ = settings.share
+    if settings.pattern == CHANNEL:
+        plan = channel_plan(check_model(model), settings, settings.share, data, loss, comb, example_inputs)
+        return Masks(masks_of(plan, dict(model.named_parameters())), CHANNEL)
+    return choose(check_model(model), settings, settings.share, data, loss)
+
+
+def choose(
+    model: nn.Module,
+    settings: SparseConfig,
+    share: float,
+    data: Iterable[Any] | None = None,
+    loss: LossFunction | None = None,
+) -> Masks:
+    """The masks of a share of zeros, of any pattern but whole channels."""
+    layers = fitting(model, settings)
+    setting = WeightSetting(model, layers, data, loss, settings.score_batches, settings.norm, settings.seed)
+    scores = unit_scores(setting, settings.layout, settings.criterion, criterion_name(settings.criterion))  # type: ignore[arg-type]
+    kept = select(
+        layers, scores, settings.layout, share, scope=settings.scope, ratios=settings.ratios, most=settings.max_ratio
+    )
+    return Masks(kept, settings.pattern)
+
+
+def fitting(model: nn.Module, settings: SparseConfig) -> dict[str, Layer]:
+    """The layers of a model that the pattern fits.
+
+    Raises:
+        InputError: if there is none.
+    """
+    every = prunable(model)
+    found = {name: layer for name, layer in every.items() if settings.layout.fits(layer)}
+    if not found:
+        raise InputError(
+            f"{type(model).__name__} has no layer that pattern={settings.pattern!r} fits: "
+            + ("it has no convolution and no linear layer." if not every else "no number of input channels divides.")
+        )
+    return found
+
+
+def channel_plan(
+    model: nn.Module,
+    settings: SparseConfig,
+    share: float,
+    data: Iterable[Any] | None,
+    loss: LossFunction | None,
+    combed: Comb | None,
+    example_inputs: Any,
+) -> Plan:
+    """The plan of the pattern "channel"."""
+    if combed is None:
+        if example_inputs is None:
+            raise InputError("pattern='channel' goes by the groups of a comb: pass example_inputs=, or comb=.")
+        combed = comb(model, example_inputs, outputs=settings.outputs)
+    criterion: Any = settings.criterion
+    if criterion == "magnitude" and settings.norm == 1:
+        criterion = "magnitude-l1"
+    found = score(model, combed, data, loss, criterion=criterion, limit=settings.score_batches, seed=settings.seed)
+    return plan_of(combed, found.drawn(), share, settings.scope, min(settings.max_ratio, 0.999))
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSparsity:
+    """Zeros of one parameter.
+
+    Attributes:
+        name: of the parameter.
+        zeros: weights that are zero.
+        elements: all weights.
+    """
+
+    name: str
+    zeros: int
+    elements: int
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros."""
+        return self.zeros / max(1, self.elements)
+
+
+@checked(model=_MODEL_OR_TENSOR, details=FLAG)
+def get_sparsity(model: nn.Module | Tensor, details: bool = False) -> Any:
+    """The share of zeros: of a tensor, or of all weights of a model that can be sparse.
+
+    Args:
+        model: a model, or a tensor. Of a model the weights of convolutions, linear layers and projections of attention
+            are counted, each once; biases and norms are not.
+        details: whether each layer is told.
+
+    Returns:
+        zeros / elements; or, with `details`, a tuple of `LayerSparsity` (name, zeros, elements, sparsity), one a layer.
+
+    Examples:
+        >>> cpd.get_sparsity(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+        0.75
+    """
+    rows = zeros_of({"": model} if isinstance(model, Tensor) else weights_of(model))
+    return rows if details else sum(row.zeros for row in rows) / max(1, sum(row.elements for row in rows))
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """What the layers of a model that can be sparse multiply by: under a mask of torch, the product with it."""
+    found = dict[str, Tensor]()
+    for name, layer in prunable(model).items():
+        path, _, own = name.rpartition(".")
+        mask = model.get_submodule(path)._buffers.get(f"{own.removesuffix('_orig')}_mask")
+        found[name] = layer.weight if mask is None else layer.weight * mask
+    return found
+
+
+def zeros_of(weights: Mapping[str, Tensor]) -> tuple[LayerSparsity, ...]:
+    """How many entries of some tensors are zero."""
+    return tuple(
+        LayerSparsity(name, weight.numel() - int(torch.count_nonzero(weight.detach())), weight.numel())
+        for name, weight in weights.items()
+    )
