@@ -195,7 +195,7 @@ class Pruner:
         self._decider = Decider(
             comb, self.target, limits, normalization=self.config.normalization, exponent=self.config.exponent,
             scope=self.config.scope, data_free=self.criterion in DATA_FREE, tolerance=self.config.tolerance,
-            threads=self.config.threads,
+            runtime=self.config.runtime, threads=self.config.threads, calibration=self.data,
             others=tuple(of_shape(item, comb.operations.call) for item in self.config.latency_inputs),
             error_of=self._error_of if self._trials else None,
             error_without=self._errors_without if self._trials and self.config.branches is not False else None,

@@ -113,7 +113,7 @@ def compress(
 @takes(DistillConfig, TRAIN, SHARED, kd=KD_BY_DATA)
 def sweep(
     model: Model,
-    speedups: Annotated[str, typer.Option(help="ONNX Runtime latency, original over result; commas between.")],
+    speedups: Annotated[str, typer.Option(help="Latency in the runtime, original over result; commas between.")],
     data: Data = None,
     output_dir: OutputDir = None,
     overwrite: Overwrite = False,
@@ -207,7 +207,7 @@ def quantize(
 ) -> Output:
     """Bring a compressed model to INT8, compare it with the float one, and time pruning, quantization and both."""
     import cpd
-    from cpd.deploy.quantize import CALIBRATIONS
+    from cpd.deploy.int8 import CALIBRATIONS
     from cpd.model.recorded import rebuilt
     from cpd.model.sources import resolve
     from cpd.report.artifacts import read_document

@@ -32,6 +32,7 @@ from cpd.report.records import (
     NodeRow,
     ShrinkRow,
     plain_fields,
+    runtime_title,
 )
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ class Report:
         groups: one row a coupling group.
         branches: one row a branch, where branches could be removed.
         layers: one row a layer with weights, in the order of the model's modules.
-        nodes: one dict an ONNX node, as ONNX Runtime runs it (name, op, before_ms, after_ms: None where one lacks it).
+        nodes: one dict a node, as the runtime runs it (name, op, before_ms, after_ms: None where one lacks it).
         shrinks: one dict a shrink (epoch, step, share, macs, parameters, plan_hash).
         checks: name of a check to the largest relative error found.
         history: one dict a training epoch (epoch, loss, task_loss, kd_loss, lr, steps_per_second, metric, kept).
@@ -165,6 +166,7 @@ class Report:
         open_groups = [row for row in self.groups if row.frozen is None]
         return _template("report.html.j2").render(
             report=self,
+            runtime=runtime_title(self.latency),
             call=call_text(self.call),
             widths=width_bars(self.layers),
             operators=operator_rows(self.nodes),
@@ -181,6 +183,7 @@ class Report:
         """The report as the `README.md` of a saved result."""
         return _template("README.md.j2").render(
             report=self,
+            runtime=runtime_title(self.latency),
             call=call_text(self.call),
             by_name=self.source is not None and self.source.startswith(BY_NAME),
             removed=[row for row in self.branches if row.removed],
@@ -204,7 +207,7 @@ def sweep_page(original: Figures | None, points: Sequence[SweepPoint], metric_na
     series = sorted(zip((figures.latency_ms or 0.0 for figures in every), heights, strict=True))
     chart = line_chart(
         f"{_headed(metric_name)} against measured latency" if by_metric else "MACs against measured latency",
-        "ms in ONNX Runtime",
+        "measured latency [ms]",
         {"models": series},
         reference=original.metric if by_metric and original is not None else None,
         reference_text="unpruned",
@@ -278,7 +281,9 @@ def _figure_rows(report: Report) -> Iterable[FigureRow]:
         yield FigureRow(_headed(report.metric_name), first, last, change)
     if before.latency_ms is not None and after.latency_ms is not None:
         faster = "" if report.speedup is None else f"{report.speedup:.2f}× faster"
-        yield FigureRow("ONNX Runtime latency", _ms(before.latency_ms), _ms(after.latency_ms), faster)
+        yield FigureRow(
+            f"{runtime_title(report.latency)} latency", _ms(before.latency_ms), _ms(after.latency_ms), faster
+        )
     for label, was, now in (
         ("Parameters", before.parameters, after.parameters),
         ("MACs", before.macs, after.macs),

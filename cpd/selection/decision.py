@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from glob import escape
@@ -72,7 +72,9 @@ class Decider:
         scope: among what scores are compared; None: the default.
         data_free: whether the scores come from the weights alone.
         tolerance: how far from a measured target the search may end, as a fraction.
-        threads: of ONNX Runtime when timing.
+        runtime: what latency is measured in, one or several.
+        threads: of a runtime given by name.
+        calibration: batches that give the ranges of 8-bit integers; None: the example inputs do.
         others: further inputs that a measured target holds for.
         error_of: the error of the logits once a plan has been applied and recovered from, without training, or roughly
             that; None where there is no data.
@@ -98,14 +100,17 @@ class Decider:
         scope: Scope | None,
         data_free: bool,
         tolerance: float,
+        runtime: Any,
         threads: int,
+        calibration: Iterable[Any] | None,
         others: tuple[Call, ...],
         error_of: Callable[[Plan, bool], float] | None,
         error_without: Callable[[list[str]], Mapping[str, float]] | None,
         stage: Stage,
     ) -> None:
         self.comb, self.target, self.limits = comb, target, limits
-        self.tolerance, self.threads, self._others = tolerance, threads, others
+        self.tolerance, self._others = tolerance, others
+        self._runtime, self._threads, self._calibration = runtime, threads, calibration
         by_default: Normalization = ("latency" if target.is_measured else "none") if data_free else "macs"
         self.normalization: Normalization = normalization or by_default
         self._exponent, self._by_capacity = exponent, data_free and self.normalization == "latency"
@@ -203,7 +208,10 @@ class Decider:
         if self.probe is None:
             with self._stage("export"):
                 call = self.comb.operations.call
-                self.probe = LatencyProbe(self.comb.model, call, threads=self.threads, others=self._others)
+                self.probe = LatencyProbe(
+                    self.comb.model, call, threads=self._threads, others=self._others, runtime=self._runtime,
+                    calibration=self._calibration,
+                )  # fmt: skip
         return self.probe
 
     def _latency(self, comb: Comb) -> LatencyModel:
@@ -211,7 +219,7 @@ class Decider:
         if self._latency_model is None:
             probe = self._probe()
             with self._stage("profile"):
-                self._latency_model = LatencyModel(self.comb, probe.profile(), KernelTimes(self.threads))
+                self._latency_model = LatencyModel(self.comb, probe.profile(), KernelTimes(runtime=probe.profiler))
         removal = self.comb.removal(comb.removed)
         return self._latency_model.without(removal.gone, removal.empty)
 

@@ -1,4 +1,4 @@
-"""Search: the widths whose *measured* speed-up in ONNX Runtime is the one asked for.
+"""Search: the widths whose *measured* speed-up, in the runtime that ships, is the one asked for.
 
 The latency model says which widths to try; each candidate is shrunk, exported and timed beside the original, and what
 was measured corrects the model. The measurement decides.
@@ -26,8 +26,9 @@ from cpd.surgery.shrink import shrink
 
 log = logging.getLogger("cpd")
 
-#: Candidates of one search that are exported and timed at most.
-MAX_CANDIDATES = 4
+#: Candidates of one search that are exported and timed at most: where they are predicted from the runtime's own
+#: kernels, and where from those of another runtime.
+MAX_CANDIDATES, MAX_CANDIDATES_UNPROFILED = 4, 6
 #: Seconds that one candidate is timed.
 SECONDS = 6.0
 
@@ -95,6 +96,7 @@ class Search:
         self.model, self.selector, self.probe, self.latency = model, selector, probe, latency
         self.target, self.tolerance, self.tried = target, tolerance, list[Candidate]()
         self._macs = selector.comb.cost({}).macs if original_macs is None else original_macs
+        self._most = MAX_CANDIDATES if probe.is_profiled else MAX_CANDIDATES_UNPROFILED
         self._goal, self._upcoming = target.speedup(original_ms), dict[Axis, int]()
 
     def upcoming(self) -> Mapping[Axis, int]:
@@ -124,7 +126,7 @@ class Search:
         Raises:
             TargetError: if even the narrowest widths are not fast enough.
         """
-        while len(self.tried) < MAX_CANDIDATES and not self._on_target() and not self._known(self.upcoming()):
+        while len(self.tried) < self._most and not self._on_target() and not self._known(self.upcoming()):
             self.step()
         best = _nearest(self.tried, self.tolerance)
         if best.attained < 1 - self.tolerance:
@@ -168,7 +170,7 @@ def _unreachable(selector: Selector, best: Candidate, target: Target, latency: L
     reached = best.speedup if target.name == "target_speedup" else best.latency.candidate_ms
     return (
         f"{target.name}={target.value:g} cannot be reached: the narrowest widths allowed keep {best.macs_ratio:.1%} of "
-        f"the MACs and are {best.speedup:.2f} times as fast ({best.latency.candidate_ms:.3g} ms). Ask for "
-        f"{reached:.3g}, or for less of what stands in the way. Of the milliseconds, as predicted: "
-        f"{obstacles(selector, latency.milliseconds, latency.fixed())}"
+        f"the MACs and are {best.speedup:.2f} times as fast ({best.latency.candidate_ms:.3g} ms in "
+        f"{best.latency.runtime}). Ask for {reached:.3g}, or for less of what stands in the way. Of the "
+        f"milliseconds, as predicted: {obstacles(selector, latency.milliseconds, latency.fixed())}"
     )

@@ -21,7 +21,7 @@ import cpd.lightning
 import cpd.picture
 import cpd.segmentation
 from cpd.coupling import comb as coupling
-from cpd.deploy import export, latency, latency_model, quantize
+from cpd.deploy import export, int8, latency, latency_model
 from cpd.jobs import compress as compressing
 from cpd.picture import drawing
 
@@ -104,7 +104,7 @@ def began(*_: Any, **__: Any) -> None:
 #: Where the work of what takes seconds begins, once all arguments were looked at.
 BEGINS = (
     (compressing, "comb"), (latency_model, "make_comb"), (cpd.demo, "digits"), (coupling, "cold"),
-    (export, "_export"), (quantize, "_made_of_integers"), (latency, "_time_rounds"),
+    (export, "_export"), (int8, "_converted"), (latency, "time_rounds"),
     (timm, "create_model"),
 )  # fmt: skip
 
