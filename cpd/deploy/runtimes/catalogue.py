@@ -49,6 +49,9 @@ RUNTIMES = {
     "openvino": Entry("openvino", "OpenVINO", package="openvino"),
     "openvino:bf16": Entry("openvino", "OpenVINO", {"precision": "bf16"}, package="openvino"),
     "openvino:int8": Entry("openvino", "OpenVINO", {"precision": "int8"}, package="openvino"),
+    "opencv": Entry("opencv", "OpenCV", package="cv2"),
+    "ncnn": Entry("ncnn", "Ncnn", package="ncnn"),
+    "mnn": Entry("mnn", "Mnn", package="MNN"),
     "torch": Entry("pytorch", "TorchEager"),
     "torch.compile": Entry("pytorch", "TorchCompile"),
 }
