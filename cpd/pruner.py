@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -25,28 +24,27 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cpd import processes
 from cpd.config import PRUNING, PruneConfig
 from cpd.coupling.branches import Branch
 from cpd.coupling.comb import COMB, Comb
 from cpd.coupling.comb import comb as comb_model
-from cpd.coupling.cost import unused_sentence
+from cpd.coupling.notes import left_alone_sentence, notes_of
 from cpd.criteria import DATA_FREE
 from cpd.criteria.accumulated import AccumulatedScores
 from cpd.criteria.asked import BATCHES, Asked, samples_asked
 from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
-from cpd.criteria.score import Scores, score
+from cpd.criteria.score import Scores, score, whole_scores
 from cpd.deploy.export import check_runs
-from cpd.deploy.latency import LatencyProbe
+from cpd.deploy.latency import COMPARISON, LatencyComparison, LatencyProbe
 from cpd.errors import ArtifactError, CheckpointError, InputError, NothingToPruneError, PlanError, of_the_user
 from cpd.model.allocator import memory_reused
 from cpd.model.architecture import check_architecture
 from cpd.model.arguments import INPUTS, MODEL, OPTIMIZER, REPEATED_DATA
 from cpd.model.inputs import as_call, batches, check_model, device_of, of_shape
 from cpd.model.masks import masks_applied
-from cpd.model.outputs import outputs_sentence
 from cpd.model.progress import part
 from cpd.model.skeleton import skeleton
 from cpd.model.task_loss import LossFunction
@@ -69,8 +67,6 @@ log = logging.getLogger("cpd")
 Stage = Callable[[str], AbstractContextManager[None]]
 #: Added to the seed for the order of the data on which scores are taken, to tell it from that of an epoch.
 SCORING = 1 << 20
-#: Integers left alone that a note names.
-NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -204,9 +200,12 @@ class Pruner:
         self.plan = self.comb.plan({})
         self.steps_taken = 0
         self.shrinks: list[Shrink] = []
-        self.notes = _notes_of(comb)
+        self.notes = notes_of(comb)
         self.checks: dict[str, float] = {}
         self._asked, self._limit = Asked(), BATCHES
+        self._known_scores: Scores | None = None
+        self._decided_on: tuple[Scores, Mapping[str, tuple[int, ...]]] | None = None
+        self._noted = list(self.notes)
         self._accumulated = self._from_gradients()
 
     # ------------------------------------------------------------------------------ what it is
@@ -281,7 +280,7 @@ class Pruner:
             self._asked, self._limit = processes.from_first(self._wanted)
         with random_states_kept(), seeded(self.data, seed):
             with self._stage("score"):
-                scores = self._scores()
+                scores = self._known_scores or self._scores()
             with self._stage("select"):
                 plan = self._select(scores, share)
             processes.check_same(plan.digest, "plan")
@@ -293,7 +292,7 @@ class Pruner:
             len(self.shrinks), len(self._events), f"{left.macs:,}", f"{left.parameters:,}",
         )  # fmt: skip
         if self.done and (left_alone := self.comb.left_alone(plan)):
-            self.note(_left_alone_sentence(left_alone))
+            self.note(left_alone_sentence(left_alone))
         self._accumulated = self._from_gradients()
         return self.shrinks[-1]
 
@@ -331,7 +330,7 @@ class Pruner:
                 limit=self._limit, seed=self.config.seed + len(self.shrinks), total=processes.total,
             )  # fmt: skip
             found, untrusted = scores.drawn(), scores.untrusted
-        return Scores(_whole(self.comb, self.plan, found), untrusted, {})
+        return Scores(whole_scores(self.comb, self.plan, found), untrusted, {})
 
     def _select(self, scores: Scores, share: float) -> Plan:
         """What stays after this shrink; where something is measured for it, as the first process has measured it."""
@@ -342,10 +341,33 @@ class Pruner:
             found = processes.from_first(lambda: decider.decide(scores, kept, share, scores.untrusted))
         else:
             found = decider.decide(scores, kept, share, scores.untrusted)
+        self._decided_on, self._noted = (scores, kept), list(self.notes)
         decider.scopes, decider.goal, decider.leaving = found.scopes, found.goal, found.leaving
         for note in found.notes:
             self.note(note)
         return self.comb.plan(found.keep, remove=found.removed)
+
+    @checked(model=MODEL, found=COMPARISON)
+    def start_over(self, model: nn.Module, found: LatencyComparison) -> None:
+        """Take a fresh copy of the unpruned model, for `prune` to go on with the search from a timing of this one.
+
+        Scores are not taken again.
+
+        Args:
+            model: the copy.
+            found: how fast the pruned model turned out to be.
+        """
+        self._decider.saw(self.plan, found)
+        self.model, self.plan, self.shrinks, self.notes = model, self.comb.plan({}), [], self._noted
+        self._known_scores = self._decided_on and self._decided_on[0]
+
+    @checked(found=COMPARISON)
+    def would_meet(self, found: LatencyComparison) -> Plan | None:
+        """The plan that should be on target, given how fast this one turned out to be; None where none is in reach."""
+        if self._decided_on is None:
+            return None
+        self._decider.saw(self.plan, found)
+        return self._decider.would_meet(*self._decided_on, self.plan.removed)
 
     def _error_of(self, plan: Plan, roughly: bool) -> float:
         """The error of the logits once a plan has been applied and recovered from, on a copy; or roughly that."""
@@ -474,32 +496,6 @@ class Pruner:
         self._accumulated = self._from_gradients()
         if self._accumulated is not None:
             self._accumulated.load_state_dict(seen)
-
-
-def _notes_of(comb: Comb) -> list[str]:
-    """What a user should know of a comb, sentence by sentence."""
-    notes = [unused_sentence(comb.unused)] if comb.unused else list[str]()
-    if comb.operations.chosen is not None:
-        notes.append(outputs_sentence(comb.outputs))
-    if comb.operations.values_read:
-        notes.append(comb.operations.values_sentence)
-    return notes
-
-
-def _left_alone_sentence(places: tuple[str, ...]) -> str:
-    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
-    names = ", ".join(places[:NAMED])
-    return f"Integers equal to an old width, which nothing ties to it, stay as they are: {names}{more}."
-
-
-def _whole(comb: Comb, plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scores of what a plan has left, at its places in the unpruned model; -inf elsewhere."""
-    whole = dict[str, Tensor]()
-    for group in comb.open:
-        whole[group.name] = torch.full((group.size,), -math.inf, dtype=torch.float64)
-        if group.name in scores:  # it has not gone with a branch
-            whole[group.name][list(plan.groups[group.name])] = scores[group.name].to("cpu", torch.float64)
-    return whole
 
 
 def _comb_of(model: nn.Module, comb: Comb | None, example_inputs: Any, config: PruneConfig, stage: Stage) -> Comb:

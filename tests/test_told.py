@@ -90,7 +90,7 @@ FAILS: dict[str, tuple[str, Callable[[], Any]]] = {
         "A runtime raised OwnError while it ran", lambda: cpd.measure_latency({"a": onnx()}, X, runtime=Mine()),
     ),
     "a device": (
-        "The runtime device raised OwnError when it timed a model",
+        "The runtime fails raised OwnError when it timed a model",
         lambda: cpd.compare_latency(onnx(), onnx(), X, runtime=fails),
     ),
     "total": (

@@ -24,7 +24,7 @@ from cpd.errors import of_the_user
 from cpd.model.arguments import DATA, INPUTS
 from cpd.model.inputs import Call, as_call, batches
 from cpd.model.progress import part
-from cpd.options import SECONDS, THREADS, Check, checked, choice, integer, number
+from cpd.options import SECONDS, THREADS, Check, checked, choice, instance, integer, number
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class LatencyComparison:
         return asdict(self)
 
 
+COMPARISON = instance(LatencyComparison, "a cpd.LatencyComparison")
 _PRECISION = number("above 0 (0.02 is +-2 %)", lambda value: value > 0)
 _TIMING = {"threads": THREADS, "seconds": SECONDS, "min_runs": integer(MIN_PAIRS), "precision": _PRECISION}
 

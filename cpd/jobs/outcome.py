@@ -26,6 +26,9 @@ from cpd.report.records import BranchRow, Figures, GroupRow, LayerRow
 from cpd.report.report import Report
 from cpd.selection.target import Target
 
+#: Widths that a note names.
+NAMED = 8
+
 
 @dataclass(frozen=True, repr=False)
 class Result:
@@ -210,6 +213,18 @@ def missed(target: Target, found: LatencyComparison, tolerance: float) -> str | 
         f"Asked for {target.name}={target.value:g}, the last timing found {found.speedup:.2f} times as fast "
         f"({found.candidate_ms:.3g} ms in {found.runtime}), more than {tolerance:.0%} from it: widths go in steps, "
         "and other work on this machine moves the figures. Time both again on a quiet one (cpd latency)."
+    )
+
+
+def would_meet(pruner: Pruner, plan: Plan) -> str:
+    """The plan that would meet the target, for whom the last timing missed it."""
+    comb, groups = pruner.comb, plan.groups
+    left = comb.without(plan.removed).cost({item.axis: len(groups[item.name]) for item in comb.groups}).macs
+    moved = [name for name, channels in groups.items() if len(channels) != len(pruner.plan.groups[name])]
+    widths = ", ".join(f"{name} {len(groups[name])}" for name in moved[:NAMED])
+    return (
+        f"By the last timing, {left / max(comb.cost({}).macs, 1):.1%} of the MACs would meet the target; widths that "
+        f"differ: {widths or 'none'}{', …' if len(moved) > NAMED else ''}."
     )
 
 

@@ -77,6 +77,7 @@ class Search:
         tolerance: the relative distance from the target that is good enough; the search aims at half of it, give
             or take a standard error of the measurement.
         original_macs: multiply-accumulates of the original; None: of the selector's comb, of which no branch has gone.
+        timed: widths that were timed already, and how fast they are: the search goes on from there.
 
     Attributes:
         tried: all that was measured.
@@ -92,12 +93,15 @@ class Search:
         original_ms: float,
         tolerance: float = 0.05,
         original_macs: int | None = None,
+        timed: tuple[Mapping[Axis, int], LatencyComparison] | None = None,
     ) -> None:
         self.model, self.selector, self.probe, self.latency = model, selector, probe, latency
         self.target, self.tolerance, self.tried = target, tolerance, list[Candidate]()
         self._macs = selector.comb.cost({}).macs if original_macs is None else original_macs
         self._most = MAX_CANDIDATES if probe.is_profiled else MAX_CANDIDATES_UNPROFILED
         self._goal, self._upcoming = target.speedup(original_ms), dict[Axis, int]()
+        if timed is not None:
+            self._learn(timed[0], selector.plan(timed[0]), timed[1])
 
     def upcoming(self) -> Mapping[Axis, int]:
         """The widths that should be on target: no layer narrower than its time asks for."""
@@ -116,9 +120,7 @@ class Search:
 
     def step(self) -> None:
         """Measure the next candidate."""
-        found = self._measure(self.upcoming())
-        self._goal = found.speedup / found.attained  # of a latency in ms, in the machine's present state
-        self._upcoming = {}
+        self._measure(self.upcoming())
 
     def finish(self) -> Candidate:
         """The nearest candidate; where widths allow none within the tolerance, the next faster one.
@@ -151,10 +153,17 @@ class Search:
         expected, slowest = self.latency.speedup(counts), self.target.attained
         log.info("Candidate: predicted %.2f times as fast; exporting and timing it …", expected)
         found = self.probe.compare(narrower, seconds=SECONDS, precision=self.tolerance / 3, slowest=slowest)
+        return self._learn(counts, plan, found)
+
+    def _learn(self, counts: Mapping[Axis, int], plan: Plan, found: LatencyComparison) -> Candidate:
+        """What a timing teaches: the model of the latency, and what a latency in ms is in the machine's state."""
+        expected = self.latency.speedup(counts)
         self.latency.observe(counts, found.speedup)
         ratio = self.selector.comb.cost(counts).macs / max(self._macs, 1)
         log.info("Candidate: %.2f times as fast at %.1f %% of the MACs", found.speedup, 100 * ratio)
         self.tried.append(Candidate(counts, plan, ratio, expected, found, self.target.attained(found)))
+        self._goal = found.speedup / self.tried[-1].attained
+        self._upcoming = {}
         return self.tried[-1]
 
 

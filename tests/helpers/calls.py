@@ -60,6 +60,11 @@ def onnx() -> bytes:
 
 
 @cache
+def compared() -> cpd.LatencyComparison:
+    return cpd.compare_latency(onnx(), onnx(), X, seconds=0.001, min_runs=6)
+
+
+@cache
 def result() -> cpd.Result:
     return cpd.compress(deepcopy(model()), target_macs=0.6, round_to=1, example_inputs=X[:1])
 
@@ -173,6 +178,10 @@ def _calls() -> dict[str, Valid]:
         "Schedule.of": (cpd.Schedule.of, {"schedule": lambda: "cubic"}),
         "Schedule.events": (lambda steps: cpd.Schedule().events(steps), {"steps": lambda: 100}),
         "Pruner.prune": (lambda between=None: pruner().prune(between), {}),
+        "Pruner.start_over": (
+            lambda model, found: pruner().start_over(model, found), {"model": model, "found": compared},
+        ),
+        "Pruner.would_meet": (lambda found: pruner().would_meet(found), {"found": compared}),
         "Pruner.note": (lambda text: pruner().note(text), {"text": lambda: "A sentence."}),
         "Pruner.load_state_dict": (
             lambda state: pruner().load_state_dict(state), {"state": lambda: pruner().state_dict()},

@@ -86,7 +86,8 @@ def names_of(given: Any) -> tuple[str, ...]:
         return tuple(name.strip() for name in given.split(","))
     if isinstance(given, (list, tuple)):
         return tuple(name for item in given for name in names_of(item))
-    return (str(getattr(given, "name", None) or getattr(given, "__name__", "device")),)
+    found = str(getattr(given, "name", None) or getattr(given, "__name__", "device"))
+    return (found if found != "<lambda>" else "device",)
 
 
 def grain_of(given: Any) -> int:
@@ -112,7 +113,7 @@ def runtimes_of(given: Any, threads: int) -> list[Runtime]:
     if is_function(given):
         from cpd.deploy.runtimes.device import Device
 
-        return [Device(given)]
+        return [Device(given, names_of(given)[0])]
     return [given]
 
 
