@@ -1,9 +1,9 @@
 """Asked = measured, in the runtime that ships: `python benchmarks/runtimes.py [MODEL …] --runtimes … --speedups …`.
 
-Each cell compresses a model (weights random, chosen by magnitude, nothing trained) to a speed-up in a runtime, saves it,
+Each cell compresses a model (random weights, magnitudes, nothing trained) to a speed-up in a runtime, saves it,
 and has a *second process* measure both again there: original and result in turn, medians of the ratios within the
-rounds, 95 % intervals. A target out of reach is counted apart, with the best figure. With `--plan onnxruntime` the plan
-made for ONNX Runtime is measured in each runtime, beside.
+rounds, 95 % intervals. A target out of reach is counted apart, with the best figure. With `--plan onnxruntime` the
+plan made for ONNX Runtime is measured in each runtime, beside.
 
     python benchmarks/runtimes.py timm:resnet18 --runtimes openvino openvino:int8 --speedups 1.5 2 3 --json F
     python benchmarks/runtimes.py --read F            # the table of what was measured before

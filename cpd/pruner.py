@@ -19,7 +19,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -39,7 +39,7 @@ from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
 from cpd.criteria.score import Scores, score, whole_scores
 from cpd.deploy.export import check_runs
 from cpd.deploy.latency import COMPARISON, LatencyComparison, LatencyProbe
-from cpd.errors import ArtifactError, CheckpointError, InputError, NothingToPruneError, PlanError, of_the_user
+from cpd.errors import CheckpointError, InputError, NothingToPruneError, of_the_user
 from cpd.model.allocator import memory_reused
 from cpd.model.architecture import check_architecture
 from cpd.model.arguments import INPUTS, MODEL, OPTIMIZER, REPEATED_DATA
@@ -50,11 +50,12 @@ from cpd.model.skeleton import skeleton
 from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of, named_tensors
 from cpd.options import LOSS, Check, checked, function, integer, takes_options, text
-from cpd.plan import Architecture, Plan
+from cpd.plan import Plan
 from cpd.randomness import random_states_kept, seeded
 from cpd.selection.branching import check_branches
 from cpd.selection.decision import Decider
 from cpd.selection.limits import check_ratios
+from cpd.selection.state import Shrink, state_of
 from cpd.selection.weighing import Normalization
 from cpd.surgery.masked import masked_error
 from cpd.surgery.optimizer_state import drop_parameters, narrow_state, narrowed_state
@@ -67,25 +68,6 @@ log = logging.getLogger("cpd")
 Stage = Callable[[str], AbstractContextManager[None]]
 #: Added to the seed for the order of the data on which scores are taken, to tell it from that of an epoch.
 SCORING = 1 << 20
-
-
-@dataclass(frozen=True)
-class Shrink:
-    """One shrink of a model.
-
-    Attributes:
-        step: optimizer steps before it.
-        share: of what is to go, how much has gone with it.
-        macs: multiply-accumulates of one pass over the example inputs that are left.
-        parameters: parameters that are left.
-        plan_hash: SHA-256 of all channels kept by now, the same in every process and every run of one seed.
-    """
-
-    step: int
-    share: float
-    macs: int
-    parameters: int
-    plan_hash: str
 
 
 @contextmanager
@@ -194,7 +176,7 @@ class Pruner:
             runtime=self.config.runtime, threads=self.config.threads, calibration=self.data,
             others=tuple(of_shape(item, comb.operations.call) for item in self.config.latency_inputs),
             error_of=self._error_of if self._trials else None,
-            error_without=self._errors_without if self._trials and self.config.branches is not False else None,
+            error_without=partial(_errors_without, self) if self._trials and self.config.branches is not False else None,
             stage=self._stage,
         )  # fmt: skip
         self.plan = self.comb.plan({})
@@ -374,17 +356,6 @@ class Pruner:
         assert self._trials is not None
         return self._trials.error(self.model, plan.since(self.plan), self._limit, roughly=roughly)
 
-    def _errors_without(self, names: list[str]) -> dict[str, float]:
-        """The error of the logits without each of some branches, the layers before it giving what it gave."""
-        assert self._trials is not None
-        found = {}
-        with part("branches", len(names)) as progress:
-            for name in names:
-                plan = self.comb.plan(self.plan.groups, remove=[*self.plan.removed, name]).since(self.plan)
-                found[name] = self._trials.error_without(self.model, plan, self._limit)
-                progress.advance()
-        return found
-
     # ------------------------------------------------------------------------------ shrink
 
     def _shrink(self, plan: Plan, between: Callable[[], None] | None) -> None:
@@ -471,31 +442,27 @@ class Pruner:
         """
         if self.shrinks:
             raise CheckpointError("This pruner has shrunk its model already: make a new one of the unpruned model.")
-        try:
-            then = Architecture.from_dict(state["architecture"]) if "architecture" in state else self.comb.architecture
-            if (found := then.difference(self.comb.architecture)) is not None:
-                raise CheckpointError(f"The state is not of this model: {found}.")
-            plan = self.comb.plan(state["plan"], remove=state.get("removed", ()))
-            if plan.digest != state["digest"]:
-                raise CheckpointError(
-                    "This checkpoint belongs to a different model: its plan keeps different channels."
-                )
-            shrinks = [Shrink(**item) for item in state["shrinks"]]
-            scopes, goal = tuple(state["scopes"]), state["goal"]
-            leaving = None if state.get("leaving", ()) is None else tuple(state.get("leaving", ()))
-            seen = {"sums": list(state["sums"]), "count": int(state["count"])}
-            steps, search = int(state["steps_taken"]), list(state["search"])
-            notes, checks = list(state["notes"]), dict(state["checks"])
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, ArtifactError, PlanError) as error:
-            raise CheckpointError(f"The state is not of this model: {type(error).__name__}: {error}.") from error
-        shrink(self.model, plan)
-        self.plan, self.shrinks, self.steps_taken = plan, shrinks, steps
-        self._decider.scopes, self._decider.goal, self._decider.search = scopes, goal, search
-        self._decider.leaving = leaving
-        self.notes, self.checks = notes, checks
+        found = state_of(state, self.comb)
+        shrink(self.model, found.plan)
+        self.plan, self.shrinks, self.steps_taken = found.plan, found.shrinks, found.steps_taken
+        self._decider.scopes, self._decider.goal, self._decider.search = found.scopes, found.goal, found.search
+        self._decider.leaving = found.leaving
+        self.notes, self.checks = found.notes, found.checks
         self._accumulated = self._from_gradients()
         if self._accumulated is not None:
-            self._accumulated.load_state_dict(seen)
+            self._accumulated.load_state_dict(found.seen)
+
+
+def _errors_without(pruner: Pruner, names: list[str]) -> dict[str, float]:
+    """The error of the logits without each of some branches, the layers before it giving what it gave."""
+    assert pruner._trials is not None
+    found = {}
+    with part("branches", len(names)) as progress:
+        for name in names:
+            plan = pruner.comb.plan(pruner.plan.groups, remove=[*pruner.plan.removed, name]).since(pruner.plan)
+            found[name] = pruner._trials.error_without(pruner.model, plan, pruner._limit)
+            progress.advance()
+    return found
 
 
 def _comb_of(model: nn.Module, comb: Comb | None, example_inputs: Any, config: PruneConfig, stage: Stage) -> Comb:

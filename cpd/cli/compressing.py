@@ -195,6 +195,9 @@ def quantize(
     ] = None,
     trust_source: TrustSource = False,
     calibration: Annotated[str, typer.Option(help="minmax, entropy or percentile.")] = "minmax",
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Matrix products alone, ranges of activations taken while it runs.")
+    ] = False,
     limit: Annotated[int, typer.Option(min=1, help="Batches of images used.")] = 4,
     batch_size: BatchSize = 32,
     workers: Workers = WORKERS,
@@ -228,7 +231,7 @@ def quantize(
     found = cpd.quantize_onnx(
         folder / "model.onnx", loaded.plain, output or folder / "model.int8.onnx", original=original,
         evaluate=loaded.evaluate,
-        calibration=calibration, limit=limit, threads=threads, seconds=seconds,
+        calibration=calibration, dynamic=dynamic, limit=limit, threads=threads, seconds=seconds,
     )  # fmt: skip
     return Output(found.to_dict(), (latency_table(found.latency), found.summary()))
 

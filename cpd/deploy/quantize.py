@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from cpd.deploy.export import (
     run_session,
     writable,
 )
-from cpd.deploy.int8 import CALIBRATIONS, Arrays, parts, quantized_onnx, samples_of
+from cpd.deploy.int8 import CALIBRATIONS, Arrays, dynamic_onnx, parts, quantized_onnx, samples_of
 from cpd.deploy.latency import LatencyTable, measure_latency
 from cpd.errors import ExportError, InputError
 from cpd.model.arguments import DATA
@@ -54,7 +54,8 @@ class Quantized:
             is no `[N, classes, …]`.
         metric: `evaluate` of the INT8 model, and of the float one; None without `evaluate`.
         metric_float: that of the float one.
-        latency: medians and ratios of "original", "original int8" (where the original was given), "float" and "int8".
+        latency: medians and ratios of "original", "original int8" (where the original was given), "float" and "int8";
+            dynamic quantization has "int8 dynamic" in its place.
         bytes: the size of the file, and of the float model.
         bytes_float: that of the float one.
         metric_name: what `evaluate` gives, with its unit in brackets.
@@ -99,6 +100,7 @@ _NODES = Check(
 @checked(
     model=ONNX_MODEL, data=DATA, path=PATH, original=EITHER_MODEL, evaluate=EVALUATE,
     calibration=choice(*CALIBRATIONS), per_channel=FLAG, limit=LIMIT, exclude=_NODES, threads=THREADS, seconds=SECONDS,
+    dynamic=FLAG,
 )  # fmt: skip
 def quantize_onnx(
     model: OnnxSource,
@@ -113,8 +115,12 @@ def quantize_onnx(
     exclude: Iterable[str] = (),
     threads: int = 1,
     seconds: float = 20.0,
+    dynamic: bool = False,
 ) -> Quantized:
     """Quantize weights and activations of an ONNX model to 8 bits, in QDQ format.
+
+    Dynamic quantization is of matrix products alone, and takes the ranges of activations anew in every run: for models
+    of linear layers, such as transformers, whose ranges differ from input to input.
 
     Args:
         model: the float model: a path, bytes or an `onnx.ModelProto`; its shapes may be fixed, batch size included.
@@ -129,6 +135,8 @@ def quantize_onnx(
         exclude: names of ONNX nodes that stay in float.
         threads: ONNX Runtime's threads when timing.
         seconds: the timing ends after this time.
+        dynamic: whether ranges are taken while the model runs; `data` is then what the models are compared on, and
+            `calibration` does not matter. In the table the rows are called "int8 dynamic".
 
     Raises:
         InputError: if `path` cannot be written, or the data does not fit the model.
@@ -150,10 +158,17 @@ def quantize_onnx(
     content = as_bytes(model)
     session = open_session(content)
     samples = samples_of(session, (batch.call for batch in batches(data, limit)))
+    kind = "int8 dynamic" if dynamic else "int8"
+
+    def quantized(source: bytes, fed: Sequence[Arrays]) -> bytes:
+        if dynamic:
+            return dynamic_onnx(source, per_channel, exclude)
+        return quantized_onnx(source, fed, calibration, per_channel, exclude)
+
     with part("quantize"):
-        int8 = quantized_onnx(content, samples, calibration, per_channel, exclude)
+        int8 = quantized(content, samples)
     parity, agreement = _compared(session, int8, samples)
-    models: dict[str, Any] = {"float": content, "int8": int8}
+    models: dict[str, Any] = {"float": content, kind: int8}
     call = Call((), {name: torch.from_numpy(array) for name, array in samples[0].items()})
     if original is not None:
         first = _positional(session, samples[0])
@@ -161,11 +176,7 @@ def quantize_onnx(
         other = open_session(whole)
         renamed = [feed(other, _positional(session, sample)) for sample in samples]
         with part("quantize the original"):
-            models = {
-                "original": whole,
-                "original int8": quantized_onnx(whole, renamed, calibration, per_channel, exclude),
-            }
-        models.update({"float": content, "int8": int8})
+            models = {"original": whole, f"original {kind}": quantized(whole, renamed), **models}
         call = first
     latency = measure_latency(models, call, threads=threads, seconds=seconds)
     with part("evaluate"):

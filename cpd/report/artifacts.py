@@ -52,7 +52,7 @@ WEIGHTS, PLAN, ONNX, INT8, REPORT, PAGE, CARD, CONFIG, RECIPE, SWEEP = (
 #: What `save_result`, `save_pretrained` and a sweep write.
 RESULT, PRETRAINED, SWEPT = (WEIGHTS, PLAN, ONNX, INT8, REPORT, PAGE, CARD), (WEIGHTS, CONFIG, CARD), (SWEEP, PAGE)
 #: What users change as they like: a model loads whatever has become of it.
-EDITABLE = (CARD, RECIPE)
+EDITABLE = (CARD, RECIPE, INT8)
 
 
 class Document(TypedDict):

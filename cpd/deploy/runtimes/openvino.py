@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from cpd.deploy.export import OnnxSource
 from cpd.deploy.int8 import with_constant_ranges
-from cpd.deploy.profiling import MOST_RUNS, NodeTime, Shape
+from cpd.deploy.profiling import NodeTime, Shape
 from cpd.deploy.runtimes.base import Array, Artifact, Session, check_outputs, file_of
 from cpd.errors import InputError, first_line, needs_extra
 from cpd.model.progress import part
@@ -26,7 +27,8 @@ _OPERATORS = {
 }  # fmt: skip
 #: Left out of a profile: with several models in the caches a change of layout takes longer than in one that runs alone.
 _LEFT_OUT = ("Reorder",)
-_WARM_UP_RUNS, _LEAST_RUNS = 2, 8
+#: Runs before anything is counted, and blocks of a profile, each of which is as long as all before it.
+_FIRST_BLOCK, _LEAST_BLOCKS, _BLOCKS = 4, 4, 8
 
 
 @dataclass(frozen=True)
@@ -93,20 +95,32 @@ class OpenVINO:
     def _profile(self, source: OnnxSource, feeds: Mapping[str, Array], seconds: float) -> list[NodeTime]:
         with part("profile", undisturbed=True):
             request = self._request(source, feeds, PERF_COUNT=True)
-            found: dict[str, list[float]] = {}
-            runs, start = 0, 0.0
-            while runs < _WARM_UP_RUNS + _LEAST_RUNS or (runs < MOST_RUNS and time.perf_counter() - start < seconds):
-                if runs == _WARM_UP_RUNS:
-                    start, found = time.perf_counter(), {}
-                request.infer(share_outputs=True)
-                for node in request.profiling_info:
-                    if node.status == node.Status.EXECUTED:
-                        found.setdefault(node.node_name, []).append(node.real_time.total_seconds() * 1e3)
-                runs += 1
-            return _nodes(request, found)
+            start, runs, means = time.perf_counter(), 1, list[dict[str, float]]()  # one run when it was opened
+            while len(means) < _LEAST_BLOCKS or (len(means) < _BLOCKS and time.perf_counter() - start < seconds):
+                more = runs if means else _FIRST_BLOCK - runs
+                for _ in range(more):
+                    request.infer(share_outputs=True)
+                runs += more
+                means.append({
+                    node.node_name: node.real_time.total_seconds() * 1e3
+                    for node in request.profiling_info if node.status == node.Status.EXECUTED
+                })  # fmt: skip
+            return _nodes(request, _medians(means))
 
 
-def _nodes(request: Any, times: Mapping[str, list[float]]) -> list[NodeTime]:
+def _medians(means: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The time of each node, in ms: the median over blocks of runs of the mean within a block.
+
+    OpenVINO counts the mean over all runs since a model was compiled, the first one with its preparations among them.
+    Of a block that is as long as all before it, the mean is twice that of all less that of those before.
+    """
+    return {
+        name: max(statistics.median(2 * now[name] - before[name] for before, now in pairwise(means)), 0.0)
+        for name in means[-1]
+    }
+
+
+def _nodes(request: Any, times: Mapping[str, float]) -> list[NodeTime]:
     """The nodes that were executed, in their order, with the shapes that they have in the model."""
     nodes = []
     for item in request.get_compiled_model().get_runtime_model().get_ordered_ops():
@@ -121,5 +135,5 @@ def _nodes(request: Any, times: Mapping[str, list[float]]) -> list[NodeTime]:
         # of a contraction the first input says enough, and the others may be what was fused into it
         shown = inputs[:1] if op in ("Conv", "ConvTranspose", "MatMul") else inputs
         outputs = tuple(tuple(port.get_shape()) for port in item.outputs())
-        nodes.append(NodeTime(name, op, shown, outputs, statistics.median(times[name])))
+        nodes.append(NodeTime(name, op, shown, outputs, times[name]))
     return nodes
