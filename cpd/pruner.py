@@ -176,7 +176,9 @@ class Pruner:
             runtime=self.config.runtime, threads=self.config.threads, calibration=self.data,
             others=tuple(of_shape(item, comb.operations.call) for item in self.config.latency_inputs),
             error_of=self._error_of if self._trials else None,
-            error_without=partial(_errors_without, self) if self._trials and self.config.branches is not False else None,
+            error_without=(
+                partial(_errors_without, self) if self._trials and self.config.branches is not False else None
+            ),
             stage=self._stage,
         )  # fmt: skip
         self.plan = self.comb.plan({})
