@@ -116,7 +116,7 @@ def _medians(means: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """
     return {
         name: max(statistics.median(2 * now[name] - before[name] for before, now in pairwise(means)), 0.0)
-        for name in means[-1]
+        for name in set.intersection(*map(set, means))
     }
 
 
