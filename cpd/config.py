@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from cpd.deploy.runtimes.catalogue import DEFAULT, RUNTIME, RUNTIMES, grain_of, names_of
 from cpd.errors import InputError
 from cpd.options import (
     OUTPUTS,
@@ -106,12 +107,12 @@ class PruneConfig:
 
     target_speedup: float | None = option(
         None, _SPEEDUP,
-        "Latency of the original over that of the result, measured in ONNX Runtime on this machine; at least 1.",
+        "Latency of the original over that of the result, measured in the runtime on this machine; at least 1.",
     )  # fmt: skip
     target_latency_ms: float | None = option(
         None,
         _ABOVE_ZERO,
-        "Latency of the result in ms for one run, measured in ONNX Runtime.",
+        "Latency of the result in ms for one run, measured in the runtime.",
     )
     target_macs: float | None = option(
         None, _AMOUNT, "Multiply-accumulates that are kept: a share up to 1, or a number of them."
@@ -166,7 +167,9 @@ class PruneConfig:
     interval: int | None = option(
         None, integer(1), "Optimizer steps between two pruning steps of a gradual schedule. Default: ten pruning steps."
     )
-    round_to: int = option(8, integer(1), "Widths are kept to multiples of this.")
+    round_to: int | None = option(
+        None, integer(1), "Widths are kept to multiples of this. Default: what is fast in the runtime, 8 or 16."
+    )
     max_ratio: float = option(0.9, _INSIDE, "Largest share of a group that may be removed.")
     min_width: int = option(1, integer(1), "Fewest channels that a group keeps.")
     ratios: Mapping[str, float] | None = option(
@@ -201,7 +204,12 @@ class PruneConfig:
         "Seconds after which what is not proved stays. Default: no limit, so that the same model gives the same plan.",
     )
     tolerance: float = option(0.05, _INSIDE, "Relative distance from a measured target at which the search may end.")
-    threads: int = option(1, THREADS, "Threads of ONNX Runtime when latency is measured.")
+    runtime: Any = option(
+        DEFAULT, RUNTIME,
+        f"What latency is measured in: {', '.join(RUNTIMES)}; several with commas between, or in a list, of which the "
+        "slowest counts (Python: also a function measure(paths) -> [ms] for a device of your own).",
+    )  # fmt: skip
+    threads: int = option(1, THREADS, "Threads of the runtime when latency is measured.")
     latency_inputs: Sequence[Any] = option(
         (), _INPUTS,
         "Further inputs (other batch or image sizes) for which a measured target must hold: the slowest counts. "
@@ -270,7 +278,13 @@ class PruneConfig:
     @property
     def limits(self) -> Limits:
         """What a selection may do to a group."""
-        return Limits(self.round_to, self.max_ratio, self.min_width, dict(self.ratios or {}), self.max_removed)
+        return Limits(
+            self.round_to or grain_of(self.runtime),
+            self.max_ratio,
+            self.min_width,
+            dict(self.ratios or {}),
+            self.max_removed,
+        )
 
     @property
     def combing(self) -> dict[str, Any]:
@@ -279,7 +293,8 @@ class PruneConfig:
 
     def settings(self) -> dict[str, Any]:
         """All options as JSON types but for the inputs, as a checkpoint keeps them."""
-        return {name: plain(value) for name, value in vars(self).items() if name != "latency_inputs"}
+        found = {name: plain(value) for name, value in vars(self).items() if name != "latency_inputs"}
+        return {**found, "runtime": ",".join(names_of(self.runtime))}
 
 
 PRUNING = instance(PruneConfig, "a cpd.PruneConfig")

@@ -17,46 +17,45 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cpd import processes
 from cpd.config import PRUNING, PruneConfig
 from cpd.coupling.branches import Branch
 from cpd.coupling.comb import COMB, Comb
 from cpd.coupling.comb import comb as comb_model
-from cpd.coupling.cost import unused_sentence
+from cpd.coupling.notes import left_alone_sentence, notes_of
 from cpd.criteria import DATA_FREE
 from cpd.criteria.accumulated import AccumulatedScores
 from cpd.criteria.asked import BATCHES, Asked, samples_asked
 from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
-from cpd.criteria.score import Scores, score
+from cpd.criteria.score import Scores, score, whole_scores
 from cpd.deploy.export import check_runs
-from cpd.deploy.latency import LatencyProbe
-from cpd.errors import ArtifactError, CheckpointError, InputError, NothingToPruneError, PlanError, of_the_user
+from cpd.deploy.latency import COMPARISON, LatencyComparison, LatencyProbe
+from cpd.errors import CheckpointError, InputError, NothingToPruneError, of_the_user
 from cpd.model.allocator import memory_reused
 from cpd.model.architecture import check_architecture
 from cpd.model.arguments import INPUTS, MODEL, OPTIMIZER, REPEATED_DATA
 from cpd.model.inputs import as_call, batches, check_model, device_of, of_shape
 from cpd.model.masks import masks_applied
-from cpd.model.outputs import outputs_sentence
 from cpd.model.progress import part
 from cpd.model.randomness import random_states_kept, seeded
 from cpd.model.skeleton import skeleton
 from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of, named_tensors
 from cpd.options import LOSS, Check, checked, function, integer, takes_options, text
-from cpd.plan import Architecture, Plan
+from cpd.plan import Plan
 from cpd.selection.branching import check_branches
 from cpd.selection.decision import Decider
 from cpd.selection.limits import check_ratios
+from cpd.selection.state import Shrink, state_of
 from cpd.selection.weighing import Normalization
 from cpd.surgery.masked import masked_error
 from cpd.surgery.optimizer_state import drop_parameters, narrow_state, narrowed_state
@@ -69,27 +68,6 @@ log = logging.getLogger("cpd")
 Stage = Callable[[str], AbstractContextManager[None]]
 #: Added to the seed for the order of the data on which scores are taken, to tell it from that of an epoch.
 SCORING = 1 << 20
-#: Integers left alone that a note names.
-NAMED = 8
-
-
-@dataclass(frozen=True)
-class Shrink:
-    """One shrink of a model.
-
-    Attributes:
-        step: optimizer steps before it.
-        share: of what is to go, how much has gone with it.
-        macs: multiply-accumulates of one pass over the example inputs that are left.
-        parameters: parameters that are left.
-        plan_hash: SHA-256 of all channels kept by now, the same in every process and every run of one seed.
-    """
-
-    step: int
-    share: float
-    macs: int
-    parameters: int
-    plan_hash: str
 
 
 @contextmanager
@@ -195,18 +173,23 @@ class Pruner:
         self._decider = Decider(
             comb, self.target, limits, normalization=self.config.normalization, exponent=self.config.exponent,
             scope=self.config.scope, data_free=self.criterion in DATA_FREE, tolerance=self.config.tolerance,
-            threads=self.config.threads,
+            runtime=self.config.runtime, threads=self.config.threads, calibration=self.data,
             others=tuple(of_shape(item, comb.operations.call) for item in self.config.latency_inputs),
             error_of=self._error_of if self._trials else None,
-            error_without=self._errors_without if self._trials and self.config.branches is not False else None,
+            error_without=(
+                partial(_errors_without, self) if self._trials and self.config.branches is not False else None
+            ),
             stage=self._stage,
         )  # fmt: skip
         self.plan = self.comb.plan({})
         self.steps_taken = 0
         self.shrinks: list[Shrink] = []
-        self.notes = _notes_of(comb)
+        self.notes = notes_of(comb)
         self.checks: dict[str, float] = {}
         self._asked, self._limit = Asked(), BATCHES
+        self._known_scores: Scores | None = None
+        self._decided_on: tuple[Scores, Mapping[str, tuple[int, ...]]] | None = None
+        self._noted = list(self.notes)
         self._accumulated = self._from_gradients()
 
     # ------------------------------------------------------------------------------ what it is
@@ -281,7 +264,7 @@ class Pruner:
             self._asked, self._limit = processes.from_first(self._wanted)
         with random_states_kept(), seeded(self.data, seed):
             with self._stage("score"):
-                scores = self._scores()
+                scores = self._known_scores or self._scores()
             with self._stage("select"):
                 plan = self._select(scores, share)
             processes.check_same(plan.digest, "plan")
@@ -293,7 +276,7 @@ class Pruner:
             len(self.shrinks), len(self._events), f"{left.macs:,}", f"{left.parameters:,}",
         )  # fmt: skip
         if self.done and (left_alone := self.comb.left_alone(plan)):
-            self.note(_left_alone_sentence(left_alone))
+            self.note(left_alone_sentence(left_alone))
         self._accumulated = self._from_gradients()
         return self.shrinks[-1]
 
@@ -331,7 +314,7 @@ class Pruner:
                 limit=self._limit, seed=self.config.seed + len(self.shrinks), total=processes.total,
             )  # fmt: skip
             found, untrusted = scores.drawn(), scores.untrusted
-        return Scores(_whole(self.comb, self.plan, found), untrusted, {})
+        return Scores(whole_scores(self.comb, self.plan, found), untrusted, {})
 
     def _select(self, scores: Scores, share: float) -> Plan:
         """What stays after this shrink; where something is measured for it, as the first process has measured it."""
@@ -342,26 +325,38 @@ class Pruner:
             found = processes.from_first(lambda: decider.decide(scores, kept, share, scores.untrusted))
         else:
             found = decider.decide(scores, kept, share, scores.untrusted)
+        self._decided_on, self._noted = (scores, kept), list(self.notes)
         decider.scopes, decider.goal, decider.leaving = found.scopes, found.goal, found.leaving
         for note in found.notes:
             self.note(note)
         return self.comb.plan(found.keep, remove=found.removed)
 
+    @checked(model=MODEL, found=COMPARISON)
+    def start_over(self, model: nn.Module, found: LatencyComparison) -> None:
+        """Take a fresh copy of the unpruned model, for `prune` to go on with the search from a timing of this one.
+
+        Scores are not taken again.
+
+        Args:
+            model: the copy.
+            found: how fast the pruned model turned out to be.
+        """
+        self._decider.saw(self.plan, found)
+        self.model, self.plan, self.shrinks, self.notes = model, self.comb.plan({}), [], self._noted
+        self._known_scores = self._decided_on and self._decided_on[0]
+
+    @checked(found=COMPARISON)
+    def would_meet(self, found: LatencyComparison) -> Plan | None:
+        """The plan that should be on target, given how fast this one turned out to be; None where none is in reach."""
+        if self._decided_on is None:
+            return None
+        self._decider.saw(self.plan, found)
+        return self._decider.would_meet(*self._decided_on, self.plan.removed)
+
     def _error_of(self, plan: Plan, roughly: bool) -> float:
         """The error of the logits once a plan has been applied and recovered from, on a copy; or roughly that."""
         assert self._trials is not None
         return self._trials.error(self.model, plan.since(self.plan), self._limit, roughly=roughly)
-
-    def _errors_without(self, names: list[str]) -> dict[str, float]:
-        """The error of the logits without each of some branches, the layers before it giving what it gave."""
-        assert self._trials is not None
-        found = {}
-        with part("branches", len(names)) as progress:
-            for name in names:
-                plan = self.comb.plan(self.plan.groups, remove=[*self.plan.removed, name]).since(self.plan)
-                found[name] = self._trials.error_without(self.model, plan, self._limit)
-                progress.advance()
-        return found
 
     # ------------------------------------------------------------------------------ shrink
 
@@ -449,57 +444,27 @@ class Pruner:
         """
         if self.shrinks:
             raise CheckpointError("This pruner has shrunk its model already: make a new one of the unpruned model.")
-        try:
-            then = Architecture.from_dict(state["architecture"]) if "architecture" in state else self.comb.architecture
-            if (found := then.difference(self.comb.architecture)) is not None:
-                raise CheckpointError(f"The state is not of this model: {found}.")
-            plan = self.comb.plan(state["plan"], remove=state.get("removed", ()))
-            if plan.digest != state["digest"]:
-                raise CheckpointError(
-                    "This checkpoint belongs to a different model: its plan keeps different channels."
-                )
-            shrinks = [Shrink(**item) for item in state["shrinks"]]
-            scopes, goal = tuple(state["scopes"]), state["goal"]
-            leaving = None if state.get("leaving", ()) is None else tuple(state.get("leaving", ()))
-            seen = {"sums": list(state["sums"]), "count": int(state["count"])}
-            steps, search = int(state["steps_taken"]), list(state["search"])
-            notes, checks = list(state["notes"]), dict(state["checks"])
-        except (LookupError, TypeError, ValueError, AttributeError, OverflowError, ArtifactError, PlanError) as error:
-            raise CheckpointError(f"The state is not of this model: {type(error).__name__}: {error}.") from error
-        shrink(self.model, plan)
-        self.plan, self.shrinks, self.steps_taken = plan, shrinks, steps
-        self._decider.scopes, self._decider.goal, self._decider.search = scopes, goal, search
-        self._decider.leaving = leaving
-        self.notes, self.checks = notes, checks
+        found = state_of(state, self.comb)
+        shrink(self.model, found.plan)
+        self.plan, self.shrinks, self.steps_taken = found.plan, found.shrinks, found.steps_taken
+        self._decider.scopes, self._decider.goal, self._decider.search = found.scopes, found.goal, found.search
+        self._decider.leaving = found.leaving
+        self.notes, self.checks = found.notes, found.checks
         self._accumulated = self._from_gradients()
         if self._accumulated is not None:
-            self._accumulated.load_state_dict(seen)
+            self._accumulated.load_state_dict(found.seen)
 
 
-def _notes_of(comb: Comb) -> list[str]:
-    """What a user should know of a comb, sentence by sentence."""
-    notes = [unused_sentence(comb.unused)] if comb.unused else list[str]()
-    if comb.operations.chosen is not None:
-        notes.append(outputs_sentence(comb.outputs))
-    if comb.operations.values_read:
-        notes.append(comb.operations.values_sentence)
-    return notes
-
-
-def _left_alone_sentence(places: tuple[str, ...]) -> str:
-    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
-    names = ", ".join(places[:NAMED])
-    return f"Integers equal to an old width, which nothing ties to it, stay as they are: {names}{more}."
-
-
-def _whole(comb: Comb, plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scores of what a plan has left, at its places in the unpruned model; -inf elsewhere."""
-    whole = dict[str, Tensor]()
-    for group in comb.open:
-        whole[group.name] = torch.full((group.size,), -math.inf, dtype=torch.float64)
-        if group.name in scores:  # it has not gone with a branch
-            whole[group.name][list(plan.groups[group.name])] = scores[group.name].to("cpu", torch.float64)
-    return whole
+def _errors_without(pruner: Pruner, names: list[str]) -> dict[str, float]:
+    """The error of the logits without each of some branches, the layers before it giving what it gave."""
+    assert pruner._trials is not None
+    found = {}
+    with part("branches", len(names)) as progress:
+        for name in names:
+            plan = pruner.comb.plan(pruner.plan.groups, remove=[*pruner.plan.removed, name]).since(pruner.plan)
+            found[name] = pruner._trials.error_without(pruner.model, plan, pruner._limit)
+            progress.advance()
+    return found
 
 
 def _comb_of(model: nn.Module, comb: Comb | None, example_inputs: Any, config: PruneConfig, stage: Stage) -> Comb:

@@ -97,6 +97,7 @@ WRONG: dict[str, Any] = {
     "compensation": 1, "score_batches": 0, "memory_gb": 0,
     "schedule": "sudden", "prune_from": -0.1, "prune_until": 1.1, "interval": 0,
     "round_to": 2.5, "max_ratio": 1, "min_width": True, "ratios": {"a": 1}, "tolerance": 0, "threads": 0,
+    "runtime": "tpu",
     "branches": 1, "max_removed": 1.5,
     "latency_inputs": 3, "seed": -1, "outputs": 1.5, "masks": "drop", "proof_copies": 0, "proof_seconds": 0,
 }  # fmt: skip
@@ -227,6 +228,7 @@ EVERY = (
     "--no-compensation --score-batches 3 --memory-gb 2.5 --schedule linear "
     "--prune-from 0.1 --prune-until 0.9 --interval 7 "
     "--round-to 2 --max-ratio 0.7 --min-width 4 --ratios layer1*=0.25 --ratios fc=0 --tolerance 0.1 --threads 2 "
+    "--runtime openvino:int8,torch "
     "--latency-inputs 2x3x64x64 --latency-inputs 1x3x32x32 --seed 5 --outputs logits --outputs 1.0 --masks permanent "
     "--branches --max-removed 0.4 --proof-copies 50 --proof-seconds 30 "
     "--momentum 0.5 --warmup 0.2 --max-grad-norm none --kd none --features fc"
@@ -241,6 +243,7 @@ def test_every_option_reaches_the_library(called: dict[str, Any], tmp_path: Any)
         compensation=False, score_batches=3, memory_gb=2.5,
         schedule="linear", prune_from=0.1, prune_until=0.9, interval=7, round_to=2,
         max_ratio=0.7, min_width=4, ratios={"layer1*": 0.25, "fc": 0.0}, tolerance=0.1, threads=2,
+        runtime="openvino:int8,torch",
         latency_inputs=((2, 3, 64, 64), (1, 3, 32, 32)), seed=5, outputs=("logits", "1.0"), masks="permanent",
         proof_copies=50, proof_seconds=30.0, branches=True, max_removed=0.4,
     )  # fmt: skip
@@ -271,7 +274,7 @@ def command_options(arguments: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--round-to 0", "error: --round-to must be an integer from 1 to 1000000000; got 0."),
+        ("--round-to 0", "error: --round-to must be an integer from 1 to 1000000000, or None; got 0."),
         ("--seed -1", "error: --seed must be an integer from 0 to 2147483647; got -1."),
         ("--threads 1000000", "error: --threads must be an integer from 1 to 1024; got 1000000."),
         ("--lr 0", "error: --lr must be a number above 0, or None; got 0.0."),

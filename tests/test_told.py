@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import cpd
+from cpd.deploy.runtimes.base import Session
 from cpd.errors import of_the_user
 from helpers.calls import Began, X, Y, began, comb, data, loss, model, narrow, onnx, plan
 
@@ -31,11 +32,11 @@ class Failing:
         raise OwnError("of my own")
 
 
-class Backend:
-    name = "mine"
+class Mine:
+    name, version, threads, precision, grain = "mine", "", 1, "f32", 8
 
-    def open(self, model: Any, call: Any) -> Callable[[], object]:
-        return fails
+    def prepare(self, artifact: Any) -> Session:
+        return Session(fails)
 
 
 class Forward(nn.Module):
@@ -85,8 +86,12 @@ FAILS: dict[str, tuple[str, Callable[[], Any]]] = {
     "evaluate of a sensitivity": (
         "evaluate raised OwnError before pruning", lambda: cpd.sensitivity(model(), comb(), data(), evaluate=fails),
     ),
-    "a backend": (
-        "A backend raised OwnError while it ran", lambda: cpd.measure_latency({"a": onnx()}, X, backends=[Backend()]),
+    "a runtime": (
+        "A runtime raised OwnError while it ran", lambda: cpd.measure_latency({"a": onnx()}, X, runtime=Mine()),
+    ),
+    "a device": (
+        "The runtime fails raised OwnError when it timed a model",
+        lambda: cpd.compare_latency(onnx(), onnx(), X, runtime=fails),
     ),
     "total": (
         "The criterion taylor raised OwnError",

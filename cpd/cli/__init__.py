@@ -72,5 +72,5 @@ register(app, analysing.comb, "timm:vit_tiny_patch16_224", "timm:swin_tiny_patch
 register(app, analysing.sensitivity, "timm:resnet18 --data images/ --plot sensitivity.svg")
 register(app, analysing.profile, "timm:resnet18", "timm:resnet18 --threads 2 --check 4")
 register(app, analysing.latency, "timm:resnet18 out out/model.int8.onnx",
-         "timm:resnet18 --backends onnxruntime,torch --threads 2")  # fmt: skip
+         "timm:resnet18 --runtime onnxruntime,torch --threads 2")  # fmt: skip
 register(app, compressing.demo, "", "--output-dir out")

@@ -18,6 +18,7 @@ from cpd.cli.arguments import (
     NeededData,
     Plot,
     Pretrained,
+    Runtime,
     Seconds,
     Seed,
     Std,
@@ -43,6 +44,7 @@ from cpd.cli.tables import (
     sweep_table,
 )  # fmt: skip
 from cpd.config import PruneConfig
+from cpd.deploy.runtimes.catalogue import DEFAULT
 from cpd.errors import InputError
 from cpd.model.progress import part
 from cpd.options import checks_of
@@ -158,6 +160,7 @@ def sensitivity(
 
 def profile(
     model: Model,
+    runtime: Runtime = DEFAULT,
     threads: Threads = 1,
     check: Annotated[int, typer.Option(min=0, help="Narrower copies to export, time and compare with.")] = 0,
     seed: Seed = 0,
@@ -168,7 +171,7 @@ def profile(
 
     from cpd.deploy.latency_model import profile_model
 
-    found = profile_model(built, example_inputs, threads=threads, check=check, seed=seed)
+    found = profile_model(built, example_inputs, runtime=runtime, threads=threads, check=check, seed=seed)
     return Output({"model": model, **found.to_dict()}, (profile_table(found), *found.summary()))
 
 
@@ -176,9 +179,7 @@ def latency(
     models: Annotated[
         list[str], typer.Argument(help="ONNX files, folders that cpd compress wrote, or models as elsewhere.")
     ],
-    backends: Annotated[
-        str, typer.Option(help="Any of onnxruntime, cuda, torch, torch.compile, openvino; commas between.")
-    ] = "onnxruntime",
+    runtime: Runtime = DEFAULT,
     threads: Threads = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a run, for models that are exported now.")] = 1,
     seconds: Seconds = 20.0,
@@ -191,9 +192,8 @@ def latency(
 
     import cpd
 
-    names = [name.strip() for name in backends.split(",")]
     timed = cpd.measure_latency(
-        found, inputs, backends=names, threads=threads, seconds=seconds,
+        found, inputs, runtime=runtime, threads=threads, seconds=seconds,
         batch_size=None if any(isinstance(item, str) for item in found.values()) else batch_size,
     )  # fmt: skip
     return Output(timed.to_dict(), (latency_table(timed),))

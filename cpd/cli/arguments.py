@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cpd.deploy.runtimes.catalogue import RUNTIMES
 from cpd.errors import CPDError, InputError, first_line
 from cpd.model.progress import part
 
@@ -72,7 +73,10 @@ TrustTeacher = Annotated[
 Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw a picture: .svg, .png.")]
 Pretrained = Annotated[bool, typer.Option(help="Start from the library's own weights (downloads them).")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a step.")]
-Threads = Annotated[int, typer.Option(min=1, help="ONNX Runtime threads that latency is measured on.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of the runtime that latency is measured on.")]
+Runtime = Annotated[
+    str, typer.Option(help=f"What runs the models: any of {', '.join(RUNTIMES)}; commas between several.")
+]
 Seconds = Annotated[float, typer.Option(min=0, help="The timing ends after so long.")]
 Teacher = Annotated[
     str | None,

@@ -113,7 +113,7 @@ def compress(
 @takes(DistillConfig, TRAIN, SHARED, kd=KD_BY_DATA)
 def sweep(
     model: Model,
-    speedups: Annotated[str, typer.Option(help="ONNX Runtime latency, original over result; commas between.")],
+    speedups: Annotated[str, typer.Option(help="Latency in the runtime, original over result; commas between.")],
     data: Data = None,
     output_dir: OutputDir = None,
     overwrite: Overwrite = False,
@@ -195,6 +195,9 @@ def quantize(
     ] = None,
     trust_source: TrustSource = False,
     calibration: Annotated[str, typer.Option(help="minmax, entropy or percentile.")] = "minmax",
+    dynamic: Annotated[
+        bool, typer.Option("--dynamic", help="Matrix products alone, ranges of activations taken while it runs.")
+    ] = False,
     limit: Annotated[int, typer.Option(min=1, help="Batches of images used.")] = 4,
     batch_size: BatchSize = 32,
     workers: Workers = WORKERS,
@@ -207,7 +210,7 @@ def quantize(
 ) -> Output:
     """Bring a compressed model to INT8, compare it with the float one, and time pruning, quantization and both."""
     import cpd
-    from cpd.deploy.quantize import CALIBRATIONS
+    from cpd.deploy.int8 import CALIBRATIONS
     from cpd.model.recorded import rebuilt
     from cpd.model.sources import resolve
     from cpd.report.artifacts import read_document
@@ -228,7 +231,7 @@ def quantize(
     found = cpd.quantize_onnx(
         folder / "model.onnx", loaded.plain, output or folder / "model.int8.onnx", original=original,
         evaluate=loaded.evaluate,
-        calibration=calibration, limit=limit, threads=threads, seconds=seconds,
+        calibration=calibration, dynamic=dynamic, limit=limit, threads=threads, seconds=seconds,
     )  # fmt: skip
     return Output(found.to_dict(), (latency_table(found.latency), found.summary()))
 

@@ -37,24 +37,24 @@ def sensitivity_table(found: Sensitivity) -> Table:
 
 
 def latency_table(found: LatencyTable) -> Table:
-    """One row a model and backend; ratios are against the first."""
+    """One row a model and runtime; ratios are against the first."""
     table = Table(title=f"{found.runs} rounds, {found.threads} thread(s), {found.samples} sample(s) a run")
-    several = len({row.backend for row in found.rows}) > 1
+    several = len({row.runtime for row in found.rows}) > 1
     table.add_column("model", overflow="fold")
     if several:
-        table.add_column("backend")
+        table.add_column("runtime")
     for column in ("median ms", "p90 ms", "speed-up", "95 %"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in found.rows:
         figures = (f"{row.median_ms:.3g}", f"{row.p90_ms:.3g}", f"{row.speedup:.2f}")
         interval = f"{row.speedup_low:.2f}-{row.speedup_high:.2f}"
-        table.add_row(Text(row.name), *([Text(row.backend)] if several else []), *figures, interval)
+        table.add_row(Text(row.name), *([Text(row.runtime)] if several else []), *figures, interval)
     return table
 
 
 def profile_table(found: ModelProfile) -> Table:
     """Where the time goes, by operator."""
-    table = Table(title=f"{found.total_ms:.3g} ms in ONNX Runtime, {found.threads} thread(s)")
+    table = Table(title=f"{found.total_ms:.3g} ms in {found.runtime}, {found.threads} thread(s)")
     table.add_column("operator")
     for column in ("nodes", "ms", "share", "at half of every width"):
         table.add_column(column, justify="right")

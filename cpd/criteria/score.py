@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,10 +19,10 @@ from cpd.model.architecture import check_architecture
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import check_model
 from cpd.options import FLAG, LIMIT, LOSS, SEED, Check, checked, choice, function, is_function, shown
+from cpd.plan import Plan
 
 #: Name -> dtype of mixed precision.
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 _CRITERION = Check(
     "a name in cpd.criteria.CRITERIA, or a function of a cpd.criteria.Setting",
@@ -132,3 +133,13 @@ def score(
             raise TrainingError(f"The scores of {group.name} are not finite: check the data and the loss.")
         result[group.name] = value
     return Scores(result, setting.untrusted, setting.reliability)
+
+
+def whole_scores(comb: Comb, plan: Plan, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores of what a plan has left, at its places in the unpruned model; -inf elsewhere."""
+    whole = dict[str, Tensor]()
+    for group in comb.open:
+        whole[group.name] = torch.full((group.size,), -math.inf, dtype=torch.float64)
+        if group.name in scores:  # it has not gone with a branch
+            whole[group.name][list(plan.groups[group.name])] = scores[group.name].to("cpu", torch.float64)
+    return whole

@@ -189,7 +189,7 @@ def onnx_parity(model: nn.Module, onnx_model: OnnxSource, example_inputs: Any) -
             f"The ONNX model gives outputs of shapes {found_shapes}, PyTorch {expected_shapes}. "
             f"Check that the file was exported from this {type(model).__name__}, at these input shapes."
         )
-    differences = [_difference(_array(a), b) for a, b in zip(expected, found, strict=True)]
+    differences = [relative_difference(array_of(a), b) for a, b in zip(expected, found, strict=True)]
     return float(np.max(differences, initial=0.0))  # np.max, unlike max, hands a NaN on
 
 
@@ -284,7 +284,7 @@ def feed(session: Any, call: Call) -> dict[str, np.ndarray[Any, Any]]:
             f"The ONNX model takes {len(inputs)} inputs ({', '.join(inputs)}); example_inputs hold "
             f"{len(named) + len(tensors)} tensors. Pass the example inputs that it was exported with."
         )
-    arrays = {name: _array(tensor) for name, tensor in (*named.items(), *zip(free, tensors, strict=True))}
+    arrays = {name: array_of(tensor) for name, tensor in (*named.items(), *zip(free, tensors, strict=True))}
     for name, array in arrays.items():
         _check_shape(name, inputs[name], array.shape)
     return arrays
@@ -373,6 +373,22 @@ def _write(program: Any, target: Path, verify: Callable[[OnnxSource], None]) -> 
     return target
 
 
+def as_bytes(model: OnnxSource) -> bytes:
+    """An ONNX model, serialised.
+
+    Raises:
+        InputError: if there is no such file.
+    """
+    if isinstance(model, bytes):
+        return model
+    if isinstance(model, onnx.ModelProto):
+        return bytes(model.SerializeToString())
+    try:
+        return bytes(onnx.load(os.fspath(model)).SerializeToString())
+    except Exception as error:  # protobuf's and the operating system's own
+        raise InputError(f"{os.fspath(model)!r} cannot be read as an ONNX model: {first_line(error)}.") from error
+
+
 def writable(path: str | os.PathLike[str]) -> Path:
     """`path` as a `Path`; raises `InputError` unless a file can be put there."""
     target = Path(path)
@@ -385,7 +401,7 @@ def writable(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
+def array_of(tensor: Tensor) -> np.ndarray[Any, Any]:
     """`tensor` as a contiguous array in main memory."""
     if tensor.dtype == torch.bfloat16:
         raise InputError("NumPy has no bfloat16: convert the model and its example inputs with .float() first.")
@@ -404,7 +420,7 @@ def _check_shape(name: str, expected: list[int | str | None], found: tuple[int, 
         )
 
 
-def _difference(expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> float:
+def relative_difference(expected: np.ndarray[Any, Any], found: np.ndarray[Any, Any]) -> float:
     """max|a - b| / max|a|, values equal on both sides (infinities and NaN too) counted as no difference."""
     wide = np.complex128 if np.iscomplexobj(expected) else np.float64
     a, b = expected.astype(wide), found.astype(wide)

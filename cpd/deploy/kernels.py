@@ -1,9 +1,10 @@
 """How long convolutions and matrix products take on this machine, at any widths.
 
-A kernel is measured alone, as ONNX Runtime runs it, at a few widths of each of its dimensions; the rest follows from
-how such kernels are built. Time does not fall evenly with a width: it falls in steps of the vector registers' length
-(a saw-tooth: 24 channels cost what 32 do), the steps repeat every few vectors, and widths that fill no vector may
-take another kernel altogether. What was measured is kept in a file, one for a machine and a version of ONNX Runtime.
+A kernel is measured alone, as a runtime runs it (ONNX Runtime, OpenVINO; in float or in 8-bit integers), at a few
+widths of each of its dimensions; the rest follows from how such kernels are built. Time does not fall evenly with a
+width: it falls in steps of the vector registers' length (a saw-tooth: 24 channels cost what 32 do), the steps repeat
+every few vectors, and widths that fill no vector may take another kernel altogether. What was measured is kept in a
+file, one for a machine, a runtime with its precision, and a version of it.
 """
 
 from __future__ import annotations
@@ -26,8 +27,10 @@ import onnx
 import platformdirs
 from onnx import TensorProto, helper, numpy_helper
 
-from cpd.deploy.latency import environment
-from cpd.deploy.profiling import profile_nodes
+from cpd.deploy.machine import environment
+from cpd.deploy.runtimes.base import ProfilingRuntime, Runtime
+from cpd.deploy.runtimes.catalogue import DEFAULT
+from cpd.deploy.runtimes.onnx_runtime import OnnxRuntime
 from cpd.model.progress import part
 
 log = logging.getLogger("cpd")
@@ -172,13 +175,16 @@ class KernelTimes:
     They are to be compared with one another: the machine's pace is taken out (`UNIT_MS`).
 
     Args:
-        threads: intra-op threads of ONNX Runtime.
-        path: the file that times are kept in; None: `cache_file()`. What it holds is used, what is measured is added.
+        threads: of ONNX Runtime, where no runtime is given.
+        path: the file that times are kept in; None: `cache_file(runtime)`. What it holds is used, what is measured is
+            added.
+        runtime: what runs the kernels; None: ONNX Runtime in float32.
     """
 
-    def __init__(self, threads: int = 1, path: Path | None = None) -> None:
-        self.threads = threads
-        self.path = path or cache_file()
+    def __init__(self, threads: int = 1, path: Path | None = None, runtime: ProfilingRuntime | None = None) -> None:
+        self.runtime: ProfilingRuntime = runtime or OnnxRuntime(threads)
+        self.threads = self.runtime.threads
+        self.path = path or cache_file(self.runtime)
         self._known = _read(self.path)
         self._measured: dict[Kernel, float] = {}
         self._curves: dict[tuple[Kernel, str, int], float] = {}
@@ -230,7 +236,7 @@ class KernelTimes:
         missing = [kernel for kernel in dict.fromkeys(kernels) if self._key(kernel) not in self._known]
         with part("kernels", len(missing), undisturbed=True) as measuring:
             for chunk in _chunks(missing):
-                for kernel, ms in zip(chunk, _measured(chunk, self.threads), strict=True):
+                for kernel, ms in zip(chunk, _measured(chunk, self.runtime), strict=True):
                     self._known[self._key(kernel)] = ms
                 measuring.advance(len(chunk))
         if missing:
@@ -298,7 +304,7 @@ def _chunks(kernels: Sequence[Kernel]) -> Iterator[list[Kernel]]:
         yield chunk
 
 
-def _measured(kernels: Sequence[Kernel], threads: int) -> list[float]:
+def _measured(kernels: Sequence[Kernel], runtime: ProfilingRuntime) -> list[float]:
     """The time of each kernel, in ms: all side by side in one model, run under the profiler.
 
     A machine is not equally fast at all times. So one kernel, always the same, runs between them, and times are given
@@ -327,7 +333,7 @@ def _measured(kernels: Sequence[Kernel], threads: int) -> list[float]:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
     seconds = SECONDS * len(kernels) / CHUNK
     times = [0.0] * len(every)
-    for node in profile_nodes(model.SerializeToString(), feeds, threads=threads, seconds=seconds, min_runs=8):
+    for node in runtime.kernels(model.SerializeToString(), feeds, seconds):
         head = "".join(itertools.takewhile(str.isdigit, node.name.removeprefix("kernel")))
         if node.name.startswith("kernel") and head:
             times[int(head)] += node.ms
@@ -339,11 +345,13 @@ def _measured(kernels: Sequence[Kernel], threads: int) -> list[float]:
 # ---------------------------------------------------------------------------------- the file
 
 
-def cache_file() -> Path:
-    """Where the times of this machine and this version of ONNX Runtime are kept: below `$CPD_CACHE_DIR`, if set."""
+def cache_file(runtime: Runtime) -> Path:
+    """Where the times of this machine and a version of a runtime are kept: below `$CPD_CACHE_DIR`, if set."""
     folder = os.environ.get("CPD_CACHE_DIR") or platformdirs.user_cache_dir("cpd", appauthor=False)
     found = environment()
-    parts = [found["cpu"], found["cores"], found["onnxruntime"]]
+    parts = [found["cpu"], found["cores"], runtime.version]
+    if runtime.name != DEFAULT:
+        parts.append(runtime.name)
     return Path(folder, f"kernels-{hashlib.sha256(repr(parts).encode()).hexdigest()[:12]}.json")
 
 

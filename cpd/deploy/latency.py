@@ -6,38 +6,25 @@ of the ratios within the rounds. All times are in ms.
 
 from __future__ import annotations
 
-import math
-import os
-import platform
-import time
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
-import torch
 
-from cpd.deploy.backends import BACKENDS, Backend, Model, OnnxRuntime, Run, exported
-from cpd.deploy.export import EITHER_MODEL, TOLERANCE, OnnxSource, feed, open_session
-from cpd.deploy.profiling import NodeTime, profile_nodes
+from cpd.deploy.export import EITHER_MODEL, TOLERANCE, OnnxSource
+from cpd.deploy.machine import environment
+from cpd.deploy.profiling import NodeTime
+from cpd.deploy.rounds import MIN_PAIRS, column, time_rounds
+from cpd.deploy.runtimes.base import CALIBRATION_IMAGES, Artifact, Model, ProfilingRuntime, Runtime, Session, profiles
+from cpd.deploy.runtimes.catalogue import DEFAULT, RUNTIME, runtimes_of
+from cpd.deploy.runtimes.onnx_runtime import OnnxRuntime
 from cpd.errors import of_the_user
-from cpd.model.arguments import INPUTS
-from cpd.model.inputs import as_call
-from cpd.model.progress import Part, part
-from cpd.options import SECONDS, THREADS, Check, checked, choice, integer, number, several
-
-Times = np.ndarray[Any, np.dtype[np.float64]]
-
-MIN_PAIRS = 6
-"""Fewer pairs give no 95 % confidence interval of a median."""
-
-_BLOCK_MS = 20.0  # a sample of a faster model is the mean over a block of runs that lasts about so long
-_LEAD_MS = 20.0  # before the sample of a faster model it runs untimed for so long: others have taken its caches
-_WARM_UP_RUNS = 3
-_WARM_UP_MS = 50.0
+from cpd.model.arguments import DATA, INPUTS
+from cpd.model.inputs import Call, as_call, batches
+from cpd.model.progress import part
+from cpd.options import SECONDS, THREADS, Check, checked, choice, instance, integer, number
 
 
 @dataclass(frozen=True)
@@ -56,8 +43,11 @@ class LatencyComparison:
             faster than 20 ms it is the mean over a block of runs.
         candidate_p90_ms: 90th percentile of the candidate's samples.
         runs: the number of pairs.
-        threads: ONNX Runtime's intra-op threads.
-        environment: `cpu`, `cores`, `platform`, `onnxruntime` and `torch`.
+        threads: the runtime's threads.
+        environment: `cpu`, `cores`, `platform`, `onnxruntime` and `torch`, and another runtime with its version.
+        runtime: what ran both.
+        difference: how far the candidate's outputs are from PyTorch's there, relative to the largest; None where it was
+            given as an ONNX model, or its outputs are not seen.
     """
 
     speedup: float
@@ -70,17 +60,23 @@ class LatencyComparison:
     runs: int
     threads: int
     environment: dict[str, str]
+    runtime: str = DEFAULT
+    difference: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for `json.dumps`."""
         return asdict(self)
 
 
+COMPARISON = instance(LatencyComparison, "a cpd.LatencyComparison")
 _PRECISION = number("above 0 (0.02 is +-2 %)", lambda value: value > 0)
 _TIMING = {"threads": THREADS, "seconds": SECONDS, "min_runs": integer(MIN_PAIRS), "precision": _PRECISION}
 
 
-@checked(original=EITHER_MODEL, candidate=EITHER_MODEL, example_inputs=INPUTS, tolerance=TOLERANCE, **_TIMING)
+@checked(
+    original=EITHER_MODEL, candidate=EITHER_MODEL, example_inputs=INPUTS, tolerance=TOLERANCE, runtime=RUNTIME,
+    calibration=DATA, **_TIMING,
+)  # fmt: skip
 def compare_latency(
     original: Model,
     candidate: Model,
@@ -91,10 +87,12 @@ def compare_latency(
     min_runs: int = 20,
     precision: float = 0.02,
     tolerance: float = 1e-3,
+    runtime: Any = DEFAULT,
+    calibration: Iterable[Any] | None = None,
 ) -> LatencyComparison:
-    """Time two models in turn in ONNX Runtime on the CPU.
+    """Time two models in turn, in ONNX Runtime on the CPU or in another runtime.
 
-    Modules are exported in eval mode, left as found, and each is checked against PyTorch.
+    Modules are exported in eval mode, left as found, and each is checked against PyTorch in the runtime itself.
 
     Args:
         original: an `nn.Module`, or an ONNX model: a path, bytes or an `onnx.ModelProto`.
@@ -106,10 +104,15 @@ def compare_latency(
         min_runs: the least number of pairs, at least 6.
         precision: the timing ends sooner where the 95 % confidence interval of the speed-up lies
             within +-precision of it, as a fraction.
-        tolerance: the largest relative difference between a module's outputs in ONNX Runtime and in PyTorch.
+        tolerance: the largest relative difference between a module's outputs in the runtime and in PyTorch; lower
+            precisions than float32 are allowed more.
+        runtime: what runs both: a name in `cpd.deploy.runtimes.catalogue.RUNTIMES`, such as "onnxruntime:int8" or
+            "openvino", or a function for a device of one's own (docs/runtimes.md). Of several the slowest counts.
+        calibration: batches of the task, which give the ranges of 8-bit integers; without, the example inputs do.
 
     Raises:
-        InputError: if an argument is unusable, or an ONNX model does not open or take these inputs.
+        InputError: if an argument is unusable, a package is missing, or an ONNX model does not open or take these
+            inputs.
         ExportError: if a module cannot be exported, or its outputs differ from PyTorch's.
 
     Examples:
@@ -120,7 +123,9 @@ def compare_latency(
         >>> latency.speedup_low > 1  # the lower end of the 95 % confidence interval
         True
     """
-    probe = LatencyProbe(original, example_inputs, threads=threads, tolerance=tolerance)
+    probe = LatencyProbe(
+        original, example_inputs, threads=threads, tolerance=tolerance, runtime=runtime, calibration=calibration
+    )  # fmt: skip
     return probe.compare(candidate, seconds=seconds, min_runs=min_runs, precision=precision)
 
 
@@ -130,7 +135,7 @@ class Timing:
 
     Attributes:
         name: the model's.
-        backend: what ran it.
+        runtime: what ran it.
         median_ms: the median of its samples.
         p90_ms: their 90th percentile.
         speedup: the median over the rounds of the first model's time / this one's.
@@ -139,7 +144,7 @@ class Timing:
     """
 
     name: str
-    backend: str
+    runtime: str
     median_ms: float
     p90_ms: float
     speedup: float
@@ -152,7 +157,7 @@ class LatencyTable:
     """Latencies of several models, timed in turn in one run.
 
     Attributes:
-        rows: one a model and backend; speed-ups are against the first.
+        rows: one a model and runtime; speed-ups are against the first.
         runs: the number of rounds.
         threads: intra-op threads.
         samples: the batch size.
@@ -185,49 +190,42 @@ _MODELS = Check(
 )
 
 
-def _runs_models(value: object) -> bool:
-    """Whether a value is a backend, by name or as an object."""
-    if isinstance(value, str):
-        return value in BACKENDS
-    return not isinstance(value, type) and callable(getattr(value, "open", None)) and hasattr(value, "name")
-
-
-_BACKENDS = several(
-    _runs_models, f"a list of names ({', '.join(BACKENDS)}), or of objects with a name and open(model, call)"
+@checked(
+    models=_MODELS, example_inputs=INPUTS, runtime=RUNTIME, batch_size=integer(1, 2**20), calibration=DATA, **_TIMING
 )  # fmt: skip
-
-
-@checked(models=_MODELS, example_inputs=INPUTS, backends=_BACKENDS, batch_size=integer(1, 2**20), **_TIMING)
 def measure_latency(
     models: Mapping[str, Model],
     example_inputs: Any,
     *,
-    backends: Sequence[str | Backend] = ("onnxruntime",),
+    runtime: Any = DEFAULT,
     threads: int = 1,
     batch_size: int | None = None,
     seconds: float = 20.0,
     min_runs: int = 20,
     precision: float = 0.02,
+    calibration: Iterable[Any] | None = None,
 ) -> LatencyTable:
     """Time any number of models in turn, in one run, so that whatever slows the machine slows all.
 
-    Modules are exported where a backend needs it, in eval mode, and each export is checked against PyTorch.
+    Modules are exported where a runtime needs it, in eval mode, and each is checked against PyTorch in the runtime.
 
     Args:
         models: {name: an `nn.Module`, or an ONNX model: a path, bytes or an `onnx.ModelProto`}. All take the same
             inputs; speed-ups are against the first.
         example_inputs: a tensor, a tuple, or (tuple, dict): the batch that is timed.
-        backends: what runs them: names in `cpd.deploy.backends.BACKENDS` ("onnxruntime", "cuda", "torch",
-            "torch.compile", "openvino"), or objects with `name` and `open(model, call)`.
-        threads: intra-op threads, of the backends given by name.
+        runtime: what runs them, one or a list: names in `cpd.deploy.runtimes.catalogue.RUNTIMES` ("onnxruntime",
+            "onnxruntime:int8", "openvino", "torch", …), functions `measure(paths) -> [ms]` for a device of one's own,
+            or objects as `cpd.deploy.runtimes.base.Runtime` describes them.
+        threads: of the runtimes given by name.
         batch_size: the samples of `example_inputs` are repeated, or cut, to so many.
         seconds: the timing ends after this time (export and warm-up not counted), once `min_runs` rounds are in.
         min_runs: the least number of rounds, at least 6.
         precision: the timing ends sooner where the 95 % confidence interval of every speed-up lies within
             +-precision of it, as a fraction.
+        calibration: batches of the task, which give the ranges of 8-bit integers; without, the example inputs do.
 
     Raises:
-        InputError: if an argument is unusable, or a backend cannot open or run a model.
+        InputError: if an argument is unusable, a package is missing, or a runtime cannot open or run a model.
         ExportError: if a module cannot be exported, or its outputs differ from PyTorch's.
 
     Examples:
@@ -240,26 +238,47 @@ def measure_latency(
         >>> table["narrow"].speedup > 1
         True
     """
-    if any(isinstance(backend, str) for backend in backends):
-        for name, model in models.items():
-            EITHER_MODEL.demand(f"models[{name!r}]", model)
+    for name, model in models.items():
+        EITHER_MODEL.demand(f"models[{name!r}]", model)
     call = as_call(example_inputs)
     if batch_size is not None:
         call = call.resized(batch_size)
-    names, runners = [], []
-    for backend in map(partial(_backend, threads=threads), backends):
-        for name, model in models.items():
-            names.append((name, backend.name))
-            with part(f"export {name}"), of_the_user(f"The backend {backend.name}", f"when it opened {name}"):
-                runners.append(_Runner(backend.open(model, call)))
-    with of_the_user("A backend", "while it ran a model"):
-        times = _time_rounds(runners, seconds, min_runs, precision)
-    rows = tuple(Timing(*name, **vars(_column(times, index))) for index, name in enumerate(names))
-    return LatencyTable(rows, len(times), threads, call.samples, environment())
+    names, sessions = list[tuple[str, str]](), list[Session]()
+    chosen = runtimes_of(runtime, threads)
+    taken = _calls(calibration) if any(each.precision == "int8" for each in chosen) else None
+    artifacts = {name: Artifact(model, call, taken) for name, model in models.items()}
+    for each in chosen:
+        for name, artifact in artifacts.items():
+            names.append((name, each.name))
+            with part(f"export {name}"), of_the_user(f"The runtime {each.name}", f"when it opened {name}"):
+                sessions.append(each.prepare(artifact))
+    with of_the_user("A runtime", "while it ran a model"):
+        times = time_rounds(sessions, seconds, min_runs, precision)
+    rows = tuple(Timing(*name, **vars(column(times, index))) for index, name in enumerate(names))
+    return LatencyTable(rows, len(times), threads, call.samples, _environment(chosen))
 
 
-def _backend(given: str | Backend, threads: int) -> Backend:
-    return BACKENDS[given](threads) if isinstance(given, str) else given
+#: Batches of a loader that are looked into for calibration at most.
+_CALIBRATION_BATCHES = 64
+
+
+def _calls(calibration: Iterable[Any] | None) -> list[Call] | None:
+    """The inputs of some batches, as many as calibration takes."""
+    if calibration is None:
+        return None
+    found, samples = list[Call](), 0
+    for batch in batches(calibration, _CALIBRATION_BATCHES):
+        found.append(batch.call.to("cpu"))
+        samples += batch.call.samples
+        if samples >= CALIBRATION_IMAGES:
+            break
+    return found
+
+
+def _environment(runtimes: Sequence[Runtime]) -> dict[str, str]:
+    """The machine, and the runtimes that are not named there."""
+    others = {item.name: item.version for item in runtimes if item.version and item.name != DEFAULT}
+    return {**environment(), **others}
 
 
 _BATCHES = Check(
@@ -268,8 +287,13 @@ _BATCHES = Check(
 )
 
 
+_CANDIDATE = Check(
+    EITHER_MODEL.wanted, lambda value: isinstance(value, Artifact) or EITHER_MODEL.accepts(value)
+)  # fmt: skip
+
+
 class LatencyProbe:
-    """Compares several candidates with one original in ONNX Runtime, which is exported and opened once.
+    """Compares several candidates with one original, which is exported and opened once a runtime.
 
         probe = LatencyProbe(model, example_inputs)
         probe.compare(pruned, seconds=5).speedup
@@ -277,9 +301,15 @@ class LatencyProbe:
     Args:
         original: an `nn.Module`, or an ONNX model: a path, bytes or an `onnx.ModelProto`.
         example_inputs: a tensor, a tuple, or (tuple, dict): the batch that is timed.
-        threads: intra-op threads.
-        tolerance: the largest relative difference between a module's outputs in ONNX Runtime and in PyTorch.
+        threads: of the runtimes given by name.
+        tolerance: the largest relative difference between a module's outputs in a runtime and in PyTorch.
         others: further batches, of other batch or input sizes; modules are exported anew for each.
+        runtime: one or several, as for `compare_latency`.
+        calibration: batches of the task, as for `compare_latency`.
+
+    Attributes:
+        calls: the batches.
+        runtimes: what models are timed in.
 
     Raises:
         InputError: if an argument is unusable, or the ONNX model does not open or take these inputs.
@@ -287,7 +317,8 @@ class LatencyProbe:
     """
 
     @checked(
-        original=EITHER_MODEL, example_inputs=INPUTS, threads=THREADS, tolerance=TOLERANCE, others=_BATCHES
+        original=EITHER_MODEL, example_inputs=INPUTS, threads=THREADS, tolerance=TOLERANCE, others=_BATCHES,
+        runtime=RUNTIME, calibration=DATA,
     )  # fmt: skip
     def __init__(
         self,
@@ -297,25 +328,54 @@ class LatencyProbe:
         threads: int = 1,
         tolerance: float = 1e-3,
         others: Sequence[Any] = (),
+        runtime: Any = DEFAULT,
+        calibration: Iterable[Any] | None = None,
     ) -> None:
         self.calls = [as_call(example_inputs), *map(as_call, others)]
-        self._backend = OnnxRuntime(threads, tolerance=tolerance)
-        self._sources = [exported(original, call, tolerance) for call in self.calls]
+        self.runtimes = runtimes_of(runtime, threads)
+        self._tolerance = tolerance
+        self._calibration = _calls(calibration) if self.is_quantized else None
+        self._artifacts = [self.artifact(original, call) for call in self.calls]
         self._originals = [
-            _Runner(self._backend.open(source, call)) for source, call in zip(self._sources, self.calls, strict=True)
+            (each, artifact, _opened(each, artifact)) for each in self.runtimes for artifact in self._artifacts
         ]
+        self._known = dict[tuple[int, str], LatencyComparison]()
+
+    def artifact(self, model: Model, call: Call | None = None) -> Artifact:
+        """A model in the forms that runtimes take, on the first batch or another one."""
+        return Artifact(model, call or self.calls[0], self._calibration, self._tolerance)
+
+    @property
+    def profiler(self) -> ProfilingRuntime:
+        """What nodes and kernels are timed in: the first runtime, or ONNX Runtime where that has no profile."""
+        first = self.runtimes[0]
+        return first if profiles(first) else OnnxRuntime(first.threads)
+
+    @property
+    def is_profiled(self) -> bool:
+        """Whether predictions are made of the runtime's own kernels."""
+        return profiles(self.runtimes[0])
 
     def original_ms(self, seconds: float = 1.0) -> float:
-        """The original's latency alone, in ms; of several batches the longest."""
+        """The original's latency alone, in ms; of several batches and runtimes the longest."""
         return max(
-            float(np.median(_time_rounds([runner], seconds / len(self.calls), MIN_PAIRS, 0.01)))
-            for runner in self._originals
+            float(np.median(time_rounds([session], seconds / len(self._originals), MIN_PAIRS, 0.01)))
+            for _, _, session in self._originals
         )
 
-    @checked(candidate=EITHER_MODEL, seconds=SECONDS, min_runs=integer(MIN_PAIRS), precision=_PRECISION)
+    def spread(self) -> float | None:
+        """By how much a device disagrees with itself on one model, as a fraction; None where no device was given."""
+        found = None
+        for _, _, session in self._originals:
+            if session.together is not None:
+                same = column(time_rounds([session, session], 0.0, MIN_PAIRS, 0.01), 1)
+                found = max(found or 0.0, abs(same.speedup - 1), (same.speedup_high - same.speedup_low) / 4)
+        return found
+
+    @checked(candidate=_CANDIDATE, seconds=SECONDS, min_runs=integer(MIN_PAIRS), precision=_PRECISION)
     def compare(
         self,
-        candidate: Model,
+        candidate: Model | Artifact,
         *,
         seconds: float = 20.0,
         min_runs: int = 20,
@@ -324,22 +384,35 @@ class LatencyProbe:
     ) -> LatencyComparison:
         """Time `candidate` beside the original; arguments and errors are those of `compare_latency`.
 
-        Of several batches the comparison is given for which `slowest` is least.
+        An artifact is taken for the batch that it was made for, and its model is exported for the others.
+        Of several batches or runtimes the comparison is given for which `slowest` is least.
         """
+        given, model = (candidate, candidate.model) if isinstance(candidate, Artifact) else (None, candidate)
+        artifacts = {
+            id(own): given if given is not None and given.call is own.call else self.artifact(model, own.call)
+            for own in self._artifacts
+        }
         return min(
             (
-                self._compared(original, _Runner(self._backend.open(candidate, call)), seconds, min_runs, precision)
-                for original, call in zip(self._originals, self.calls, strict=True)
+                self._compared(index, artifacts[id(self._originals[index][1])], seconds, min_runs, precision)
+                for index in range(len(self._originals))
             ),
             key=slowest,
         )
 
     def _compared(
-        self, first: _Runner, second: _Runner, seconds: float, min_runs: int, precision: float
+        self, index: int, artifact: Artifact, seconds: float, min_runs: int, precision: float
     ) -> LatencyComparison:
-        times = _time_rounds([first, second], seconds / len(self.calls), min_runs, precision)
-        original, other = _column(times, 0), _column(times, 1)
-        return LatencyComparison(
+        """A candidate beside the original, of one batch in one runtime; a device is asked once about a file."""
+        runtime, _, first = self._originals[index]
+        second = _opened(runtime, artifact)
+        digest = None if second.file is None else hashlib.sha256(second.file.read_bytes()).hexdigest()
+        if digest is not None and (index, digest) in self._known:
+            return self._known[index, digest]
+        with of_the_user(f"The runtime {runtime.name}", "while it ran a model"):
+            times = time_rounds([first, second], seconds / len(self._originals), min_runs, precision)
+        original, other = column(times, 0), column(times, 1)
+        found = LatencyComparison(
             speedup=other.speedup,
             original_ms=original.median_ms,
             candidate_ms=other.median_ms,
@@ -348,157 +421,33 @@ class LatencyProbe:
             original_p90_ms=original.p90_ms,
             candidate_p90_ms=other.p90_ms,
             runs=len(times),
-            threads=self._backend.threads,
-            environment=environment(),
+            threads=runtime.threads,
+            environment=_environment([runtime]),
+            runtime=runtime.name,
+            difference=second.difference,
         )
+        if digest is not None:
+            self._known[index, digest] = found
+        return found
 
-    def profile(self, candidate: OnnxSource | None = None, seconds: float = 1.0) -> list[NodeTime]:
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a runtime computes in 8-bit integers."""
+        return any(each.precision == "int8" for each in self.runtimes)
+
+    @property
+    def original(self) -> Artifact:
+        """The original, in the forms that runtimes took of it for the first batch."""
+        return self._artifacts[0]
+
+    def profile(self, candidate: OnnxSource | Artifact | None = None, seconds: float = 1.0) -> list[NodeTime]:
         """The time of every node of an ONNX model, or of the original, on the first batch."""
-        source = self._sources[0] if candidate is None else candidate
-        arrays = feed(open_session(source), self.calls[0])
-        return profile_nodes(source, arrays, threads=self._backend.threads, seconds=seconds)
+        artifact = candidate if isinstance(candidate, Artifact) else None
+        if artifact is None:
+            artifact = self.original if candidate is None else self.artifact(candidate)
+        return self.profiler.profile(artifact, seconds)
 
 
-class _Runner:
-    """What is timed, and how many runs make a sample."""
-
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._repeat = 1
-        self._lead = 0
-
-    def warm_up(self) -> None:
-        """Run until memory, caches and clock have settled, and choose the block from the fastest run."""
-        times: list[float] = []
-        while len(times) < _WARM_UP_RUNS or sum(times) < _WARM_UP_MS:
-            times.append(self._timed(1))
-        self._repeat = max(1, math.ceil(_BLOCK_MS / min(times)))
-        self._lead = math.ceil(_LEAD_MS / min(times)) if min(times) < _LEAD_MS else 0
-
-    def sample(self) -> float:
-        """One sample: ms a run, the mean over one block."""
-        if self._lead:
-            self._timed(self._lead)
-        return self._timed(self._repeat)
-
-    def _timed(self, repeat: int) -> float:
-        run = self._run
-        start = time.perf_counter_ns()
-        for _ in range(repeat):
-            run()
-        return (time.perf_counter_ns() - start) / repeat / 1e6
-
-
-def _time_rounds(runners: Sequence[_Runner], seconds: float, min_runs: int, precision: float) -> Times:
-    """Times in ms `[rounds, models]`; each round begins with the next model, so that none is always first.
-
-    The intervals are looked at ever more rarely (each 20 % more rounds), for a stop at the first lucky look
-    would make them too narrow.
-    """
-    for runner in runners:
-        runner.warm_up()
-    with part("timing", seconds, undisturbed=True) as timing:
-        return _rounds(runners, seconds, min_runs, precision, timing)
-
-
-def _rounds(runners: Sequence[_Runner], seconds: float, min_runs: int, precision: float, timing: Part) -> Times:
-    times: list[list[float]] = []
-    deadline = time.perf_counter() + seconds
-    look = min_runs
-    while True:
-        row = [0.0] * len(runners)
-        for offset in range(len(runners)):
-            index = (len(times) + offset) % len(runners)
-            row[index] = runners[index].sample()
-        times.append(row)
-        timing.advance(timing.seconds - timing.done)
-        if len(times) < min_runs:
-            continue
-        if len(times) >= look:
-            look = math.ceil(1.2 * look)
-            if _settled(np.array(times), precision):
-                break
-        if time.perf_counter() >= deadline:
-            break
-    return np.array(times)
-
-
-def _settled(times: Times, precision: float) -> bool:
-    """Whether the confidence intervals of all median ratios lie within +-precision of them."""
-    found = (_column(times, index) for index in range(1, times.shape[1]))
-    return all(
-        item.speedup_low >= item.speedup * (1 - precision) and item.speedup_high <= item.speedup * (1 + precision)
-        for item in found
-    )
-
-
-@dataclass(frozen=True)
-class _Column:
-    median_ms: float
-    p90_ms: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-
-
-def _column(times: Times, index: int) -> _Column:
-    """The figures of one model, against the first."""
-    ratios = times[:, 0] / times[:, index]
-    low, high = median_interval(ratios)
-    own = times[:, index]
-    return _Column(float(np.median(own)), float(np.percentile(own, 90)), float(np.median(ratios)), low, high)
-
-
-def median_interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> tuple[float, float]:
-    """The 95 % confidence interval of the median of `values` `[n]`, n >= 6, by order statistics.
-
-    The k-th smallest and the k-th largest value, k the largest rank for which
-    `P(Binomial(n, 1/2) < k) <= 2.5 %` (David and Nagaraja, Order Statistics, section 7.1).
-    """
-    ordered = np.sort(values)
-    rank = _rank(len(ordered))
-    return float(ordered[rank - 1]), float(ordered[-rank])
-
-
-@lru_cache(maxsize=256)
-def _rank(count: int) -> int:
-    """The largest k with `P(Binomial(count, 1/2) < k) <= 1/40`, in exact integers; 0 if count < 6."""
-    below, term, rank = 0, 1, 0  # sum of C(count, j) over j < rank; C(count, rank)
-    while 40 * (below + term) <= 2**count:
-        below += term
-        term = term * (count - rank) // (rank + 1)
-        rank += 1
-    return rank
-
-
-def environment() -> dict[str, str]:
-    """What a latency depends on beside the model: `cpu`, `cores`, `platform`, `onnxruntime` and `torch`."""
-    return dict(_environment())
-
-
-@lru_cache(maxsize=1)
-def _environment() -> tuple[tuple[str, str], ...]:
-    return (
-        ("cpu", _cpu_model()),
-        ("cores", str(_cores())),
-        ("platform", platform.platform()),
-        ("onnxruntime", str(onnxruntime.__version__)),
-        ("torch", str(torch.__version__)),
-    )
-
-
-def _cpu_model() -> str:
-    """The name of the processor, from /proc/cpuinfo where there is one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine() or "unknown"
-
-
-def _cores() -> int:
-    """The number of logical cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _opened(runtime: Runtime, artifact: Artifact) -> Session:
+    with of_the_user(f"The runtime {runtime.name}", "when it opened a model"):
+        return runtime.prepare(artifact)

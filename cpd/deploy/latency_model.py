@@ -1,6 +1,6 @@
 """Latency of any widths of one model on this machine, without exporting them.
 
-The profile of the unpruned model in ONNX Runtime says what each node takes there. A convolution or matrix product is
+The profile of the unpruned model in the runtime says what each node takes there. A convolution or matrix product is
 scaled by how its time changes with its widths (`cpd.deploy.kernels`), everything else by the size of its tensors,
 which is what memory-bound operations follow. Candidates that were exported and timed correct what is left.
 """
@@ -25,8 +25,9 @@ from cpd.coupling.comb import comb as make_comb
 from cpd.deploy.kernels import KernelTimes, MatrixProduct
 from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.profiling import NodeTime
+from cpd.deploy.runtimes.catalogue import DEFAULT, RUNTIME
 from cpd.deploy.workload import Computed, Contraction, Workload, workload
-from cpd.model.arguments import INPUTS, MODEL
+from cpd.model.arguments import DATA, INPUTS, MODEL
 from cpd.model.progress import part
 from cpd.model.tensors import copy_of
 from cpd.options import SECONDS, SEED, THREADS, checked, integer
@@ -358,7 +359,7 @@ class OperatorTime:
     """The time of all nodes of one operator, or of several that could not be told apart.
 
     Attributes:
-        op: ONNX Runtime's operator.
+        op: the runtime's operator.
         nodes: how many nodes.
         ms: their time in the unpruned model.
         half_ms: their predicted time where every group keeps half.
@@ -391,11 +392,12 @@ class ModelProfile:
 
     Attributes:
         total_ms: the time of all nodes.
-        threads: ONNX Runtime's threads.
+        threads: the runtime's threads.
         operators: the most costly first.
         kernels: how many kernels are known on this machine, and in what file.
         file: that file.
         checks: narrower copies that were timed.
+        runtime: what was profiled.
     """
 
     total_ms: float
@@ -404,6 +406,7 @@ class ModelProfile:
     kernels: int
     file: str
     checks: tuple[Checked, ...]
+    runtime: str = DEFAULT
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for `json.dumps`."""
@@ -421,23 +424,34 @@ class ModelProfile:
 
 
 @checked(
-    model=MODEL, example_inputs=INPUTS, threads=THREADS, check=integer(0, 1000), seconds=SECONDS, seed=SEED
+    model=MODEL, example_inputs=INPUTS, runtime=RUNTIME, threads=THREADS, check=integer(0, 1000), seconds=SECONDS,
+    seed=SEED, calibration=DATA,
 )  # fmt: skip
 def profile_model(
-    model: nn.Module, example_inputs: Any, *, threads: int = 1, check: int = 0, seconds: float = 5.0, seed: int = 0
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    runtime: Any = DEFAULT,
+    threads: int = 1,
+    check: int = 0,
+    seconds: float = 5.0,
+    seed: int = 0,
+    calibration: Iterable[Any] | None = None,
 ) -> ModelProfile:
     """Measure what predictions for a model need, keep it for later, and say where its time goes.
 
     Args:
         model: left as it was.
         example_inputs: a tensor, a tuple, or (tuple, dict).
-        threads: intra-op threads.
+        runtime: what runs it, as for `cpd.compare_latency`; the profile of one that has none is ONNX Runtime's.
+        threads: of a runtime given by name.
         check: narrower copies, every group of random width, that are exported, timed and compared with the prediction.
         seconds: how long each of them is timed.
         seed: of those widths.
+        calibration: batches of the task, which give the ranges of 8-bit integers; without, the example inputs do.
 
     Raises:
-        InputError: an unusable argument.
+        InputError: an unusable argument, or a package that is missing.
         TraceError: the model cannot be exported by torch.
         ExportError: the model cannot be exported to ONNX, or differs there.
 
@@ -454,8 +468,8 @@ def profile_model(
     with part("comb"):
         combed = make_comb(model, example_inputs)
     with part("export"):
-        probe = LatencyProbe(model, example_inputs, threads=threads)
-    nodes, times = probe.profile(), KernelTimes(threads)
+        probe = LatencyProbe(model, example_inputs, threads=threads, runtime=runtime, calibration=calibration)
+    nodes, times = probe.profile(), KernelTimes(runtime=probe.profiler)
     latency = LatencyModel(combed, nodes, times)
     half = latency.by_share({group.axis: max(group.minimum, group.size // 2) for group in combed.open})
     operators: dict[str, list[float]] = {}
@@ -477,7 +491,9 @@ def profile_model(
             measured = probe.compare(shrink(copy_of(model), plan), seconds=seconds, precision=0.01).speedup
         left = combed.cost(counts).macs / max(combed.cost({}).macs, 1)
         checks.append(Checked(left, expected, measured))
-    return ModelProfile(latency.original_ms, threads, tuple(rows), len(times), str(times.path), tuple(checks))
+    return ModelProfile(
+        latency.original_ms, threads, tuple(rows), len(times), str(times.path), tuple(checks), probe.profiler.name
+    )  # fmt: skip
 
 
 def _near(width: float) -> int:

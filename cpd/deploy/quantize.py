@@ -11,16 +11,12 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 from torch import nn
 
@@ -28,24 +24,23 @@ from cpd.deploy.export import (
     EITHER_MODEL,
     ONNX_MODEL,
     OnnxSource,
+    as_bytes,
     export_bytes,
     feed,
     open_session,
     run_session,
     writable,
 )
+from cpd.deploy.int8 import CALIBRATIONS, Arrays, dynamic_onnx, parts, quantized_onnx, samples_of
 from cpd.deploy.latency import LatencyTable, measure_latency
-from cpd.errors import ExportError, InputError, first_line
+from cpd.errors import ExportError, InputError
 from cpd.model.arguments import DATA
 from cpd.model.inputs import Call, batches, evaluated
 from cpd.model.metric import UNNAMED, metric_name, told, written
 from cpd.model.progress import part
 from cpd.options import EVALUATE, FLAG, LIMIT, PATH, SECONDS, THREADS, Check, checked, choice
-from cpd.trace.quiet import quiet
 
 log = logging.getLogger("cpd")
-
-Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +54,8 @@ class Quantized:
             is no `[N, classes, …]`.
         metric: `evaluate` of the INT8 model, and of the float one; None without `evaluate`.
         metric_float: that of the float one.
-        latency: medians and ratios of "original", "original int8" (where the original was given), "float" and "int8".
+        latency: medians and ratios of "original", "original int8" (where the original was given), "float" and "int8";
+            dynamic quantization has "int8 dynamic" in its place.
         bytes: the size of the file, and of the float model.
         bytes_float: that of the float one.
         metric_name: what `evaluate` gives, with its unit in brackets.
@@ -91,8 +87,6 @@ class Quantized:
         )
 
 
-#: How the ranges of activations are taken; what ONNX Runtime calls it.
-CALIBRATIONS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 _NODES = Check(
     "names of ONNX nodes in a list",
     lambda value: (
@@ -106,6 +100,7 @@ _NODES = Check(
 @checked(
     model=ONNX_MODEL, data=DATA, path=PATH, original=EITHER_MODEL, evaluate=EVALUATE,
     calibration=choice(*CALIBRATIONS), per_channel=FLAG, limit=LIMIT, exclude=_NODES, threads=THREADS, seconds=SECONDS,
+    dynamic=FLAG,
 )  # fmt: skip
 def quantize_onnx(
     model: OnnxSource,
@@ -120,8 +115,12 @@ def quantize_onnx(
     exclude: Iterable[str] = (),
     threads: int = 1,
     seconds: float = 20.0,
+    dynamic: bool = False,
 ) -> Quantized:
     """Quantize weights and activations of an ONNX model to 8 bits, in QDQ format.
+
+    Dynamic quantization is of matrix products alone, and takes the ranges of activations anew in every run: for models
+    of linear layers, such as transformers, whose ranges differ from input to input.
 
     Args:
         model: the float model: a path, bytes or an `onnx.ModelProto`; its shapes may be fixed, batch size included.
@@ -136,6 +135,8 @@ def quantize_onnx(
         exclude: names of ONNX nodes that stay in float.
         threads: ONNX Runtime's threads when timing.
         seconds: the timing ends after this time.
+        dynamic: whether ranges are taken while the model runs; `data` is then what the models are compared on, and
+            `calibration` does not matter. In the table the rows are called "int8 dynamic".
 
     Raises:
         InputError: if `path` cannot be written, or the data does not fit the model.
@@ -154,22 +155,28 @@ def quantize_onnx(
         True
     """
     target = writable(path)
-    content = _content(model)
+    content = as_bytes(model)
     session = open_session(content)
-    samples = list(_samples(session, data, limit))
+    samples = samples_of(session, (batch.call for batch in batches(data, limit)))
+    kind = "int8 dynamic" if dynamic else "int8"
+
+    def quantized(source: bytes, fed: Sequence[Arrays]) -> bytes:
+        if dynamic:
+            return dynamic_onnx(source, per_channel, exclude)
+        return quantized_onnx(source, fed, calibration, per_channel, exclude)
+
     with part("quantize"):
-        int8 = _quantized(content, samples, calibration, per_channel, exclude)
+        int8 = quantized(content, samples)
     parity, agreement = _compared(session, int8, samples)
-    models: dict[str, Any] = {"float": content, "int8": int8}
+    models: dict[str, Any] = {"float": content, kind: int8}
     call = Call((), {name: torch.from_numpy(array) for name, array in samples[0].items()})
     if original is not None:
         first = _positional(session, samples[0])
-        whole = export_bytes(original, first) if isinstance(original, nn.Module) else _content(original)
+        whole = export_bytes(original, first) if isinstance(original, nn.Module) else as_bytes(original)
         other = open_session(whole)
         renamed = [feed(other, _positional(session, sample)) for sample in samples]
         with part("quantize the original"):
-            models = {"original": whole, "original int8": _quantized(whole, renamed, calibration, per_channel, exclude)}
-        models.update({"float": content, "int8": int8})
+            models = {"original": whole, f"original {kind}": quantized(whole, renamed), **models}
         call = first
     latency = measure_latency(models, call, threads=threads, seconds=seconds)
     with part("evaluate"):
@@ -204,87 +211,9 @@ class OnnxModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs on a batch: one tensor, or a tuple of them."""
         call = Call(args, kwargs)
-        found = [run_session(self._session, feed(self._session, part)) for part in _parts(self._session, call)]
+        found = [run_session(self._session, feed(self._session, part)) for part in parts(self._session, call)]
         outputs = tuple(torch.from_numpy(np.concatenate(arrays)[: call.samples]) for arrays in zip(*found, strict=True))
         return outputs[0] if len(outputs) == 1 else outputs
-
-
-# ---------------------------------------------------------------------------------- calibration
-
-
-def _samples(session: Any, data: Iterable[Any], limit: int) -> Iterator[Arrays]:
-    """The inputs of the model, batch by batch, in parts as large as its own batch."""
-    for batch in batches(data, limit):
-        for call in _parts(session, batch.call):
-            yield feed(session, call)
-
-
-def _parts(session: Any, call: Call) -> Iterator[Call]:
-    """A batch in parts of the size that the model was exported with; the last one filled up."""
-    size = session.get_inputs()[0].shape[0] if session.get_inputs()[0].shape else None
-    if not isinstance(size, int) or call.samples == size:
-        yield call
-        return
-    for start in range(0, call.samples, size):
-        yield call.slice(start, start + size).resized(size)
-
-
-def _quantized(
-    content: bytes, samples: list[Arrays], calibration: str, per_channel: bool, exclude: Iterable[str]
-) -> bytes:
-    """The INT8 model."""
-    with _path_kept():
-        return _made_of_integers(content, samples, calibration, per_channel, exclude)
-
-
-@contextmanager
-def _path_kept() -> Iterator[None]:
-    """Where Python looks for modules: ONNX Runtime's tools put a folder of theirs there, and leave it."""
-    before = sys.path.copy()
-    try:
-        yield
-    finally:
-        sys.path[:] = before
-
-
-def _made_of_integers(
-    content: bytes, samples: list[Arrays], calibration: str, per_channel: bool, exclude: Iterable[str]
-) -> bytes:
-    from onnxruntime.quantization import (
-        CalibrationDataReader,
-        CalibrationMethod,
-        QuantFormat,
-        QuantType,
-        quantize_static,
-    )
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    class Reader(CalibrationDataReader):  # type: ignore[misc]
-        def __init__(self) -> None:
-            self._left = iter(samples)
-
-        def get_next(self) -> Arrays | None:
-            return next(self._left, None)
-
-    with tempfile.TemporaryDirectory(prefix="cpd-int8-") as folder:
-        given, prepared, made = (Path(folder, f"{name}.onnx") for name in ("given", "prepared", "int8"))
-        given.write_bytes(content)
-        try:
-            with quiet():
-                quant_pre_process(str(given), str(prepared), skip_symbolic_shape=True)
-                quantize_static(
-                    str(prepared), str(made), Reader(), quant_format=QuantFormat.QDQ, per_channel=per_channel,
-                    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, nodes_to_exclude=list(exclude),
-                    calibrate_method=CalibrationMethod[CALIBRATIONS[calibration]],
-                )  # fmt: skip
-            result = made.read_bytes()
-            open_session(result)
-        except Exception as error:  # its tools raise anything
-            raise ExportError(
-                f"ONNX Runtime cannot quantize the model: {first_line(error)}. Name the nodes that it stumbles over in "
-                "exclude=[…], or deploy the float model."
-            ) from error
-    return result
 
 
 def _compared(session: Any, int8: bytes, samples: list[Arrays]) -> tuple[float, float | None]:
@@ -302,22 +231,6 @@ def _compared(session: Any, int8: bytes, samples: list[Arrays]) -> tuple[float, 
     if not np.isfinite(parity):
         raise ExportError("The INT8 model's outputs are not finite. Try calibration='percentile', or exclude nodes.")
     return parity, float(np.concatenate(same).mean()) if same else None
-
-
-def _content(model: OnnxSource) -> bytes:
-    """An ONNX model as bytes.
-
-    Raises:
-        InputError: if there is no such file.
-    """
-    if isinstance(model, bytes):
-        return model
-    if isinstance(model, onnx.ModelProto):
-        return bytes(model.SerializeToString())
-    try:
-        return bytes(onnx.load(os.fspath(model)).SerializeToString())
-    except Exception as error:  # protobuf's and the operating system's own
-        raise InputError(f"{os.fspath(model)!r} cannot be read as an ONNX model: {first_line(error)}.") from error
 
 
 def _positional(session: Any, sample: Arrays) -> Call:

@@ -18,15 +18,26 @@ from cpd import processes
 from cpd.config import PRUNING, PruneConfig
 from cpd.coupling.comb import comb
 from cpd.deploy.export import check_runs, export_onnx
-from cpd.deploy.latency import LatencyComparison, LatencyProbe
+from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.profiling import paired
+from cpd.deploy.quantize import OnnxModule
 from cpd.distillation.config import TRAINING, DistillConfig, EpochRecord
 from cpd.distillation.distiller import distill
 from cpd.errors import CPDError, first_line
 from cpd.files.checkpoint import Checkpoint
 from cpd.files.reading import conform
 from cpd.jobs.identity import agreed_identity
-from cpd.jobs.outcome import Before, Measured, Result, call_record, kept_weights, missed, report_of
+from cpd.jobs.outcome import (
+    Before,
+    Deployed,
+    Measured,
+    Result,
+    call_record,
+    kept_weights,
+    missed,
+    report_of,
+    would_meet,
+)
 from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
 from cpd.jobs.stages import Stages
 from cpd.model.arguments import INPUTS, MODEL, REPEATED_DATA
@@ -46,6 +57,9 @@ log = logging.getLogger("cpd")
 
 #: Seconds that the final model is timed, and that each node of both models is, for the report.
 FINAL_SECONDS, PROFILE_SECONDS = 10.0, 0.5
+
+#: How often the search goes on from the last timing at most.
+MOST_RETURNS = 2
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -170,7 +184,7 @@ def compress(
         )  # fmt: skip
         run = _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch)
         run.prune_and_train(data, loss, evaluate, teacher)
-        result = run.finish(call_record(settings, learning, objects, folder), source, metric_name(evaluate))
+        result = run.finish(call_record(settings, learning, objects, folder), source, evaluate)
     if folder is not None:
         processes.from_first(lambda: result.save(folder, overwrite=overwrite))
     if checkpoint is not None:
@@ -274,12 +288,13 @@ class _Run:
             self.pruner.note(f"Recovered, before any training: {told(name, after)}.")
         return after
 
-    def finish(self, record: dict[str, Any], source: str | None, metric: str) -> Result:
+    def finish(self, record: dict[str, Any], source: str | None, evaluate: Evaluate | None) -> Result:
         """Export, measure once more, and report."""
-        comparison, onnx, nodes = None, None, list[dict[str, Any]]()
+        deployed: Deployed | None = None
         with self.stages("deploy"):
             try:
-                onnx, comparison, nodes = processes.from_first(self._deployed)
+                deployed = processes.from_first(self._deployed)
+                deployed = self._on_target(deployed, evaluate)
             except Exception as error:  # what ONNX Runtime raises shares no base class
                 if self.pruner.target.is_measured:
                     raise
@@ -287,25 +302,75 @@ class _Run:
                 self.pruner.note(f"The result has no ONNX model and no latency: {told}")
         if source is not None and (fault := why_not_by_name(source)):
             self.pruner.note(f"cpd.load does not build {source} by itself ({fault}): pass it a fresh model.")
+        comparison, nodes = (None, ()) if deployed is None else (deployed.latency, deployed.nodes)
         tolerance = self.pruner.config.tolerance
         if comparison is not None and (text := missed(self.pruner.target, comparison, tolerance)):
             self.pruner.note(text)
+            if (other := processes.from_first(lambda: self.pruner.would_meet(comparison))) is not None:
+                self.pruner.note(would_meet(self.pruner, other))
+        if deployed is not None and deployed.int8 is not None:
+            self.metrics = self._evaluated_in_int8(deployed.int8, evaluate)
         report = report_of(
-            self.model, self.pruner, Measured(comparison, tuple(nodes), self.metrics, metric),
+            self.model, self.pruner, Measured(comparison, nodes, self.metrics, metric_name(evaluate)),
             call=record, source=source, per_epoch=self.per_epoch, history=self.history, seconds=self.stages.seconds,
         )  # fmt: skip
-        return Result(self.student, report, self.pruner.plan, onnx)
+        onnx, int8 = (None, None) if deployed is None else (deployed.onnx, deployed.int8 and deployed.int8[1])
+        return Result(self.student, report, self.pruner.plan, onnx, int8)
 
-    def _deployed(self) -> tuple[bytes, LatencyComparison, list[dict[str, Any]]]:
+    def _on_target(self, deployed: Deployed, evaluate: Evaluate | None) -> Deployed:
+        """What is deployed in the end: the last timing decides, so where nothing was trained the search goes on.
+
+        Each time the model is pruned anew, with the scores there are, to the widths that the timing asks for.
+        """
+        pruner, before = self.pruner, self.metrics[0]
+        trained = len(pruner.shrinks) != 1 or any(row["epoch"] for row in self.history)
+        for _ in range(MOST_RETURNS):
+            if trained or missed(pruner.target, deployed.latency, pruner.config.tolerance) is None:
+                break
+            former = pruner.plan
+            log.info("The last timing found %.2f times as fast: the search goes on.", deployed.latency.speedup)
+            self.student, self.history = copy_of(self.model), []
+            pruner.start_over(self.student, deployed.latency)
+            after = self._prune_at_once(evaluate, before)
+            self.student.eval()
+            self.metrics = (before, after)
+            deployed = processes.from_first(self._deployed)
+            if pruner.plan.digest == former.digest:
+                break
+        return deployed
+
+    def _evaluated_in_int8(
+        self, models: tuple[bytes, bytes], evaluate: Evaluate | None
+    ) -> tuple[float | None, float | None]:
+        """The metrics of the INT8 models, which are what is shipped; those in float are noted."""
+        if evaluate is None:
+            return self.metrics
+        with self.stages("evaluate"):
+            before, after = (
+                evaluated(evaluate, OnnxModule(content), f"of the {name} INT8 model")
+                for name, content in zip(("unpruned", "compressed"), models, strict=True)
+            )
+        name = metric_name(evaluate)
+        in_float = ["not known" if value is None else written(name, value) for value in self.metrics]
+        self.pruner.note(
+            f"The metrics are those of the INT8 models; in float the unpruned model has {in_float[0]}, the compressed "
+            f"one {in_float[1]}."
+        )
+        return before, after
+
+    def _deployed(self) -> Deployed:
         """The ONNX model, its latency beside the original's, and the time of each node of both."""
-        onnx = export_onnx(self.student, self.call)
-        target = self.pruner.target
-        probe = self.pruner.probe or LatencyProbe(self.model, self.call, threads=self.pruner.config.threads)
-        candidate = onnx if len(probe.calls) == 1 else self.student
+        settings, target = self.pruner.config, self.pruner.target
+        probe = self.pruner.probe or LatencyProbe(
+            self.model, self.call, runtime=settings.runtime, threads=settings.threads, calibration=self.pruner.data
+        )  # fmt: skip
+        candidate = probe.artifact(self.student)
+        candidate.onnx = export_onnx(self.student, self.call)
         slowest = target.attained if target.is_measured else attrgetter("speedup")
         comparison = probe.compare(candidate, seconds=FINAL_SECONDS, precision=0.01, slowest=slowest)
-        nodes = paired(probe.profile(seconds=PROFILE_SECONDS), probe.profile(onnx, seconds=PROFILE_SECONDS))
-        return onnx, comparison, nodes
+        nodes = paired(probe.profile(seconds=PROFILE_SECONDS), probe.profile(candidate, seconds=PROFILE_SECONDS))
+        int8 = (probe.original.int8, candidate.int8) if probe.is_quantized else None
+        return Deployed(candidate.content, comparison, tuple(nodes), int8)
 
 
 def _planned(settings: PruneConfig, recovers: bool, trains: bool) -> list[str]:

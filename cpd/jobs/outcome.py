@@ -13,7 +13,9 @@ from typing import Any, TypedDict
 from torch import Tensor, nn
 
 from cpd.config import PruneConfig
-from cpd.deploy.latency import LatencyComparison, environment
+from cpd.deploy.latency import LatencyComparison
+from cpd.deploy.machine import environment
+from cpd.deploy.runtimes.catalogue import names_of
 from cpd.distillation.config import DistillConfig, EpochRecord
 from cpd.model import sources
 from cpd.model.metric import told
@@ -25,6 +27,9 @@ from cpd.report.records import BranchRow, Figures, GroupRow, LayerRow
 from cpd.report.report import Report
 from cpd.selection.target import Target
 from cpd.sparsity.config import SparseConfig
+
+#: Widths that a note names.
+NAMED = 8
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,6 +46,7 @@ class Result:
     report: Report
     plan: Plan
     _onnx: bytes | None = field(default=None)
+    _int8: bytes | None = field(default=None)
 
     def __repr__(self) -> str:
         """The figures before and after."""
@@ -48,7 +54,7 @@ class Result:
 
     @property
     def speedup(self) -> float | None:
-        """Measured latency of the original over the result's in ONNX Runtime; None where it was not exported."""
+        """Measured latency of the original over the result's in the runtime; None where it was not exported."""
         return self.report.speedup
 
     @checked(directory=PATH, overwrite=FLAG)
@@ -67,7 +73,7 @@ class Result:
             ArtifactError: if a file cannot be written; the folder is then as it was.
         """
         target = check_output_dir(directory, overwrite=overwrite)
-        save_result(target, self.model, self.plan, self.report, self._onnx)
+        save_result(target, self.model, self.plan, self.report, self._onnx, self._int8)
         return target
 
     @checked(directory=PATH, overwrite=FLAG)
@@ -94,6 +100,8 @@ def call_record(
     learned = {name: value for name, value in changed(training).items() if name not in ("seed", "progress")}
     own: dict[str, Any] = {name: learned.pop(name) for name in ("epochs", "lr") if name in learned}
     pruned = {name: plain(value) for name, value in changed(config).items() if name != "latency_inputs"}
+    if isinstance(config, PruneConfig) and "runtime" in pruned:
+        pruned["runtime"] = ",".join(names_of(config.runtime))
     return {
         **pruned,
         "seed": config.seed,
@@ -113,12 +121,29 @@ class Before(TypedDict):
 
 
 @dataclass(frozen=True)
+class Deployed:
+    """The result as it ships.
+
+    Attributes:
+        onnx: the float ONNX model.
+        latency: its comparison with the original in the runtime.
+        nodes: one dict a node, with its time before and after.
+        int8: the INT8 models of the original and of the result; None where the runtime computes in float.
+    """
+
+    onnx: bytes
+    latency: LatencyComparison
+    nodes: tuple[dict[str, Any], ...]
+    int8: tuple[bytes, bytes] | None
+
+
+@dataclass(frozen=True)
 class Measured:
     """What was measured of the original and of the result.
 
     Attributes:
-        latency: the comparison in ONNX Runtime; None where the result was not exported.
-        nodes: one dict an ONNX node, with its time before and after.
+        latency: the comparison in the runtime; None where the result was not exported.
+        nodes: one dict a node, with its time before and after.
         metrics: of the original and of the result; None without `evaluate`.
         metric_name: what they are, with the unit in brackets.
     """
@@ -184,7 +209,7 @@ def report_of(
         metric_name=measured.metric_name,
         search=tuple(pruner.search),
         seconds=seconds,
-        environment=environment_of(),
+        environment={**environment_of(), **({} if latency is None else latency.environment)},
         notes=tuple(pruner.notes),
     )
 
@@ -222,8 +247,20 @@ def missed(target: Target, found: LatencyComparison, tolerance: float) -> str | 
         return None
     return (
         f"Asked for {target.name}={target.value:g}, the last timing found {found.speedup:.2f} times as fast "
-        f"({found.candidate_ms:.3g} ms), more than {tolerance:.0%} from it: widths go in steps, and other work on this "
-        "machine moves the figures. Time both again on a quiet one (cpd latency)."
+        f"({found.candidate_ms:.3g} ms in {found.runtime}), more than {tolerance:.0%} from it: widths go in steps, "
+        "and other work on this machine moves the figures. Time both again on a quiet one (cpd latency)."
+    )
+
+
+def would_meet(pruner: Pruner, plan: Plan) -> str:
+    """The plan that would meet the target, for whom the last timing missed it."""
+    comb, groups = pruner.comb, plan.groups
+    left = comb.without(plan.removed).cost({item.axis: len(groups[item.name]) for item in comb.groups}).macs
+    moved = [name for name, channels in groups.items() if len(channels) != len(pruner.plan.groups[name])]
+    widths = ", ".join(f"{name} {len(groups[name])}" for name in moved[:NAMED])
+    return (
+        f"By the last timing, {left / max(comb.cost({}).macs, 1):.1%} of the MACs would meet the target; widths that "
+        f"differ: {widths or 'none'}{', …' if len(moved) > NAMED else ''}."
     )
 
 

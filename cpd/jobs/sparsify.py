@@ -123,7 +123,7 @@ class SparseResult:
         if storage != "plain":
             packed = pack(unique_tensors(self.model), int8=storage == "packed-int8")
         masks = None if self.plan.changes else self.masks.to_bytes()
-        save_result(target, self.model, self.plan, self.report, self._onnx, masks, packed)
+        save_result(target, self.model, self.plan, self.report, self._onnx, masks=masks, packed=packed)
         return target
 
 

@@ -93,7 +93,7 @@ class Sweep:
         for item, time, value in zip(every, times, values, strict=True):
             label = "original" if item is self.original else f"{(self.original.latency_ms or 0.0) / time:.2f}x"
             area.annotate(label, (time, value), textcoords="offset points", xytext=(6, -10), fontsize=8)
-        area.set(xlabel="latency in ONNX Runtime [ms]", ylabel=self.metric_name if measured else "MACs left [%]")
+        area.set(xlabel="measured latency [ms]", ylabel=self.metric_name if measured else "MACs left [%]")
         area.set_xlim(0, None)
         area.grid(alpha=0.3)
         try:

@@ -3,6 +3,7 @@
 model.safetensors   the weights
 plan.json           what was kept, how a fresh model is built, and the checksums of all files
 model.onnx          the model as it is deployed
+model.int8.onnx     the same in 8-bit integers, where the runtime that was asked for computes in them
 report.json         every figure
 report.html         the same to look at
 README.md           a model card
@@ -47,16 +48,16 @@ from cpd.report.report import Report
 from cpd.surgery.shrink import shrink
 
 FORMAT = "cpd-1"
-WEIGHTS, PLAN, ONNX, REPORT, PAGE, CARD, CONFIG, RECIPE, SWEEP, MASKS, PACKED = (
-    "model.safetensors", "plan.json", "model.onnx", "report.json", "report.html", "README.md", "config.json",
-    "recipe.yaml", "sweep.json", "masks.safetensors", "packed.safetensors",
+WEIGHTS, PLAN, ONNX, INT8, REPORT, PAGE, CARD, CONFIG, RECIPE, SWEEP, MASKS, PACKED = (
+    "model.safetensors", "plan.json", "model.onnx", "model.int8.onnx", "report.json", "report.html", "README.md",
+    "config.json", "recipe.yaml", "sweep.json", "masks.safetensors", "packed.safetensors",
 )  # fmt: skip
 #: What `save_result`, `save_pretrained` and a sweep write.
-RESULT, PRETRAINED, SWEPT = (WEIGHTS, PLAN, ONNX, REPORT, PAGE, CARD), (WEIGHTS, CONFIG, CARD), (SWEEP, PAGE)
+RESULT, PRETRAINED, SWEPT = (WEIGHTS, PLAN, ONNX, INT8, REPORT, PAGE, CARD), (WEIGHTS, CONFIG, CARD), (SWEEP, PAGE)
 #: What a sparse result is written to, too.
 SPARSE = (*RESULT, MASKS, PACKED)
 #: What users change as they like: a model loads whatever has become of it.
-EDITABLE = (CARD, RECIPE)
+EDITABLE = (CARD, RECIPE, INT8)
 
 
 class Document(TypedDict):
@@ -148,7 +149,7 @@ def _owned(document: Document) -> dict[str, str | None]:
 
 
 def save_result(
-    directory: Path, model: nn.Module, plan: Plan, report: Report, onnx: bytes | None,
+    directory: Path, model: nn.Module, plan: Plan, report: Report, onnx: bytes | None, int8: bytes | None = None, *,
     masks: bytes | None = None, packed: bytes | None = None,
 ) -> None:  # fmt: skip
     """Write every artifact; all of them are there at once, or what was there before.
@@ -159,6 +160,7 @@ def save_result(
         plan: what it keeps of the original.
         report: every figure.
         onnx: the model as it is deployed, if it could be exported.
+        int8: the same in INT8, if it is what was timed.
         masks: which weights stay, of a sparse one.
         packed: its weights, where they are to take the place of the plain ones.
 
@@ -172,6 +174,7 @@ def save_result(
         PAGE: report.to_html().encode(),
         CARD: report.model_card().encode(),
         **({} if onnx is None else {ONNX: onnx}),
+        **({} if int8 is None else {INT8: int8}),
     }
     document = _document(files, plan, report)
     write_files(directory, {**files, PLAN: json.dumps(signed(document)).encode()}, _stale(directory, document))

@@ -35,6 +35,17 @@ class LatencyRow(TypedDict, total=False):
     speedup_high: float | None
     threads: int | None
     runs: int | None
+    runtime: str
+
+
+#: Runtimes whose name in prose is another one.
+_TITLES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO", "torch": "PyTorch", "opencv": "OpenCV", "mnn": "MNN"}
+
+
+def runtime_title(latency: Mapping[str, Any] | None) -> str:
+    """What a runtime is called in prose, with its precision; that of a report of before there were several."""
+    name, _, precision = str((latency or {}).get("runtime", "onnxruntime")).partition(":")
+    return _TITLES.get(name, name) + (f" ({precision})" if precision else "")
 
 
 #: Arguments that are objects, which a call holds by their names.
@@ -49,7 +60,7 @@ class Figures:
         parameters: number of parameters.
         macs: multiply-accumulates of one forward pass on the example inputs.
         activations: elements of all intermediate tensors of that pass.
-        latency_ms: median time of that pass in ONNX Runtime, None where it was not measured.
+        latency_ms: median time of that pass in the runtime, None where it was not measured.
         metric: what `evaluate` returned, None where none was given.
     """
 

@@ -33,6 +33,7 @@ from cpd.report.records import (
     ShrinkRow,
     SparseRow,
     plain_fields,
+    runtime_title,
 )
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Report:
         groups: one row a coupling group.
         branches: one row a branch, where branches could be removed.
         layers: one row a layer with weights, in the order of the model's modules.
-        nodes: one dict an ONNX node, as ONNX Runtime runs it (name, op, before_ms, after_ms: None where one lacks it).
+        nodes: one dict a node, as the runtime runs it (name, op, before_ms, after_ms: None where one lacks it).
         shrinks: one dict a shrink (epoch, step, share, macs, parameters, plan_hash).
         checks: name of a check to the largest relative error found.
         history: one dict a training epoch (epoch, loss, task_loss, kd_loss, lr, steps_per_second, metric, kept).
@@ -183,6 +184,7 @@ class Report:
         open_groups = [row for row in self.groups if row.frozen is None]
         return _template("report.html.j2").render(
             report=self,
+            runtime=runtime_title(self.latency),
             call=call_text(self.call, self.job),
             widths=width_bars(self.layers),
             operators=operator_rows(self.nodes),
@@ -199,6 +201,7 @@ class Report:
         """The report as the `README.md` of a saved result."""
         return _template("README.md.j2").render(
             report=self,
+            runtime=runtime_title(self.latency),
             call=call_text(self.call, self.job),
             by_name=self.source is not None and self.source.startswith(BY_NAME),
             removed=[row for row in self.branches if row.removed],
@@ -222,7 +225,7 @@ def sweep_page(original: Figures | None, points: Sequence[SweepPoint], metric_na
     series = sorted(zip((figures.latency_ms or 0.0 for figures in every), heights, strict=True))
     chart = line_chart(
         f"{_headed(metric_name)} against measured latency" if by_metric else "MACs against measured latency",
-        "ms in ONNX Runtime",
+        "measured latency [ms]",
         {"models": series},
         reference=original.metric if by_metric and original is not None else None,
         reference_text="unpruned",
@@ -302,7 +305,9 @@ def _figure_rows(report: Report) -> Iterable[FigureRow]:
     if before.latency_ms is not None and after.latency_ms is not None:
         word = "" if report.zeros is not None else " faster"
         faster = "" if report.speedup is None else f"{report.speedup:.2f}×{word}"
-        yield FigureRow("ONNX Runtime latency", _ms(before.latency_ms), _ms(after.latency_ms), faster)
+        yield FigureRow(
+            f"{runtime_title(report.latency)} latency", _ms(before.latency_ms), _ms(after.latency_ms), faster
+        )
     if report.zeros is not None:
         yield FigureRow("Weights that are zero", f"{report.zeros_before:.1%}", f"{report.zeros:.1%}", "")
     for name, size in report.stored.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from glob import escape
@@ -16,7 +16,7 @@ from cpd.algebra.axes import Axis
 from cpd.coupling.comb import Comb
 from cpd.coupling.cost import CostFigures, unused_sentence
 from cpd.deploy.kernels import KernelTimes
-from cpd.deploy.latency import LatencyProbe
+from cpd.deploy.latency import LatencyComparison, LatencyProbe
 from cpd.deploy.latency_model import LatencyModel
 from cpd.errors import TargetError
 from cpd.model.inputs import Call
@@ -72,7 +72,9 @@ class Decider:
         scope: among what scores are compared; None: the default.
         data_free: whether the scores come from the weights alone.
         tolerance: how far from a measured target the search may end, as a fraction.
-        threads: of ONNX Runtime when timing.
+        runtime: what latency is measured in, one or several.
+        threads: of a runtime given by name.
+        calibration: batches that give the ranges of 8-bit integers; None: the example inputs do.
         others: further inputs that a measured target holds for.
         error_of: the error of the logits once a plan has been applied and recovered from, without training, or roughly
             that; None where there is no data.
@@ -98,14 +100,17 @@ class Decider:
         scope: Scope | None,
         data_free: bool,
         tolerance: float,
+        runtime: Any,
         threads: int,
+        calibration: Iterable[Any] | None,
         others: tuple[Call, ...],
         error_of: Callable[[Plan, bool], float] | None,
         error_without: Callable[[list[str]], Mapping[str, float]] | None,
         stage: Stage,
     ) -> None:
         self.comb, self.target, self.limits = comb, target, limits
-        self.tolerance, self.threads, self._others = tolerance, threads, others
+        self.tolerance, self._others = tolerance, others
+        self._runtime, self._threads, self._calibration = runtime, threads, calibration
         by_default: Normalization = ("latency" if target.is_measured else "none") if data_free else "macs"
         self.normalization: Normalization = normalization or by_default
         self._exponent, self._by_capacity = exponent, data_free and self.normalization == "latency"
@@ -119,6 +124,8 @@ class Decider:
         self._latency_model: LatencyModel | None = None
         self._errors: dict[str, float] = {}
         self._unpruned_ms: float | None = None
+        self._spread: float | None = None
+        self._timed: tuple[dict[Axis, int], LatencyComparison] | None = None
 
     @property
     def removes_branches(self) -> bool:
@@ -187,6 +194,23 @@ class Decider:
         """The width of each axis."""
         return {group.axis: len(keep[group.name]) for group in self.comb.groups}
 
+    def saw(self, plan: Plan, found: LatencyComparison) -> None:
+        """Let the search go on from how fast a plan turned out to be."""
+        self._timed = self.counts(plan.groups), found
+
+    def would_meet(
+        self, scores: Mapping[str, Tensor], kept: Mapping[str, tuple[int, ...]], removed: Sequence[str]
+    ) -> Plan | None:
+        """The plan that should be on target, by what was seen of another one; None where that is out of reach.
+
+        Args:
+            scores: as `decide` was given them last.
+            kept: likewise.
+            removed: the branches that have gone.
+        """
+        start, comb = {name: len(channels) for name, channels in kept.items()}, self.comb.without(removed)
+        return self._expected(Selector(comb, scores, self.limits, self.scopes[0], self._weigh(comb), start))
+
     def _figure(self, cost: CostFigures) -> float:
         """What the schedule runs in: the target's figure of a cost, MACs for a measured target."""
         return float(cost.macs) if self.target.is_measured else self.target.of(cost)
@@ -203,7 +227,11 @@ class Decider:
         if self.probe is None:
             with self._stage("export"):
                 call = self.comb.operations.call
-                self.probe = LatencyProbe(self.comb.model, call, threads=self.threads, others=self._others)
+                self.probe = LatencyProbe(
+                    self.comb.model, call, threads=self._threads, others=self._others, runtime=self._runtime,
+                    calibration=self._calibration,
+                )  # fmt: skip
+                self._spread = self.probe.spread()
         return self.probe
 
     def _latency(self, comb: Comb) -> LatencyModel:
@@ -211,7 +239,7 @@ class Decider:
         if self._latency_model is None:
             probe = self._probe()
             with self._stage("profile"):
-                self._latency_model = LatencyModel(self.comb, probe.profile(), KernelTimes(self.threads))
+                self._latency_model = LatencyModel(self.comb, probe.profile(), KernelTimes(runtime=probe.profiler))
         removal = self.comb.removal(comb.removed)
         return self._latency_model.without(removal.gone, removal.empty)
 
@@ -306,7 +334,13 @@ class Decider:
                     raise
                 (chosen,) = (scope for scope in searches if scope != chosen)  # the prediction was wrong about it
                 plan = searches[chosen].finish().plan
-            return chosen, plan, [f"Ranking scope: {chosen} (what should be on target: {told})."] if told else []
+            notes = [f"Ranking scope: {chosen} (what should be on target: {told})."] if told else []
+            if self._spread is not None:
+                notes.append(
+                    f"The device disagrees with itself by {self._spread:.1%} on one and the same model: no target is "
+                    "met more closely than that."
+                )
+            return chosen, plan, notes
         finally:
             self.search += [
                 {"scope": scope, "macs_ratio": t.macs_ratio, "predicted": t.predicted, "speedup": t.speedup}
@@ -319,7 +353,7 @@ class Decider:
         latency = self._latency(selector.comb)
         return Search(
             self.comb.model, selector, self._probe(), latency, self.target, self._original_ms(),
-            self.tolerance, self.comb.cost({}).macs,
+            self.tolerance, self.comb.cost({}).macs, self._timed,
         )  # fmt: skip
 
     def _nearest(self, searches: Mapping[Scope, Search]) -> tuple[Scope, str]:

@@ -1,4 +1,4 @@
-"""Search: the widths whose *measured* speed-up in ONNX Runtime is the one asked for.
+"""Search: the widths whose *measured* speed-up, in the runtime that ships, is the one asked for.
 
 The latency model says which widths to try; each candidate is shrunk, exported and timed beside the original, and what
 was measured corrects the model. The measurement decides.
@@ -26,8 +26,9 @@ from cpd.surgery.shrink import shrink
 
 log = logging.getLogger("cpd")
 
-#: Candidates of one search that are exported and timed at most.
-MAX_CANDIDATES = 4
+#: Candidates of one search that are exported and timed at most: where they are predicted from the runtime's own
+#: kernels, and where from those of another runtime.
+MAX_CANDIDATES, MAX_CANDIDATES_UNPROFILED = 4, 6
 #: Seconds that one candidate is timed.
 SECONDS = 6.0
 
@@ -76,6 +77,7 @@ class Search:
         tolerance: the relative distance from the target that is good enough; the search aims at half of it, give
             or take a standard error of the measurement.
         original_macs: multiply-accumulates of the original; None: of the selector's comb, of which no branch has gone.
+        timed: widths that were timed already, and how fast they are: the search goes on from there.
 
     Attributes:
         tried: all that was measured.
@@ -91,11 +93,15 @@ class Search:
         original_ms: float,
         tolerance: float = 0.05,
         original_macs: int | None = None,
+        timed: tuple[Mapping[Axis, int], LatencyComparison] | None = None,
     ) -> None:
         self.model, self.selector, self.probe, self.latency = model, selector, probe, latency
         self.target, self.tolerance, self.tried = target, tolerance, list[Candidate]()
         self._macs = selector.comb.cost({}).macs if original_macs is None else original_macs
+        self._most = MAX_CANDIDATES if probe.is_profiled else MAX_CANDIDATES_UNPROFILED
         self._goal, self._upcoming = target.speedup(original_ms), dict[Axis, int]()
+        if timed is not None:
+            self._learn(timed[0], selector.plan(timed[0]), timed[1])
 
     def upcoming(self) -> Mapping[Axis, int]:
         """The widths that should be on target: no layer narrower than its time asks for."""
@@ -114,9 +120,7 @@ class Search:
 
     def step(self) -> None:
         """Measure the next candidate."""
-        found = self._measure(self.upcoming())
-        self._goal = found.speedup / found.attained  # of a latency in ms, in the machine's present state
-        self._upcoming = {}
+        self._measure(self.upcoming())
 
     def finish(self) -> Candidate:
         """The nearest candidate; where widths allow none within the tolerance, the next faster one.
@@ -124,7 +128,7 @@ class Search:
         Raises:
             TargetError: if even the narrowest widths are not fast enough.
         """
-        while len(self.tried) < MAX_CANDIDATES and not self._on_target() and not self._known(self.upcoming()):
+        while len(self.tried) < self._most and not self._on_target() and not self._known(self.upcoming()):
             self.step()
         best = _nearest(self.tried, self.tolerance)
         if best.attained < 1 - self.tolerance:
@@ -149,10 +153,17 @@ class Search:
         expected, slowest = self.latency.speedup(counts), self.target.attained
         log.info("Candidate: predicted %.2f times as fast; exporting and timing it …", expected)
         found = self.probe.compare(narrower, seconds=SECONDS, precision=self.tolerance / 3, slowest=slowest)
+        return self._learn(counts, plan, found)
+
+    def _learn(self, counts: Mapping[Axis, int], plan: Plan, found: LatencyComparison) -> Candidate:
+        """What a timing teaches: the model of the latency, and what a latency in ms is in the machine's state."""
+        expected = self.latency.speedup(counts)
         self.latency.observe(counts, found.speedup)
         ratio = self.selector.comb.cost(counts).macs / max(self._macs, 1)
         log.info("Candidate: %.2f times as fast at %.1f %% of the MACs", found.speedup, 100 * ratio)
         self.tried.append(Candidate(counts, plan, ratio, expected, found, self.target.attained(found)))
+        self._goal = found.speedup / self.tried[-1].attained
+        self._upcoming = {}
         return self.tried[-1]
 
 
@@ -168,7 +179,7 @@ def _unreachable(selector: Selector, best: Candidate, target: Target, latency: L
     reached = best.speedup if target.name == "target_speedup" else best.latency.candidate_ms
     return (
         f"{target.name}={target.value:g} cannot be reached: the narrowest widths allowed keep {best.macs_ratio:.1%} of "
-        f"the MACs and are {best.speedup:.2f} times as fast ({best.latency.candidate_ms:.3g} ms). Ask for "
-        f"{reached:.3g}, or for less of what stands in the way. Of the milliseconds, as predicted: "
-        f"{obstacles(selector, latency.milliseconds, latency.fixed())}"
+        f"the MACs and are {best.speedup:.2f} times as fast ({best.latency.candidate_ms:.3g} ms in "
+        f"{best.latency.runtime}). Ask for {reached:.3g}, or for less of what stands in the way. Of the "
+        f"milliseconds, as predicted: {obstacles(selector, latency.milliseconds, latency.fixed())}"
     )

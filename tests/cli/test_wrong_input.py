@@ -147,7 +147,7 @@ def test_folders_of_results(run: Any, tmp_path: Path, command: str, folder: Call
 def test_models_to_be_timed(run: Any, tmp_path: Path) -> None:
     assert "is not there" in check(run("latency", tmp_path / "none.onnx"))
     assert "holds no model.onnx" in check(run("latency", tmp_path))
-    assert "onnxruntime" in check(run("latency", MODEL, "--input-size", "32", "--backends", "nix"))
+    assert "onnxruntime" in check(run("latency", MODEL, "--input-size", "32", "--runtime", "nix"))
 
 
 #: (command, options, what the message speaks of)

@@ -18,7 +18,7 @@ CONV = Convolution(1, 1, 128, 256, (14, 14), (3, 3), (1, 1), (1, 1), (1, 1))
 
 def by(formula: Callable[[Kernel], float]) -> Callable[..., list[float]]:
     """A stop watch that gives each kernel what a formula says."""
-    return lambda chunk, threads: [formula(kernel) for kernel in chunk]
+    return lambda chunk, runtime: [formula(kernel) for kernel in chunk]
 
 
 def saw(kernel: Kernel) -> float:

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from cpd.deploy.export import export_onnx
-from cpd.deploy.latency import LatencyComparison, LatencyProbe, _rank, compare_latency, median_interval
+from cpd.deploy.latency import LatencyComparison, LatencyProbe, compare_latency
+from cpd.deploy.rounds import _rank, median_interval
 from cpd.errors import ExportError, InputError
 from helpers.exports import BehavesOtherwiseWhenExported, conv_net
 

@@ -131,7 +131,7 @@ def test_nothing_pruned_is_predicted_as_it_was_profiled(block, predicted):
 
 def test_a_node_far_faster_than_its_kernel_alone_is_still_predicted_as_profiled(block, monkeypatch, tmp_path):
     _, combed, nodes = block
-    monkeypatch.setattr(kernels, "_measured", lambda chunk, threads: [1.0 for _ in chunk])
+    monkeypatch.setattr(kernels, "_measured", lambda chunk, runtime: [1.0 for _ in chunk])
     convolutions = [node for node in nodes if "Conv" in node.op]
     odd = max(convolutions, key=lambda node: node.ms)
     profile = [replace(node, ms=1e-4 * node.ms) if node is odd else node for node in nodes]

@@ -61,6 +61,18 @@ def test_int8_is_near_the_float_model(classifier, tmp_path):
     assert "the same class in" in found.summary()
 
 
+def test_dynamic_quantization_has_its_own_line(classifier, tmp_path):
+    torch.manual_seed(1)
+    head = nn.Sequential(nn.Flatten(), nn.Linear(768, 64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    path = cpd.export_onnx(head, torch.randn(1, 3, 16, 16), tmp_path / "model.onnx")
+    found = cpd.quantize_onnx(path, batches(), tmp_path / "int8.onnx", original=head, dynamic=True, seconds=0.2)
+    assert found.parity < 0.1
+    assert found.bytes < found.bytes_float / 2
+    rows = [row.name for row in found.latency.rows]
+    assert rows == ["original", "original int8 dynamic", "float", "int8 dynamic"]
+    assert any("Dynamic" in node.op_type for node in __import__("onnx").load(found.path).graph.node)
+
+
 def test_int8_refuses_what_it_cannot_do(classifier, tmp_path):
     path = cpd.export_onnx(classifier, torch.randn(1, 3, 16, 16), tmp_path / "model.onnx")
     with pytest.raises(cpd.InputError, match="does not exist"):

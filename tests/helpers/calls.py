@@ -21,7 +21,7 @@ import cpd.lightning
 import cpd.picture
 import cpd.segmentation
 from cpd.coupling import comb as coupling
-from cpd.deploy import export, latency, latency_model, quantize
+from cpd.deploy import export, int8, latency, latency_model
 from cpd.jobs import compress as compressing
 from cpd.picture import drawing
 
@@ -57,6 +57,11 @@ def data() -> list[tuple[Tensor, Tensor]]:
 @cache
 def onnx() -> bytes:
     return bytes(cpd.export_onnx(model(), X))
+
+
+@cache
+def compared() -> cpd.LatencyComparison:
+    return cpd.compare_latency(onnx(), onnx(), X, seconds=0.001, min_runs=6)
 
 
 @cache
@@ -104,7 +109,7 @@ def began(*_: Any, **__: Any) -> None:
 #: Where the work of what takes seconds begins, once all arguments were looked at.
 BEGINS = (
     (compressing, "comb"), (latency_model, "make_comb"), (cpd.demo, "digits"), (coupling, "cold"),
-    (export, "_export"), (quantize, "_made_of_integers"), (latency, "_time_rounds"),
+    (export, "_export"), (int8, "_converted"), (latency, "time_rounds"),
     (timm, "create_model"),
 )  # fmt: skip
 
@@ -173,6 +178,10 @@ def _calls() -> dict[str, Valid]:
         "Schedule.of": (cpd.Schedule.of, {"schedule": lambda: "cubic"}),
         "Schedule.events": (lambda steps: cpd.Schedule().events(steps), {"steps": lambda: 100}),
         "Pruner.prune": (lambda between=None: pruner().prune(between), {}),
+        "Pruner.start_over": (
+            lambda model, found: pruner().start_over(model, found), {"model": model, "found": compared},
+        ),
+        "Pruner.would_meet": (lambda found: pruner().would_meet(found), {"found": compared}),
         "Pruner.note": (lambda text: pruner().note(text), {"text": lambda: "A sentence."}),
         "Pruner.load_state_dict": (
             lambda state: pruner().load_state_dict(state), {"state": lambda: pruner().state_dict()},

@@ -16,7 +16,7 @@ from torch.export import decomp_utils, exported_program
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from cpd.cli import main
-from cpd.deploy import kernels, latency
+from cpd.deploy import kernels, rounds
 from cpd.jobs import compress
 from cpd.selection import search
 
@@ -31,8 +31,8 @@ def hasten(put: Callable[[Any, str, Any], None] = setattr) -> None:
         put: sets an attribute; that of a `pytest.MonkeyPatch` puts it back later.
     """
     for place, name, value in (
-        (kernels, "SECONDS", 0.02), (latency, "_BLOCK_MS", 2.0), (latency, "_LEAD_MS", 1.0),
-        (latency, "_WARM_UP_MS", 10.0),
+        (kernels, "SECONDS", 0.02), (rounds, "_BLOCK_MS", 2.0), (rounds, "_LEAD_MS", 1.0),
+        (rounds, "_WARM_UP_MS", 10.0),
         (compress, "FINAL_SECONDS", 0.25), (compress, "PROFILE_SECONDS", 0.02), (search, "SECONDS", 0.25),
     ):  # fmt: skip
         put(place, name, value)

@@ -26,6 +26,8 @@ IMAGE = torch.randn(1, 3, 64, 64)
 class Stopwatch:
     """Latencies from a formula, off from the prediction by a power, for a search without exports."""
 
+    is_profiled = True
+
     def __init__(self, combed: Any, power: float, noise: float = 0) -> None:
         self.noise = noise
         self.combed, self.power, self.full = combed, power, combed.cost({}).macs
@@ -132,6 +134,7 @@ def test_the_note_names_the_scope_that_was_taken(monkeypatch):
     monkeypatch.setattr(decision, "Search", Fixed)
     decider = Decider.__new__(Decider)
     decider.comb = SimpleNamespace(model=None, cost=lambda counts: SimpleNamespace(macs=100 if not counts else 40))
+    decider._spread = decider._timed = None
     decider.target, decider.tolerance, decider.search = Target("target_speedup", 2.0), 0.05, []
     decider.counts = decider._probe = decider._latency = decider._original_ms = lambda *_: {"a": 1}
     decider._error_of = lambda plan, roughly: plan.error
