@@ -18,6 +18,8 @@ Step by step, one tiny model through the pipeline:
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from cpd.errors import (
@@ -107,8 +109,11 @@ _ROOMS = {
     "cpd.surgery.shrink": ("shrink",),
 }
 _HOMES = {name: module for module, names in _ROOMS.items() for name in names}
-#: Modules that users reach as attributes.
-_MODULES = ("cli", "criteria", "demo", "lightning", "picture", "rules", "segmentation")
+#: Modules that users reach as attributes, and where they lie.
+_MODULES = {
+    **{name: f"cpd.{name}" for name in ("cli", "criteria", "demo", "lightning", "picture", "rules", "tasks")},
+    "segmentation": "cpd.tasks.segmentation",
+}
 
 __all__ = [
     "ArtifactError",
@@ -157,10 +162,22 @@ __all__ = [
 ]
 
 
+class _Moved(ModuleType):
+    """A module that lies elsewhere now: `from cpd.segmentation import mean_iou` goes on working."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what the import system asks for
+            raise AttributeError(name)
+        return getattr(importlib.import_module(_MODULES[self.__name__.removeprefix("cpd.")]), name)
+
+
+sys.modules.setdefault("cpd.segmentation", _Moved("cpd.segmentation"))
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     if name in _MODULES:
-        return importlib.import_module(f"cpd.{name}")
+        return importlib.import_module(_MODULES[name])
     if name not in _HOMES:
         raise AttributeError(f"module 'cpd' has no attribute {name!r}")
     found = getattr(importlib.import_module(_HOMES[name]), name)

@@ -15,8 +15,8 @@ from cpd.criteria.gates import Gates, parameters_of
 from cpd.errors import TrainingError
 from cpd.model.inputs import Batch, batches, device_of, in_mode
 from cpd.model.memory_format import channels_last, takes_channels_last
-from cpd.model.task_loss import task_loss
 from cpd.options import instance
+from cpd.tasks.loss import task_loss
 
 #: float16 gradients of small losses vanish unless the loss is enlarged (Micikevicius et al., arXiv 1710.03740).
 LOSS_SCALE = 1024.0

@@ -33,15 +33,15 @@ from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_e
 from cpd.model.arguments import INPUTS, MODEL, REPEATED_DATA
 from cpd.model.inputs import Call, check_model, evaluated
 from cpd.model.masks import masks_applied
-from cpd.model.metric import metric_name, told, written
 from cpd.model.progress import part, shown
 from cpd.model.recorded import why_not_by_name
 from cpd.model.state import preserved
-from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of
 from cpd.options import EVALUATE, FLAG, LOSS, PATH, checked, checks_of, number, takes_options, text
 from cpd.pruner import Pruner
 from cpd.report.artifacts import check_output_dir
+from cpd.tasks.loss import LossFunction
+from cpd.tasks.metric import metric_name, told, written
 
 log = logging.getLogger("cpd")
 

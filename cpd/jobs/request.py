@@ -20,8 +20,8 @@ from cpd.files.checkpoint import Checkpoint
 from cpd.model import sources
 from cpd.model.inputs import Call, as_call, batches, device_of, evaluating
 from cpd.model.outputs import Outputs, reader
-from cpd.model.task_loss import LossFunction, task_loss
 from cpd.model.tensors import copy_of
+from cpd.tasks.loss import LossFunction, task_loss
 
 log = logging.getLogger("cpd")
 

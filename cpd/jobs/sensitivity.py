@@ -24,15 +24,15 @@ from cpd.errors import InputError, needs_extra
 from cpd.model.architecture import check_architecture
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import batches, check_model, device_of, evaluated, evaluating
-from cpd.model.metric import UNNAMED, metric_name, title, written
 from cpd.model.progress import part, shown
-from cpd.model.task_loss import task_loss
 from cpd.model.tensors import copy_of
 from cpd.options import EVALUATE, FLAG, LIMIT, LOSS, NUMBER, PATH, Check, checked, number, several, text
 from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 from cpd.surgery.recovery import logits_error
 from cpd.surgery.shrink import shrink
+from cpd.tasks.loss import task_loss
+from cpd.tasks.metric import UNNAMED, metric_name, title, written
 
 #: Shares of a group that go.
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

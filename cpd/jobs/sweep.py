@@ -21,13 +21,13 @@ from cpd.files.reading import check_signed, conform, naming, read_json, signed
 from cpd.jobs.compress import compress
 from cpd.jobs.sensitivity import check_plot
 from cpd.model.arguments import MODEL
-from cpd.model.metric import UNNAMED, metric_name
 from cpd.model.progress import part, shown
 from cpd.options import FLAG, PATH, checked, number, several, takes_options
 from cpd.report.artifacts import PAGE, SWEEP, SWEPT, check_output_dir
 from cpd.report.records import Figures, SweepPoint, plain_fields
 from cpd.report.report import sweep_page
 from cpd.selection.target import TARGETS
+from cpd.tasks.metric import UNNAMED, metric_name
 
 log = logging.getLogger("cpd")
 
