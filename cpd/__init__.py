@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from cpd.selection.schedule import Schedule
     from cpd.surgery.compensation import compensate
     from cpd.surgery.shrink import shrink
+    from cpd.tasks.task import Task
 
 __version__ = "0.1.0"
 
@@ -107,6 +108,7 @@ _ROOMS = {
     "cpd.selection.schedule": ("Schedule",),
     "cpd.surgery.compensation": ("compensate",),
     "cpd.surgery.shrink": ("shrink",),
+    "cpd.tasks.task": ("Task",),
 }
 _HOMES = {name: module for module, names in _ROOMS.items() for name in names}
 #: Modules that users reach as attributes, and where they lie.
@@ -142,6 +144,7 @@ __all__ = [
     "ShrinkError",
     "Sweep",
     "TargetError",
+    "Task",
     "TraceError",
     "TrainingError",
     "comb",

@@ -31,7 +31,7 @@ from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 from cpd.surgery.recovery import logits_error
 from cpd.surgery.shrink import shrink
-from cpd.tasks.loss import task_loss
+from cpd.tasks.loss import loss_on
 from cpd.tasks.metric import UNNAMED, metric_name, title, written
 
 #: Shares of a group that go.
@@ -222,7 +222,7 @@ def sensitivity(
     """
     model = check_model(model)
     check_architecture(model, comb.architecture, InputError, "The comb is", "Comb this model.")
-    kept = [(batch.call, batch.target) for batch in batches(data, limit, finite=True)]
+    kept = list(batches(data, limit, finite=True))
     scores = score(model, comb, criterion="magnitude") if scores is None else scores
     for group in comb.open:
         if group.name not in scores or tuple(scores[group.name].shape) != (group.size,):
@@ -273,7 +273,7 @@ def _loss(
     with evaluating(model):
         for batch in batches(data):
             batch = batch.to(device_of(model))
-            value = task_loss(batch.on(model), batch.target, loss, read, batch.place)
+            _, value = loss_on(batch, model, loss, read)
             if value is None:
                 return None
             values.append(float(value))
