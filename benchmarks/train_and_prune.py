@@ -47,7 +47,7 @@ import cpd
 from cpd.demo import AugmentedLoader, accuracy
 from cpd.distillation.distiller import distill
 from cpd.model.inputs import as_call
-from cpd.segmentation import EncoderDecoder, SegmentationFolder, mean_iou
+from cpd.tasks.segmentation import EncoderDecoder, SegmentationFolder, mean_iou
 
 CAMVID_CLASSES, CAMVID_SIZE = 11, (360, 480)
 KINDS = ("none", "kl", "cwd", "cirkd", "mse")

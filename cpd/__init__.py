@@ -18,6 +18,8 @@ Step by step, one tiny model through the pipeline:
 from __future__ import annotations
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from cpd.errors import (
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from cpd.sparsity.sparsifier import Sparsifier
     from cpd.surgery.compensation import compensate
     from cpd.surgery.shrink import shrink
+    from cpd.tasks.task import Task
 
 __version__ = "0.1.0"
 
@@ -121,10 +124,14 @@ _ROOMS = {
     "cpd.sparsity.sparsifier": ("Sparsifier",),
     "cpd.surgery.compensation": ("compensate",),
     "cpd.surgery.shrink": ("shrink",),
+    "cpd.tasks.task": ("Task",),
 }
 _HOMES = {name: module for module, names in _ROOMS.items() for name in names}
-#: Modules that users reach as attributes.
-_MODULES = ("cli", "criteria", "demo", "lightning", "picture", "rules", "segmentation")
+#: Modules that users reach as attributes, and where they lie.
+_MODULES = {
+    **{name: f"cpd.{name}" for name in ("cli", "criteria", "demo", "lightning", "picture", "rules", "tasks")},
+    "segmentation": "cpd.tasks.segmentation",
+}
 
 __all__ = [
     "ArtifactError",
@@ -157,6 +164,7 @@ __all__ = [
     "Sparsifier",
     "Sweep",
     "TargetError",
+    "Task",
     "TraceError",
     "TrainingError",
     "comb",
@@ -180,10 +188,22 @@ __all__ = [
 ]
 
 
+class _Moved(ModuleType):
+    """A module that lies elsewhere now: `from cpd.segmentation import mean_iou` goes on working."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what the import system asks for
+            raise AttributeError(name)
+        return getattr(importlib.import_module(_MODULES[self.__name__.removeprefix("cpd.")]), name)
+
+
+sys.modules.setdefault("cpd.segmentation", _Moved("cpd.segmentation"))
+
+
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
     if name in _MODULES:
-        return importlib.import_module(f"cpd.{name}")
+        return importlib.import_module(_MODULES[name])
     if name not in _HOMES:
         raise AttributeError(f"module 'cpd' has no attribute {name!r}")
     found = getattr(importlib.import_module(_HOMES[name]), name)

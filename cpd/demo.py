@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from cpd.errors import InputError, needs_extra, of_the_user
 from cpd.model.arguments import MODEL, TENSOR
 from cpd.model.inputs import evaluating
-from cpd.model.metric import named
 from cpd.model.progress import part, shown
 from cpd.options import FLAG, LIMIT, PATH, SEED, checked, instance, integer, number, several
+from cpd.tasks.metric import named
 
 if TYPE_CHECKING:
     from cpd.jobs.outcome import Result

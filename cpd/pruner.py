@@ -48,7 +48,6 @@ from cpd.model.masks import masks_applied
 from cpd.model.progress import part
 from cpd.model.randomness import random_states_kept, seeded
 from cpd.model.skeleton import skeleton
-from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of, named_tensors
 from cpd.options import LOSS, Check, checked, function, integer, takes_options, text
 from cpd.plan import Plan
@@ -62,6 +61,7 @@ from cpd.surgery.optimizer_state import drop_parameters, narrow_state, narrowed_
 from cpd.surgery.recovery import Recovery, recover
 from cpd.surgery.shrink import shrink
 from cpd.surgery.trials import Trials
+from cpd.tasks.loss import LossFunction
 
 log = logging.getLogger("cpd")
 

@@ -351,7 +351,7 @@ def test_public_names_are_where_they_are_said_to_be() -> None:
     [
         ("sklearn", "from cpd.demo import digits; digits()", "demo"),
         ("matplotlib", "from cpd.jobs.sensitivity import check_plot; check_plot('a.png')", "plot"),
-        ("torchmetrics", "import torch; from cpd.segmentation import mean_iou; "
+        ("torchmetrics", "import torch; from cpd.tasks.segmentation import mean_iou; "
          "mean_iou(torch.nn.Identity(), [(torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3).long())], 2)", "segmentation"),
         ("lightning", "import cpd.lightning", "lightning"),
     ],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpd.cli.arguments import parse_numbers
 from cpd.errors import InputError
-from cpd.model.metric import named
+from cpd.tasks.metric import named
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -120,7 +120,7 @@ class Images:
     @property
     def have_maps(self) -> bool:
         """Whether there are label maps, rather than a folder a class."""
-        from cpd.segmentation import has_maps
+        from cpd.tasks.segmentation import has_maps
 
         return self.folder is not None and has_maps(image_folders(self.folder)[0])
 
@@ -200,7 +200,7 @@ class Images:
         import torch
 
         from cpd.model.inputs import evaluating, logits
-        from cpd.segmentation import SCALES, SegmentationFolder
+        from cpd.tasks.segmentation import SCALES, SegmentationFolder
 
         if self._more:
             raise InputError("--auto-augment and --random-erasing are for folders of classes, not for label maps.")
@@ -257,7 +257,7 @@ class ClassFolder:
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """One image and its class; raises `InputError` if it cannot be read."""
-        from cpd.segmentation import opened
+        from cpd.tasks.segmentation import opened
 
         path, label = self.samples[index]
         return self.transform(opened(path, self.mode)), label
@@ -318,7 +318,7 @@ def accuracy(model: nn.Module, images: Iterable[Any]) -> float:
 
 @named("mean IoU [%]")
 def overlap(model: nn.Module, images: Iterable[Any], classes: int) -> float:
-    """`cpd.segmentation.mean_iou`, which is loaded when it is called."""
-    from cpd.segmentation import mean_iou
+    """`cpd.tasks.segmentation.mean_iou`, which is loaded when it is called."""
+    from cpd.tasks.segmentation import mean_iou
 
     return mean_iou(model, images, classes)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from cpd.model.metric import title, written
+from cpd.tasks.metric import title, written
 
 if TYPE_CHECKING:
     from cpd.coupling.branches import Branch

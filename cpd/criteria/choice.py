@@ -8,7 +8,7 @@ from typing import Any
 from cpd.criteria import DATA_FREE, TARGET_FREE, Criterion
 from cpd.errors import InputError
 from cpd.model.inputs import batches
-from cpd.model.task_loss import LossFunction
+from cpd.tasks.loss import LossFunction
 
 #: The criterion that can be read off the gradients of a training.
 FROM_TRAINING = "taylor"

@@ -15,8 +15,8 @@ from cpd.criteria.gates import Gates, parameters_of
 from cpd.errors import TrainingError
 from cpd.model.inputs import Batch, batches, device_of, in_mode
 from cpd.model.memory_format import channels_last, takes_channels_last
-from cpd.model.task_loss import task_loss
 from cpd.options import instance
+from cpd.tasks.loss import loss_on, task_loss
 
 #: float16 gradients of small losses vanish unless the loss is enlarged (Micikevicius et al., arXiv 1710.03740).
 LOSS_SCALE = 1024.0
@@ -90,10 +90,16 @@ class Setting:
 
     def output(self, batch: Batch) -> Any:
         """The model's output; dropout draws the same numbers whenever the same batch is run."""
+        with self._repeatable():
+            return batch.on(self.model)
+
+    @contextmanager
+    def _repeatable(self) -> Iterator[None]:
+        """Random numbers that are the same in each such block, and autocast as `precision` says."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             with torch.autocast(self.device.type, dtype=self.precision, enabled=self.precision is not None):
-                return batch.on(self.model)
+                yield
 
     def loss_of(self, batch: Batch) -> Tensor:
         """The loss on one batch, a scalar.
@@ -101,7 +107,11 @@ class Setting:
         Raises:
             TrainingError: if there is none, or it is not finite.
         """
-        value = task_loss(self.output(batch), batch.target, self.loss, self.comb.read, batch.place)
+        if self.loss is None and batch.learn is not None:
+            with self._repeatable():
+                _, value = loss_on(batch, self.model, None, self.comb.read)
+        else:
+            value = task_loss(self.output(batch), batch.target, self.loss, self.comb.read, batch.place)
         if value is None:
             raise TrainingError("The batches have no target, so there is no loss to score with: pass loss=….")
         if not bool(torch.isfinite(value)):

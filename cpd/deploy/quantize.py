@@ -36,9 +36,9 @@ from cpd.deploy.latency import LatencyTable, measure_latency
 from cpd.errors import ExportError, InputError
 from cpd.model.arguments import DATA
 from cpd.model.inputs import Call, batches, evaluated
-from cpd.model.metric import UNNAMED, metric_name, told, written
 from cpd.model.progress import part
 from cpd.options import EVALUATE, FLAG, LIMIT, PATH, SECONDS, THREADS, Check, checked, choice
+from cpd.tasks.metric import UNNAMED, metric_name, told, written
 
 log = logging.getLogger("cpd")
 

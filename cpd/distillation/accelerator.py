@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,6 +74,6 @@ class Trainee(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the model."""
-        return self.model(*args, **kwargs)
+    def forward(self, run: Callable[[nn.Module], Any]) -> Any:
+        """What `run` makes of the model: its output, or with that its loss."""
+        return run(self.model)

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cpd.model.metric import told
 from cpd.model.tensors import restore, state_of
+from cpd.tasks.metric import told
 
 log = logging.getLogger("cpd")
 

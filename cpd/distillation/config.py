@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from cpd.errors import InputError
-from cpd.model.metric import told
 from cpd.options import SEED, Check, check_options, choice, flag, instance, integer, number, option, with_help
+from cpd.tasks.metric import told
 
 DEFAULT_LR = {"sgd": 0.01, "adamw": 5e-4}
 #: Every distillation loss -> the temperature that is usual for it, and its usual weight beside the task's loss.

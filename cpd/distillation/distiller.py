@@ -35,13 +35,13 @@ from cpd.files.checkpoint import Checkpoint
 from cpd.files.reading import conform
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import Batch, batches, evaluated
-from cpd.model.metric import metric_name
 from cpd.model.outputs import Outputs, reader
 from cpd.model.progress import Part, part, shown
 from cpd.model.randomness import random_states, random_states_kept, seeded, set_random_states
-from cpd.model.task_loss import LossFunction, task_loss
 from cpd.model.tensors import named_tensors, restore, state_of
 from cpd.options import EVALUATE, LOSS, NUMBER, OUTPUTS, checked, or_none
+from cpd.tasks.loss import LossFunction, loss_on
+from cpd.tasks.metric import metric_name
 
 if TYPE_CHECKING:
     from timm.utils import ModelEmaV3
@@ -361,8 +361,7 @@ class _Run:
             if self.teacher is not None:
                 with torch.no_grad(), self.accelerator.autocast():
                     reference = batch.on(self.teacher, "The teacher")
-            output = batch.on(self.trainee, "The student")
-        task = task_loss(output, batch.target, self.loss, self.read, batch.place)
+            output, task = loss_on(batch, self.student, self.loss, self.read, "The student", self.trainee)
         if task is not None:
             parts["task"], parts["loss"] = task, config.task_weight * task
         if self.kd is not None:

@@ -31,7 +31,7 @@ class Mixing:
         Raises:
             InputError: if it is no batch of images and class indices.
         """
-        config, (call, target, number) = self.config, batch
+        config, call, target = self.config, batch.call, batch.target
         if len(call.args) != 1 or not isinstance(target, Tensor) or target.dim() != 1 or target.is_floating_point():
             raise InputError("mixup and cutmix need batches of (images, class indices [N]).")
         if self._mix is None:
@@ -45,4 +45,4 @@ class Mixing:
         if len(target) % 2:  # images are mixed in pairs
             call, target = call.part(len(target) - 1), target[:-1]
         images, target = self._mix(call.args[0].clone(), target)
-        return Batch(Call((images,), call.kwargs), target, number)
+        return batch._replace(call=Call((images,), call.kwargs, call.run), target=target)

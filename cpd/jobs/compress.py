@@ -38,20 +38,21 @@ from cpd.jobs.outcome import (
     report_of,
     would_meet,
 )
-from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
+from cpd.jobs.request import check_data, checkpoint_of, example_call, given_of, steps_an_epoch, training_settings
 from cpd.jobs.stages import Stages
-from cpd.model.arguments import INPUTS, MODEL, REPEATED_DATA
-from cpd.model.inputs import Call, check_model, evaluated
+from cpd.model.arguments import INPUTS, MODEL, NAMED_DATA, NAMED_MODEL
+from cpd.model.inputs import Call, evaluated
 from cpd.model.masks import masks_applied
-from cpd.model.metric import metric_name, told, written
 from cpd.model.progress import shown
 from cpd.model.recorded import why_not_by_name
 from cpd.model.state import preserved
-from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of
 from cpd.options import EVALUATE, FLAG, LOSS, PATH, checked, checks_of, number, takes_options, text
 from cpd.pruner import Pruner
 from cpd.report.artifacts import check_output_dir
+from cpd.tasks.loss import LossFunction
+from cpd.tasks.metric import metric_name, told, written
+from cpd.tasks.task import TASK, DataName, Task
 
 log = logging.getLogger("cpd")
 
@@ -70,16 +71,17 @@ _SOURCE = text("a name, as 'timm:resnet18'")
 
 @takes_options(PruneConfig)
 @checked(
-    model=MODEL, data=REPEATED_DATA, calibration=REPEATED_DATA, example_inputs=INPUTS, loss=LOSS, evaluate=EVALUATE,
-    **_LEARNING, training=TRAINING, teacher=MODEL, output_dir=PATH, overwrite=FLAG, resume=FLAG,
+    model=NAMED_MODEL, task=TASK, data=NAMED_DATA, calibration=NAMED_DATA, example_inputs=INPUTS, loss=LOSS,
+    evaluate=EVALUATE, **_LEARNING, training=TRAINING, teacher=MODEL, output_dir=PATH, overwrite=FLAG, resume=FLAG,
     checkpoint_minutes=_MINUTES, source=_SOURCE, progress=FLAG, config=PRUNING,
 )  # fmt: skip
 def compress(
-    model: nn.Module,
+    model: nn.Module | str,
     target_speedup: float | None = None,
     *,
-    data: Iterable[Any] | None = None,
-    calibration: Iterable[Any] | None = None,
+    task: Task | None = None,
+    data: Iterable[Any] | DataName | None = None,
+    calibration: Iterable[Any] | DataName | None = None,
     example_inputs: Any = None,
     loss: LossFunction | None = None,
     evaluate: Evaluate | None = None,
@@ -100,15 +102,21 @@ def compress(
 
     Args:
         model: a trained model; left as it was, a copy is compressed. Of one that `torch.compile` gave, the module
-            within; compile the result anew.
+            within; compile the result anew. Or the name of one, as "timm:resnet18", "hf:microsoft/resnet-18" or
+            "ultralytics:yolo11n.pt", which is built with its pretrained weights.
         target_speedup: the first of the options below; exactly one target is needed.
+        task: what the model is for: how its batches are read, which loss it has, what the student mimics, its metric.
+            Known by itself for models of transformers, ultralytics and torchvision's detectors; for others, those
+            that return logits. See `cpd.Task` for one of your own.
         data: batches of (input, target), or mappings as Hugging Face loaders give, in anything that can be iterated
-            more than once. Without data, channels are chosen by magnitude and nothing is trained back.
+            more than once; or the name of data that the task reads, as "coco8.yaml" for ultralytics. Without data,
+            channels are chosen by magnitude and nothing is trained back.
         calibration: batches like those of `data`, as the model meets them in use: without augmentation. Channels are
             scored, and layers refitted, on them; on `data` if None.
         example_inputs: a tensor, a tuple, or (tuple, dict), the batch that latency is measured on; taken from `data`
             (one sample), or known for timm and torchvision models, if None.
-        loss: `loss(output, target) -> scalar`; cross-entropy is inferred for class targets.
+        loss: `loss(output, target) -> scalar`; the model's own where its task has one, else cross-entropy is inferred
+            for class targets.
         evaluate: `evaluate(model) -> float`, higher is better; reported before, between and after. The weights are
             kept that do best by it, of those before the training and after each epoch. It is called in reports by its
             name, or by its attribute `metric`, with the unit in brackets: `evaluate.metric = "top-1 accuracy [%]"`.
@@ -152,21 +160,25 @@ def compress(
         >>> sorted(file.name for file in result.save("out").iterdir())
         ['README.md', 'model.onnx', 'model.safetensors', 'plan.json', 'report.html', 'report.json']
     """
-    model = check_model(model)
     processes.start()
     named = options if target_speedup is None else {"target_speedup": target_speedup, **options}
     settings = PruneConfig.of(config, named, "cpd.compress")
+    read = given_of(model, task, data, calibration, evaluate, source)
+    model, evaluate = read.model, read.evaluate
+    if settings.outputs is None:
+        settings = replace(settings, outputs=read.task.outputs(model))
     model = masks_applied(copy_of(model)) if settings.masks == "permanent" else model
-    learning = training_settings(training, epochs, lr, settings.seed, progress)
+    learning = training_settings(training, epochs, lr, settings.seed, progress, read.task.training(model))
     folder = None if output_dir is None else check_output_dir(output_dir, overwrite=overwrite)
-    given = agreed_identity(model, teacher, data, loss)
+    given = agreed_identity(model, teacher, read.data, loss)
     checkpoint = checkpoint_of(folder, resume, checkpoint_minutes, settings, learning, model, given)
     objects = {
         "data": data, "calibration": calibration, "example_inputs": example_inputs, "loss": loss,
         "evaluate": evaluate, "teacher": teacher,
     }  # fmt: skip
+    data, calibration = read.batches()
     with preserved(model), shown(progress if processes.rank() == 0 else False):
-        call = example_call(model, example_inputs, data)
+        call = example_call(model, example_inputs, data, read.task)
         if settings.measures:
             check_runs(model, call)
         student = copy_of(model)
@@ -184,7 +196,7 @@ def compress(
         )  # fmt: skip
         run = _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch)
         run.prune_and_train(data, loss, evaluate, teacher)
-        result = run.finish(call_record(settings, learning, objects, folder), source, evaluate)
+        result = run.finish(call_record(settings, learning, objects, folder), read.source, evaluate)
     if folder is not None:
         processes.from_first(lambda: result.save(folder, overwrite=overwrite))
     if checkpoint is not None:

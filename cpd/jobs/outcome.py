@@ -18,7 +18,6 @@ from cpd.deploy.machine import environment
 from cpd.deploy.runtimes.catalogue import names_of
 from cpd.distillation.config import DistillConfig, EpochRecord
 from cpd.model import sources
-from cpd.model.metric import told
 from cpd.options import FLAG, PATH, changed, checked, plain
 from cpd.plan import Plan
 from cpd.pruner import Pruner
@@ -27,6 +26,7 @@ from cpd.report.records import BranchRow, Figures, GroupRow, LayerRow
 from cpd.report.report import Report
 from cpd.selection.target import Target
 from cpd.sparsity.config import SparseConfig
+from cpd.tasks.metric import told
 
 #: Widths that a note names.
 NAMED = 8

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,86 @@ from cpd.distillation.request import check_distillation, steps_per_epoch
 from cpd.errors import InputError, TrainingError
 from cpd.files.checkpoint import Checkpoint
 from cpd.model import sources
-from cpd.model.inputs import Call, as_call, batches, device_of, evaluating
+from cpd.model.inputs import Call, as_call, batches, check_model, device_of, evaluating
 from cpd.model.outputs import Outputs, reader
-from cpd.model.task_loss import LossFunction, task_loss
 from cpd.model.tensors import copy_of
+from cpd.options import changed
 from cpd.sparsity.config import SparseConfig
+from cpd.tasks.loss import LossFunction, loss_on
+from cpd.tasks.task import DataName, Loaded, Task, task_of
 
 log = logging.getLogger("cpd")
 
 
-def example_call(model: nn.Module, example_inputs: Any, data: Iterable[Any] | None) -> Call:
-    """The example inputs: those given, one sample of the data, or what timm and torchvision models take."""
+@dataclass(frozen=True)
+class Given:
+    """What a run is given, once its task has read it.
+
+    Attributes:
+        model: the model itself.
+        task: what it is for.
+        data: batches, or None.
+        calibration: likewise.
+        evaluate: the user's, or the task's for data that it has read.
+        source: how a fresh model is built by name, where that is told.
+    """
+
+    model: nn.Module
+    task: Task
+    data: Iterable[Any] | None
+    calibration: Iterable[Any] | None
+    evaluate: Callable[[nn.Module], float] | None
+    source: str | None
+
+    def batches(self) -> tuple[Iterable[Any] | None, Iterable[Any] | None]:
+        """Data and calibration, read by the task."""
+        data, calibration = (
+            None if item is None else self.task.batches(self.model, item) for item in (self.data, self.calibration)
+        )
+        return data, calibration
+
+
+def given_of(
+    model: nn.Module | str,
+    task: Task | None,
+    data: Iterable[Any] | DataName | None,
+    calibration: Iterable[Any] | DataName | None,
+    evaluate: Callable[[nn.Module], float] | None,
+    source: str | None,
+) -> Given:
+    """Build a model that is given by its name, find its task, and have that read what data is given by name.
+
+    Raises:
+        InputError: if there is no such model, or no such data.
+    """
+    if isinstance(model, str):
+        found = sources.resolve(model)
+        model, source = found.build(pretrained=True).eval(), source or found.recorded
+    model = check_model(model)
+    task = task_of(model) if task is None else task
+
+    def loaded(data: Iterable[Any] | DataName | None) -> Loaded:
+        if isinstance(data, (str, os.PathLike)):
+            return task.load(model, data)
+        return Loaded([] if data is None else data)
+
+    first, second = loaded(data), loaded(calibration)
+    return Given(
+        model,
+        task,
+        None if data is None else first.training,
+        first.plain if calibration is None else second.plain or second.training,
+        evaluate or first.evaluate,
+        source,
+    )
+
+
+def example_call(model: nn.Module, example_inputs: Any, data: Iterable[Any] | None, task: Task | None = None) -> Call:
+    """The example inputs: those given, one sample of the data, or what models of the task or the library take."""
     if example_inputs is None and data is not None:
-        example_inputs = next(batches(data, 1)).call.part(1)
+        example_inputs = next(batches(data, 1)).call.part(1)._replace(run=None)
     if example_inputs is None:
-        example_inputs = sources.default_inputs(model)
+        example_inputs = (task or Task()).example_inputs(model)
     if example_inputs is None:
         raise InputError(
             f"The input of {type(model).__name__} is not known: pass example_inputs=, a tensor (with its batch "
@@ -57,9 +123,10 @@ def check_data(
             loss cannot be taken.
     """
     batch = next(batches(data, 1, finite=True))
-    batch, learns = batch.to(device_of(model)), bool(training.epochs and training.task_weight and loss is not None)
+    batch, learns = batch.to(device_of(model)), bool(training.epochs and training.task_weight)
+    learns = learns and (loss is not None or batch.learn is not None)
     with torch.set_grad_enabled(learns), evaluating(model):
-        value = task_loss(batch.on(model), batch.target, loss, reader(outputs), batch.place)
+        _, value = loss_on(batch, model, loss, reader(outputs))
     if value is not None and not bool(torch.isfinite(value.detach())):
         raise TrainingError(
             f"The loss of the unpruned model on the first batch is {float(value.detach())}: check data and loss."
@@ -74,12 +141,24 @@ def check_data(
 
 
 def training_settings(
-    training: DistillConfig | None, epochs: float | None, lr: float | None, seed: int, progress: bool | None
+    training: DistillConfig | None,
+    epochs: float | None,
+    lr: float | None,
+    seed: int,
+    progress: bool | None,
+    usual: Mapping[str, Any] | None = None,
 ) -> DistillConfig:
-    """The settings of the training, with those that a run is given by name."""
+    """The settings of the training, with those that a run is given by name, and those of the task where none is given.
+
+    A task's `features` are of its `kd`: another loss that is asked for is taken of what it is usually taken of.
+    """
     settings = training or DistillConfig()
+    own = changed(settings)
+    asked = {name: value for name, value in (usual or {}).items() if name not in own}
+    if "kd" in own:
+        asked.pop("features", None)
     given: dict[str, Any] = {"epochs": epochs, "lr": lr, "progress": progress}
-    return replace(settings, seed=seed, **{name: value for name, value in given.items() if value is not None})
+    return replace(settings, seed=seed, **asked, **{name: value for name, value in given.items() if value is not None})
 
 
 def steps_an_epoch(config: PruneConfig | SparseConfig, training: DistillConfig, data: Iterable[Any] | None) -> int:

@@ -24,15 +24,15 @@ from cpd.errors import InputError, needs_extra
 from cpd.model.architecture import check_architecture
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import batches, check_model, device_of, evaluated, evaluating
-from cpd.model.metric import UNNAMED, metric_name, title, written
 from cpd.model.progress import part, shown
-from cpd.model.task_loss import task_loss
 from cpd.model.tensors import copy_of
 from cpd.options import EVALUATE, FLAG, LIMIT, LOSS, NUMBER, PATH, Check, checked, number, several, text
 from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 from cpd.surgery.recovery import logits_error
 from cpd.surgery.shrink import shrink
+from cpd.tasks.loss import loss_on
+from cpd.tasks.metric import UNNAMED, metric_name, title, written
 
 #: Shares of a group that go.
 RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -222,7 +222,7 @@ def sensitivity(
     """
     model = check_model(model)
     check_architecture(model, comb.architecture, InputError, "The comb is", "Comb this model.")
-    kept = [(batch.call, batch.target) for batch in batches(data, limit, finite=True)]
+    kept = list(batches(data, limit, finite=True))
     scores = score(model, comb, criterion="magnitude") if scores is None else scores
     for group in comb.open:
         if group.name not in scores or tuple(scores[group.name].shape) != (group.size,):
@@ -273,7 +273,7 @@ def _loss(
     with evaluating(model):
         for batch in batches(data):
             batch = batch.to(device_of(model))
-            value = task_loss(batch.on(model), batch.target, loss, read, batch.place)
+            _, value = loss_on(batch, model, loss, read)
             if value is None:
                 return None
             values.append(float(value))

@@ -34,12 +34,10 @@ from cpd.model.architecture import architecture_of
 from cpd.model.arguments import INPUTS, MODEL, REPEATED_DATA
 from cpd.model.inputs import Call, check_model, evaluated, evaluating, plain_attention
 from cpd.model.masks import masks_applied
-from cpd.model.metric import metric_name, told, written
 from cpd.model.progress import shown
 from cpd.model.randomness import random_states_kept, seeded
 from cpd.model.recorded import why_not_by_name
 from cpd.model.state import preserved
-from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of
 from cpd.options import EVALUATE, FLAG, LOSS, PATH, Check, checked, checks_of, choice, number, takes_options, text
 from cpd.plan import Plan
@@ -54,6 +52,8 @@ from cpd.sparsity.masks import Masks
 from cpd.sparsity.patterns import CHANNEL
 from cpd.sparsity.sparsifier import Sparsifier
 from cpd.surgery.shrink import shrink
+from cpd.tasks.loss import LossFunction
+from cpd.tasks.metric import metric_name, told, written
 
 log = logging.getLogger("cpd")
 

@@ -20,14 +20,14 @@ from cpd.files.folder import reading, write_files
 from cpd.files.reading import check_signed, conform, naming, read_json, signed
 from cpd.jobs.compress import compress
 from cpd.jobs.sensitivity import check_plot
-from cpd.model.arguments import MODEL
-from cpd.model.metric import UNNAMED, metric_name
+from cpd.model.arguments import NAMED_MODEL
 from cpd.model.progress import part, shown
 from cpd.options import FLAG, PATH, checked, number, several, takes_options
 from cpd.report.artifacts import PAGE, SWEEP, SWEPT, check_output_dir
 from cpd.report.records import Figures, SweepPoint, plain_fields
 from cpd.report.report import sweep_page
 from cpd.selection.target import TARGETS
+from cpd.tasks.metric import UNNAMED, metric_name
 
 log = logging.getLogger("cpd")
 
@@ -124,9 +124,9 @@ _SPEEDUPS = several(
 
 
 @takes_options(PruneConfig, leave_out=TARGETS, others=True)
-@checked(model=MODEL, speedups=_SPEEDUPS, output_dir=PATH, overwrite=FLAG)
+@checked(model=NAMED_MODEL, speedups=_SPEEDUPS, output_dir=PATH, overwrite=FLAG)
 def sweep(
-    model: nn.Module,
+    model: nn.Module | str,
     speedups: Sequence[float],
     *,
     output_dir: str | os.PathLike[str] | None = None,
@@ -136,7 +136,7 @@ def sweep(
     """Compress a model to each of several speed-ups.
 
     Args:
-        model: a trained model; left as it was.
+        model: a trained model, left as it was; or the name of one, as for `cpd.compress`.
         speedups: measured latency of the original over each result's, each at least 1.
         output_dir: each result goes into a folder of its own here, such as `1.5x`, and the figures of all into
             `sweep.json` and `report.html`; None writes nothing.

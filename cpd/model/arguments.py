@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,9 +12,13 @@ from torch.utils._pytree import tree_leaves
 
 from cpd.errors import InputError
 from cpd.model.inputs import Call, as_call, not_finite
-from cpd.options import Check, instance
+from cpd.options import PATH, Check, instance
 
 MODEL = instance(nn.Module, "a torch.nn.Module: the model itself, rather than its state dict, its class or its name")
+NAMED_MODEL = Check(
+    f"{MODEL.wanted[: MODEL.wanted.index(':')]}, or a name as 'timm:resnet18'",
+    lambda value: MODEL.accepts(value) or (isinstance(value, str) and ":" in value),
+)
 TENSOR = instance(Tensor, "a tensor")
 OPTIMIZER = instance(torch.optim.Optimizer, "a torch.optim.Optimizer")
 
@@ -74,3 +79,16 @@ def _more_than_once(value: Any) -> str | None:
 
 #: What is read several times.
 REPEATED_DATA = Check(DATA.wanted, _are_batches, fault=_more_than_once)
+
+
+def is_name(value: object) -> bool:
+    """Whether data is given by its name, a text or a path, rather than as batches."""
+    return isinstance(value, (str, os.PathLike)) and PATH.accepts(value)
+
+
+#: What is read several times, or the name of what a task reads (`cpd.Task.load`).
+NAMED_DATA = Check(
+    f"{DATA.wanted}; or the name of what the model's task reads",
+    lambda value: is_name(value) or _are_batches(value),
+    fault=lambda value: None if is_name(value) else _more_than_once(value),
+)

@@ -23,19 +23,24 @@ LABEL_KEYS = ("labels", "label", "target", "targets")
 
 
 class Call(NamedTuple):
-    """The arguments of one forward pass: `model(*args, **kwargs)`."""
+    """The arguments of one forward pass: `model(*args, **kwargs)`, or `run(model, *args, **kwargs)` where one is given.
+
+    `run` is how a task (`cpd.Task`) gets what a student should mimic of a model whose outputs cannot be compared, as
+    the boxes that a detector has found.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    run: Callable[..., Any] | None = None
 
     def to(self, device: torch.device | str) -> Call:
         """The same call with every tensor in it moved to `device`."""
-        return Call(move(self.args, device), move(self.kwargs, device))
+        return Call(move(self.args, device), move(self.kwargs, device), self.run)
 
     def on(self, model: nn.Module) -> Any:
         """Run `model` on this call; lists and dicts are its own, since some forwards change what they are given."""
-        args, kwargs = tree_map(lambda leaf: leaf, tuple(self))
-        return model(*args, **kwargs)
+        args, kwargs = tree_map(lambda leaf: leaf, (self.args, self.kwargs))
+        return model(*args, **kwargs) if self.run is None else self.run(model, *args, **kwargs)
 
     @property
     def samples(self) -> int:
@@ -102,11 +107,19 @@ def _stacks(left: Any, right: Any) -> bool:
 
 
 class Batch(NamedTuple):
-    """One batch of a loader: how to call the model on it, the target (None where there is none), and which it is."""
+    """One batch of a loader: how to call the model on it, the target (None where there is none), and which it is.
+
+    Attributes:
+        call: the arguments.
+        target: what a loss compares the output with.
+        number: from 1.
+        learn: of a task, `learn(model, call, target)`: the output, and the model's own loss; None: it is inferred.
+    """
 
     call: Call
     target: Any
     number: int = 1
+    learn: Callable[[nn.Module, Call, Any], tuple[Any, Any]] | None = None
 
     @property
     def place(self) -> str:
@@ -115,7 +128,7 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with every tensor in it moved to `device`."""
-        return Batch(self.call.to(device), move(self.target, device), self.number)
+        return self._replace(call=self.call.to(device), target=move(self.target, device))
 
     def on(self, model: nn.Module, whose: str = "The model") -> Any:
         """Run `model` on it.

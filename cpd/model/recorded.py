@@ -1,9 +1,9 @@
 """Sources that a file records: what of them is built, whoever wrote the file.
 
-A saved result names its model, as `timm:resnet18,num_classes=10`. Of timm and torchvision only models that they know
-by name are built, without weights, and with no other arguments than numbers, truth values, lists of those, and the
-names of a few kinds of layers: such arguments name no file, no folder and no address. Anything else that a source can
-say is for whoever loads the result to build.
+A saved result names its model, as `timm:resnet18,num_classes=10`. Only models that a library knows by name are built,
+without weights, and with no other arguments than numbers, truth values, lists of those, and the names of a few kinds of
+layers (of transformers: a configuration of plain values): such arguments name no file, no folder and no address.
+Anything else that a source can say is for whoever loads the result to build.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from cpd.errors import ArtifactError, CPDError, first_line
+from cpd.model import hf_models, ultralytics_models
 from cpd.model.sources import BY_NAME, ModelSource, resolve
 
 #: Arguments that say what weights are loaded, and from where.
@@ -24,11 +25,15 @@ _NAMES = ("act_layer", "aa_layer", "attn_layer", "global_pool", "mlp_layer", "no
 #: The largest number, and the longest list.
 _LARGEST, _LONGEST = 1e6, 64
 
+_OWN_CHECKS = {"hf": hf_models.unsafe, "ultralytics": ultralytics_models.unsafe}
+
 REMEDY = "Build the model as the original was built, and pass it: cpd.load(folder, model=fresh)."
 
 
 def unsafe(source: ModelSource) -> str | None:
     """What of a source by name is not built from a file, in words; None where all of it is."""
+    if source.kind in _OWN_CHECKS:
+        return _OWN_CHECKS[source.kind](source.name, source.kwargs)
     for key, value in source.kwargs.items():
         if key.startswith(_LOADING):
             return f"its argument {key} says what weights are loaded"
@@ -47,7 +52,7 @@ def _is_plain(value: Any, depth: int = 3) -> bool:
 def why_not_by_name(source: str) -> str | None:
     """Why `cpd.load` cannot build a source by itself, in words; None where it can."""
     if not source.startswith(BY_NAME):
-        return "neither timm nor torchvision know it by name"
+        return "no library knows it by name"
     try:
         return unsafe(resolve(source))
     except CPDError as error:
@@ -69,9 +74,7 @@ def rebuilt(source: str | None, model_class: str, *, trust: bool) -> nn.Module:
     by_name = source is not None and source.startswith(BY_NAME)
     if source is None or not (by_name or trust):
         told = "" if source is None else f", only as {shown}, whose code is run with trust_source=True alone"
-        raise ArtifactError(
-            f"This model of class {model_class} is known by no timm or torchvision name{told}. {REMEDY}"
-        )
+        raise ArtifactError(f"This model of class {model_class} is known by no name of a library{told}. {REMEDY}")
     try:
         found = resolve(source)
         if found.by_name and (fault := unsafe(found)):

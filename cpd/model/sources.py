@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
-import inspect
 import json
-import math
 import operator
 import os
 import pkgutil
@@ -29,18 +27,14 @@ import torch
 from torch import Tensor, nn
 
 from cpd.errors import ArtifactError, InputError
+from cpd.model import hf_models, torchvision_models, ultralytics_models
 from cpd.model.inputs import check_model
 from cpd.model.skeleton import skeleton
 
-Kind = Literal["timm", "torchvision", "factory"]
+Kind = Literal["timm", "torchvision", "hf", "ultralytics", "factory"]
 
-FORMS = "timm:NAME, torchvision:NAME or package.module:factory"
+FORMS = "timm:NAME, torchvision:NAME, hf:NAME_OR_FOLDER, ultralytics:NAME or package.module:factory"
 
-# torchvision warns that these two change their initialization unless told which one to use.
-_TORCHVISION_OPTIONS: dict[str, dict[str, Any]] = {
-    "googlenet": {"init_weights": False},
-    "inception_v3": {"init_weights": False},
-}
 _TORCHVISION_SIZES = {"Inception3": 299, "VideoResNet": 112}
 #: Frames of the clip that torchvision's video models take, the side [pixels] of what the optical-flow and the
 #: detection models take.
@@ -48,7 +42,7 @@ _FRAMES, _FLOW_SIZE, _DETECTION_SIZE = 16, 128, 320
 _UNSETTLED = ("training", "grad_checkpointing")
 
 
-BY_NAME = ("timm:", "torchvision:")
+BY_NAME = ("timm:", "torchvision:", "hf:", "ultralytics:")
 """Sources that `cpd.load` rebuilds by itself (see `recorded`); of any other a fresh model has to be handed in."""
 
 
@@ -57,7 +51,8 @@ class ModelSource:
     """How a fresh copy of a model is built.
 
     Attributes:
-        kind: `timm`, `torchvision`, or `factory` (a callable of an importable module).
+        kind: `timm`, `torchvision`, `hf` (transformers), `ultralytics`, or `factory` (a callable of an importable
+            module).
         name: the builder's name; of a factory, `package.module:callable`.
         kwargs: arguments of the builder, JSON types only.
     """
@@ -69,13 +64,20 @@ class ModelSource:
     def __str__(self) -> str:
         """The form that `resolve` reads."""
         prefix = "" if self.kind == "factory" else f"{self.kind}:"
-        pairs = (f",{key}={json.dumps(value, separators=(',', ':'))}" for key, value in self.kwargs.items())
+        pairs = (f",{key}={_written(value)}" for key, value in self.kwargs.items())
         return f"{prefix}{self.name}{''.join(pairs)}"
 
     @property
     def by_name(self) -> bool:
-        """Whether timm or torchvision know the name, so that building it runs no code of anybody else's."""
+        """Whether a library knows the name, so that building it runs no code of anybody else's."""
         return self.kind != "factory"
+
+    @property
+    def recorded(self) -> str | None:
+        """How it is written into a result; None where what it names is of this machine alone, a folder or a file."""
+        if (self.kind == "hf" and not hf_models.is_class(self.name)) or self.kind == "ultralytics":
+            return None  # what it was built from is found in the model itself
+        return str(self)
 
     def build(self, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         """Build a fresh model.
@@ -91,9 +93,8 @@ class ModelSource:
         if self.kind == "factory":
             with _current_directory_importable():
                 return check_model(_find_factory(self.name)(**options))
-        builder = _build_timm if self.kind == "timm" else _build_torchvision
         try:
-            return builder(self.name, pretrained, options)
+            return _BUILDERS[self.kind](self.name, pretrained, options)
         except (OSError, RuntimeError, TypeError, ValueError) as error:
             raise InputError(_build_failure(self, pretrained, error)) from error
 
@@ -114,8 +115,9 @@ def resolve(name: str) -> ModelSource:
     """Read the name of a model.
 
     Args:
-        name: `timm:NAME`, `torchvision:NAME` or `package.module:factory` (the current directory is
-            importable), each with optional arguments of the builder: `timm:resnet18,num_classes=10`.
+        name: `timm:NAME`, `torchvision:NAME`, `hf:NAME_OR_FOLDER` or `hf:CLASS`, `ultralytics:NAME`, or
+            `package.module:factory` (the current directory is importable), each with optional arguments of the
+            builder: `timm:resnet18,num_classes=10`.
 
     Raises:
         InputError: if the form is another one, or nothing has that name; the message gives close matches.
@@ -129,15 +131,17 @@ def resolve(name: str) -> ModelSource:
         _check_timm(rest)
         return ModelSource("timm", rest, kwargs)
     if kind == "torchvision":
-        _check_known("torchvision", rest, _torchvision_names())
+        _check_known("torchvision", rest, torchvision_models.names())
         return ModelSource("torchvision", rest, kwargs)
+    if kind in ("hf", "ultralytics"):
+        return ModelSource(cast(Kind, kind), rest, kwargs)
     with _current_directory_importable():
         _find_factory(spec)
     return ModelSource("factory", spec, kwargs)
 
 
 def identify(model: nn.Module) -> ModelSource | None:
-    """Find the name under which timm or torchvision build a model like this one.
+    """Find the name under which a library builds a model like this one.
 
     A name counts only if a model built from it (on the meta device) has the same class, the same state dict
     keys and shapes, the same printed structure and the same plain settings on every submodule.
@@ -213,6 +217,11 @@ def _noise(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
 # ---------------------------------------------------------------------------------- reading a name
 
 
+def _written(value: Any) -> str:
+    """A value as JSON, in which no `=` begins another argument."""
+    return json.dumps(value, separators=(",", ":")).replace("=", "\\u003d")
+
+
 def _argument(pair: str) -> tuple[str, Any]:
     """`num_classes=10` to its key and value; a value that is no JSON is a string."""
     key, _, text = pair.partition("=")
@@ -238,7 +247,7 @@ def _bare_name_hint(name: str) -> str:
     import timm
 
     known = [f"timm:{item}" for item in timm.list_models()]
-    known += [f"torchvision:{item}" for item in _torchvision_names()]
+    known += [f"torchvision:{item}" for item in torchvision_models.names()]
     exact = [item for item in known if item.endswith(f":{name}")]
     if exact:
         return f" Did you mean {' or '.join(exact)}?"
@@ -306,14 +315,12 @@ def _build_timm(name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.M
     return cast(nn.Module, timm.create_model(name, pretrained=pretrained, **options))
 
 
-def _build_torchvision(name: str, pretrained: bool, options: Mapping[str, Any]) -> nn.Module:
-    from torchvision import models
-
-    defaults = dict(_TORCHVISION_OPTIONS.get(name, {}))
-    if "weights_backbone" in inspect.signature(models.get_model_builder(name)).parameters:
-        defaults["weights_backbone"] = None  # else the builder downloads weights that nobody asked for
-    weights = "DEFAULT" if pretrained else None
-    return cast(nn.Module, models.get_model(name, weights=weights, **{**defaults, **options}))
+_BUILDERS: dict[str, Callable[[str, bool, Mapping[str, Any]], nn.Module]] = {
+    "timm": _build_timm,
+    "torchvision": torchvision_models.build,
+    "hf": hf_models.build,
+    "ultralytics": ultralytics_models.build,
+}
 
 
 def _build_failure(source: ModelSource, pretrained: bool, error: Exception) -> str:
@@ -321,12 +328,6 @@ def _build_failure(source: ModelSource, pretrained: bool, error: Exception) -> s
     reason = " ".join(str(error).split()).rstrip(".")
     remedy = " Are they within reach of the network? Without them: pretrained=False (--no-pretrained)."
     return f"Could not build {source}{what}: {reason}.{remedy if isinstance(error, OSError) else ''}"
-
-
-def _torchvision_names() -> list[str]:
-    from torchvision import models
-
-    return list(models.list_models())
 
 
 # ---------------------------------------------------------------------------------- identifying
@@ -340,8 +341,10 @@ def _candidates(model: nn.Module) -> Iterator[ModelSource]:
         name = f"{architecture}.{tag}" if tag else architecture
         yield from (ModelSource("timm", name, kwargs) for kwargs in _timm_kwargs(model, config))
     elif type(model).__module__.startswith("torchvision.models."):
-        for name in _torchvision_builders(model):
-            yield from (ModelSource("torchvision", name, kwargs) for kwargs in _torchvision_kwargs(model))
+        for name in torchvision_models.builders_of(model):
+            yield from (ModelSource("torchvision", name, kwargs) for kwargs in torchvision_models.arguments_of(model))
+    yield from (ModelSource("hf", *found) for found in hf_models.candidates(model))
+    yield from (ModelSource("ultralytics", *found) for found in ultralytics_models.candidates(model))
 
 
 def _timm_config(model: nn.Module) -> Mapping[str, Any] | None:
@@ -384,41 +387,6 @@ def _timm_image_size(model: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def _torchvision_kwargs(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """The arguments by which the model may differ from its builder's defaults."""
-    kwargs: dict[str, Any] = {}
-    if isinstance(getattr(model, "image_size", None), int):
-        kwargs["image_size"] = model.image_size
-    if isinstance(getattr(model, "aux_logits", None), bool):
-        kwargs |= {"aux_logits": model.aux_logits, "transform_input": model.transform_input}
-    if getattr(model, "aux_classifier", None) is not None:
-        kwargs["aux_loss"] = True
-    parameters = list(model.parameters())
-    if parameters and parameters[-1].dim():
-        yield {**kwargs, "num_classes": parameters[-1].shape[0]}  # the classifier comes last
-    yield kwargs
-
-
-def _torchvision_builders(model: nn.Module) -> list[str]:
-    """Builders of the model's class, nearest in number of parameters first (the head may differ)."""
-    from torchvision import models
-
-    size = sum(parameter.numel() for parameter in model.parameters())
-
-    def distance(name: str) -> float:
-        weights = getattr(models.get_model_weights(name), "DEFAULT", None)
-        return math.inf if weights is None else abs(weights.meta["num_params"] - size)
-
-    return sorted((name for name in _torchvision_names() if _built_class(name) is type(model)), key=distance)
-
-
-def _built_class(name: str) -> object:
-    """The class that a builder of torchvision is annotated to return."""
-    from torchvision import models
-
-    return typing.get_type_hints(models.get_model_builder(name)).get("return")
-
-
 def _rebuilds(source: ModelSource, model: nn.Module) -> bool:
     """Whether `source` builds a model like `model`."""
     built = _skeleton(source)
@@ -435,7 +403,7 @@ def _skeleton(source: ModelSource) -> nn.Module | None:
     """The model of `source` without its weights, global random state untouched; None if it cannot be built.
 
     Some models compute their widths with tensors, which the meta device has no values of; then only the
-    parameters are put there.
+    parameters are put there, and if their constructor runs them, nothing is.
     """
     from accelerate import init_empty_weights
 
@@ -443,6 +411,7 @@ def _skeleton(source: ModelSource) -> nn.Module | None:
     places: tuple[Callable[[], AbstractContextManager[Any]], ...] = (
         lambda: torch.device("meta"),
         init_empty_weights,
+        contextlib.nullcontext,
     )
     try:
         with torch.random.fork_rng():
@@ -489,14 +458,5 @@ def _torchvision_size(model: nn.Module, source: ModelSource | None) -> tuple[int
         source = identify(model)
     size = _TORCHVISION_SIZES.get(type(model).__name__, 224)
     if source is not None and source.kind == "torchvision":
-        size = _published_size(source.name) or size
+        size = torchvision_models.published_size(source.name) or size
     return size, size
-
-
-def _published_size(name: str) -> int | None:
-    """The crop [pixels] that the default weights of a torchvision classifier were evaluated at."""
-    from torchvision import models
-
-    weights = getattr(models.get_model_weights(name), "DEFAULT", None)
-    crop = None if weights is None else getattr(weights.transforms(), "crop_size", None)
-    return int(crop[0]) if crop else None

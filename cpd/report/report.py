@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 import jinja2
 
 from cpd.files.reading import conform
-from cpd.model.metric import UNNAMED, title, written
 from cpd.model.sources import BY_NAME
 from cpd.report.charts import Chart, costly_nodes, is_number, line_chart, operator_rows, points_of, width_bars
 from cpd.report.records import (
@@ -35,6 +34,7 @@ from cpd.report.records import (
     plain_fields,
     runtime_title,
 )
+from cpd.tasks.metric import UNNAMED, title, written
 
 if TYPE_CHECKING:
     from cpd.report.records import SweepPoint

@@ -19,11 +19,11 @@ _NO_END = 2**62
 
 def rebracket(ctx: Context, node: Node, dims: Sequence[Dim], sizes: Sequence[int]) -> Shape:
     """A reshape: multiply all dimensions out, then split at the boundaries of the new sizes, innermost first."""
+    if 0 in sizes:  # of nothing, whose boundaries say nothing
+        return tuple(Fixed(size) for size in sizes)
     flat = axes.product(dims)
     result: list[Dim] = []
     for size in reversed(sizes):
-        if size == 0:
-            return tuple(Fixed(size) for size in sizes)
         flat, inner = ctx.split(flat, size, node, "a reshape crosses the boundary of a dimension")
         result.insert(0, inner)
     return tuple(result)
@@ -177,7 +177,7 @@ def unfold(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
 def cat(ctx: Context, node: Node, args: dict[str, Any]) -> Value:
     """One after the other along `dim`; coupled in every other dimension."""
     shapes = [ctx.shape(source) for source in args["tensors"] if shape_of(source) != (0,)]
-    return _joined(ctx, node, shapes, args["dim"])
+    return _joined(ctx, node, shapes, args["dim"]) if shapes else (Fixed(0),)
 
 
 @rule("hstack", "vstack", "row_stack", "dstack", "column_stack")

@@ -15,7 +15,6 @@ from cpd.criteria.score import score
 from cpd.errors import InputError
 from cpd.model.arguments import DATA, INPUTS, MODEL
 from cpd.model.inputs import check_model
-from cpd.model.task_loss import LossFunction
 from cpd.options import FLAG, LOSS, Check, checked, checks_of, takes_options
 from cpd.plan import Plan
 from cpd.sparsity.channels import masks_of, plan_of
@@ -24,6 +23,7 @@ from cpd.sparsity.masks import Masks
 from cpd.sparsity.patterns import CHANNEL, Layer, prunable
 from cpd.sparsity.ratios import select
 from cpd.sparsity.scores import WeightSetting, unit_scores
+from cpd.tasks.loss import LossFunction
 
 #: Options that choosing masks once has no use for.
 NOT_OF_MASKS = (

@@ -20,8 +20,8 @@ from cpd.criteria.context import require_grad
 from cpd.criteria.obs import Moments, inverse_of
 from cpd.errors import InputError, TrainingError, of_the_user
 from cpd.model.inputs import batches, device_of, evaluating, logits
-from cpd.model.task_loss import LossFunction, task_loss
 from cpd.sparsity.patterns import Layer, Pattern
+from cpd.tasks.loss import LossFunction, task_loss
 from cpd.trace.layer_calls import LayerCall, LayerCalls, from_matrix, matrix, seen
 
 #: A criterion of one's own: the setting -> {parameter name: scores of its shape}.

@@ -33,7 +33,6 @@ from cpd.model.inputs import check_model
 from cpd.model.outputs import reader
 from cpd.model.randomness import random_states_kept, seeded
 from cpd.model.skeleton import skeleton
-from cpd.model.task_loss import LossFunction
 from cpd.model.tensors import copy_of, named_tensors
 from cpd.options import LOSS, Check, checked, checks_of, function, integer, takes_options, text
 from cpd.plan import Plan
@@ -47,6 +46,7 @@ from cpd.sparsity.patterns import CHANNEL
 from cpd.sparsity.regrowth import rigl_share, swapped
 from cpd.surgery.calibration import Calibration
 from cpd.surgery.recovery import Recovery
+from cpd.tasks.loss import LossFunction
 
 log = logging.getLogger("cpd")
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from cpd.cli.folders import image_folders
 from cpd.errors import InputError
-from cpd.model.metric import metric_name
+from cpd.tasks.metric import metric_name
 from helpers.fakes import Fakes
 from helpers.folders import LEAKY, write_images
 

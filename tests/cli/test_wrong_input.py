@@ -96,7 +96,7 @@ def test_label_maps_that_are_none(run: Any, tmp_path: Path, kind: str) -> None:
             path.write_text("none")
         else:
             Image.new(*(("RGB", (40, 32)) if kind == "colours" else ("L", (20, 32)))).save(path)
-    model = "cpd.segmentation:EncoderDecoder,backbone=test_resnet,classes=3"
+    model = "cpd.tasks.segmentation:EncoderDecoder,backbone=test_resnet,classes=3"
     result = run(
         "compress", model, "--input-size", "32", "--workers", "0", "--target-macs", "0.5", "--data", tmp_path, "-q"
     )

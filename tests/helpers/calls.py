@@ -19,7 +19,7 @@ import cpd.criteria
 import cpd.demo
 import cpd.lightning
 import cpd.picture
-import cpd.segmentation
+import cpd.tasks.segmentation
 from cpd.coupling import comb as coupling
 from cpd.deploy import export, int8, latency, latency_model
 from cpd.jobs import compress as compressing
@@ -198,18 +198,18 @@ def _calls() -> dict[str, Valid]:
         "Sensitivity.plot": (lambda path: seen().plot(path), {"path": lambda: "a.png"}),
         "picture.draw": (cpd.picture.draw, {"comb": comb, "path": lambda: "a.svg"}),
         "picture.check_path": (drawing.check_path, {"path": lambda: "a.svg"}),
-        "segmentation.has_maps": (cpd.segmentation.has_maps, {"folder": lambda: Path("saved")}),
+        "segmentation.has_maps": (cpd.tasks.segmentation.has_maps, {"folder": lambda: Path("saved")}),
         "segmentation.SegmentationFolder": (
-            cpd.segmentation.SegmentationFolder,
+            cpd.tasks.segmentation.SegmentationFolder,
             {"root": lambda: Path("maps"), "classes": lambda: 2, "size": lambda: (8, 8)},
         ),
         "segmentation.mean_iou": (
-            cpd.segmentation.mean_iou,
+            cpd.tasks.segmentation.mean_iou,
             {"model": lambda: model()[:3], "data": lambda: [(X, Y[:, None, None].expand(4, 1, 1))],
              "classes": lambda: 4},
         ),
         "segmentation.EncoderDecoder": (
-            cpd.segmentation.EncoderDecoder, {"backbone": lambda: "test_resnet", "classes": lambda: 2},
+            cpd.tasks.segmentation.EncoderDecoder, {"backbone": lambda: "test_resnet", "classes": lambda: 2},
         ),
         "lightning.PrunerCallback": (
             cpd.lightning.PrunerCallback, {"example_inputs": lambda: X[:1], "target_macs": lambda: 0.6},

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cpd.errors import InputError
-from cpd.model.task_loss import task_loss
+from cpd.tasks.loss import task_loss
 from helpers.teaching import CLASSES
 
 

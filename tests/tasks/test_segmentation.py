@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 import cpd
 from cpd.cli import app
 from cpd.errors import InputError
-from cpd.segmentation import EncoderDecoder, SegmentationFolder, mean_iou
 from cpd.surgery.masked import masked_error
 from cpd.surgery.shrink import shrink
+from cpd.tasks.segmentation import EncoderDecoder, SegmentationFolder, mean_iou
 from helpers.zoo import comb, dense, random_plan
 
 

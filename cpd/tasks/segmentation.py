@@ -22,9 +22,9 @@ from torch.utils.data import Dataset
 from cpd.errors import InputError, first_line, needs_extra, of_the_user
 from cpd.model.arguments import DATA, MODEL
 from cpd.model.inputs import batches, device_of, evaluating, logits
-from cpd.model.metric import named
-from cpd.model.task_loss import IGNORED_CLASS
 from cpd.options import FLAG, PATH, Check, checked, integer, number, several, shown, text
+from cpd.tasks.loss import IGNORED_CLASS
+from cpd.tasks.metric import named
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 #: Training images are scaled by a factor of this range before they are cropped.

@@ -6,17 +6,50 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpd.errors import InputError, of_the_user
-from cpd.model.inputs import logits
+from cpd.model.inputs import Batch, logits
 from cpd.model.outputs import whole
 
 LossFunction = Callable[[Any, Any], Tensor]  # loss(output, target) -> scalar, on the output as the model gives it
 
 
 IGNORED_CLASS = -100  # as in `torch.nn.functional.cross_entropy`
+
+
+def loss_on(
+    batch: Batch,
+    model: nn.Module,
+    loss: LossFunction | None = None,
+    read: Callable[[Any], Any] = whole,
+    whose: str = "The model",
+    through: Callable[[Callable[[nn.Module], Any]], Any] | None = None,
+) -> tuple[Any, Tensor | None]:
+    """The output of a model on a batch, and the loss of the task: the user's, else the model's own, else inferred.
+
+    Args:
+        batch: where a task has read it, it says how the model gives its own loss.
+        model: in the mode that it is to run in.
+        loss: as for `task_loss`.
+        read: as for `task_loss`.
+        whose: the model, in words, for a message.
+        through: calls what it is given with the model, as `Trainee` does, which may be wrapped for several processes.
+
+    Raises:
+        InputError: if the model fails on the batch, its own loss is no scalar, or as `task_loss`.
+    """
+    forward = through or (lambda run: run(model))
+    if loss is not None or batch.learn is None:
+        output = forward(lambda model: batch.on(model, whose))
+        return output, task_loss(output, batch.target, loss, read, batch.place)
+    learn = batch.learn
+    with of_the_user(whose, f"on {batch.place}, with its target"):
+        output, value = forward(lambda model: learn(model, batch.call, batch.target))
+    if value is None:
+        return output, task_loss(output, batch.target, None, read, batch.place)
+    return output, _scalar(value, f"{whose}'s own loss", batch.place)
 
 
 def task_loss(
@@ -45,12 +78,7 @@ def task_loss(
     if loss is not None:
         with of_the_user("loss", f"on {place}"):
             value = loss(output, target)
-        if isinstance(value, Tensor) and value.numel() == 1:
-            return value.reshape(())
-        found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(
-            f"loss= must return a tensor of one number, not {found} (on {place}): average over the batch in it."
-        )
+        return _scalar(value, "loss=", place)
     if target is None:
         return None
     prediction = logits(read(output))
@@ -58,6 +86,16 @@ def task_loss(
     prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
     target = target.to(prediction.dtype) if target.is_floating_point() else target.long()
     return F.cross_entropy(prediction, target, ignore_index=IGNORED_CLASS)
+
+
+def _scalar(value: Any, what: str, place: str) -> Tensor:
+    """A loss as a tensor without dimensions; `InputError` if it is no tensor of one number."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.reshape(())
+    found = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+    raise InputError(
+        f"{what} must return a tensor of one number, not {found} (on {place}): average over the batch in it."
+    )
 
 
 def _check_target(prediction: Tensor, target: Any, place: str) -> None:

@@ -7,8 +7,8 @@ from functools import partial
 import pytest
 
 from cpd.cli.folders import accuracy
-from cpd.model.metric import metric_name, named, told, written
-from cpd.segmentation import mean_iou
+from cpd.tasks.metric import metric_name, named, told, written
+from cpd.tasks.segmentation import mean_iou
 
 
 def f1_score(model: object) -> float:

@@ -1,0 +1,217 @@
+"""Models of Hugging Face transformers: their batches, their own losses, what matters of their outputs.
+
+What a model takes is read off the signature of its forward, what it gives off the names of its outputs; no architecture
+is named here. transformers itself is not imported: whoever has such a model has it already.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from cpd.errors import InputError
+from cpd.model.inputs import Call, device_of
+from cpd.model.outputs import Outputs
+from cpd.options import Check, integer, is_function
+from cpd.tasks.task import Task, TaskBatches
+
+#: Arguments of a forward that are targets; what rows of a data set call the first of them.
+LABELS = ("labels", "mask_labels", "class_labels", "start_positions", "end_positions", "next_sentence_label")
+ALIASES = {"label": "labels", "label_ids": "labels"}
+#: What matters of an output, where it is there: the first is what a student mimics.
+MATTER = (
+    "logits", "predicted_depth", "class_queries_logits", "logits_per_image", "start_logits", "prediction_logits",
+    "reconstruction", "pred_boxes", "pred_masks", "masks_queries_logits", "logits_per_text", "end_logits",
+    "image_embeds", "text_embeds",
+)  # fmt: skip
+#: The main inputs of models, and how many dimensions one sample has.
+SAMPLES = {"pixel_values": 3, "pixel_values_videos": 4, "input_ids": 1}
+#: Tokens of an example input; pixels of its side where a configuration names none.
+TOKENS, PIXELS = 16, 224
+
+_COLLATE = Check("a collator, called as collate(rows)", is_function)
+
+
+@dataclass(frozen=True)
+class HuggingFace(Task):
+    """Models of transformers: the loss is the model's own, the labels being passed in.
+
+    Batches are mappings as a collator gives them, `{"pixel_values": …, "labels": …}`; columns that the forward does not
+    take are left out. Rows of a data set, `{"pixel_values": Tensor[3, H, W], "labels": 3}`, are put into batches.
+
+    Args:
+        batch_size: rows in a batch.
+        collate: `collate(rows) -> mapping`, as a data collator of transformers; None stacks what can be stacked.
+        seed: of the order of the rows.
+
+    Examples:
+        >>> task = cpd.tasks.hugging_face.HuggingFace(batch_size=32)
+        >>> task.batch_size
+        32
+    """
+
+    batch_size: int = 16
+    collate: Callable[[Sequence[Any]], Any] | None = None
+    seed: int = 0
+    name: ClassVar[str] = "transformers"
+
+    def __post_init__(self) -> None:
+        """Check every argument."""
+        integer(1).demand("batch_size", self.batch_size)
+        _COLLATE.demand("collate", self.collate, optional=True)
+
+    def read(self, model: nn.Module, item: Any) -> Any:
+        """A mapping as (arguments, labels): a tensor where the labels are the only target, else a mapping."""
+        takes = parameters_of(model)
+        if not isinstance(item, Mapping):
+            return item
+        named = {ALIASES.get(name, name): value for name, value in item.items()}
+        target = {name: named.pop(name) for name in LABELS if name in named and (name in takes or name == "labels")}
+        known = {name: value for name, value in named.items() if name in takes}
+        only = target.get("labels") if set(target) == {"labels"} else target or None
+        kwargs: dict[str, Any] = {**known, **without_cache(model)}
+        return ((), kwargs), only
+
+    def learn(self, model: nn.Module, call: Call, target: Any) -> tuple[Any, Tensor | None]:
+        """The output, and the model's own loss; of depth, where a model has none, the mean absolute error."""
+        takes = parameters_of(model)
+        labels: dict[str, Any] = {"labels": target}
+        if isinstance(target, Mapping):
+            labels = {str(name): value for name, value in target.items()}
+        elif target is None:
+            labels = {"return_loss": True}
+        labels = {name: value for name, value in labels.items() if name in takes}
+        try:
+            output = call._replace(kwargs={**call.kwargs, **labels}).on(model)
+        except NotImplementedError:  # some models have no loss, and say so when they are given labels
+            output = call.on(model)
+        loss = _field(output, "loss")
+        if loss is None and isinstance(depth := _field(output, "predicted_depth"), Tensor):
+            loss = _absolute_error(depth, target)
+        return output, loss
+
+    def outputs(self, model: nn.Module) -> Outputs:
+        """What is known to matter of an output, by its name; all of an output that has nothing of the kind."""
+        return what_matters
+
+    def training(self, model: nn.Module) -> Mapping[str, Any]:
+        """AdamW, which transformers are trained with; features instead of classes where there are none to compare."""
+        config: Any = model.config
+        kind = type(model).__name__
+        chooses_queries = bool(getattr(config, "two_stage", False)) or hasattr(config, "learn_initial_query")
+        if chooses_queries:  # by their scores: those of a student are others than the teacher's
+            return {"optimizer": "adamw", "kd": "none"}
+        return {"optimizer": "adamw", "lr": 1e-4, **({"kd": "mse"} if "Depth" in kind else {})}
+
+    def example_inputs(self, model: nn.Module) -> Any:
+        """One image, or some tokens, as the configuration has them; None where it says too little."""
+        takes, config = parameters_of(model), cast(Any, model).config
+        found: dict[str, Any] = {}
+        if "input_ids" in takes and cast(Any, model).main_input_name in ("input_ids", "pixel_values"):
+            text = getattr(config, "text_config", None) or config
+            size, longest = getattr(text, "vocab_size", None), getattr(text, "max_position_embeddings", None) or TOKENS
+            if size:
+                found["input_ids"] = torch.arange(min(TOKENS, longest))[None] % size
+        if "pixel_values" in takes:
+            found["pixel_values"] = _image(model, config)
+        if not found or cast(Any, model).main_input_name not in found:
+            return None
+        return (), {**{name: value.to(device_of(model)) for name, value in found.items()}, **without_cache(model)}
+
+    def batches(self, model: nn.Module, data: Iterable[Any]) -> Iterable[Any]:
+        """A loader, or rows of a data set, put together in batches and read by this task."""
+        if isinstance(data, TaskBatches) or not self._are_rows(data):
+            return super().batches(model, data)
+        generator = torch.Generator().manual_seed(self.seed)
+        loader: DataLoader[Any] = DataLoader(
+            cast(Any, data), self.batch_size, shuffle=True, collate_fn=self.collate or stacked, generator=generator
+        )
+        return super().batches(model, loader)
+
+    def _are_rows(self, data: Any) -> bool:
+        """Whether data holds single samples, as a data set does, rather than batches."""
+        if isinstance(data, DataLoader) or not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+            return False
+        if self.collate is not None:
+            return True
+        first = data[0] if len(data) else None
+        if not isinstance(first, Mapping):
+            return False
+        return any(name in first and np.ndim(first[name]) == dims for name, dims in SAMPLES.items())
+
+
+# ---------------------------------------------------------------------------------- what a model takes and gives
+
+
+def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """What the forward of a model takes by name."""
+    found = inspect.signature(model.forward).parameters
+    return {name: item for name, item in found.items() if item.kind is not item.VAR_KEYWORD}
+
+
+def without_cache(model: nn.Module) -> dict[str, Any]:
+    """The argument that keeps a language model from giving back its keys and values."""
+    return {"use_cache": False} if "use_cache" in parameters_of(model) else {}
+
+
+def what_matters(output: Any) -> Any:
+    """The parts of an output that matter, classes in dimension 1; the whole where none is known."""
+    found = [part for name in MATTER if isinstance(part := _field(output, name), Tensor)]
+    if not found:
+        return output
+    first, *others = found
+    if first.dim() == 3 and _field(output, "predicted_depth") is not first:  # [N, tokens or queries, classes]
+        first = first.movedim(-1, 1)
+    return (first, *others) if others else first
+
+
+def _field(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _absolute_error(depth: Tensor, target: Any) -> Tensor | None:
+    """The mean absolute error of depths `[N, H, W]`, where the true one is above 0."""
+    if not isinstance(target, Tensor):
+        return None
+    if target.shape != depth.shape:
+        raise InputError(f"The depths of a batch are {list(target.shape)}; the model predicts {list(depth.shape)}.")
+    known = target > 0
+    return F.l1_loss(depth[known].float(), target[known].float()) if bool(known.any()) else depth.sum() * 0
+
+
+def _image(model: nn.Module, config: Any) -> Tensor:
+    """Normal noise [1, C, H, W], the same at every call, of the size that a configuration names."""
+    places = [config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config"))]
+    size = next((found for place in places if (found := getattr(place, "image_size", None))), PIXELS)
+    height, width = (size, size) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = 3 if first is None else first.in_channels
+    return torch.randn(1, channels, height, width, generator=torch.Generator().manual_seed(0))
+
+
+def stacked(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows as one batch: numbers and arrays of one shape stacked, all else (boxes of an image) in a list."""
+    found: dict[str, Any] = {}
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        if all(isinstance(value, (int, float, Tensor, np.ndarray, list)) and _is_numeric(value) for value in values):
+            tensors = [torch.as_tensor(np.asarray(value)) for value in values]
+            found[name] = torch.stack(tensors) if len({item.shape for item in tensors}) == 1 else tensors
+        elif not any(isinstance(value, str) for value in values):
+            found[name] = values
+    return found
+
+
+def _is_numeric(value: Any) -> bool:
+    try:
+        return np.asarray(value).dtype.kind in "biuf"
+    except ValueError:  # lists of several lengths
+        return False

@@ -1,0 +1,166 @@
+"""A task: what a model is for, as far as compressing it asks.
+
+`Task` itself is that of models which take what a loader gives and return logits: classification, label maps. A task of
+another kind says what differs (see its methods), and is passed as `cpd.compress(model, task=MyTask())`. Tasks of
+libraries are known by the modules that their models' classes come from, in `KNOWN`; a library is imported when one of
+its models is there, or is asked for by name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
+
+from torch import Tensor, nn
+
+from cpd.errors import InputError
+from cpd.model import sources
+from cpd.model.inputs import Batch, Call, as_batch
+from cpd.model.outputs import Outputs
+from cpd.options import instance
+
+#: Where tasks of libraries lie, by what the module of a model's class begins with.
+KNOWN = {
+    "ultralytics.": "cpd.tasks.yolo:Yolo",
+    "transformers.": "cpd.tasks.hugging_face:HuggingFace",
+    "torchvision.models.detection.": "cpd.tasks.detection:Detection",
+}
+
+DataName: TypeAlias = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a task has read of data that was given by name.
+
+    Attributes:
+        training: batches to train on, augmented or not; can be iterated again and again.
+        plain: batches of the same samples as the model meets them in use; None: those of `training`.
+        evaluate: `evaluate(model) -> float`, the higher the better; None where there is nothing to evaluate on.
+    """
+
+    training: Iterable[Any]
+    plain: Iterable[Any] | None = None
+    evaluate: Callable[[nn.Module], float] | None = None
+
+
+class Task:
+    """What a model is for: how a batch is read, which loss it has, what a student mimics, what its metric is.
+
+    Each method says what holds for models that return logits and loaders that give (input, target); override those
+    that differ. `cpd.compress(model, task=MyTask(), ...)` uses them all; in a training loop of your own,
+    `task.batches(model, loader)` is what `cpd.Pruner`, `cpd.score` and `cpd.distill` take as data.
+
+    Examples:
+        A model that returns several heads, in a dict, and is trained on all of them:
+
+        >>> import torch.nn.functional as F
+        >>> class TwoHeads(cpd.Task):
+        ...     def read(self, model, item):  # what the loader gives -> (arguments of the model, target)
+        ...         return (item["image"],), (item["kind"], item["age"])
+        ...     def learn(self, model, call, target):  # the output, and the loss
+        ...         output = call.on(model)
+        ...         return output, F.cross_entropy(output["kind"], target[0]) + F.mse_loss(output["age"], target[1])
+        ...     def outputs(self, model):  # what matters of the output, and is distilled
+        ...         return ("kind", "age")
+    """
+
+    #: What it is called in messages.
+    name: ClassVar[str] = "logits"
+
+    def read(self, model: nn.Module, item: Any) -> Any:
+        """One item of a loader as (arguments, target), where arguments are as `example_inputs=` of `cpd.comb`."""
+        return item
+
+    def learn(self, model: nn.Module, call: Call, target: Any) -> tuple[Any, Tensor | None]:
+        """Run the model on a batch in the mode that it is in: its output, and its loss, a scalar; None: inferred.
+
+        The output is read by `outputs`, as that of `mimicked` is.
+        """
+        return call.on(model), None
+
+    def mimicked(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What a student is to mimic of a model called with these arguments: by default what it returns."""
+        return model(*args, **kwargs)
+
+    def outputs(self, model: nn.Module) -> Outputs | None:
+        """The parts of the output that matter, as `outputs=` of `cpd.comb`; None: all of it."""
+        return None
+
+    def training(self, model: nn.Module) -> Mapping[str, Any]:
+        """Options of `cpd.DistillConfig` that suit the model, which count where the user leaves the default."""
+        return {}
+
+    def example_inputs(self, model: nn.Module) -> Any:
+        """One input of the model, as `example_inputs=` of `cpd.compress`; None where none is known."""
+        return sources.default_inputs(model)
+
+    def load(self, model: nn.Module, data: DataName) -> Loaded:
+        """Read data that is given by its name.
+
+        Raises:
+            InputError: if the task reads none by name, or there is none of that name.
+        """
+        raise InputError(
+            f"data={os.fspath(data)!r} is a name, and models of this kind ({type(model).__name__}) come with no reader "
+            "of data: pass batches, as a DataLoader or a list, or a task that loads them."
+        )
+
+    # ------------------------------------------------------------------------------ what cpd makes of it
+
+    def batch(self, model: nn.Module, item: Any) -> Batch:
+        """One item of a loader as cpd works on it: what `read` gives, with the task's own `learn` and `mimicked`."""
+        found = as_batch(self.read(model, item))
+        if self._has_own("mimicked"):
+            found = found._replace(call=found.call._replace(run=self.mimicked))
+        return found._replace(learn=self.learn) if self._has_own("learn") else found
+
+    def batches(self, model: nn.Module, data: Iterable[Any]) -> Iterable[Any]:
+        """A loader whose items are read by this task; `data` itself where the task has no way of its own."""
+        own = any(map(self._has_own, ("read", "learn", "mimicked", "batch")))
+        return data if not own or isinstance(data, TaskBatches) else TaskBatches(self, model, data)
+
+    def _has_own(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(Task, method)
+
+
+class TaskBatches:
+    """The batches of a loader, each read by a task.
+
+    Attributes:
+        task: reads them.
+        model: what they are read for.
+        data: the loader; what is seeded, and asked for its length.
+    """
+
+    def __init__(self, task: Task, model: nn.Module, data: Iterable[Any]) -> None:
+        self.task, self.model, self.data = task, model, data
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Every batch."""
+        return (self.task.batch(self.model, item) for item in self.data)
+
+    def __len__(self) -> int:
+        """How many there are; raises `TypeError` where the loader does not tell."""
+        return len(self.data)  # type: ignore[arg-type]
+
+
+TASK = instance(Task, "an object of a class derived from cpd.Task")
+
+
+def task_of(model: nn.Module) -> Task:
+    """The task of a model by its library; `Task` itself where none is known.
+
+    A class of the user's that is derived from one of a library counts as that.
+    """
+    for kind in type(model).__mro__:
+        for prefix, place in KNOWN.items():
+            if f"{kind.__module__}.".startswith(prefix):
+                module, _, name = place.partition(":")
+                found = getattr(importlib.import_module(module), name)()
+                assert isinstance(found, Task)
+                return found
+    return Task()
