@@ -73,7 +73,7 @@ class HuggingFace(Task):
         takes = parameters_of(model)
         if not isinstance(item, Mapping):
             return item
-        named = {ALIASES.get(name, name): value for name, value in item.items()}
+        named: dict[str, Any] = {ALIASES.get(name) or name: value for name, value in item.items()}
         target = {name: named.pop(name) for name in LABELS if name in named and (name in takes or name == "labels")}
         known = {name: value for name, value in named.items() if name in takes}
         only = target.get("labels") if set(target) == {"labels"} else target or None
