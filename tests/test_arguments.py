@@ -20,7 +20,7 @@ from torch import nn
 
 import cpd
 from cpd.jobs import compress
-from helpers.calls import BEGINS, CALLS, Began, began, comb, onnx, result, seen, swept
+from helpers.calls import BEGINS, CALLS, Began, began, comb, masks, onnx, result, seen, swept
 from helpers.world import differences, files, same, whole, world
 
 #: Seconds that any call may take.
@@ -109,6 +109,7 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(compress, "FINAL_SECONDS", 0.1)
         result().save("saved")
+        masks().save("masks.safetensors")
         onnx(), comb(), seen(), swept()
         Path("file").write_text("mine")
         for folder in ("images", "labels"):
@@ -178,15 +179,15 @@ def test_there_are_many_cases() -> None:
 
 #: Classes of what the library itself makes: their constructors are not called by users.
 MADE = {
-    "Branch", "Comb", "Group", "LatencyComparison", "LatencyTable", "ModelProfile", "Plan", "Quantized", "Report",
-    "Result", "Sensitivity", "Sweep",
+    "Branch", "Comb", "Group", "LatencyComparison", "LatencyTable", "Masks", "ModelProfile", "Plan", "Quantized",
+    "Report", "Result", "Sensitivity", "SparseResult", "Sweep",
 }  # fmt: skip
 
 
 def test_nothing_public_is_left_out() -> None:
     errors = {name for name in cpd.__all__ if isinstance(getattr(cpd, name), type) and name.endswith("Error")}
     assert set(cpd.__all__) - errors - MADE - set(CALLS) == set()
-    for name in {*MADE, "Pruner", "Schedule"}:
+    for name in {*MADE, "Pruner", "Schedule", "Sparsifier"}:
         one = getattr(cpd, name)
         methods = {key for key in vars(one) if not key.startswith("_")} - set(getattr(one, "__dataclass_fields__", ()))
         for method in (key for key in methods if callable(getattr(one, key))):

@@ -198,8 +198,7 @@ class _Run:
         self.data, self.steps = data, steps_per_epoch(data, config.accumulate)
         #: Accelerate shares out a DataLoader, so that no process loads what another one takes.
         self.shard = accelerator.prepare_data_loader(data) if is_shared_out(data) else processes.Share(data)
-        self.ema = self.averaged()
-        self.mixing = Mixing(config, read)
+        self.ema, self.mixing = self.averaged(), Mixing(config, read)
         #: Where the training stands: epochs behind, steps of this one, its losses, records of those behind.
         self.epoch, self.done, self.sums = 0, 0, dict[str, list[float]]()
         self.records, self.best = list[EpochRecord](), Best()
@@ -338,8 +337,7 @@ class _Run:
             for name, value in values.items():
                 self.sums[name].append(value)
         self.share_projections()
-        if isinstance(self.pruner, MasksGradients):
-            self.pruner.mask_gradients()
+        _mask_gradients(self.pruner)
         if self.config.max_grad_norm is not None:
             self.accelerator.clip_grad_norm_(self.trainee.parameters(), self.config.max_grad_norm)
         self.optimizer.step()
@@ -483,6 +481,12 @@ class _Run:
                 set_random_states(state["random"])
         log.info("Resumed in epoch %d after %d steps.", self.epoch + 1, self.done)
         return state
+
+
+def _mask_gradients(pruner: ShrinksWhileTrained | None) -> None:
+    """Set the gradients of weights that a pruner keeps at zero to zero."""
+    if isinstance(pruner, MasksGradients):
+        pruner.mask_gradients()
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cpd import processes
-from cpd.coupling.comb import comb
+from cpd.coupling.comb import Comb, comb
 from cpd.criteria.choice import criterion_name
 from cpd.deploy.export import export_onnx
 from cpd.deploy.latency import LatencyComparison, LatencyProbe
@@ -215,9 +215,7 @@ def sparsify(
     settings = SparseConfig.of(config, named, "cpd.sparsify")
     _ = settings.share
     model = masks_applied(copy_of(check_model(model)))
-    if rewind is not None and (settings.schedule != "one-shot" or settings.regrow is not None):
-        raise InputError("rewind goes with masks that are chosen once: take schedule='one-shot', and no regrow.")
-    settings = settings if rewind is None else replace(settings, compensation=False)
+    settings = settings if rewind is None else _without_refit(settings)
     learning = _gently(training_settings(training, epochs, lr, settings.seed, progress))
     folder = None if output_dir is None else check_output_dir(output_dir, FILES, overwrite=overwrite)
     given = agreed_identity(model, teacher, data, loss)
@@ -233,10 +231,7 @@ def sparsify(
             check_data(student, batches, loss, settings.outputs, learning, teacher)
         per_epoch = steps_an_epoch(settings, learning, data)
         stages = Stages(["recover", *(["distill"] if data is not None and learning.epochs else []), "deploy"])
-        combed = None
-        if settings.pattern == CHANNEL:
-            with stages("comb"):
-                combed = comb(model, call, outputs=settings.outputs)
+        combed = _combed(model, call, settings, stages) if settings.pattern == CHANNEL else None
         sparsifier = Sparsifier(
             student, steps=round(per_epoch * learning.epochs), data=data if calibration is None else calibration,
             loss=loss, config=settings, comb=combed, stage=stages,
@@ -250,6 +245,22 @@ def sparsify(
     if checkpoint is not None:
         processes.from_first(checkpoint.remove)
     return result
+
+
+def _without_refit(settings: SparseConfig) -> SparseConfig:
+    """The settings where weights are rewound.
+
+    Raises:
+        InputError: masks that change while it trains.
+    """
+    if settings.schedule != "one-shot" or settings.regrow is not None:
+        raise InputError("rewind goes with masks that are chosen once: take schedule='one-shot', and no regrow.")
+    return replace(settings, compensation=False)
+
+
+def _combed(model: nn.Module, call: Call, settings: SparseConfig, stages: Stages) -> Comb:
+    with stages("comb"):
+        return comb(model, call, outputs=settings.outputs)
 
 
 def _gently(training: DistillConfig) -> DistillConfig:

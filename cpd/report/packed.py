@@ -3,19 +3,19 @@
 bits     one bit an entry of every such tensor, one after the other
 values   what the entries are that are not zero: as they are, or as int8 with a scale for each row of its first
          dimension
-scales   those, float32
+scales   those, bfloat16
 rest     all other tensors, themselves a safetensors file
 index    what the tensors are: names, types, shapes, as JSON
 
-All but `scales` are bytes, compressed by zlib. Nothing in the file is executed when it is read, and no more is unpacked
+All are bytes, compressed by LZMA. Nothing in the file is executed when it is read, and no more is unpacked
 than the shapes say.
 """
 
 from __future__ import annotations
 
 import json
+import lzma
 import math
-import zlib
 from collections.abc import Mapping
 from typing import TypedDict
 
@@ -29,8 +29,10 @@ from cpd.model.bits import packed_bits, unpacked_bits
 FORMAT = "cpd-packed-1"
 #: Tensors of fewer zeros are kept as they are.
 LEAST_ZEROS = 1 / 8
-#: The largest file that is unpacked.
-MOST_BYTES = 2**36
+#: The largest file that is unpacked, and the largest index; what LZMA may take of memory.
+MOST_BYTES, MOST_TEXT, MEMORY = 2**36, 2**28, 2**30
+#: What 8 bits may leave of error in a row, relative to its values: a finer step takes more bytes and is no better use.
+ERROR = 0.01
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
 
 
@@ -66,7 +68,7 @@ def pack(tensors: Mapping[str, Tensor], *, int8: bool = False) -> bytes:
         if int8:
             scale = _scale(tensor)
             scales.append(scale.flatten())
-            found = (tensor.float() / scale).round().to(torch.int8)[stays]
+            found = (tensor.float() / scale).round().clamp(-127, 127).to(torch.int8)[stays]
         else:
             found = tensor[stays]
         bits.append(packed_bits(stays))
@@ -78,7 +80,7 @@ def pack(tensors: Mapping[str, Tensor], *, int8: bool = False) -> bytes:
     return save({
         "bits": _compressed(torch.cat([none, *bits]).numpy().tobytes()),
         "values": _compressed(torch.cat([none, *values]).numpy().tobytes()),
-        "scales": torch.cat([torch.zeros(0), *scales]),
+        "scales": _compressed(torch.cat([torch.zeros(0), *scales]).bfloat16().view(torch.uint8).numpy().tobytes()),
         "rest": _compressed(rest),
         "index": _compressed(json.dumps(index).encode()),
     })  # fmt: skip
@@ -92,7 +94,7 @@ def unpack(content: bytes) -> dict[str, Tensor]:
     """
     try:
         parts = load(content)
-        text = zlib.decompressobj().decompress(bytes(parts["index"].numpy()), 2**28)
+        text = _decompressed(parts["index"], MOST_TEXT)
         index = conform(json.loads(text), _Index, "the index of packed weights")
         if index["format"] != FORMAT:
             raise ValueError(f"its format is {index['format']!r}")
@@ -104,12 +106,11 @@ def unpack(content: bytes) -> dict[str, Tensor]:
         values = _expanded(parts["values"], sum(lengths))
         found = load(bytes(_expanded(parts["rest"], index["rest"]).numpy()))
         rows = [entry["shape"][0] for entry in entries] if index["int8"] else [0] * len(entries)
-        for entry, size, own, scale in zip(
-            entries, sizes, values.split(lengths), parts["scales"].split(rows), strict=True
-        ):
+        scales = _expanded(parts["scales"], 2 * sum(rows)).view(torch.bfloat16).float()
+        for entry, size, own, scale in zip(entries, sizes, values.split(lengths), scales.split(rows), strict=True):
             mask, bits = unpacked_bits(bits[: -(-size // 8)], entry["shape"]), bits[-(-size // 8) :]
             found[entry["name"]] = _restored(entry, mask, own, scale if index["int8"] else None)
-    except Exception as error:  # of safetensors, of zlib, of torch: a file that is none of ours
+    except Exception as error:  # of safetensors, of LZMA, of torch: a file that is none of ours
         raise ValueError(f"these are no packed weights: {error}") from error
     return found
 
@@ -132,13 +133,23 @@ def _is_sparse(tensor: Tensor) -> bool:
 
 
 def _scale(tensor: Tensor) -> Tensor:
-    """Of each row of the first dimension: the largest value is 127."""
-    most = tensor.float().abs().flatten(1).amax(1).clamp_min(1e-30)
-    return (most / 127).reshape(-1, *[1] * (tensor.dim() - 1))
+    """The step of each row of the first dimension: as coarse as its error allows, and no value above 127 steps.
+
+    Rounding to steps leaves a root mean square error of a step over the square root of 12.
+    """
+    rows = tensor.float().flatten(1)
+    size = rows.square().sum(1) / torch.count_nonzero(rows, 1).clamp_min(1)
+    scale = torch.maximum(rows.abs().amax(1) / 127, ERROR * (12 * size).sqrt()).clamp_min(1e-20)
+    return scale.bfloat16().float().reshape(-1, *[1] * (tensor.dim() - 1))
 
 
 def _compressed(content: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(zlib.compress(content, 9)), dtype=torch.uint8)
+    return torch.frombuffer(bytearray(lzma.compress(content)), dtype=torch.uint8)
+
+
+def _decompressed(part: Tensor, most: int) -> bytes:
+    """What was compressed, at most so many bytes of it."""
+    return lzma.LZMADecompressor(memlimit=MEMORY).decompress(bytes(part.numpy()), most)
 
 
 def _expanded(part: Tensor, size: int) -> Tensor:
@@ -149,7 +160,7 @@ def _expanded(part: Tensor, size: int) -> Tensor:
     """
     if not 0 <= size <= MOST_BYTES:
         raise ValueError(f"{size} bytes are too many")
-    content = zlib.decompressobj().decompress(bytes(part.numpy()), size + 1)
+    content = _decompressed(part, size + 1)
     if len(content) != size:
         raise ValueError(f"{len(content)} bytes where {size} are noted")
     return torch.frombuffer(bytearray(content), dtype=torch.uint8) if size else torch.zeros(0, dtype=torch.uint8)

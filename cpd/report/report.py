@@ -319,7 +319,7 @@ def _figure_rows(report: Report) -> Iterable[FigureRow]:
         ("MACs", before.macs, after.macs),
         ("Activations", before.activations, after.activations),
     ):
-        if was or now:
+        if report.zeros is None or was or now:
             yield FigureRow(label, human(was), human(now), _percent(was, now))
 
 

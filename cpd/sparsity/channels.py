@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +12,6 @@ from cpd.criteria.gates import Gates, slices
 from cpd.plan import Plan
 from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
-
-if TYPE_CHECKING:
-    from cpd.sparsity.masks import Masks
 
 
 def plan_of(comb: Comb, scores: Mapping[str, Tensor], sparsity: float, scope: str, most: float) -> Plan:
@@ -39,12 +35,12 @@ def masks_of(plan: Plan, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def emptied(masks: Masks, comb: Comb) -> dict[str, list[int]]:
+def emptied(masks: Mapping[str, Tensor], comb: Comb) -> dict[str, list[int]]:
     """The channels of each group that stay: those that something gives, and something reads, under the masks."""
     open_groups = {group.name: group for group in comb.open}
     left: dict[str, dict[bool, Tensor]] = {name: {} for name in open_groups}
     for site in Gates(comb, everywhere=True).sites:
-        mask = masks.kept.get(site.tensor)
+        mask = masks.get(site.tensor)
         weight = comb.model.get_parameter(site.tensor) if mask is None else mask
         if site.group in left and weight.dim() > 1:
             some = slices(site, torch.ones(weight.shape) if mask is None else mask.float()) > 0

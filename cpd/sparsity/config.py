@@ -64,7 +64,15 @@ def _are_ratios(value: Any) -> bool:
     share = number("", lambda item: 0 <= item < 1)
     if isinstance(value, Mapping):
         return all(isinstance(name, str) and share.accepts(value[name]) for name in value)
-    return value in RULES if isinstance(value, str) else hasattr(value, "by_group")
+    return value in RULES if isinstance(value, str) else _tells_curves(value)
+
+
+def _tells_curves(value: Any) -> bool:
+    """Whether a value is a `cpd.Sensitivity`, or tells what one tells."""
+    try:
+        return isinstance(value.by_group, Mapping)
+    except Exception:  # whatever an object of the user's raises
+        return False
 
 
 def _is_pattern(value: Any) -> bool:
@@ -94,7 +102,7 @@ _RATIOS = Check(
     read=_read_ratios,
 )
 _PATTERN = Check("unstructured, N:M (as 2:4), RxC (as 1x3 or 4x1), kernel, or channel", _is_pattern)
-_NORM = Check("1 or 2", lambda value: value in (1, 2) and not isinstance(value, (bool, float)), int)
+_NORM = integer(1, 2)
 
 
 @with_help
@@ -185,7 +193,7 @@ class SparseConfig:
             raise InputError(
                 f"pattern={self.pattern!r} makes a share of {said:g} zero; leave sparsity out, or take another one."
             )
-        if said is not None and (self.ratios in RULES or hasattr(self.ratios, "by_group")):
+        if said is not None and self.ratios is not None and not isinstance(self.ratios, Mapping):
             raise InputError(f"pattern={self.pattern!r} leaves every layer the same share: leave ratios out.")
         if said is not None and self.schedule != "one-shot":
             raise InputError(f"pattern={self.pattern!r} has no share in between: take schedule='one-shot'.")
@@ -231,7 +239,7 @@ class SparseConfig:
     def settings(self) -> dict[str, Any]:
         """All options as JSON types, as a checkpoint keeps them."""
         found = {name: plain(value) for name, value in vars(self).items()}
-        if hasattr(self.ratios, "by_group"):
+        if _tells_curves(self.ratios):
             found["ratios"] = "a Sensitivity"
         return found
 

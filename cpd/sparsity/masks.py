@@ -30,6 +30,7 @@ from cpd.model.masks import masked_weights
 from cpd.model.tensors import hash_of
 from cpd.options import PATH, checked, instance
 from cpd.plan import PLAN, Plan
+from cpd.sparsity.channels import emptied
 
 FORMAT = "cpd-masks-1"
 FILE = "masks.safetensors"
@@ -120,6 +121,7 @@ class Masks:
             parameter.masked_fill_(~mask, 0)
         return model
 
+    @checked(model=MODEL)
     def pairs(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
         """Each parameter of a model with its mask, on the parameter's device.
 
@@ -268,9 +270,7 @@ class Masks:
         Returns:
             The plan; one that changes nothing where no channel is wholly zero.
         """
-        from cpd.sparsity.channels import emptied
-
-        return comb.plan(emptied(self, comb))
+        return comb.plan(emptied(self.kept, comb))
 
     @checked(plan=PLAN)
     def narrowed(self, plan: Plan) -> Masks:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import cpd.tasks.segmentation
 from cpd.coupling import comb as coupling
 from cpd.deploy import export, int8, latency, latency_model
 from cpd.jobs import compress as compressing
+from cpd.jobs import sparsify as sparsifying
 from cpd.picture import drawing
 
 X = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -80,6 +81,22 @@ def swept() -> cpd.Sweep:
     return cpd.Sweep(report.original, (cpd.jobs.sweep.SweepPoint(2.0, 1.9, report.result, None),))
 
 
+def masks() -> cpd.Masks:
+    return cpd.mask(model(), 0.5)
+
+
+def sparsifier(**options: Any) -> cpd.Sparsifier:
+    return cpd.Sparsifier(deepcopy(model()), 0.5, steps=2, **options)
+
+
+@cache
+def sparse() -> cpd.SparseResult:
+    exact = result().report
+    report = replace(exact, job="sparsify", groups=(), layers=(), shrinks=(), nodes=())
+    whole = cpd.Plan({}, {}, {})
+    return cpd.SparseResult(masks().apply(deepcopy(model())), report, masks(), whole, None)
+
+
 def loss(output: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(output, target)
 
@@ -108,8 +125,8 @@ def began(*_: Any, **__: Any) -> None:
 
 #: Where the work of what takes seconds begins, once all arguments were looked at.
 BEGINS = (
-    (compressing, "comb"), (latency_model, "make_comb"), (cpd.demo, "digits"), (coupling, "cold"),
-    (export, "_export"), (int8, "_converted"), (latency, "time_rounds"),
+    (compressing, "comb"), (sparsifying, "Sparsifier"), (latency_model, "make_comb"), (cpd.demo, "digits"),
+    (coupling, "cold"), (export, "_export"), (int8, "_converted"), (latency, "time_rounds"),
     (timm, "create_model"),
 )  # fmt: skip
 
@@ -138,6 +155,32 @@ def _calls() -> dict[str, Valid]:
         "shrink": (cpd.shrink, {"model": lambda: deepcopy(model()), "plan": plan}),
         "compensate": (cpd.compensate, {"model": narrow, "original": model, "plan": plan, "data": data}),
         "compress": (cpd.compress, {**whole, "evaluate": lambda: evaluate}),
+        "mask": (cpd.mask, {"model": model, "sparsity": lambda: 0.5}),
+        "get_sparsity": (cpd.get_sparsity, {"model": model}),
+        "sparsify": (
+            cpd.sparsify, {**models, "sparsity": lambda: 0.5, "data": data, "loss": lambda: loss, "epochs": lambda: 1},
+        ),
+        "Sparsifier": (
+            cpd.Sparsifier, {"model": lambda: deepcopy(model()), "sparsity": lambda: 0.5, "steps": lambda: 2},
+        ),
+        "SparseConfig": (cpd.SparseConfig, {}),
+        "Sparsifier.note": (lambda text: sparsifier().note(text), {"text": lambda: "A sentence."}),
+        "Sparsifier.load_state_dict": (
+            lambda state: sparsifier().load_state_dict(state), {"state": lambda: sparsifier().state_dict()},
+        ),
+        "Masks.apply": (lambda model: masks().apply(model), {"model": lambda: deepcopy(model())}),
+        "Masks.pairs": (lambda model: masks().pairs(model), {"model": model}),
+        "Masks.keep": (
+            lambda model, optimizer: masks().keep(model, optimizer),
+            {"model": lambda: deepcopy(model()), "optimizer": lambda: torch.optim.SGD(narrow().parameters(), 0.1)},
+        ),
+        "Masks.save": (lambda path: masks().save(path), {"path": lambda: "m.safetensors"}),
+        "Masks.load": (cpd.Masks.load, {"path": lambda: "masks.safetensors"}),
+        "Masks.to_torch": (lambda model: masks().to_torch(model), {"model": lambda: deepcopy(model())}),
+        "Masks.from_torch": (cpd.Masks.from_torch, {"model": lambda: masks().to_torch(deepcopy(model()))}),
+        "Masks.plan": (lambda comb: masks().plan(comb), {"comb": comb}),
+        "Masks.narrowed": (lambda plan: masks().narrowed(plan), {"plan": plan}),
+        "SparseResult.save": (lambda directory: sparse().save(directory), {"directory": lambda: "sparse"}),
         "sweep": (cpd.sweep, {**models, "speedups": lambda: [2]}),
         "distill": (
             cpd.distill,

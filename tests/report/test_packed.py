@@ -40,8 +40,9 @@ def test_int8_keeps_every_zero_and_rounds_the_rest_to_a_step() -> None:
     tensor[3] = 0
     found = unpack(pack({"a": tensor}, int8=True))["a"]
     assert not found[tensor == 0].any()
-    step = tensor.abs().amax(1, keepdim=True) / 127
-    assert bool(((found - tensor).abs() <= step / 2 + 1e-7).all())
+    small = sparse((16, 40), 0.8) * torch.logspace(-2, 0, 16)[:, None]  # of small rows the steps are finer
+    error = (unpack(pack({"a": small}, int8=True))["a"] - small).square().sum(1).sqrt()
+    assert bool((error <= 0.04 * small.square().sum(1).sqrt()).all())
 
 
 def test_sizes() -> None:
