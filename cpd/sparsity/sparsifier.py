@@ -291,7 +291,8 @@ class Sparsifier:
                 copy_of(self.model), self.data or (), limit=self.config.score_batches, seed=self.config.seed,
                 memory_gb=self.config.memory_gb, read=reader(self.config.outputs),
             )  # fmt: skip
-            masks, found = sparsified(self.model, calibration, choose, shares)
+            by_size = self.config.criterion == "magnitude" and self.comb is None
+            masks, found = sparsified(self.model, calibration, choose, shares, by_size=by_size)
             return dict(masks.kept), found
 
         with self._stage("recover"):

@@ -81,7 +81,8 @@ def test_a_whole_run(model: nn.Module, tmp_path: Path) -> None:
     assert cpd.Masks.load(folder) == result.masks
     report = result.report
     assert report.zeros == result.sparsity
-    assert report.result.metric >= 70
+    assert report.result.metric >= 85
+    assert max(row.share for row in report.sparsity) < 0.95  # refits in between do not empty a layer
     assert report.result.metric >= next(row["metric"] for row in report.history if row["epoch"] == 0)
     assert [row.name for row in report.sparsity] == ["0.weight", "3.weight", "7.weight"]
     assert report.stored["plain"] > report.stored["packed"] > report.stored["packed with INT8"]
@@ -141,7 +142,7 @@ def test_packed_weights_are_loaded(model: nn.Module, tmp_path: Path) -> None:
         assert cpd.get_sparsity(loaded) >= 0.8 - 1e-3
         found, expected = loaded(IMAGES), result.model(IMAGES)
         if storage == "packed-int8":
-            assert float((found - expected).detach().norm() / expected.detach().norm()) < 0.02
+            assert float((found - expected).detach().norm() / expected.detach().norm()) < 0.05
         else:
             assert torch.equal(found, expected)
     path = tmp_path / "out" / "model.safetensors"
