@@ -22,7 +22,7 @@ from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.latency_model import LatencyModel, _assigned
 from cpd.deploy.profiling import NodeTime, channels_second
 from cpd.deploy.runtimes.base import Artifact, check_outputs, is_quantized, profiles
-from cpd.deploy.runtimes.catalogue import RUNTIMES, grain_of, installed, names_of, runtimes_of
+from cpd.deploy.runtimes.catalogue import RUNTIMES, grain_of, installed, names_of, others_installed, runtimes_of
 from cpd.deploy.runtimes.device import Device
 from cpd.deploy.runtimes.onnx_runtime import OnnxRuntime
 from cpd.deploy.workload import workload
@@ -367,3 +367,21 @@ def test_where_something_was_trained_a_note_says_what_would_meet_the_target(slow
     missed, told = [note for note in result.report.notes if "last timing" in note]
     assert "the last timing found 1.7" in missed
     assert "of the MACs would meet the target; widths that differ: 0 " in told
+
+
+def test_the_same_result_is_shown_in_every_installed_runtime(monkeypatch, tmp_path):
+    assert "onnxruntime" in others_installed(by_weights)
+    assert "onnxruntime" not in others_installed("onnxruntime")
+    assert "onnxruntime:int8" in others_installed("openvino:int8")
+    assert not {"torch", "torch.compile", "onnxruntime:int8", "onnxruntime:cuda"} & {*others_installed("openvino")}
+    monkeypatch.setattr("cpd.jobs.compress.others_installed", lambda given: ["onnxruntime", "onnxruntime:cuda"])
+    report = cpd.compress(deep(), target_speedup=2, example_inputs=IMAGE, runtime=by_weights, tolerance=0.3).report
+    assert report.latency is not None
+    first, second = report.latency["elsewhere"]
+    assert (first["runtime"], first["error"]) == ("onnxruntime", None)
+    assert first["speedup"] > 0
+    assert "no CUDAExecutionProvider" in second["error"]
+    for text in (report.model_card(), report.to_html()):
+        assert "in other runtimes" in text.lower()
+        assert "CUDAExecutionProvider" in text
+    assert cpd.Report.from_dict(report.to_dict()) == report

@@ -122,6 +122,14 @@ def _loaded(entry: Entry, threads: int) -> Runtime:
     return kind(threads=threads, **entry.settings)
 
 
+def others_installed(given: Any) -> list[str]:
+    """The runtimes for CPUs that are installed and not asked for, in the precisions asked for and in float32."""
+    asked = names_of(given)
+    precisions = {name.partition(":")[2] for name in asked} & {"int8", "bf16"} | {""}
+    packages = [name for name, entry in RUNTIMES.items() if entry.package or entry.module == "onnx_runtime"]
+    return [name for name in installed(packages) if name not in asked and name.partition(":")[2] in precisions]
+
+
 def installed(names: Sequence[str] = tuple(RUNTIMES)) -> list[str]:
     """The names of the runtimes whose package is installed."""
     return [
