@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,11 @@ def main() -> int:
         both = cpd.compare_latency(
             model, other.model, images[:1], runtime=options.runtime, calibration=data, seconds=15, precision=0.01
         )  # fmt: skip
-        made = cpd.quantize_onnx(
-            cpd.export_onnx(other.model, images[:1]), data, "/tmp/int8_target.onnx", evaluate=evaluate, seconds=0.5, limit=2
-        )  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            made = cpd.quantize_onnx(
+                cpd.export_onnx(other.model, images[:1]), data, f"{folder}/int8.onnx", evaluate=evaluate, seconds=0.5,
+                limit=2,
+            )  # fmt: skip
         note(
             plan="for onnxruntime, quantized afterwards", asked=asked, speedup=both.speedup, top1=made.metric,
             float_speedup=other.speedup, float_top1=other.report.result.metric, seconds=seconds,
