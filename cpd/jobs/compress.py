@@ -21,6 +21,7 @@ from cpd.deploy.export import check_runs, export_onnx
 from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.profiling import paired
 from cpd.deploy.quantize import OnnxModule
+from cpd.deploy.runtimes.catalogue import others_installed
 from cpd.distillation.config import TRAINING, DistillConfig, EpochRecord
 from cpd.distillation.distiller import distill
 from cpd.errors import CPDError, first_line
@@ -58,6 +59,8 @@ log = logging.getLogger("cpd")
 
 #: Seconds that the final model is timed, and that each node of both models is, for the report.
 FINAL_SECONDS, PROFILE_SECONDS = 10.0, 0.5
+#: Seconds that it is timed in each other runtime.
+ELSEWHERE_SECONDS = 2.0
 
 #: How often the search goes on from the last timing at most.
 MOST_RETURNS = 2
@@ -314,7 +317,11 @@ class _Run:
                 self.pruner.note(f"The result has no ONNX model and no latency: {told}")
         if source is not None and (fault := why_not_by_name(source)):
             self.pruner.note(f"cpd.load does not build {source} by itself ({fault}): pass it a fresh model.")
-        comparison, nodes = (None, ()) if deployed is None else (deployed.latency, deployed.nodes)
+        comparison, nodes, elsewhere = None, tuple[dict[str, Any], ...](), tuple[dict[str, Any], ...]()
+        if deployed is not None:
+            comparison, nodes = deployed.latency, deployed.nodes
+            with self.stages("other runtimes"):
+                elsewhere = processes.from_first(lambda: self._elsewhere(deployed))
         tolerance = self.pruner.config.tolerance
         if comparison is not None and (text := missed(self.pruner.target, comparison, tolerance)):
             self.pruner.note(text)
@@ -323,7 +330,7 @@ class _Run:
         if deployed is not None and deployed.int8 is not None:
             self.metrics = self._evaluated_in_int8(deployed.int8, evaluate)
         report = report_of(
-            self.model, self.pruner, Measured(comparison, nodes, self.metrics, metric_name(evaluate)),
+            self.model, self.pruner, Measured(comparison, nodes, self.metrics, metric_name(evaluate), elsewhere),
             call=record, source=source, per_epoch=self.per_epoch, history=self.history, seconds=self.stages.seconds,
         )  # fmt: skip
         onnx, int8 = (None, None) if deployed is None else (deployed.onnx, deployed.int8 and deployed.int8[1])
@@ -369,6 +376,24 @@ class _Run:
             f"one {in_float[1]}."
         )
         return before, after
+
+    def _elsewhere(self, deployed: Deployed) -> tuple[dict[str, Any], ...]:
+        """The original and the result in other runtimes that are installed, so that a miss there is seen."""
+        settings, rows = self.pruner.config, list[dict[str, Any]]()
+        if not self.pruner.target.is_measured:
+            return ()
+        for name in others_installed(settings.runtime):
+            row: dict[str, Any] = dict.fromkeys(("speedup", "original_ms", "candidate_ms", "error"))
+            try:
+                probe = LatencyProbe(self.model, self.call, runtime=name, threads=settings.threads)
+                candidate = probe.artifact(self.student)
+                candidate.onnx = deployed.onnx
+                found = probe.compare(candidate, seconds=ELSEWHERE_SECONDS, precision=0.02)
+                row |= {key: getattr(found, key) for key in ("speedup", "original_ms", "candidate_ms")}
+            except CPDError as error:
+                row["error"] = first_line(error)
+            rows.append({"runtime": name, **row})
+        return tuple(rows)
 
     def _deployed(self) -> Deployed:
         """The ONNX model, its latency beside the original's, and the time of each node of both."""

@@ -129,12 +129,14 @@ class Deployed:
         latency: its comparison with the original in the runtime.
         nodes: one dict a node, with its time before and after.
         int8: the INT8 models of the original and of the result; None where the runtime computes in float.
+        elsewhere: the same result in other runtimes.
     """
 
     onnx: bytes
     latency: LatencyComparison
     nodes: tuple[dict[str, Any], ...]
     int8: tuple[bytes, bytes] | None
+    elsewhere: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,12 +148,14 @@ class Measured:
         nodes: one dict a node, with its time before and after.
         metrics: of the original and of the result; None without `evaluate`.
         metric_name: what they are, with the unit in brackets.
+        elsewhere: the same result in other runtimes.
     """
 
     latency: LatencyComparison | None
     nodes: tuple[dict[str, Any], ...]
     metrics: tuple[float | None, float | None]
     metric_name: str
+    elsewhere: tuple[dict[str, Any], ...] = ()
 
 
 def report_of(
@@ -195,7 +199,7 @@ def report_of(
         normalization=pruner.normalization,
         original=before,
         result=after,
-        latency=None if latency is None else latency.to_dict(),
+        latency=None if latency is None else {**latency.to_dict(), "elsewhere": list(measured.elsewhere)},
         groups=tuple(_row(group, len(groups[group.name])) for group in comb.groups),
         branches=tuple(
             BranchRow(item.name, item.parameters, item.macs, item.name in pruner.plan.removed, item.frozen)

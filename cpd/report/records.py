@@ -27,6 +27,16 @@ class ShrinkRow(TypedDict):
     epoch: float
 
 
+class ElsewhereRow(TypedDict):
+    """The same result in a runtime that was not asked for; None, and why, where it could not be timed."""
+
+    runtime: str
+    speedup: float | None
+    original_ms: float | None
+    candidate_ms: float | None
+    error: str | None
+
+
 class LatencyRow(TypedDict, total=False):
     """What the page shows of a latency comparison by itself."""
 
@@ -36,6 +46,7 @@ class LatencyRow(TypedDict, total=False):
     threads: int | None
     runs: int | None
     runtime: str
+    elsewhere: tuple[ElsewhereRow, ...]
 
 
 #: Runtimes whose name in prose is another one.

@@ -82,7 +82,8 @@ class Report:
         normalization: what a score was divided by (`memory`, `macs`, `latency`, `none`).
         original: figures of the model given.
         result: figures of the compressed model.
-        latency: `LatencyComparison.to_dict()`, None where nothing was timed.
+        latency: `LatencyComparison.to_dict()`, None where nothing was timed; `elsewhere` lists the same result in other
+            runtimes that are installed, where a target was measured.
         groups: one row a coupling group.
         branches: one row a branch, where branches could be removed.
         layers: one row a layer with weights, in the order of the model's modules.
@@ -185,6 +186,7 @@ class Report:
         return _template("report.html.j2").render(
             report=self,
             runtime=runtime_title(self.latency),
+            elsewhere=[{**row, "title": runtime_title(row)} for row in (self.latency or {}).get("elsewhere", ())],
             call=call_text(self.call, self.job),
             widths=width_bars(self.layers),
             operators=operator_rows(self.nodes),
@@ -202,6 +204,7 @@ class Report:
         return _template("README.md.j2").render(
             report=self,
             runtime=runtime_title(self.latency),
+            elsewhere=[{**row, "title": runtime_title(row)} for row in (self.latency or {}).get("elsewhere", ())],
             call=call_text(self.call, self.job),
             by_name=self.source is not None and self.source.startswith(BY_NAME),
             removed=[row for row in self.branches if row.removed],
@@ -340,7 +343,9 @@ def _percent(before: float, after: float) -> str:
 def _flat(latency: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of a latency comparison that the page lists; the environment's own are joined in."""
     environment = latency.get("environment")
-    flat = {key: value for key, value in latency.items() if key != "environment" and value is not None}
+    flat = {
+        key: value for key, value in latency.items() if key not in ("environment", "elsewhere") and value is not None
+    }
     return {**flat, **(environment if isinstance(environment, Mapping) else {})}
 
 

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 
 from cpd.algebra.axes import Axis
@@ -108,6 +109,9 @@ class Search:
         if not self._upcoming:
             reached = self.selector.reach(self.latency.speedup, self._goal)
             self._upcoming = self.selector.widened(reached, self.latency)
+            if not self.probe.is_profiled and self._known(self._upcoming):
+                # steps that another runtime's kernels take, and this one does not
+                self._upcoming = self.selector.reach(self._by_macs, self._goal)
         return self._upcoming
 
     def is_in_reach(self) -> bool:
@@ -139,6 +143,12 @@ class Search:
             if best.attained < 1 - self.tolerance:
                 raise TargetError(_unreachable(self.selector, best, self.target, self.latency))
         return best
+
+    def _by_macs(self, counts: Mapping[Axis, int]) -> float:
+        """The speed-up of any widths, from those measured: in the logarithm of MACs and time, piecewise linear."""
+        points = sorted([(0.0, 0.0), *((-math.log(item.macs_ratio), math.log(item.speedup)) for item in self.tried)])
+        x, (macs, times) = math.log(self._macs / self.selector.comb.cost(counts).macs), np.array(points).T
+        return math.exp(float(np.interp(x, macs, times)) + max(x - macs[-1], 0.0))
 
     def _on_target(self) -> bool:
         return bool(self.tried) and self.tried[-1].is_within(self.tolerance / 2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import io
 import logging
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -40,3 +42,20 @@ def garbage_collection_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without what compiled code prints, which Python's own streams do not see."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept, nowhere = [os.dup(1), os.dup(2)], os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        for place, own in zip((1, 2), kept, strict=True):
+            os.dup2(own, place)
+            os.close(own)
+        os.close(nowhere)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.latency_model import LatencyModel, _assigned
 from cpd.deploy.profiling import NodeTime, channels_second
 from cpd.deploy.runtimes.base import Artifact, check_outputs, is_quantized, profiles
-from cpd.deploy.runtimes.catalogue import RUNTIMES, grain_of, installed, names_of, runtimes_of
+from cpd.deploy.runtimes.catalogue import RUNTIMES, grain_of, installed, names_of, others_installed, runtimes_of
 from cpd.deploy.runtimes.device import Device
 from cpd.deploy.runtimes.onnx_runtime import OnnxRuntime
 from cpd.deploy.workload import workload
@@ -322,3 +323,65 @@ def test_a_target_is_met_in_openvino():
     assert result.report.latency["runtime"] == "openvino"
     assert result.report.environment["openvino"]
     assert "OpenVINO latency" in result.report.model_card()
+
+
+def by_weights(paths: list[str]) -> list[float]:
+    """A board whose times follow the number of weights."""
+    return [float(sum(np.prod(item.dims) for item in onnx.load(path).graph.initializer)) for path in paths]
+
+
+@pytest.fixture
+def slower_at_last(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """From the first last timing on all results are slower by 15 %; what was timed."""
+    compare, seen = LatencyProbe.compare, list[float]()
+
+    def compared(self: LatencyProbe, candidate: Any, **options: Any) -> Any:
+        found = compare(self, candidate, **options)
+        seen.append(options["precision"])
+        if 0.01 not in seen:  # that of the last timing
+            return found
+        return replace(found, speedup=0.85 * found.speedup, candidate_ms=found.candidate_ms / 0.85)
+
+    monkeypatch.setattr(LatencyProbe, "compare", compared)
+    return seen
+
+
+def arguments(**given: Any) -> dict[str, Any]:
+    data = [(torch.randn(8, 3, 32, 32), torch.randint(4, (8,))) for _ in range(2)]
+    common = {"runtime": by_weights, "tolerance": 0.04, "scope": "global", "branches": False, "round_to": 1}
+    return {"target_speedup": 2, "data": data, **common, **given}
+
+
+def test_where_nothing_was_trained_the_search_goes_on_from_the_last_timing(slower_at_last):
+    result = cpd.compress(deep(), epochs=0, **arguments())
+    assert slower_at_last.count(0.01) == 2
+    assert result.speedup == pytest.approx(2, rel=0.04)
+    assert not any("last timing found" in note for note in result.report.notes)
+    assert sum("Recovery without training" in note for note in result.report.notes) <= 1
+
+
+def test_where_something_was_trained_a_note_says_what_would_meet_the_target(slower_at_last):
+    result = cpd.compress(deep(), epochs=1, **arguments())
+    assert slower_at_last.count(0.01) == 1
+    assert result.speedup == pytest.approx(1.7, rel=0.04)
+    missed, told = [note for note in result.report.notes if "last timing" in note]
+    assert "the last timing found 1.7" in missed
+    assert "of the MACs would meet the target; widths that differ: 0 " in told
+
+
+def test_the_same_result_is_shown_in_every_installed_runtime(monkeypatch, tmp_path):
+    assert "onnxruntime" in others_installed(by_weights)
+    assert "onnxruntime" not in others_installed("onnxruntime")
+    assert "onnxruntime:int8" in others_installed("openvino:int8")
+    assert not {"torch", "torch.compile", "onnxruntime:int8", "onnxruntime:cuda"} & {*others_installed("openvino")}
+    monkeypatch.setattr("cpd.jobs.compress.others_installed", lambda given: ["onnxruntime", "onnxruntime:cuda"])
+    report = cpd.compress(deep(), target_speedup=2, example_inputs=IMAGE, runtime=by_weights, tolerance=0.3).report
+    assert report.latency is not None
+    first, second = report.latency["elsewhere"]
+    assert (first["runtime"], first["error"]) == ("onnxruntime", None)
+    assert first["speedup"] > 0
+    assert "no CUDAExecutionProvider" in second["error"]
+    for text in (report.model_card(), report.to_html()):
+        assert "in other runtimes" in text.lower()
+        assert "CUDAExecutionProvider" in text
+    assert cpd.Report.from_dict(report.to_dict()) == report

@@ -61,7 +61,7 @@ def test_report_says_what_was_done(result):
 
 
 def test_a_report_keeps_the_arguments_that_are_not_usual(tmp_path):
-    usual = cpd.PruneConfig(target_macs=0.5, round_to=8, schedule=cpd.Schedule("one-shot"))
+    usual = cpd.PruneConfig(target_macs=0.5, round_to=None, schedule=cpd.Schedule("one-shot"))
     assert call_record(usual, cpd.DistillConfig(), {"data": None}, None) == {"target_macs": 0.5, "seed": 0}
     other = cpd.PruneConfig(schedule=cpd.Schedule("cubic", end=0.6), threads=2, latency_inputs=(INPUT,))
     found = call_record(other, cpd.DistillConfig(epochs=2, kd="cwd"), {"data": []}, tmp_path)

@@ -62,8 +62,9 @@ class Stopwatch:
         speedup = (self.full / macs) ** self.power
         low, high = speedup / (1 + self.noise), speedup * (1 + self.noise)
         return SimpleNamespace(
-            speedup=speedup, speedup_low=low, speedup_high=high, original_ms=10.0, candidate_ms=10.0 / speedup
-        )
+            speedup=speedup, speedup_low=low, speedup_high=high, original_ms=10.0, candidate_ms=10.0 / speedup,
+            runtime="a watch",
+        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +112,23 @@ def test_a_target_out_of_reach_says_what_can_be(selector):
     assert "Softmax" not in str(caught.value)
     with pytest.raises(cpd.TargetError, match="nothing to do"):
         Search(selector.comb.model, selector, watch, watch, Target("target_latency_ms", 11.0), 10.0).finish()
+
+
+def test_a_search_goes_on_from_a_timing(selector):
+    """The last timing of a plan says that it is slower than the search had found: the next widths are narrower."""
+    watch, target = Stopwatch(selector.comb, 0.7), Target("target_speedup", 2.0)
+    first = Search(selector.comb.model, selector, watch, watch, target, 10.0).finish()
+    later = Stopwatch(selector.comb, 0.6)
+    narrower = cpd.shrink(cpd.model.tensors.copy_of(selector.comb.model), first.plan)
+    seen = first.counts, later.compare(narrower)
+    search = Search(selector.comb.model, selector, later, later, target, 10.0, timed=seen)
+    assert len(search.tried) == 1
+    found = search.finish()
+    assert abs(found.speedup / 2 - 1) < 0.05
+    assert found.macs_ratio < first.macs_ratio
+    there = Search(selector.comb.model, selector, later, later, target, 10.0, timed=(found.counts, found.latency))
+    assert there.finish().counts == found.counts  # on target: nothing more is measured
+    assert len(there.tried) == 1
 
 
 def test_the_note_names_the_scope_that_was_taken(monkeypatch):

@@ -126,6 +126,12 @@ class Artifact:
         """
         return feed(open_session(self.onnx), self.call)
 
+    def fed(self, session: Any) -> Feeds:
+        """The same, read off a session of ONNX Runtime that is open already."""
+        if "feeds" not in self.__dict__:
+            self.feeds = feed(session, self.call)
+        return self.feeds
+
     @cached_property
     def expected(self) -> list[Array]:
         """What PyTorch gives on the inputs; of an ONNX model what ONNX Runtime gives."""

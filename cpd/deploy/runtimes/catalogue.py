@@ -52,6 +52,7 @@ RUNTIMES = {
     "opencv": Entry("opencv", "OpenCV", package="cv2"),
     "ncnn": Entry("ncnn", "Ncnn", package="ncnn"),
     "mnn": Entry("mnn", "Mnn", package="MNN"),
+    "executorch": Entry("executorch", "ExecuTorch", package="executorch"),
     "torch": Entry("pytorch", "TorchEager"),
     "torch.compile": Entry("pytorch", "TorchCompile"),
 }
@@ -120,6 +121,15 @@ def runtimes_of(given: Any, threads: int) -> list[Runtime]:
 def _loaded(entry: Entry, threads: int) -> Runtime:
     kind: Callable[..., Runtime] = getattr(importlib.import_module(f"cpd.deploy.runtimes.{entry.module}"), entry.kind)
     return kind(threads=threads, **entry.settings)
+
+
+def others_installed(given: Any) -> list[str]:
+    """The runtimes for CPUs that are installed and not asked for, in the precisions asked for and in float32."""
+    asked = names_of(given)
+    precisions = {name.partition(":")[2] for name in asked} & {"int8", "bf16"} | {""}
+    quick = [name for name, entry in RUNTIMES.items() if entry.package or entry.module == "onnx_runtime"]
+    quick.remove("executorch")  # which lowers a model for tens of seconds
+    return [name for name in installed(quick) if name not in asked and name.partition(":")[2] in precisions]
 
 
 def installed(names: Sequence[str] = tuple(RUNTIMES)) -> list[str]:

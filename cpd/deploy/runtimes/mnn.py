@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +13,7 @@ import onnx
 
 from cpd.deploy.runtimes.base import Artifact, Session, check_outputs
 from cpd.errors import ExportError, first_line, needs_extra
+from cpd.trace.quiet import silent
 
 
 @dataclass(frozen=True)
@@ -39,14 +36,14 @@ class Mnn:
 
     def prepare(self, artifact: Artifact) -> Session:
         """A module of MNN, whose outputs were compared with PyTorch's."""
-        with needs_extra("mnn", "The runtime 'mnn'"), _silent():
+        with needs_extra("mnn", "The runtime 'mnn'"), silent():
             import _tools as tools
             import MNN.expr as expr
             import MNN.nn as mnn
         graph = onnx.load_from_string(artifact.content).graph
         inputs, outputs = ([item.name for item in items] for items in (graph.input, graph.output))
         what = type(artifact.model).__name__
-        with tempfile.TemporaryDirectory(prefix="cpd-mnn-") as folder, _silent():
+        with tempfile.TemporaryDirectory(prefix="cpd-mnn-") as folder, silent():
             made = Path(folder, "model.mnn")
             # the compiled converter itself: the program `mnnconvert` around it installs a package, and sends what was
             # converted to its makers
@@ -74,20 +71,3 @@ def _variable(expr: Any, array: np.ndarray[Any, Any]) -> Any:
     kind = expr.float if array.dtype == np.float32 else expr.int
     given = array if array.dtype == np.float32 else array.astype(np.int32)
     return expr.const(np.ascontiguousarray(given), list(array.shape), expr.NCHW, kind)
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Without what compiled code prints, which Python's own streams do not see."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept, nowhere = [os.dup(1), os.dup(2)], os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        for place, own in zip((1, 2), kept, strict=True):
-            os.dup2(own, place)
-            os.close(own)
-        os.close(nowhere)

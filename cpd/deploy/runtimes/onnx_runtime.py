@@ -43,7 +43,8 @@ class OnnxRuntime:
 
     def prepare(self, artifact: Artifact) -> Session:
         """A session of the ONNX model, whose outputs were compared with PyTorch's."""
-        arrays, session = artifact.feeds, open_session(artifact.of(self.precision), self.threads)
+        session = open_session(artifact.of(self.precision), self.threads)
+        arrays = artifact.fed(session)
         outputs = run_session(session, arrays)  # inputs that do not fit are reported here
         compared = artifact.module is not None or self.precision != "f32"
         difference = check_outputs(outputs, artifact, "ONNX Runtime", self.precision) if compared else None
@@ -92,7 +93,7 @@ class OnnxRuntimeProvider:
                 " Install the build that has it (onnxruntime-gpu, for one)."
             )
         session = open_session(artifact.onnx, self.threads, provider=self.provider)
-        outputs = run_session(session, artifact.feeds)
+        outputs = run_session(session, artifact.fed(session))
         difference = check_outputs(outputs, artifact, self.name, self.precision)
         return Session(_bound(session, artifact.feeds), difference)
 

@@ -115,8 +115,10 @@ def _medians(means: Sequence[Mapping[str, float]]) -> dict[str, float]:
     Of a block that is as long as all before it, the mean is twice that of all less that of those before.
     """
     return {
-        name: max(statistics.median(2 * now[name] - before[name] for before, now in pairwise(means)), 0.0)
-        for name in set.intersection(*map(set, means))
+        name: max(
+            statistics.median(2 * now.get(name, 0.0) - before.get(name, 0.0) for before, now in pairwise(means)), 0.0
+        )
+        for name in means[-1]
     }
 
 
