@@ -86,7 +86,10 @@ _VIT = "hidden_size=64,num_hidden_layers=2,num_attention_heads=4,intermediate_si
 _IMAGE = f"{_VIT},image_size={SIDE},patch_size=16,num_labels={CLASSES}"
 _TEXT = f"vocab_size={WORDS},{_VIT}"
 _LM = f"{_TEXT},num_key_value_heads=2,max_position_embeddings=64"
-_TIMM = '{"model_type":"timm_backbone","backbone":"resnet18","out_indices":[1,2,3,4],"use_pretrained_backbone":false}'
+_RESNET = (
+    '{"model_type":"resnet","embedding_size":16,"hidden_sizes":[16,32,48,64],"depths":[1,1,1,1],"layer_type":"basic",'
+    '"out_features":["stage1","stage2","stage3","stage4"]}'
+)
 _DETR = "encoder_layers=1,decoder_layers=1,encoder_ffn_dim=64,decoder_ffn_dim=64,encoder_attention_heads=4"
 _DETR = f"{_DETR},decoder_attention_heads=4,d_model=64,num_queries=8,num_labels={CLASSES}"
 _SWIN = f"image_size={SIDE},patch_size=4,window_size=4,embed_dim=32,depths=[1,2],num_heads=[2,4],num_labels={CLASSES}"
@@ -146,9 +149,9 @@ FAMILIES: dict[str, Family] = {
         ),
         maps,
     ),
-    "detr": Family("object detection", f"DetrForObjectDetection,{_DETR},backbone_config={_TIMM}", boxes),
+    "detr": Family("object detection", f"DetrForObjectDetection,{_DETR},backbone_config={_RESNET}", boxes),
     "conditional_detr": Family(
-        "object detection", f"ConditionalDetrForObjectDetection,{_DETR},backbone_config={_TIMM}", boxes
+        "object detection", f"ConditionalDetrForObjectDetection,{_DETR},backbone_config={_RESNET}", boxes
     ),
     "yolos": Family(
         "object detection",

@@ -326,7 +326,7 @@ def run_session(session: Any, arrays: dict[str, np.ndarray[Any, Any]]) -> list[n
 
 def _export(model: nn.Module, call: Call) -> Any:
     """The `torch.onnx.ONNXProgram` of `model`, less the stack traces and source paths noted in it."""
-    args, kwargs, _ = call.to(device_of(model))
+    args, kwargs = call.to(device_of(model))
     if not kwargs and args and isinstance(args[-1], dict):
         args = (*args, {})  # else the exporter takes the last argument for the keyword arguments
     try:

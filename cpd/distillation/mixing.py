@@ -45,4 +45,4 @@ class Mixing:
         if len(target) % 2:  # images are mixed in pairs
             call, target = call.part(len(target) - 1), target[:-1]
         images, target = self._mix(call.args[0].clone(), target)
-        return batch._replace(call=Call((images,), call.kwargs, call.run), target=target)
+        return batch._replace(call=Call((images,), call.kwargs), target=target)

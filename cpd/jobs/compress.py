@@ -39,7 +39,15 @@ from cpd.jobs.outcome import (
     report_of,
     would_meet,
 )
-from cpd.jobs.request import check_data, checkpoint_of, example_call, given_of, steps_an_epoch, training_settings
+from cpd.jobs.request import (
+    check_data,
+    checkpoint_of,
+    example_call,
+    given_of,
+    kept_for_loss,
+    steps_an_epoch,
+    training_settings,
+)
 from cpd.jobs.stages import Stages
 from cpd.model.arguments import INPUTS, MODEL, NAMED_DATA, NAMED_MODEL
 from cpd.model.inputs import Call, evaluated
@@ -53,7 +61,7 @@ from cpd.pruner import Pruner
 from cpd.report.artifacts import check_output_dir
 from cpd.tasks.loss import LossFunction
 from cpd.tasks.metric import metric_name, told, written
-from cpd.tasks.task import TASK, DataName, Task
+from cpd.tasks.task import TASK, DataName, Task, itself, on_itself
 
 log = logging.getLogger("cpd")
 
@@ -180,7 +188,8 @@ def compress(
         "evaluate": evaluate, "teacher": teacher,
     }  # fmt: skip
     data, calibration = read.batches()
-    with preserved(model), shown(progress if processes.rank() == 0 else False):
+    guides = [model] if teacher is None else [model, teacher]
+    with preserved(model), read.task.viewed(*guides), shown(progress if processes.rank() == 0 else False):
         call = example_call(model, example_inputs, data, read.task)
         if settings.measures:
             check_runs(model, call)
@@ -192,14 +201,17 @@ def compress(
         stages = Stages(_planned(settings, scored_on is not None, data is not None and learning.epochs > 0))
         with stages("comb"):
             combed = comb(model, call, **settings.combing)
+        whole = kept_for_loss(student, None if loss is not None else scored_on, combed)
+        pruning = replace(settings, ratios={**(settings.ratios or {}), **whole}) if whole else settings
         by_weight = scored_on is None and settings.criterion is None
         pruner = Pruner(
             student, call, steps=round(per_epoch * learning.epochs), data=scored_on, loss=loss, comb=combed,
-            config=replace(settings, criterion="magnitude") if by_weight else settings, stage=stages,
+            config=replace(pruning, criterion="magnitude") if by_weight else pruning, stage=stages,
         )  # fmt: skip
         run = _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch)
-        run.prune_and_train(data, loss, evaluate, teacher)
+        run.prune_and_train(data, loss, on_itself(evaluate), teacher)
         result = run.finish(call_record(settings, learning, objects, folder), read.source, evaluate)
+        itself(result.model)
     if folder is not None:
         processes.from_first(lambda: result.save(folder, overwrite=overwrite))
     if checkpoint is not None:

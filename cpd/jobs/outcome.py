@@ -27,6 +27,7 @@ from cpd.report.report import Report
 from cpd.selection.target import Target
 from cpd.sparsity.config import SparseConfig
 from cpd.tasks.metric import told
+from cpd.tasks.task import as_itself
 
 #: Widths that a note names.
 NAMED = 8
@@ -220,7 +221,11 @@ def report_of(
 
 def source_of(model: nn.Module, source: str | None) -> str | None:
     """How a fresh model is built by name: as given, or found out; None where it is not known."""
-    return source or (str(found) if (found := sources.identify(model)) else None)
+    if source:
+        return source
+    with as_itself(model):
+        found = sources.identify(model)
+    return str(found) if found else None
 
 
 def kept_weights(records: Sequence[EpochRecord], metric: str, before: float | None) -> tuple[float | None, str | None]:

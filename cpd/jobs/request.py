@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import logging
 import os
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from cpd.config import PruneConfig
+from cpd.coupling.comb import Comb
 from cpd.distillation.config import DistillConfig
 from cpd.distillation.request import check_distillation, steps_per_epoch
 from cpd.errors import InputError, TrainingError
@@ -21,10 +23,11 @@ from cpd.files.checkpoint import Checkpoint
 from cpd.model import sources
 from cpd.model.inputs import Call, as_call, batches, check_model, device_of, evaluating
 from cpd.model.outputs import Outputs, reader
+from cpd.model.randomness import random_states_kept
 from cpd.model.tensors import copy_of
 from cpd.options import changed
 from cpd.sparsity.config import SparseConfig
-from cpd.tasks.loss import LossFunction, loss_on
+from cpd.tasks.loss import LossFunction, loss_on, read_by_loss_alone
 from cpd.tasks.task import DataName, Loaded, Task, task_of
 
 log = logging.getLogger("cpd")
@@ -96,7 +99,7 @@ def given_of(
 def example_call(model: nn.Module, example_inputs: Any, data: Iterable[Any] | None, task: Task | None = None) -> Call:
     """The example inputs: those given, one sample of the data, or what models of the task or the library take."""
     if example_inputs is None and data is not None:
-        example_inputs = next(batches(data, 1)).call.part(1)._replace(run=None)
+        example_inputs = next(batches(data, 1)).call.part(1)
     if example_inputs is None:
         example_inputs = (task or Task()).example_inputs(model)
     if example_inputs is None:
@@ -138,6 +141,18 @@ def check_data(
         )
     if training.epochs and training.needs_teacher:
         check_distillation(model, copy_of(model) if teacher is None else teacher, batch, training, reader(outputs))
+
+
+def kept_for_loss(model: nn.Module, data: Iterable[Any] | None, comb: Comb) -> dict[str, float]:
+    """The groups that stay whole since the model's own loss alone reads them, as `ratios` of `cpd.PruneConfig`."""
+    if data is None:
+        return {}
+    batch = next(batches(data, 1)).to(device_of(model))
+    with evaluating(model), random_states_kept():
+        alone = read_by_loss_alone(model, batch, comb.read)
+    return {
+        glob.escape(group.name): 0.0 for group in comb.open if alone.issuperset(item.tensor for item in group.members)
+    }
 
 
 def training_settings(

@@ -16,7 +16,7 @@ from torch import nn
 from cpd.errors import InputError, first_line, needs_extra
 
 if TYPE_CHECKING:
-    from types import ModuleType
+    pass
 
 #: What a configuration holds that says nothing of the architecture.
 _INCIDENTAL = ("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype", "_attn_implementation")
@@ -29,7 +29,7 @@ _HARMLESS = re.compile(r"[\w .,+-]{0,64}")
 _LARGEST, _LONGEST, _DEEPEST = 1e12, 4096, 6
 
 
-def _library() -> ModuleType:
+def _library() -> Any:
     with needs_extra("hf", "A model named hf:…"):
         import transformers
 
@@ -41,7 +41,8 @@ def _class_of(name: str) -> Any:
     """The class of transformers that has a name; None where there is none."""
     library = _library()
     found = getattr(library, name, None) if name.isidentifier() else None
-    return found if isinstance(found, type) and issubclass(found, library.PreTrainedModel) else None
+    known = isinstance(found, type) and issubclass(found, library.PreTrainedModel)
+    return found if known else None
 
 
 def is_class(name: str) -> bool:

@@ -23,24 +23,19 @@ LABEL_KEYS = ("labels", "label", "target", "targets")
 
 
 class Call(NamedTuple):
-    """The arguments of one forward pass: `model(*args, **kwargs)`, or `run(model, *args, **kwargs)` where one is given.
-
-    `run` is how a task (`cpd.Task`) gets what a student should mimic of a model whose outputs cannot be compared, as
-    the boxes that a detector has found.
-    """
+    """The arguments of one forward pass: `model(*args, **kwargs)`."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    run: Callable[..., Any] | None = None
 
     def to(self, device: torch.device | str) -> Call:
         """The same call with every tensor in it moved to `device`."""
-        return Call(move(self.args, device), move(self.kwargs, device), self.run)
+        return Call(move(self.args, device), move(self.kwargs, device))
 
     def on(self, model: nn.Module) -> Any:
         """Run `model` on this call; lists and dicts are its own, since some forwards change what they are given."""
-        args, kwargs = tree_map(lambda leaf: leaf, (self.args, self.kwargs))
-        return model(*args, **kwargs) if self.run is None else self.run(model, *args, **kwargs)
+        args, kwargs = tree_map(lambda leaf: leaf, tuple(self))
+        return model(*args, **kwargs)
 
     @property
     def samples(self) -> int:

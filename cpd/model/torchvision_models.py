@@ -44,6 +44,12 @@ def arguments_of(model: nn.Module) -> Iterator[dict[str, Any]]:
         kwargs |= {"aux_logits": model.aux_logits, "transform_input": model.transform_input}
     if getattr(model, "aux_classifier", None) is not None:
         kwargs["aux_loss"] = True
+    classes = [found for module in model.modules() if isinstance(found := getattr(module, "num_classes", None), int)]
+    predictor = getattr(getattr(getattr(model, "roi_heads", None), "box_predictor", None), "cls_score", None)
+    if isinstance(predictor, nn.Linear):
+        classes = [predictor.out_features]
+    if classes:  # a detector's
+        yield {**kwargs, "num_classes": classes[0]}
     parameters = list(model.parameters())
     if parameters and parameters[-1].dim():
         yield {**kwargs, "num_classes": parameters[-1].shape[0]}  # the classifier comes last

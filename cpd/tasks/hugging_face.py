@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cpd.errors import InputError
-from cpd.model.inputs import Call, device_of
+from cpd.model.inputs import Call, device_of, move
 from cpd.model.outputs import Outputs
 from cpd.options import Check, integer, is_function
 from cpd.tasks.task import Task, TaskBatches
@@ -74,9 +74,12 @@ class HuggingFace(Task):
         if not isinstance(item, Mapping):
             return item
         named: dict[str, Any] = {ALIASES.get(name) or name: value for name, value in item.items()}
-        target = {name: named.pop(name) for name in LABELS if name in named and (name in takes or name == "labels")}
+        target: dict[str, Any] = {}
+        for name in LABELS:
+            if name in named and (name in takes or name == "labels"):
+                target[name] = named.pop(name)
         known = {name: value for name, value in named.items() if name in takes}
-        only = target.get("labels") if set(target) == {"labels"} else target or None
+        only = target["labels"] if set(target) == {"labels"} else target or None
         kwargs: dict[str, Any] = {**known, **without_cache(model)}
         return ((), kwargs), only
 
@@ -124,7 +127,7 @@ class HuggingFace(Task):
             found["pixel_values"] = _image(model, config)
         if not found or cast(Any, model).main_input_name not in found:
             return None
-        return (), {**{name: value.to(device_of(model)) for name, value in found.items()}, **without_cache(model)}
+        return (), {**move(found, device_of(model)), **without_cache(model)}
 
     def batches(self, model: nn.Module, data: Iterable[Any]) -> Iterable[Any]:
         """A loader, or rows of a data set, put together in batches and read by this task."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
 from cpd.errors import InputError, of_the_user
 from cpd.model.inputs import Batch, logits
@@ -50,6 +51,42 @@ def loss_on(
     if value is None:
         return output, task_loss(output, batch.target, None, read, batch.place)
     return output, _scalar(value, f"{whose}'s own loss", batch.place)
+
+
+def read_by_loss_alone(model: nn.Module, batch: Batch, read: Callable[[Any], Any] = whole) -> frozenset[str]:
+    """Parameters that a model's own loss depends on, and what matters of its output does not: auxiliary heads.
+
+    Nothing else shows that their widths are fixed, as those of a head that gives classes.
+
+    Args:
+        model: in the mode that it is to run in; its parameters may lose their gradients.
+        batch: as its task has read it.
+        read: gives the part of an output that matters.
+    """
+    if batch.learn is None:
+        return frozenset()
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.is_floating_point()}
+    before = {name: parameter.requires_grad for name, parameter in named.items()}
+
+    def depending(value: Tensor) -> set[str]:
+        if not value.requires_grad:
+            return set()
+        found = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+        return {name for name, gradient in zip(named, found, strict=True) if gradient is not None}
+
+    try:
+        for parameter in named.values():
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            _, loss = loss_on(batch, model)
+            leaves = [leaf for leaf in tree_leaves(read(batch.on(model))) if isinstance(leaf, Tensor)]
+            given = [leaf.float().sum() for leaf in leaves if leaf.is_floating_point()]
+            if loss is None or not given:
+                return frozenset()
+            return frozenset(depending(loss) - depending(torch.stack(given).sum()))
+    finally:
+        for name, parameter in named.items():
+            parameter.requires_grad_(before[name])
 
 
 def task_loss(

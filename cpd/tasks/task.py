@@ -11,7 +11,9 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
@@ -83,7 +85,12 @@ class Task:
         return call.on(model), None
 
     def mimicked(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What a student is to mimic of a model called with these arguments: by default what it returns."""
+        """What is compared of two models: by default what the model returns.
+
+        A task whose models return what cannot be compared, as the boxes that a detector has chosen, computes something
+        else of the model's submodules. That is then what is traced, refitted, distilled and timed; `learn` and
+        metrics see the model as it is.
+        """
         return model(*args, **kwargs)
 
     def outputs(self, model: nn.Module) -> Outputs | None:
@@ -112,19 +119,76 @@ class Task:
     # ------------------------------------------------------------------------------ what cpd makes of it
 
     def batch(self, model: nn.Module, item: Any) -> Batch:
-        """One item of a loader as cpd works on it: what `read` gives, with the task's own `learn` and `mimicked`."""
+        """One item of a loader as cpd works on it: what `read` gives, with the task's own `learn`."""
         found = as_batch(self.read(model, item))
-        if self._has_own("mimicked"):
-            found = found._replace(call=found.call._replace(run=self.mimicked))
         return found._replace(learn=self.learn) if self._has_own("learn") else found
 
     def batches(self, model: nn.Module, data: Iterable[Any]) -> Iterable[Any]:
         """A loader whose items are read by this task; `data` itself where the task has no way of its own."""
-        own = any(map(self._has_own, ("read", "learn", "mimicked", "batch")))
+        own = any(map(self._has_own, ("read", "learn", "batch")))
         return data if not own or isinstance(data, TaskBatches) else TaskBatches(self, model, data)
+
+    @contextmanager
+    def viewed(self, *models: nn.Module) -> Iterator[None]:
+        """Within a block, calling these models and copies of them gives what is `mimicked`.
+
+        Only their class is another meanwhile, of the same name and derived from it: `as_itself` undoes that for an
+        inner block, and for the copies after it.
+        """
+        kinds = [type(model) for model in models]
+        if self._has_own("mimicked"):
+            for model in models:
+                model.__class__ = self._view(type(model))
+        try:
+            yield
+        finally:
+            for model, kind in zip(models, kinds, strict=True):
+                model.__class__ = kind
+
+    def _view(self, kind: type[nn.Module]) -> type[nn.Module]:
+        """A class derived from `kind` whose forward is `mimicked`."""
+
+        def forward(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return self.mimicked(model, *args, **kwargs)
+
+        names = {"forward": forward, _VIEW: kind, "__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        return type(kind.__name__, (kind,), names)
 
     def _has_own(self, method: str) -> bool:
         return getattr(type(self), method) is not getattr(Task, method)
+
+
+_VIEW = "_cpd_view_of"
+
+
+@contextmanager
+def as_itself(model: nn.Module) -> Iterator[nn.Module]:
+    """A model that is viewed by a task (`Task.viewed`), as it is, within a block."""
+    view = type(model)
+    model.__class__ = getattr(view, _VIEW, view)
+    try:
+        yield model
+    finally:
+        model.__class__ = view
+
+
+def itself(model: nn.Module) -> nn.Module:
+    """A copy of a model that was viewed by a task, as it is from now on."""
+    model.__class__ = getattr(type(model), _VIEW, type(model))
+    return model
+
+
+def on_itself(evaluate: Callable[[nn.Module], float] | None) -> Callable[[nn.Module], float] | None:
+    """A metric of models as they are, for models that are viewed by a task."""
+    if evaluate is None:
+        return None
+
+    @wraps(evaluate)
+    def evaluated(model: nn.Module) -> float:
+        with as_itself(model):
+            return evaluate(model)
+
+    return evaluated
 
 
 class TaskBatches:

@@ -102,7 +102,7 @@ def retrace_operations(model: nn.Module, graph: OperationGraph) -> OperationGrap
     """
     runner = graph.runner(model)
     state: dict[str, Tensor] = {**dict(runner.named_parameters()), **dict(runner.named_buffers())}
-    leaves, layout = torch.utils._pytree.tree_flatten((graph.call.args, graph.call.kwargs))
+    leaves, layout = torch.utils._pytree.tree_flatten(graph.call)
     places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def forward(tensors: dict[str, Tensor], inputs: list[Tensor]) -> Any:
