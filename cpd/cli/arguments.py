@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Argument(
-        help="timm:NAME, torchvision:NAME or package.module:factory; arguments of the builder after commas, "
-        "as in timm:resnet18,num_classes=10."
+        help="timm:NAME, torchvision:NAME, hf:NAME_OR_FOLDER, ultralytics:NAME or package.module:factory; arguments of "
+        "the builder after commas, as in timm:resnet18,num_classes=10."
     ),
 ]
 Data = Annotated[
     Path | None,
     typer.Option(
         help="Folder of images in one folder a class, or images/ and labels/ (label maps), or of train/ and val/ "
-        "that hold such folders."
+        "that hold such folders. For models of ultralytics a data file of theirs, as coco8.yaml."
     ),
 ]
 NeededData = Annotated[Path, typer.Option(help="Folder of images, as cpd compress takes it.")]
@@ -176,6 +176,10 @@ def example_inputs_of(model: nn.Module, name: str, input_size: str | None, sourc
     if input_size is not None:
         return sources.image_inputs(model, parse_size(input_size))
     inputs = sources.default_inputs(model, source)
+    if inputs is None:
+        from cpd.tasks.task import task_of
+
+        inputs = task_of(model).example_inputs(model)
     if inputs is None:
         raise InputError(f"The input of {name} is not known: give its image size in pixels, --input-size H[,W].")
     return inputs

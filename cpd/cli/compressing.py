@@ -93,7 +93,7 @@ def compress(
     if not any(options[name] for name in TARGETS):
         options["target_speedup"] = DEFAULT_SPEEDUP
     images = Images(
-        data, batch_size, workers, options["seed"], augment, auto_augment, random_erasing, mean, std
+        data, batch_size, workers, options["seed"], augment, auto_augment, random_erasing, mean, std, model
     )  # fmt: skip
     config, training = _configs(options, images)
     source, given = prepared(model, input_size, pretrained, images, teacher, trust_source)
@@ -134,7 +134,7 @@ def sweep(
 ) -> Output:
     """Compress a model to several speed-ups: one table, and one picture of accuracy against measured latency."""
     images = Images(
-        data, batch_size, workers, options["seed"], augment, auto_augment, random_erasing, mean, std
+        data, batch_size, workers, options["seed"], augment, auto_augment, random_erasing, mean, std, model
     )  # fmt: skip
     asked = parse_numbers(speedups, "--speedups")
     config, training = _configs(options, images)
@@ -164,14 +164,14 @@ def sweep(
 def _configs(options: dict[str, Any], images: Images) -> tuple[PruneConfig, DistillConfig]:
     """What was given of the options of pruning and of the training; checked before anything is loaded."""
     pruning, training = values(PruneConfig, options), values(DistillConfig, options)
-    if images.folder is not None:
+    if images.folder is not None and not images.by_name:
         training.setdefault("kd", "cwd" if images.have_maps else "kl")
     return PruneConfig(**pruning), DistillConfig(**training)
 
 
 def prepared(
     model: str, input_size: str | None, pretrained: bool, images: Images, teacher: str | None, trust: bool
-) -> tuple[str, dict[str, Any]]:
+) -> tuple[str | None, dict[str, Any]]:
     """The source of a model, and what `cpd.compress` is given of objects."""
     source, built, example_inputs = build(model, input_size, pretrained)
     given = {"model": built, "example_inputs": example_inputs}
@@ -182,7 +182,7 @@ def prepared(
             given["evaluate"] = loaded.evaluate
     if teacher is not None:
         given["teacher"] = build_teacher(teacher, pretrained, trust)
-    return str(source), given
+    return source.recorded, given
 
 
 def quantize(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from cpd.cli.arguments import parse_numbers
 from cpd.errors import InputError
@@ -79,6 +79,7 @@ class Images:
         random_erasing: chance that a patch of an image is erased.
         mean: of each channel, with commas between; None: the model's own.
         std: likewise.
+        model: the name of the model that they are for; that of some libraries reads data by its name.
 
     Raises:
         InputError: if one of them is not what it may be, or they contradict each other.
@@ -93,6 +94,7 @@ class Images:
     random_erasing: float = 0.0
     mean: str | None = None
     std: str | None = None
+    model: str = ""
 
     def __post_init__(self) -> None:
         if self.augment not in AUGMENTATIONS:
@@ -106,8 +108,15 @@ class Images:
             if numbers is not None and (len(numbers) not in (1, 3) or (name == "std" and min(numbers) <= 0)):
                 wanted = "one number, or three with commas between" + ", above 0" * (name == "std")
                 raise InputError(f"--{name} takes {wanted}, as in 0.485,0.456,0.406; got {getattr(self, name)!r}.")
-        if self.folder is not None:
+        if self.by_name and (self._more or self.mean is not None):
+            raise InputError("--auto-augment, --random-erasing, --mean and --std are not for models of ultralytics.")
+        if self.folder is not None and not self.by_name:
             image_folders(self.folder)
+
+    @property
+    def by_name(self) -> bool:
+        """Whether the task of the model reads the data, whose name is given."""
+        return self.model.startswith("ultralytics:")
 
     @property
     def _more(self) -> bool:
@@ -122,7 +131,7 @@ class Images:
         """Whether there are label maps, rather than a folder a class."""
         from cpd.tasks.segmentation import has_maps
 
-        return self.folder is not None and has_maps(image_folders(self.folder)[0])
+        return self.folder is not None and not self.by_name and has_maps(image_folders(self.folder)[0])
 
     def load(self, model: nn.Module, example_inputs: Any) -> Loaded:
         """Batches of the images, of the size and the channels of the example inputs, [1, C, H, W].
@@ -134,6 +143,8 @@ class Images:
         from torch.utils.data import DataLoader
 
         assert self.folder is not None
+        if self.by_name:
+            return self._read_by_task(model, example_inputs)
         if not isinstance(example_inputs, torch.Tensor) or example_inputs.dim() != 4:
             raise InputError(
                 f"--data reads folders of images; {type(model).__name__} takes something else. "
@@ -146,6 +157,16 @@ class Images:
             return Loaded(self._shuffled(training), self._shuffled(plain), None)
         images: DataLoader[Any] = DataLoader(validation, batch_size=self.batch_size, num_workers=self.workers)
         return Loaded(self._shuffled(training), self._shuffled(plain), partial(evaluate, images=images))
+
+    def _read_by_task(self, model: nn.Module, example_inputs: Tensor) -> Loaded:
+        """What the library of the model makes of the data, at the size of the example inputs."""
+        from cpd.tasks.yolo import Yolo
+
+        assert self.folder is not None
+        task = Yolo(self.batch_size, int(example_inputs.shape[-1]), self.augment != "none", self.workers, self.seed)
+        found = task.load(model, str(self.folder))
+        plain: Any = found.training if found.plain is None else found.plain
+        return Loaded(cast("DataLoader[Any]", found.training), plain, found.evaluate)
 
     def _preprocessing(self, model: nn.Module, example_inputs: Tensor) -> dict[str, Any]:
         """The arguments of timm's transforms: those given, those of the model's own weights, else ImageNet's."""

@@ -33,8 +33,7 @@ def _library() -> Any:
     with needs_extra("hf", "A model named hf:…"):
         import transformers
 
-    library: ModuleType = transformers
-    return library
+    return transformers
 
 
 def _class_of(name: str) -> Any:

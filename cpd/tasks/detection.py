@@ -119,9 +119,19 @@ def raw_predictions(model: Any, images: Tensor) -> Tensor:
     if hasattr(model, "roi_heads"):
         heads, sizes = model.roi_heads, transformed.image_sizes
         boxes = [_boxes(height, width, images.device) for height, width in sizes]
-        given = heads.box_predictor(heads.box_head(heads.box_roi_pool(features, boxes, sizes)))
+        given = heads.box_predictor(heads.box_head(_pooled(heads.box_roi_pool, features, boxes, sizes)))
         found += [leaf.unflatten(0, (len(images), len(PLACES))) for leaf in _leaves(given)]
     return torch.cat([leaf.flatten(1) for leaf in found], 1)
+
+
+def _pooled(pool: Any, features: Mapping[str, Tensor], boxes: list[Tensor], sizes: Sequence[Any]) -> Tensor:
+    """What a pool makes of boxes, the mean over its levels: which one it would take depends on a box's size."""
+    from torchvision.ops import roi_align
+
+    width = max(size[1] for size in sizes)
+    levels = [features[name] for name in pool.featmap_names if name in features]
+    each = [roi_align(level, boxes, pool.output_size, level.shape[-1] / width, pool.sampling_ratio) for level in levels]
+    return torch.stack(each).mean(0)
 
 
 def _features(model: Any, images: Tensor) -> dict[str, Tensor]:

@@ -73,15 +73,15 @@ class HuggingFace(Task):
         takes = parameters_of(model)
         if not isinstance(item, Mapping):
             return item
-        named: dict[str, Any] = {ALIASES.get(name) or name: value for name, value in item.items()}
+        named: dict[str, Any] = {ALIASES.get(str(name), str(name)): value for name, value in item.items()}
         target: dict[str, Any] = {}
         for name in LABELS:
             if name in named and (name in takes or name == "labels"):
                 target[name] = named.pop(name)
-        known = {name: value for name, value in named.items() if name in takes}
-        only = target["labels"] if set(target) == {"labels"} else target or None
-        kwargs: dict[str, Any] = {**known, **without_cache(model)}
-        return ((), kwargs), only
+        known: dict[str, Any] = {name: value for name, value in named.items() if name in takes}
+        known.update(without_cache(model))
+        only: Any = target["labels"] if set(target) == {"labels"} else target or None
+        return ((), known), only
 
     def learn(self, model: nn.Module, call: Call, target: Any) -> tuple[Any, Tensor | None]:
         """The output, and the model's own loss; of depth, where a model has none, the mean absolute error."""
@@ -127,7 +127,10 @@ class HuggingFace(Task):
             found["pixel_values"] = _image(model, config)
         if not found or cast(Any, model).main_input_name not in found:
             return None
-        return (), {**move(found, device_of(model)), **without_cache(model)}
+        placed = move(found, device_of(model))
+        if list(placed) == ["pixel_values"] == list(takes)[:1]:
+            return placed["pixel_values"]
+        return (), {**placed, **without_cache(model)}
 
     def batches(self, model: nn.Module, data: Iterable[Any]) -> Iterable[Any]:
         """A loader, or rows of a data set, put together in batches and read by this task."""
