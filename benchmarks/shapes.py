@@ -37,10 +37,7 @@ def drawn(side: int, seed: int) -> tuple[Image.Image, list[Shape]]:
         for _ in range(20):
             radius = float(rng.uniform(0.08, 0.22)) * side
             x, y = rng.uniform(radius, side - radius, 2)
-            if all(
-                math.dist((x, y), np.mean([s.box[:2], s.box[2:]], 0)) > radius + (s.box[2] - s.box[0]) / 2
-                for s in found
-            ):
+            if all(_apart((x, y), radius, shape.box) for shape in found):
                 break
         else:
             continue
@@ -54,6 +51,11 @@ def drawn(side: int, seed: int) -> tuple[Image.Image, list[Shape]]:
         pen.polygon([tuple(point) for point in outline], fill=tuple(int(value) for value in colour))
         found.append(Shape(label, outline))
     return image, found
+
+
+def _apart(middle: tuple[float, float], radius: float, box: tuple[float, float, float, float]) -> bool:
+    left, top, right, bottom = box
+    return math.dist(middle, ((left + right) / 2, (top + bottom) / 2)) > radius + (right - left) / 2
 
 
 def yolo_line(shape: Shape, side: int, task: str) -> str:

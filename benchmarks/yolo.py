@@ -1,7 +1,7 @@
 """YOLO models through the whole path, on shapes drawn on the spot: `python benchmarks/yolo.py [--json F] [MODEL …]`.
 
-Random weights, no network. Each is compressed to a measured speed-up with its own loss and data file, and handed back to
-ultralytics.
+Random weights, no network. Each is compressed to a measured speed-up with its own loss and data file, and handed back
+to ultralytics.
 
 | column | what it is |
 |---|---|

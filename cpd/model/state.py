@@ -159,12 +159,16 @@ def forget(model: nn.Module, caches: Iterable[Cache]) -> None:
             own = module._buffers
         if cache.name not in own:
             continue
-        if cache.cold == "absent":
-            del own[cache.name]
+        if cache.cold == "absent" or (own is not module._buffers and isinstance(_of_class(module, cache.name), Tensor)):
+            del own[cache.name]  # what its class has is what a model that never ran has
         elif cache.cold == "entries":
             own[cache.name] = _without_tensors(own[cache.name])
         else:
             own[cache.name] = torch.empty(0) if cache.cold == "empty" else cache.value
+
+
+def _of_class(module: nn.Module, name: str) -> Any:
+    return getattr(type(module), name, None)
 
 
 def _without_tensors(value: Any) -> Any:

@@ -430,3 +430,29 @@ def test_a_table_in_a_plain_attribute_narrows_as_a_buffer_does() -> None:
     assert narrow.places.shape == (1, 6, 5)
     assert model.places.shape == (1, 6, 8)
     assert masked_error(model, narrow, combed, plan) <= 1e-9
+
+
+class KeepsByClass(nn.Module):
+    """A cache whose first value is an attribute of the class, as ultralytics' heads keep their anchors."""
+
+    anchors = torch.empty(0)
+    shape: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        if self.shape != x.shape:
+            self.anchors, self.shape = torch.arange(x.shape[-1]).to(x) + 0 * x[0, 0, 0], x.shape
+        return x + self.anchors
+
+
+def test_a_cache_that_its_class_begins_is_emptied_to_that() -> None:
+    model = KeepsByClass().eval()
+    model(torch.zeros(1, 3, 4, 4))
+    copied, emptied = cold(model, Call((torch.randn(1, 3, 4, 4),), {}))
+    assert {cache.name for cache in emptied} >= {"anchors"}
+    assert "anchors" not in vars(copied)
+    assert copied.anchors.numel() == 0  # type: ignore[operator, union-attr]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,44 @@ def test_its_own_trainer_validator_and_exporter_take_the_result(
     assert yolo.val(batch=2, name="val", **options).box.map >= 0
     exported = yolo.export(format="onnx", imgsz=64, simplify=False)
     assert Path(exported).is_file()
+
+
+def test_a_callback_prunes_while_its_trainer_trains(folder: Path, tmp_path: Path) -> None:
+    """As docs/how_to/ultralytics.md has it."""
+    from ultralytics import YOLO
+
+    yolo, images = YOLO(folder / "tiny.yaml"), torch.rand(1, 3, 64, 64)
+    pruners: list[cpd.Pruner] = []
+
+    def prune(trainer: Any) -> None:
+        if not pruners:
+            steps = trainer.epochs * len(trainer.train_loader)
+            pruners.append(
+                cpd.Pruner(
+                    trainer.model,
+                    images,
+                    steps=steps,
+                    optimizer=trainer.optimizer,
+                    target_macs=0.7,
+                    round_to=2,
+                    outputs=raw_predictions,
+                    schedule="linear",
+                    criterion="magnitude",
+                    prune_from=0,
+                    prune_until=0.5,
+                )  # fmt: skip
+            )
+        if pruners[0].step():
+            trainer.ema.ema = deepcopy(trainer.model).eval()
+
+    wide = sum(p.numel() for p in yolo.model.parameters())
+    yolo.add_callback("on_train_batch_end", prune)
+    yolo.train(
+        data=str(folder / "boxes.yaml"), epochs=2, imgsz=64, batch=2, workers=0, plots=False, project=str(tmp_path),
+        name="pruned", verbose=False, device="cpu",
+    )  # fmt: skip
+    assert pruners[0].done
+    assert sum(p.numel() for p in yolo.model.parameters()) < 0.9 * wide
 
 
 def test_its_own_loss_is_what_its_trainer_takes(folder: Path) -> None:
