@@ -174,13 +174,13 @@ def compress(
     processes.start()
     named = options if target_speedup is None else {"target_speedup": target_speedup, **options}
     settings = PruneConfig.of(config, named, "cpd.compress")
+    folder = None if output_dir is None else check_output_dir(output_dir, overwrite=overwrite)
     read = given_of(model, task, data, calibration, evaluate, source)
     model, evaluate = read.model, read.evaluate
     if settings.outputs is None:
         settings = replace(settings, outputs=read.task.outputs(model))
     model = masks_applied(copy_of(model)) if settings.masks == "permanent" else model
     learning = training_settings(training, epochs, lr, settings.seed, progress, read.task.training(model))
-    folder = None if output_dir is None else check_output_dir(output_dir, overwrite=overwrite)
     given = agreed_identity(model, teacher, read.data, loss)
     checkpoint = checkpoint_of(folder, resume, checkpoint_minutes, settings, learning, model, given)
     objects = {
@@ -199,15 +199,8 @@ def compress(
         per_epoch = steps_an_epoch(settings, learning, data)
         scored_on = data if calibration is None else calibration
         stages = Stages(_planned(settings, scored_on is not None, data is not None and learning.epochs > 0))
-        with stages("comb"):
-            combed = comb(model, call, **settings.combing)
-        whole = kept_for_loss(student, None if loss is not None else scored_on, combed)
-        pruning = replace(settings, ratios={**(settings.ratios or {}), **whole}) if whole else settings
-        by_weight = scored_on is None and settings.criterion is None
-        pruner = Pruner(
-            student, call, steps=round(per_epoch * learning.epochs), data=scored_on, loss=loss, comb=combed,
-            config=replace(pruning, criterion="magnitude") if by_weight else pruning, stage=stages,
-        )  # fmt: skip
+        steps = round(per_epoch * learning.epochs)
+        pruner = _pruner(model, student, call, settings, steps, scored_on, loss, stages)
         run = _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch)
         run.prune_and_train(data, loss, on_itself(evaluate), teacher)
         result = run.finish(call_record(settings, learning, objects, folder), read.source, evaluate)
@@ -217,6 +210,29 @@ def compress(
     if checkpoint is not None:
         processes.from_first(checkpoint.remove)
     return result
+
+
+def _pruner(
+    model: nn.Module,
+    student: nn.Module,
+    call: Call,
+    settings: PruneConfig,
+    steps: int,
+    scored_on: Iterable[Any] | None,
+    loss: LossFunction | None,
+    stages: Stages,
+) -> Pruner:
+    """The pruner of a student, by the comb of the model that it is a copy of."""
+    with stages("comb"):
+        combed = comb(model, call, **settings.combing)
+    whole = kept_for_loss(student, None if loss is not None else scored_on, combed)
+    if whole:
+        settings = replace(settings, ratios={**(settings.ratios or {}), **whole})
+    if scored_on is None and settings.criterion is None:
+        settings = replace(settings, criterion="magnitude")
+    return Pruner(
+        student, call, steps=steps, data=scored_on, loss=loss, comb=combed, config=settings, stage=stages,
+    )  # fmt: skip
 
 
 @dataclass

@@ -157,7 +157,7 @@ def forget(model: nn.Module, caches: Iterable[Cache]) -> None:
         own: dict[str, Any] = {} if module is None else module.__dict__
         if module is not None and cache.name in module._buffers:
             own = module._buffers
-        if cache.name not in own:
+        if module is None or cache.name not in own:
             continue
         if cache.cold == "absent" or (own is not module._buffers and isinstance(_of_class(module, cache.name), Tensor)):
             del own[cache.name]  # what its class has is what a model that never ran has
