@@ -47,13 +47,13 @@ def stages(before: float, after: float) -> list[float]:
 @contextmanager
 @torch.no_grad()
 def _at_scale(model: nn.Module, dense: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within this block each weight of a model has the norm that the dense one has where it is not zero."""
+    """Within this block the norm of each weight of a model is half-way to that of the dense one where it is not zero."""
     kept = {name: parameter for name, parameter in model.named_parameters() if name in dense}
     before = {name: parameter.clone() for name, parameter in kept.items()}
     try:
         for name, parameter in kept.items():
             norm = (dense[name] * (parameter != 0)).norm()
-            parameter.mul_(norm / parameter.norm().clamp_min(1e-30))
+            parameter.mul_((norm / parameter.norm().clamp_min(1e-30)).sqrt())
         yield
     finally:
         for name, parameter in kept.items():
