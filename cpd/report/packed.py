@@ -32,7 +32,7 @@ LEAST_ZEROS = 1 / 8
 #: The largest file that is unpacked, and the largest index; what LZMA may take of memory.
 MOST_BYTES, MOST_TEXT, MEMORY = 2**36, 2**28, 2**30
 #: What 8 bits may leave of error in a row, relative to its values: a finer step takes more bytes and is no better use.
-ERROR = 0.01
+ERROR = 0.012
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)}
 
 

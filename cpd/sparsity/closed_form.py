@@ -2,9 +2,9 @@
 
 Where most weights go, they go in stages, each of which is refitted before the next is chosen: what is left has taken
 over by then what went, and its magnitude tells more than that of the dense weights. That is so within a layer: a refit
-changes the scale of whole layers, which a norm behind them may undo, so their magnitudes are compared at the scale that
-they had. The last stage is refitted in several ways, of which held-out samples choose (`cpd.surgery.recovery`). No
-gradient step is taken.
+changes the scale of whole layers, which a norm behind them may undo, so their magnitudes are compared half-way between
+the scale that they had and that of the refit. The last stage is refitted in several ways, of which held-out samples
+choose (`cpd.surgery.recovery`). No gradient step is taken.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def stages(before: float, after: float) -> list[float]:
 @contextmanager
 @torch.no_grad()
 def _at_scale(model: nn.Module, dense: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within this block each weight of a model has the norm that the dense one has where it is not zero."""
+    """Within this block the norm of each weight is half-way to that which the dense one has where it is not zero."""
     kept = {name: parameter for name, parameter in model.named_parameters() if name in dense}
     before = {name: parameter.clone() for name, parameter in kept.items()}
     try:
         for name, parameter in kept.items():
             norm = (dense[name] * (parameter != 0)).norm()
-            parameter.mul_(norm / parameter.norm().clamp_min(1e-30))
+            parameter.mul_((norm / parameter.norm().clamp_min(1e-30)).sqrt())
         yield
     finally:
         for name, parameter in kept.items():

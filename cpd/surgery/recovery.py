@@ -174,7 +174,15 @@ class _Trial:
     def refitted(self, norms: bool) -> Callable[[], object]:
         """Compensated."""
         chosen = self._refit(None, norms=norms, samples=TRIED)
-        return lambda: self._refit(chosen, norms=norms)
+        if self.support is None:
+            return lambda: self._refit(chosen, norms=norms)
+        return lambda: self._chosen_by_all(norms)
+
+    def _chosen_by_all(self, norms: bool) -> dict[str, Refit]:
+        """Compensated, how much to damp chosen on all samples: with a support it differs from layer to layer."""
+        chosen = self._refit(None, norms=norms)
+        restore(self.model, self.before)
+        return self._refit(chosen, norms=norms)
 
     def _refit(self, chosen: Mapping[str, Refit] | None, **options: Any) -> dict[str, Refit]:
         return refit(self.model, self.calibration, self.plan, chosen, support=self.support, **options)
