@@ -132,7 +132,7 @@ def test_a_callback_prunes_while_its_trainer_trains(folder: Path, tmp_path: Path
                     criterion="magnitude",
                     prune_from=0,
                     prune_until=0.5,
-                )  # fmt: skip
+                )
             )
         if pruners[0].step():
             trainer.ema.ema = deepcopy(trainer.model).eval()
