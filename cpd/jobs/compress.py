@@ -177,8 +177,7 @@ def compress(
     folder = None if output_dir is None else check_output_dir(output_dir, overwrite=overwrite)
     read = given_of(model, task, data, calibration, evaluate, source)
     model, evaluate = read.model, read.evaluate
-    if settings.outputs is None:
-        settings = replace(settings, outputs=read.task.outputs(model))
+    settings = read.completed(settings)
     model = masks_applied(copy_of(model)) if settings.masks == "permanent" else model
     learning = training_settings(training, epochs, lr, settings.seed, progress, read.task.training(model))
     given = agreed_identity(model, teacher, read.data, loss)
@@ -188,8 +187,7 @@ def compress(
         "evaluate": evaluate, "teacher": teacher,
     }  # fmt: skip
     data, calibration = read.batches()
-    guides = [model] if teacher is None else [model, teacher]
-    with preserved(model), read.task.viewed(*guides), shown(progress if processes.rank() == 0 else False):
+    with preserved(model), read.task.viewed(model, teacher), shown(progress if processes.rank() == 0 else False):
         call = example_call(model, example_inputs, data, read.task)
         if settings.measures:
             check_runs(model, call)

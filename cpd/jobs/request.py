@@ -53,6 +53,10 @@ class Given:
     evaluate: Callable[[nn.Module], float] | None
     source: str | None
 
+    def completed(self, settings: PruneConfig) -> PruneConfig:
+        """The options of pruning with the outputs that matter to the task, where none are named."""
+        return settings if settings.outputs is not None else replace(settings, outputs=self.task.outputs(self.model))
+
     def batches(self) -> tuple[Iterable[Any] | None, Iterable[Any] | None]:
         """Data and calibration, read by the task."""
         data, calibration = (

@@ -188,6 +188,7 @@ def mean_average_precision(model: nn.Module, data: Iterable[Any]) -> float:
         from torchmetrics.detection import MeanAveragePrecision
 
         metric = MeanAveragePrecision()
+    metric.warn_on_many_detections = False  # COCO looks at the 100 surest of an image
     device = device_of(model)
     with evaluating(model):
         for images, targets in data:

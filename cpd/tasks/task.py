@@ -129,20 +129,20 @@ class Task:
         return data if not own or isinstance(data, TaskBatches) else TaskBatches(self, model, data)
 
     @contextmanager
-    def viewed(self, *models: nn.Module) -> Iterator[None]:
+    def viewed(self, *models: nn.Module | None) -> Iterator[None]:
         """Within a block, calling these models and copies of them gives what is `mimicked`.
 
         Only their class is another meanwhile, of the same name and derived from it: `as_itself` undoes that for an
         inner block, and for the copies after it.
         """
-        kinds = [type(model) for model in models]
+        found = {id(model): (model, type(model)) for model in models if model is not None}.values()
         if self._has_own("mimicked"):
-            for model in models:
-                model.__class__ = self._view(type(model))
+            for model, kind in found:
+                model.__class__ = self._view(kind)
         try:
             yield
         finally:
-            for model, kind in zip(models, kinds, strict=True):
+            for model, kind in found:
                 model.__class__ = kind
 
     def _view(self, kind: type[nn.Module]) -> type[nn.Module]:
