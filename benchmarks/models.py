@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cpd.coupling.branches import may_follow
 from cpd.coupling.comb import Comb
 from cpd.model.inputs import Call, plain_attention
 from cpd.model.tensors import named_tensors
@@ -131,7 +132,7 @@ def random_branches(combed: Comb, share: float = 0.3, *, seed: int = 0, at_least
     rng, chosen = random.Random(seed), list[str]()
     can_go = [branch for branch in combed.branches if branch.frozen is None]
     for branch in rng.sample(can_go, min(len(can_go), max(at_least, round(share * len(can_go))))):
-        if branch.may_follow(chosen):
+        if may_follow(branch, chosen):
             chosen.append(branch.name)
     return chosen
 

@@ -68,9 +68,10 @@ class Branch:
     found: Found = field(repr=False, compare=False)
     rivals: tuple[frozenset[str], ...] = ()
 
-    def may_follow(self, gone: Collection[str]) -> bool:
-        """Whether it may go when others have gone."""
-        return not any(names.issubset(gone) for names in self.rivals)
+
+def may_follow(branch: Branch, gone: Collection[str]) -> bool:
+    """Whether a branch may go when others have gone."""
+    return not any(names.issubset(gone) for names in branch.rivals)
 
 
 class _Finder:
@@ -250,7 +251,7 @@ class Removable:
             if frozen is not None:
                 raise PlanError(f"{frozen.name} cannot be removed: {frozen.frozen}.")
             for branch in chosen:
-                if not branch.may_follow(names):
+                if not may_follow(branch, names):
                     others = next(rivals for rivals in branch.rivals if rivals <= names)
                     told = ", ".join(sorted({branch.name, *others}))
                     raise PlanError(f"{told} are all that one sum or concatenation has: one of them must stay.")

@@ -346,8 +346,9 @@ class _Run:
         comparison, nodes, elsewhere = None, tuple[dict[str, Any], ...](), tuple[dict[str, Any], ...]()
         if deployed is not None:
             comparison, nodes = deployed.latency, deployed.nodes
-            with self.stages("other runtimes"):
-                elsewhere = processes.from_first(lambda: self._elsewhere(deployed))
+            if self.pruner.target.is_measured:
+                with self.stages("other runtimes"):
+                    elsewhere = processes.from_first(lambda: self._elsewhere(deployed))
         tolerance = self.pruner.config.tolerance
         if comparison is not None and (text := missed(self.pruner.target, comparison, tolerance)):
             self.pruner.note(text)
@@ -406,8 +407,6 @@ class _Run:
     def _elsewhere(self, deployed: Deployed) -> tuple[dict[str, Any], ...]:
         """The original and the result in other runtimes that are installed, so that a miss there is seen."""
         settings, rows = self.pruner.config, list[dict[str, Any]]()
-        if not self.pruner.target.is_measured:
-            return ()
         for name in others_installed(settings.runtime):
             row: dict[str, Any] = dict.fromkeys(("speedup", "original_ms", "candidate_ms", "error"))
             try:

@@ -16,6 +16,7 @@ from itertools import accumulate
 
 import numpy as np
 
+from cpd.coupling.branches import may_follow
 from cpd.coupling.comb import Comb
 from cpd.errors import InputError
 from cpd.selection.limits import Limits
@@ -66,7 +67,7 @@ def in_order(comb: Comb, errors: Mapping[str, float], saved: Mapping[str, float]
     order = sorted(errors, key=lambda name: errors[name] / max(saved[name], 1e-12))
     named, found = {branch.name: branch for branch in comb.branches}, list[str]()
     for name in order:
-        if named[name].may_follow(found):
+        if may_follow(named[name], found):
             found.append(name)
     return found[: math.floor(most * len(found) + 1e-9)]
 

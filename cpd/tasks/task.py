@@ -23,6 +23,7 @@ from cpd.model import sources
 from cpd.model.inputs import Batch, Call, as_batch
 from cpd.model.outputs import Outputs
 from cpd.options import instance
+from cpd.tasks.metric import metric_name, named
 
 #: Where tasks of libraries lie, by what the module of a model's class begins with.
 KNOWN = {
@@ -183,6 +184,7 @@ def on_itself(evaluate: Callable[[nn.Module], float] | None) -> Callable[[nn.Mod
     if evaluate is None:
         return None
 
+    @named(metric_name(evaluate))
     @wraps(evaluate)
     def evaluated(model: nn.Module) -> float:
         with as_itself(model):

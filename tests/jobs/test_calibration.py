@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import cpd
-from cpd.jobs import compress
+from cpd.jobs import stages
 from cpd.model.progress import part
 from helpers.tiny import INPUT, Tiny, loader
 
@@ -35,7 +35,7 @@ def test_recovery_on_calibration_alone_is_a_stage_of_the_run(monkeypatch: pytest
         parts.append(name)
         return part(name)
 
-    monkeypatch.setattr(compress, "part", noted)
+    monkeypatch.setattr(stages, "part", noted)
     cpd.compress(Tiny(), target_macs=0.5, example_inputs=INPUT, calibration=loader(1), score_batches=2)
     names = ["comb", "score", "select", "shrink", "check", "recover", "deploy"]
     assert parts == [f"stage {number} of 7: {name}" for number, name in enumerate(names, 1)]

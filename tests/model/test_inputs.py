@@ -112,13 +112,13 @@ def test_as_call_refuses(wrong: object) -> None:
 
 @pytest.mark.parametrize("kind", [tuple, list])
 def test_as_batch_of_a_pair(kind: type) -> None:
-    call, target, _ = as_batch(kind([X, Y]))
+    call, target, *_ = as_batch(kind([X, Y]))
     assert call.args[0] is X
     assert target is Y
 
 
 def test_as_batch_of_several_arguments() -> None:
-    call, target, _ = as_batch(((X, X), Y))
+    call, target, *_ = as_batch(((X, X), Y))
     assert torch.equal(call.on(Add()), 2 * X)
     assert target is Y
 
@@ -127,7 +127,7 @@ def test_as_batch_of_several_arguments() -> None:
 @pytest.mark.parametrize("kind", [dict, OrderedDict])
 def test_as_batch_of_keywords_takes_the_label_out(kind: type, key: str) -> None:
     item = kind(a=X, **{key: Y})
-    call, target, _ = as_batch(item)
+    call, target, *_ = as_batch(item)
     assert target is Y
     assert call.args == ()
     assert list(call.kwargs) == ["a"]
@@ -137,7 +137,7 @@ def test_as_batch_of_keywords_takes_the_label_out(kind: type, key: str) -> None:
 
 def test_as_batch_without_a_target() -> None:
     assert as_batch({"a": X}).target is None
-    call, target, _ = as_batch(X)
+    call, target, *_ = as_batch(X)
     assert call.args[0] is X
     assert target is None
 
