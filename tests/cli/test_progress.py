@@ -34,7 +34,7 @@ def of_tiny(arguments: str) -> list[str]:
 
 def training(images: Path) -> list[str]:
     """A training of twelve epochs that takes seconds."""
-    options = f"--workers 0 --batch-size 6 --target-macs 0.5 --epochs {EPOCHS} --lr 1e-4"
+    options = f"--workers 0 --batch-size 2 --target-macs 0.5 --epochs {EPOCHS} --lr 1e-4"
     return of_tiny(f"compress --data {images} {options}")
 
 
