@@ -29,6 +29,11 @@ from cpd.model.tensors import DEPTH, REGISTERED, Container, attributes_of, conta
 from cpd.plan import Cache
 
 _NOTHING: dict[Any, Any] = {}
+#: What is called beside a module's forward. A forward may add to it when it first runs, and note that it has.
+_HOOKS = (
+    "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)  # fmt: skip
 
 
 class _Kept:
@@ -92,7 +97,7 @@ class Snapshot:
         for path, module in self.modules.items():
             own = module.__dict__
             self.kept.append(_Kept(path, "", own))
-            self.kept += [_Kept(path, name, own[name]) for name in REGISTERED if name in own]
+            self.kept += [_Kept(path, name, own[name]) for name in (*REGISTERED, *_HOOKS) if name in own]
             for name, value in attributes_of(module):
                 self.kept += (_Kept(path, name, found) for found in containers(value, seen))
 
@@ -107,7 +112,7 @@ class Snapshot:
         found: dict[Site, Any] = {}
         for one in self.kept:
             now, before = one.container, one.content
-            if one.name in ("_parameters", "_modules") or not one.changed():
+            if one.name in ("_parameters", "_modules", *_HOOKS) or not one.changed():
                 continue
             if one.name not in ("", "_buffers"):
                 found.setdefault((one.module, one.name), one.container)
