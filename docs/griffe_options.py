@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import ast
+from pydoc import locate
 from typing import Any
 
 import griffe
+
+from cpd.options import options_of
 
 HEADING = "Options:\n    Each may be read as an attribute."
 
@@ -15,13 +17,17 @@ class Options(griffe.Extension):
 
     def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
         """Show the default of each option in the signature, and its help in the docstring."""
+        declared = {
+            name: attribute
+            for name, attribute in cls.attributes.items()
+            if isinstance(attribute.value, griffe.ExprCall) and str(attribute.value.function) == "option"
+        }
+        helps = {item.name: item.help for item in options_of(locate(cls.canonical_path))} if declared else {}
         lines = ["Attributes:"]
-        for name, attribute in cls.attributes.items():
-            value = attribute.value
-            if isinstance(value, griffe.ExprCall) and str(value.function) == "option":
-                default, text = value.arguments[0], value.arguments[2]
-                attribute.value = default
-                lines.append(f"    {name}: {ast.literal_eval(str(text))}")
+        for name, attribute in declared.items():
+            assert isinstance(attribute.value, griffe.ExprCall)
+            attribute.value = attribute.value.arguments[0]
+            lines.append(f"    {name}: {helps[name]}")
         if len(lines) > 1:
             assert cls.docstring is not None, f"{cls.path} has no docstring"
             assert HEADING in cls.docstring.value, f"{cls.path} has no place for its options"
