@@ -350,7 +350,8 @@ def _within(node: Node, function: Node, instead: Mapping[Node, Node]) -> bool:
 def proved(remover: Remover, branches: Iterable[Found]) -> list[tuple[Found, str | None]]:
     """Every branch of a model with the reason why it cannot be removed, if it cannot; tried on copies.
 
-    Of each sum one branch at most is removed at a time, and of each module; then of all modules at once.
+    Of each sum one branch at most is removed at a time, and of each module, and none that lies within another; then of
+    all modules at once.
     """
     reasons = {branch: remover.hindrance(branch) for branch in branches}
     rounds: list[dict[str, Found]] = []
@@ -358,7 +359,7 @@ def proved(remover: Remover, branches: Iterable[Found]) -> list[tuple[Found, str
     for branch in (branch for branch, reason in reasons.items() if reason is None):
         together.setdefault(branch.joint, branch)
         around = owners(branch.joint)[0]
-        free = next((some for some in rounds if around not in some), None)
+        free = next((some for some in rounds if around not in some and not _nested(branch, some.values())), None)
         if free is None:
             rounds.append(free := {})
         free[around] = branch
@@ -378,6 +379,11 @@ def proved(remover: Remover, branches: Iterable[Found]) -> list[tuple[Found, str
             middle = len(some) // 2
             pending[:0] = [some[:middle], some[middle:]]
     return list(reasons.items())
+
+
+def _nested(branch: Found, others: Iterable[Found]) -> bool:
+    """Whether a branch lies within one of some others, or one of those within it: with the outer the inner goes too."""
+    return any(branch.joint in other.nodes or other.joint in branch.nodes for other in others)
 
 
 def _differs(remover: Remover, branches: Sequence[Found]) -> str | None:

@@ -223,7 +223,7 @@ def narrower(
     model: nn.Module, dims: Mapping[str, tuple[Dim, ...]], attributes: Mapping[Place, Dim], counts: Counts, *,
     meta: bool = False,
 ) -> nn.Module:  # fmt: skip
-    """A copy of a model at other widths, without values.
+    """A copy of a model at other widths, without values; tensors of which nothing is left stay as they are.
 
     Args:
         model: the model; left as it was.
@@ -236,6 +236,7 @@ def narrower(
         name: shape
         for name, each in dims.items()
         if (shape := tuple(axes.count(dim, counts) for dim in each)) != tuple(dim.size for dim in each)
+        and 0 not in shape
     }
     with garbage_collection_paused():
         copy = skeleton(model, shapes, meta=meta)
