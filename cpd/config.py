@@ -27,16 +27,13 @@ from cpd.options import (
     with_help,
 )
 from cpd.selection.limits import Limits
-from cpd.selection.schedule import KINDS, Schedule
+from cpd.selection.schedule import KINDS, SCHEDULED, Schedule
 from cpd.selection.target import TARGETS, Target
 from cpd.selection.weighing import NORMALIZATIONS, SCOPES, Normalization, Scope
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from cpd.criteria import Criterion
     from cpd.model.outputs import Outputs
-
-#: The options that a `Schedule` holds too, and what it calls them.
-SCHEDULED = {"prune_from": "start", "prune_until": "end", "interval": "interval"}
 
 
 def _read_ratios(texts: Sequence[str]) -> dict[str, float]:

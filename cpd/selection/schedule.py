@@ -19,6 +19,8 @@ KINDS: dict[str, Callable[[float], float]] = {
     "linear": lambda time: time,
     "cubic": lambda time: 1 - (1 - time) ** 3,
 }
+#: Options of a config that a `Schedule` holds too, and what it calls them.
+SCHEDULED = {"prune_from": "start", "prune_until": "end", "interval": "interval"}
 
 
 _FRACTION = number("from 0 to 1", lambda value: 0 <= value <= 1)

@@ -25,7 +25,7 @@ from cpd.options import (
     plain,
     with_help,
 )
-from cpd.selection.schedule import KINDS, Schedule
+from cpd.selection.schedule import KINDS, SCHEDULED, Schedule
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from cpd.model.outputs import Outputs
@@ -37,8 +37,6 @@ if TYPE_CHECKING:  # torch takes seconds to import
 REGROWTHS = ("soft", "splice", "rigl")
 #: Rules of how zeros are shared out over layers.
 RULES = ("erk", "lamp")
-#: The options that a `Schedule` holds too, and what it calls them.
-SCHEDULED = {"prune_from": "start", "prune_until": "end", "interval": "interval"}
 
 
 def _read_ratios(texts: Sequence[str]) -> Mapping[str, float] | str:
