@@ -22,6 +22,7 @@ importing Torch-Pruning. `--depths` measures the growth of time with depth inste
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import os
 import random
@@ -199,14 +200,24 @@ def cover(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]
 
 @contextmanager
 def installed_peer(wanted: bool, *packages: str) -> Iterator[str | None]:
-    """A temporary folder with the peer, or these packages, installed in it."""
-    if not wanted:
+    """A temporary folder with the peer, or these packages, installed in it; None where they can be imported already."""
+    missing = [package for package in packages or (PEER,) if not _importable(package)]
+    if not wanted or not missing:
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
-        subprocess.run([*pip, *(packages or (PEER,))], check=True)
+        subprocess.run([*pip, *missing], check=True)
         yield folder
+
+
+def _importable(package: str) -> bool:
+    """Whether this version of a package is installed."""
+    name, _, version = package.partition("==")
+    try:
+        return importlib.metadata.version(name) == version
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _run_peer(name: str, folder: str, limit: float) -> dict[str, Any]:
