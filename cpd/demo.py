@@ -218,13 +218,8 @@ def train_teacher(
     return model.eval()
 
 
-@named("top-1 accuracy [%]")
-@checked(model=MODEL, images=TENSOR, labels=TENSOR, batch_size=LIMIT)
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
-    """Share of `images` `[N, C, H, W]` that `model` puts in the class of `labels` `[N]`, in per cent.
-
-    The model runs in eval mode, without gradients; its training flags are left as found.
-    """
+def _each_right(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> Tensor:
+    """`[N]`: 100 for each image that `model` puts in the class of its label, 0 for the others."""
     with evaluating(model), torch.no_grad():
         starts = range(0, len(images), batch_size)
         with of_the_user("The model", f"on images of shape {list(images.shape)}"):
@@ -233,7 +228,17 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int =
         raise InputError(
             f"labels must be of shape {list(predicted.shape)}, one for each image; got {list(labels.shape)}."
         )
-    correct = int((predicted == labels).sum())
+    return 100.0 * (predicted == labels)
+
+
+@named("top-1 accuracy [%]", each=_each_right)
+@checked(model=MODEL, images=TENSOR, labels=TENSOR, batch_size=LIMIT)
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
+    """Share of `images` `[N, C, H, W]` that `model` puts in the class of `labels` `[N]`, in per cent.
+
+    The model runs in eval mode, without gradients; its training flags are left as found.
+    """
+    correct = int((_each_right(model, images, labels, batch_size) > 0).sum())
     return 100 * correct / len(images)
 
 

@@ -264,7 +264,7 @@ class Pruner:
             self._asked, self._limit = processes.from_first(self._wanted)
         with random_states_kept(), seeded(self.data, seed):
             with self._stage("score"):
-                scores = self._known_scores or self._scores()
+                scores = self._scores() if self._known_scores is None or self.shrinks else self._known_scores
             with self._stage("select"):
                 plan = self._select(scores, share)
             processes.check_same(plan.digest, "plan")
@@ -345,6 +345,11 @@ class Pruner:
         self.model, self.plan, self.shrinks, self.notes = model, self.comb.plan({}), [], self._noted
         self._known_scores = self._decided_on and self._decided_on[0]
 
+    def adopt(self, other: Pruner) -> None:
+        """Take the scores, and what was measured, of another pruner of the same model, which has pruned it at once."""
+        self._known_scores = other._decided_on and other._decided_on[0]
+        self._decider.adopt(other._decider)
+
     @checked(found=COMPARISON)
     def would_meet(self, found: LatencyComparison) -> Plan | None:
         """The plan that should be on target, given how fast this one turned out to be; None where none is in reach."""
@@ -385,27 +390,7 @@ class Pruner:
                 between()
         if self.data is not None:
             assert before is not None
-            self._recover(before, step)
-
-    @memory_reused()
-    def _recover(self, before: nn.Module, step: Plan) -> None:
-        """Make up for a shrink without training, as the first process does."""
-
-        def recovered() -> Recovery:
-            assert self._trials is not None
-            calibration = self._trials.calibration(before.to(device_of(self.model)), self._limit)
-            return recover(self.model, calibration, step)
-
-        with self._stage("recover"):
-            found = processes.from_first(recovered)
-            processes.copy_from_first(named_tensors(self.model).values())
-        if self._trials is not None:
-            self._trials.forget()
-        if found.samples < self._asked.samples:
-            self.note(self._asked.told(found.samples))
-        self.note(str(found) if len(self._events) == 1 else f"Shrink {len(self.shrinks) + 1}: {found}")
-        if found.failure is not None:
-            self.note(f"Compensation was not possible: {found.failure}")
+            _recover(self, before, step)
 
     @checked(text=text("a sentence"))
     def note(self, text: str) -> None:
@@ -453,6 +438,27 @@ class Pruner:
         self._accumulated = self._from_gradients()
         if self._accumulated is not None:
             self._accumulated.load_state_dict(found.seen)
+
+
+@memory_reused()
+def _recover(pruner: Pruner, before: nn.Module, step: Plan) -> None:
+    """Make up for a shrink without training, as the first process does."""
+
+    def recovered() -> Recovery:
+        assert pruner._trials is not None
+        calibration = pruner._trials.calibration(before.to(device_of(pruner.model)), pruner._limit)
+        return recover(pruner.model, calibration, step)
+
+    with pruner._stage("recover"):
+        found = processes.from_first(recovered)
+        processes.copy_from_first(named_tensors(pruner.model).values())
+    if pruner._trials is not None:
+        pruner._trials.forget()
+    if found.samples < pruner._asked.samples:
+        pruner.note(pruner._asked.told(found.samples))
+    pruner.note(str(found) if len(pruner._events) == 1 else f"Shrink {len(pruner.shrinks) + 1}: {found}")
+    if found.failure is not None:
+        pruner.note(f"Compensation was not possible: {found.failure}")
 
 
 def _errors_without(pruner: Pruner, names: list[str]) -> dict[str, float]:

@@ -62,7 +62,7 @@ def test_functions_and_commands_have_no_option_of_pruning_of_their_own() -> None
     assert not set(TARGETS) & set(command("sweep"))
     own = {
         "model", "data", "output_dir", "overwrite", "batch_size", "workers", "pretrained", "input_size", "teacher",
-        "trust_source", "augment", "auto_augment", "random_erasing", "mean", "std", "resume", "checkpoint_minutes",
+        "trust_source", "augment", "auto_augment", "random_erasing", "mean", "std", "resume", "checkpoint_minutes", "max_drop", "confidence",
         "config", "json_output", "quiet", "verbose", "debug",
     }  # fmt: skip
     assert set(command("compress")) - own == set(PRUNING) | set(TRAINING) - {"progress"}

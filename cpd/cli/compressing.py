@@ -41,7 +41,7 @@ from cpd.cli.arguments import (
 from cpd.cli.command import Output
 from cpd.cli.folders import Images
 from cpd.cli.options import takes, values
-from cpd.cli.tables import figures_table, latency_table, sweep_table
+from cpd.cli.tables import figures_table, latency_table, sweep_table, tried_table
 from cpd.config import PruneConfig
 from cpd.distillation.config import DistillConfig
 from cpd.errors import InputError
@@ -86,11 +86,19 @@ def compress(
     checkpoint_minutes: Annotated[
         float, typer.Option(help="Minutes between two checkpoints at most.", rich_help_panel=TRAIN)
     ] = 10.0,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            help="Instead of a target: as fast as the validation metric loses at most so many points.",
+            rich_help_panel=PRUNE,
+        ),
+    ] = None,
+    confidence: Annotated[float, typer.Option(help="That --max-drop holds, one-sided.", rich_help_panel=PRUNE)] = 0.95,
     progress: bool | None = None,
     **options: Any,
 ) -> Output:
     """Make a model faster, train it back, measure it, and write what came of it. Without a target: twice as fast."""
-    if not any(options[name] for name in TARGETS):
+    if max_drop is None and not any(options[name] for name in TARGETS):
         options["target_speedup"] = DEFAULT_SPEEDUP
     images = Images(
         data, batch_size, workers, options["seed"], augment, auto_augment, random_erasing, mean, std, model
@@ -105,6 +113,7 @@ def compress(
     result = cpd.compress(
         **given, config=config, training=training, source=source, output_dir=output_dir, overwrite=overwrite,
         resume=resume, checkpoint_minutes=checkpoint_minutes, progress=progress,
+        max_drop=max_drop, confidence=confidence,
     )  # fmt: skip
     return report_output(result.report, output_dir)
 
@@ -251,4 +260,5 @@ def report_output(report: Report, output_dir: Path | None) -> Output:
     notes = [f"Note: {note}" for note in report.notes]
     if output_dir is not None:
         notes.append(f"Written to {output_dir}; the whole report: {output_dir / 'report.html'}")
-    return Output(report.to_dict(), (figures_table(report), *notes))
+    tables = [figures_table(report), *([tried_table(report)] if report.tried else [])]
+    return Output(report.to_dict(), (*tables, *notes))

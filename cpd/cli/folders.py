@@ -320,21 +320,25 @@ def _check_classes(model: nn.Module, folder: Path, found: Mapping[str, int], exa
         )
 
 
-@named("top-1 accuracy [%]")
-def accuracy(model: nn.Module, images: Iterable[Any]) -> float:
-    """Per cent of the images whose highest logit is the label's; the model's mode is left as found."""
+def each_right(model: nn.Module, images: Iterable[Any]) -> Tensor:
+    """`[N]`: 100 for each image whose highest logit is the label's, else 0; the model's mode is left as found."""
     import torch
 
     from cpd.model.inputs import batches, device_of, evaluating, logits, move
 
-    device, right, total = device_of(model), 0, 0
+    device, right = device_of(model), []
     with torch.no_grad(), evaluating(model):
         for batch in batches(images):
-            target = batch.target
             predicted = logits(batch.to(device).on(model)).argmax(1)
-            right += int((predicted == move(target, device)).sum())
-            total += len(target)
-    return 100 * right / total
+            right.append((predicted == move(batch.target, device)).cpu())
+    return 100.0 * torch.cat(right)
+
+
+@named("top-1 accuracy [%]", each=each_right)
+def accuracy(model: nn.Module, images: Iterable[Any]) -> float:
+    """Per cent of the images whose highest logit is the label's; the model's mode is left as found."""
+    right = each_right(model, images) > 0
+    return 100 * int(right.sum()) / len(right)
 
 
 @named("mean IoU [%]")

@@ -97,6 +97,24 @@ def figures_table(report: Report) -> Table:
     return table
 
 
+def tried_table(report: Report) -> Table:
+    """One row a speed-up that was tried for `max_drop`."""
+    table = Table(title="Speeds that were tried", title_justify="left")
+    for column in ("asked", "measured", "MACs left", "trained", title(report.metric_name), "loses", "at most", "holds"):
+        table.add_column(Text(column), justify="right")
+    for row in report.tried:
+        if row["error"] is not None:
+            table.add_row(f"{row['asked']:.2f}", "out of reach")
+            continue
+        table.add_row(
+            f"{row['asked']:.2f}", "-" if row["speedup"] is None else f"{row['speedup']:.2f}",
+            f"{row['macs_left']:.1%}", "yes" if row["trained"] else "no", written(report.metric_name, row["metric"]),
+            f"{row['drop']:.3g}", "-" if row["upper"] is None else f"{row['upper']:.3g}",
+            "yes" if row["holds"] else "no",
+        )  # fmt: skip
+    return table
+
+
 def groups_table(groups: Sequence[Any]) -> Table:
     """One row a group: size, members, exact, prunable or why not."""
     table = Table()

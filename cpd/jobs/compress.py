@@ -6,6 +6,7 @@ comb -> prune (score, select, shrink, recover: `cpd.pruner`), at once or during 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from cpd.distillation.distiller import distill
 from cpd.errors import CPDError, first_line
 from cpd.files.checkpoint import Checkpoint
 from cpd.files.reading import conform
+from cpd.jobs.drop import CONFIDENCE, NEARLY, Fastest, Within, recorded, searched, shipping
 from cpd.jobs.identity import agreed_identity
 from cpd.jobs.outcome import (
     Before,
@@ -59,6 +61,8 @@ from cpd.model.tensors import copy_of
 from cpd.options import EVALUATE, FLAG, LOSS, PATH, checked, checks_of, number, takes_options, text
 from cpd.pruner import Pruner
 from cpd.report.artifacts import check_output_dir
+from cpd.report.records import TriedRow
+from cpd.selection.schedule import Schedule
 from cpd.tasks.loss import LossFunction
 from cpd.tasks.metric import metric_name, told, written
 from cpd.tasks.task import TASK, DataName, Task, itself, on_itself
@@ -78,18 +82,23 @@ Evaluate = Callable[[nn.Module], float]
 _LEARNING = checks_of(DistillConfig, "epochs", "lr")
 _MINUTES = number("above 0 and at most 1440 (a day)", lambda value: 0 < value <= 1440)
 _SOURCE = text("a name, as 'timm:resnet18'")
+_DROP = number("above 0", lambda value: value > 0)
+_CONFIDENCE = number("of at least 0.5 and below 1", lambda value: 0.5 <= value < 1)
 
 
 @takes_options(PruneConfig)
 @checked(
-    model=NAMED_MODEL, task=TASK, data=NAMED_DATA, calibration=NAMED_DATA, example_inputs=INPUTS, loss=LOSS,
-    evaluate=EVALUATE, **_LEARNING, training=TRAINING, teacher=MODEL, output_dir=PATH, overwrite=FLAG, resume=FLAG,
+    model=NAMED_MODEL, max_drop=_DROP, confidence=_CONFIDENCE, task=TASK, data=NAMED_DATA, calibration=NAMED_DATA,
+    example_inputs=INPUTS, loss=LOSS, evaluate=EVALUATE, **_LEARNING, training=TRAINING, teacher=MODEL,
+    output_dir=PATH, overwrite=FLAG, resume=FLAG,
     checkpoint_minutes=_MINUTES, source=_SOURCE, progress=FLAG, config=PRUNING,
 )  # fmt: skip
 def compress(
     model: nn.Module | str,
     target_speedup: float | None = None,
     *,
+    max_drop: float | None = None,
+    confidence: float = CONFIDENCE,
     task: Task | None = None,
     data: Iterable[Any] | DataName | None = None,
     calibration: Iterable[Any] | DataName | None = None,
@@ -115,7 +124,12 @@ def compress(
         model: a trained model; left as it was, a copy is compressed. Of one that `torch.compile` gave, the module
             within; compile the result anew. Or the name of one, as "timm:resnet18", "hf:microsoft/resnet-18" or
             "ultralytics:yolo11n.pt", which is built with its pretrained weights.
-        target_speedup: the first of the options below; exactly one target is needed.
+        target_speedup: the first of the options below; exactly one target is needed, or `max_drop`.
+        max_drop: what the metric may lose, in its own unit (points of a percentage): the result is as fast as can be
+            within it. Speeds are searched with recovery, and the last few with training where there are `epochs`; each
+            is judged by `evaluate`, which should use data that nothing else here does.
+        confidence: that `max_drop` holds, one-sided, where `evaluate` has an attribute `each`: a function of a model
+            that gives one number for each sample, of whose mean the metric is (`cpd.demo.accuracy` has one).
         task: what the model is for: how its batches are read, which loss it has, what the student mimics, its metric.
             Known by itself for models of transformers, ultralytics and torchvision's detectors; for others, those
             that return logits. See `cpd.Task` for one of your own.
@@ -151,7 +165,8 @@ def compress(
         A `Result`: `model`, `speedup`, `report`, `save(dir)`.
 
     Raises:
-        InputError: an unusable argument; raised before any work.
+        InputError: an unusable argument; raised before any work. For `max_drop`: `evaluate` is missing, or too few
+            samples are evaluated to tell anything.
         TraceError: the model cannot be exported.
         NothingToPruneError: no group can be pruned; the message says why, group by group.
         TargetError: the target is out of reach; the message gives the best figure and what stands in the way.
@@ -177,11 +192,11 @@ def compress(
     folder = None if output_dir is None else check_output_dir(output_dir, overwrite=overwrite)
     read = given_of(model, task, data, calibration, evaluate, source)
     model, evaluate = read.model, read.evaluate
-    settings = read.completed(settings)
+    settings, within = searched(read.completed(settings), max_drop, confidence, on_itself(evaluate), resume)
     model = masks_applied(copy_of(model)) if settings.masks == "permanent" else model
     learning = training_settings(training, epochs, lr, settings.seed, progress, read.task.training(model))
     given = agreed_identity(model, teacher, read.data, loss)
-    checkpoint = checkpoint_of(folder, resume, checkpoint_minutes, settings, learning, model, given)
+    checkpoint = checkpoint_of(None if within else folder, resume, checkpoint_minutes, settings, learning, model, given)
     objects = {
         "data": data, "calibration": calibration, "example_inputs": example_inputs, "loss": loss,
         "evaluate": evaluate, "teacher": teacher,
@@ -191,23 +206,41 @@ def compress(
         call = example_call(model, example_inputs, data, read.task)
         if settings.measures:
             check_runs(model, call)
-        student = copy_of(model)
-        for batches in (item for item in (data, calibration) if item is not None):
-            check_data(student, batches, loss, settings.outputs, learning, teacher)
-        per_epoch = steps_an_epoch(settings, learning, data)
         scored_on = data if calibration is None else calibration
-        stages = Stages(_planned(settings, scored_on is not None, data is not None and learning.epochs > 0))
-        steps = round(per_epoch * learning.epochs)
-        pruner = _pruner(model, student, call, settings, steps, scored_on, loss, stages)
-        run = _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch)
-        run.prune_and_train(data, loss, on_itself(evaluate), teacher)
-        result = run.finish(call_record(settings, learning, objects, folder), read.source, evaluate)
+        run = _begun(model, call, settings, learning, checkpoint, data, scored_on, loss, teacher)
+        if within is None:
+            run.prune_and_train(data, loss, on_itself(evaluate), teacher)
+        else:
+            run = run.fastest(within, data, scored_on, loss, teacher)
+        record = recorded(call_record(settings, learning, objects, folder), within)
+        result = run.finish(record, read.source, evaluate)
         itself(result.model)
     if folder is not None:
         processes.from_first(lambda: result.save(folder, overwrite=overwrite))
     if checkpoint is not None:
         processes.from_first(checkpoint.remove)
     return result
+
+
+def _begun(
+    model: nn.Module,
+    call: Call,
+    settings: PruneConfig,
+    learning: DistillConfig,
+    checkpoint: Checkpoint | None,
+    data: Iterable[Any] | None,
+    scored_on: Iterable[Any] | None,
+    loss: LossFunction | None,
+    teacher: nn.Module | None,
+) -> _Run:
+    """A run whose student is a copy of the model, as it is; its data has been looked at."""
+    for batches in (item for item in (data, None if scored_on is data else scored_on) if item is not None):
+        check_data(model, batches, loss, settings.outputs, learning, teacher)
+    student, per_epoch = copy_of(model), steps_an_epoch(settings, learning, data)
+    stages = Stages(_planned(settings, scored_on is not None, data is not None and learning.epochs > 0))
+    steps = round(per_epoch * learning.epochs)
+    pruner = _pruner(model, student, call, settings, steps, scored_on, loss, stages)
+    return _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch)
 
 
 def _pruner(
@@ -247,6 +280,42 @@ class _Run:
     per_epoch: int
     history: list[dict[str, Any]] = field(default_factory=list)
     metrics: tuple[float | None, float | None] = (None, None)
+    tried: Sequence[TriedRow] = ()
+
+    def fastest(
+        self,
+        within: Within,
+        data: Iterable[Any] | None,
+        scored_on: Iterable[Any] | None,
+        loss: LossFunction | None,
+        teacher: nn.Module | None,
+    ) -> _Run:
+        """The run whose student is the fastest of those whose metric loses no more than it may."""
+        first, tried, pruned = self.pruner, list[TriedRow](), list[Pruner]()
+
+        def attempt(speedup: float, trains: bool) -> _Run:
+            student, epochs = copy_of(self.model), self.training.epochs if trains else 0
+            config = replace(
+                first.config, target_speedup=speedup, tolerance=max(first.config.tolerance, NEARLY),
+                schedule=first.config.when if trains else Schedule("one-shot"),
+            )  # fmt: skip
+            pruner = Pruner(
+                student, self.call, steps=round(self.per_epoch * epochs), data=scored_on, loss=loss, comb=first.comb,
+                config=config, stage=self.stages,
+            )  # fmt: skip
+            if pruned:
+                pruner.adopt(pruned[0])
+            training = replace(self.training, epochs=epochs)
+            one = replace(self, student=student, pruner=pruner, training=training, history=[], tried=tried)
+            one.prune_and_train(data, loss, None, teacher)  # without a metric: choosing an epoch by it would spend it
+            if not trains:
+                pruned.append(pruner)
+            return one
+
+        with self.stages("export"):
+            ship = shipping(self.model, self.call, first.config, scored_on)
+        search = Fastest(ship(self.model), within, attempt, ship, tried)
+        return search.search(trains=data is not None and self.training.epochs > 0)
 
     def prune_and_train(
         self,
@@ -349,15 +418,16 @@ class _Run:
             if self.pruner.target.is_measured:
                 with self.stages("other runtimes"):
                     elsewhere = processes.from_first(lambda: self._elsewhere(deployed))
-        tolerance = self.pruner.config.tolerance
+        tolerance = math.inf if self.tried else self.pruner.config.tolerance
         if comparison is not None and (text := missed(self.pruner.target, comparison, tolerance)):
             self.pruner.note(text)
             if (other := processes.from_first(lambda: self.pruner.would_meet(comparison))) is not None:
                 self.pruner.note(would_meet(self.pruner, other))
-        if deployed is not None and deployed.int8 is not None:
+        if deployed is not None and deployed.int8 is not None and not self.tried:
             self.metrics = self._evaluated_in_int8(deployed.int8, evaluate)
+        name, tried = metric_name(evaluate), tuple(self.tried)
         report = report_of(
-            self.model, self.pruner, Measured(comparison, nodes, self.metrics, metric_name(evaluate), elsewhere),
+            self.model, self.pruner, Measured(comparison, nodes, self.metrics, name, elsewhere, tried),
             call=record, source=source, per_epoch=self.per_epoch, history=self.history, seconds=self.stages.seconds,
         )  # fmt: skip
         onnx, int8 = (None, None) if deployed is None else (deployed.onnx, deployed.int8 and deployed.int8[1])
@@ -369,7 +439,7 @@ class _Run:
         Each time the model is pruned anew, with the scores there are, to the widths that the timing asks for.
         """
         pruner, before = self.pruner, self.metrics[0]
-        trained = len(pruner.shrinks) != 1 or any(row["epoch"] for row in self.history)
+        trained = bool(self.tried) or len(pruner.shrinks) != 1 or any(row["epoch"] for row in self.history)
         for _ in range(MOST_RETURNS):
             if trained or missed(pruner.target, deployed.latency, pruner.config.tolerance) is None:
                 break

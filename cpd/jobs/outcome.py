@@ -22,7 +22,7 @@ from cpd.options import FLAG, PATH, changed, checked, plain
 from cpd.plan import Plan
 from cpd.pruner import Pruner
 from cpd.report.artifacts import PRETRAINED, check_output_dir, save_pretrained, save_result
-from cpd.report.records import BranchRow, Figures, GroupRow, LayerRow
+from cpd.report.records import BranchRow, Figures, GroupRow, LayerRow, TriedRow
 from cpd.report.report import Report
 from cpd.selection.target import Target
 from cpd.sparsity.config import SparseConfig
@@ -150,6 +150,7 @@ class Measured:
         metrics: of the original and of the result; None without `evaluate`.
         metric_name: what they are, with the unit in brackets.
         elsewhere: the same result in other runtimes.
+        tried: the speed-ups that were tried, where the metric was the target.
     """
 
     latency: LatencyComparison | None
@@ -157,6 +158,7 @@ class Measured:
     metrics: tuple[float | None, float | None]
     metric_name: str
     elsewhere: tuple[dict[str, Any], ...] = ()
+    tried: tuple[TriedRow, ...] = ()
 
 
 def report_of(
@@ -216,6 +218,7 @@ def report_of(
         seconds=seconds,
         environment={**environment_of(), **({} if latency is None else latency.environment)},
         notes=tuple(pruner.notes),
+        tried=tuple({**row} for row in measured.tried),
     )
 
 

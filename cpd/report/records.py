@@ -37,6 +37,25 @@ class ElsewhereRow(TypedDict):
     error: str | None
 
 
+class TriedRow(TypedDict):
+    """One speed-up that was tried for `max_drop`; None where it was out of reach, or nothing is known of chance.
+
+    `upper` is what the metric loses at most, with the confidence asked for; `confidence` that it loses no more than
+    was allowed.
+    """
+
+    asked: float
+    speedup: float | None
+    macs_left: float | None
+    trained: bool
+    metric: float | None
+    drop: float | None
+    upper: float | None
+    confidence: float | None
+    holds: bool
+    error: str | None
+
+
 class LatencyRow(TypedDict, total=False):
     """What the page shows of a latency comparison by itself."""
 

@@ -31,6 +31,7 @@ from cpd.report.records import (
     NodeRow,
     ShrinkRow,
     SparseRow,
+    TriedRow,
     plain_fields,
     runtime_title,
 )
@@ -56,6 +57,7 @@ class _Rows(TypedDict, total=False):
 
     latency: LatencyRow | None
     nodes: tuple[NodeRow, ...]
+    tried: tuple[TriedRow, ...]
     shrinks: tuple[ShrinkRow, ...]
 
 
@@ -99,6 +101,7 @@ class Report:
         job: the function that was called: "compress" or "sparsify".
         sparsity: one row a layer whose weights can be zero, where masks were asked for.
         stored: what the weights take in a file -> its bytes, where masks were asked for.
+        tried: one dict a speed-up that was tried, where `max_drop` was asked for (`cpd.report.records.TriedRow`).
     """
 
     call: dict[str, Any]
@@ -125,6 +128,7 @@ class Report:
     job: str = "compress"
     sparsity: tuple[SparseRow, ...] = ()
     stored: dict[str, int] = dataclasses.field(default_factory=dict)
+    tried: tuple[dict[str, Any], ...] = ()
 
     def __repr__(self) -> str:
         """The figures before and after."""
@@ -281,6 +285,10 @@ def _asked(report: Report) -> str:
             f"{report.zeros:.1%} of the weights that can be zero are zero. No runtime here is faster for it: what is "
             "saved is the size of the file."
         )
+    if is_number(value := call.get("max_drop")):
+        lost = "not known" if report.metric_drop is None else f"{report.metric_drop:.3g}"
+        fast = "" if report.speedup is None else f", {report.speedup:.2f} times as fast"
+        return f"Asked for the fastest that loses at most {value:g} of {title(report.metric_name)}; found {lost}{fast}."
     if is_number(value := call.get("target_speedup")):
         low, high = latency.get("speedup_low"), latency.get("speedup_high")
         interval = f" (95 % interval {low:.2f} to {high:.2f})" if low and high else ""

@@ -126,6 +126,12 @@ class Decider:
         self._unpruned_ms: float | None = None
         self._spread: float | None = None
         self._timed: tuple[dict[Axis, int], LatencyComparison] | None = None
+        self._without: Mapping[str, float] | None = None
+
+    def adopt(self, other: Decider) -> None:
+        """Take what another one has measured of the same unpruned model, in the same runtimes."""
+        self.probe, self._spread, self._unpruned_ms = other.probe, other._spread, other._unpruned_ms
+        self._latency_model, self._without = other._latency_model, other._without
 
     @property
     def removes_branches(self) -> bool:
@@ -258,7 +264,9 @@ class Decider:
         names = removable_branches(self.comb, limits) if limits.max_removed else []
         if not names or self._error_without is None:
             return (), ()
-        errors = self._error_without(names)
+        if self._without is None or self._without.keys() != set(names):
+            self._without = self._error_without(names)
+        errors = self._without
         order = in_order(self.comb, errors, {name: self._saved(name) for name in names}, limits.max_removed)
 
         def candidate(number: int) -> Candidate | None:

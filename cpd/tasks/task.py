@@ -23,7 +23,7 @@ from cpd.model import sources
 from cpd.model.inputs import Batch, Call, as_batch
 from cpd.model.outputs import Outputs
 from cpd.options import instance
-from cpd.tasks.metric import metric_name, named
+from cpd.tasks.metric import each_of, metric_name, named
 
 #: Where tasks of libraries lie, by what the module of a model's class begins with.
 KNOWN = {
@@ -190,6 +190,13 @@ def on_itself(evaluate: Callable[[nn.Module], float] | None) -> Callable[[nn.Mod
         with as_itself(model):
             return evaluate(model)
 
+    if (each := each_of(evaluate)) is not None:
+
+        def of_each(model: nn.Module) -> Any:
+            with as_itself(model):
+                return each(model)
+
+        evaluated.each = of_each  # type: ignore[attr-defined]
     return evaluated
 
 

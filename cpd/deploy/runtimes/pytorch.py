@@ -13,8 +13,17 @@ from cpd.errors import InputError, first_line
 from cpd.model.inputs import Call, device_of
 
 
+class _PyTorch:
+    """What both have in common."""
+
+    @property
+    def version(self) -> str:
+        """Of the package."""
+        return str(torch.__version__)
+
+
 @dataclass(frozen=True)
-class TorchEager:
+class TorchEager(_PyTorch):
     """PyTorch without a compiler.
 
     Attributes:
@@ -26,11 +35,6 @@ class TorchEager:
     precision: str = "f32"
     grain: int = 8
 
-    @property
-    def version(self) -> str:
-        """Of the package."""
-        return str(torch.__version__)
-
     def prepare(self, artifact: Artifact) -> Session:
         """One forward pass of a copy in eval mode, without gradients."""
         module = artifact.demand_module(self.name)
@@ -38,7 +42,7 @@ class TorchEager:
 
 
 @dataclass(frozen=True)
-class TorchCompile:
+class TorchCompile(_PyTorch):
     """PyTorch with `torch.compile`; compiled when it is prepared.
 
     Attributes:
@@ -51,11 +55,6 @@ class TorchCompile:
     name: str = "torch.compile"
     precision: str = "f32"
     grain: int = 8
-
-    @property
-    def version(self) -> str:
-        """Of the package."""
-        return str(torch.__version__)
 
     def prepare(self, artifact: Artifact) -> Session:
         """One forward pass of a compiled copy."""
