@@ -120,6 +120,14 @@ class PruneConfig:
     target_memory: float | None = option(
         None, _AMOUNT, "Elements of all intermediate tensors that are kept: a share up to 1, or a number of them."
     )
+    max_file_mb: float | None = option(
+        None, _ABOVE_ZERO,
+        "Beside the target: most MB (10^6 bytes) of the file that is run, the ONNX model in the runtime's precision.",
+    )  # fmt: skip
+    max_memory_mb: float | None = option(
+        None, _ABOVE_ZERO,
+        "Beside the target: most MB (10^6 bytes) of weights and tensors alive at once while the example inputs run.",
+    )  # fmt: skip
     criterion: str | Criterion | None = option(
         None, _CRITERION,
         "Importance of a channel: a name in cpd.criteria.CRITERIA (Python: or a callable). Default: obs with data, "

@@ -51,6 +51,7 @@ from cpd.model.skeleton import skeleton
 from cpd.model.tensors import copy_of, named_tensors
 from cpd.options import LOSS, Check, checked, function, integer, takes_options, text
 from cpd.plan import Plan
+from cpd.selection.bounds import Bounds
 from cpd.selection.branching import check_branches
 from cpd.selection.decision import Decider
 from cpd.selection.limits import check_ratios
@@ -174,6 +175,7 @@ class Pruner:
             comb, self.target, limits, normalization=self.config.normalization, exponent=self.config.exponent,
             scope=self.config.scope, data_free=self.criterion in DATA_FREE, tolerance=self.config.tolerance,
             runtime=self.config.runtime, threads=self.config.threads, calibration=self.data,
+            file_mb=self.config.max_file_mb, memory_mb=self.config.max_memory_mb,
             others=tuple(of_shape(item, comb.operations.call) for item in self.config.latency_inputs),
             error_of=self._error_of if self._trials else None,
             error_without=(
@@ -218,6 +220,17 @@ class Pruner:
     def probe(self) -> LatencyProbe | None:
         """Times candidates beside the unpruned model; None until something is timed."""
         return self._decider.probe
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether a bound rather than the target decided how wide it is by now."""
+        comb, counts = self.comb.without(self.plan.removed), self._decider.counts(self.plan.groups)
+        return self._decider.bounds.decided(comb, counts)
+
+    @property
+    def bounds(self) -> Bounds:
+        """What the model may take beside the target."""
+        return self._decider.bounds
 
     # ------------------------------------------------------------------------------ when
 
@@ -345,6 +358,7 @@ class Pruner:
         self.model, self.plan, self.shrinks, self.notes = model, self.comb.plan({}), [], self._noted
         self._known_scores = self._decided_on and self._decided_on[0]
 
+    @checked(other=Check("a cpd.Pruner", lambda value: isinstance(value, Pruner)))
     def adopt(self, other: Pruner) -> None:
         """Take the scores, and what was measured, of another pruner of the same model, which has pruned it at once."""
         self._known_scores = other._decided_on and other._decided_on[0]

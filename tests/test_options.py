@@ -62,8 +62,8 @@ def test_functions_and_commands_have_no_option_of_pruning_of_their_own() -> None
     assert not set(TARGETS) & set(command("sweep"))
     own = {
         "model", "data", "output_dir", "overwrite", "batch_size", "workers", "pretrained", "input_size", "teacher",
-        "trust_source", "augment", "auto_augment", "random_erasing", "mean", "std", "resume", "checkpoint_minutes", "max_drop", "confidence",
-        "config", "json_output", "quiet", "verbose", "debug",
+        "trust_source", "augment", "auto_augment", "random_erasing", "mean", "std", "resume", "checkpoint_minutes",
+        "max_drop", "confidence", "config", "json_output", "quiet", "verbose", "debug",
     }  # fmt: skip
     assert set(command("compress")) - own == set(PRUNING) | set(TRAINING) - {"progress"}
 
@@ -93,8 +93,8 @@ def test_the_help_of_a_command_shows_every_option(monkeypatch: pytest.MonkeyPatc
 
 WRONG: dict[str, Any] = {
     "target_speedup": 0.9, "target_latency_ms": 0, "target_macs": -1, "target_params": float("nan"),
-    "target_memory": "half", "criterion": 3, "normalization": "flops", "exponent": -1, "scope": "layer",
-    "compensation": 1, "score_batches": 0, "memory_gb": 0,
+    "target_memory": "half", "max_file_mb": 0, "max_memory_mb": "1", "criterion": 3, "normalization": "flops",
+    "exponent": -1, "scope": "layer", "compensation": 1, "score_batches": 0, "memory_gb": 0,
     "schedule": "sudden", "prune_from": -0.1, "prune_until": 1.1, "interval": 0,
     "round_to": 2.5, "max_ratio": 1, "min_width": True, "ratios": {"a": 1}, "tolerance": 0, "threads": 0,
     "runtime": "tpu",
@@ -224,7 +224,8 @@ def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 EVERY = (
-    "--target-memory 0.5 --criterion magnitude --normalization none --exponent 0.5 --scope isomorphic "
+    "--target-memory 0.5 --max-file-mb 9 --max-memory-mb 8 "
+    "--criterion magnitude --normalization none --exponent 0.5 --scope isomorphic "
     "--no-compensation --score-batches 3 --memory-gb 2.5 --schedule linear "
     "--prune-from 0.1 --prune-until 0.9 --interval 7 "
     "--round-to 2 --max-ratio 0.7 --min-width 4 --ratios layer1*=0.25 --ratios fc=0 --tolerance 0.1 --threads 2 "
@@ -239,7 +240,8 @@ def test_every_option_reaches_the_library(called: dict[str, Any], tmp_path: Any)
     arguments = ["compress", "timm:test_resnet", "--no-pretrained", *EVERY.split()]
     assert CliRunner().invoke(app, arguments).exit_code == 3
     assert called["config"] == cpd.PruneConfig(
-        target_memory=0.5, criterion="magnitude", normalization="none", exponent=0.5, scope="isomorphic",
+        target_memory=0.5, max_file_mb=9.0, max_memory_mb=8.0,
+        criterion="magnitude", normalization="none", exponent=0.5, scope="isomorphic",
         compensation=False, score_batches=3, memory_gb=2.5,
         schedule="linear", prune_from=0.1, prune_until=0.9, interval=7, round_to=2,
         max_ratio=0.7, min_width=4, ratios={"layer1*": 0.25, "fc": 0.0}, tolerance=0.1, threads=2,

@@ -39,7 +39,7 @@ _MULTIPLYING = {
     *CONVOLUTIONS, *TRANSPOSED, *MATRIX_PRODUCTS,
 }  # fmt: skip
 #: Ops that give a view of their input, or do nothing in eval mode: no memory of their own.
-_VIEWS = {
+VIEWS = {
     "view", "flatten", "unflatten", "squeeze", "unsqueeze", "permute", "transpose", "t", "expand", "expand_as", "slice",
     "select", "unbind", "chunk", "split", "split_with_sizes", "getitem", "alias", "dropout", "detach", "narrow",
 }  # fmt: skip
@@ -278,7 +278,7 @@ def _operation_terms(ctx: Context) -> list[Term]:
     terms: list[Term] = []
     for node in ctx.graph.operations:
         value = ctx.values[node]
-        if isinstance(value, tuple) and op_name(node) not in _VIEWS and not op_name(node).endswith("_"):
+        if isinstance(value, tuple) and op_name(node) not in VIEWS and not op_name(node).endswith("_"):
             terms.append(Term(value, activations=1, node=node))
         terms.extend(Term(dims, macs=1, node=node) for dims in _macs(ctx, node))
     return terms

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from cpd.deploy.export import EITHER_MODEL, TOLERANCE, OnnxSource
+from cpd.deploy.export import EITHER_MODEL, TOLERANCE, OnnxSource, as_bytes
 from cpd.deploy.machine import environment
 from cpd.deploy.profiling import NodeTime
 from cpd.deploy.rounds import MIN_PAIRS, column, time_rounds
@@ -439,6 +439,10 @@ class LatencyProbe:
     def original(self) -> Artifact:
         """The original, in the forms that runtimes took of it for the first batch."""
         return self._artifacts[0]
+
+    def bytes_of(self, artifact: Artifact) -> int:
+        """The size of the largest file that a runtime is given of a model."""
+        return max(len(as_bytes(artifact.of(precision))) for precision in {each.precision for each in self.runtimes})
 
     def profile(self, candidate: OnnxSource | Artifact | None = None, seconds: float = 1.0) -> list[NodeTime]:
         """The time of every node of an ONNX model, or of the original, on the first batch."""

@@ -419,15 +419,16 @@ class _Run:
                 with self.stages("other runtimes"):
                     elsewhere = processes.from_first(lambda: self._elsewhere(deployed))
         tolerance = math.inf if self.tried else self.pruner.config.tolerance
-        if comparison is not None and (text := missed(self.pruner.target, comparison, tolerance)):
+        if comparison is not None and (text := missed(self.pruner.target, comparison, tolerance, self.pruner.is_bound)):
             self.pruner.note(text)
             if (other := processes.from_first(lambda: self.pruner.would_meet(comparison))) is not None:
                 self.pruner.note(would_meet(self.pruner, other))
         if deployed is not None and deployed.int8 is not None and not self.tried:
             self.metrics = self._evaluated_in_int8(deployed.int8, evaluate)
         name, tried = metric_name(evaluate), tuple(self.tried)
+        files = (None, None) if deployed is None else deployed.files
         report = report_of(
-            self.model, self.pruner, Measured(comparison, nodes, self.metrics, name, elsewhere, tried),
+            self.model, self.pruner, Measured(comparison, nodes, self.metrics, name, elsewhere, tried, files),
             call=record, source=source, per_epoch=self.per_epoch, history=self.history, seconds=self.stages.seconds,
         )  # fmt: skip
         onnx, int8 = (None, None) if deployed is None else (deployed.onnx, deployed.int8 and deployed.int8[1])
@@ -438,10 +439,10 @@ class _Run:
 
         Each time the model is pruned anew, with the scores there are, to the widths that the timing asks for.
         """
-        pruner, before = self.pruner, self.metrics[0]
+        pruner, before, tolerance = self.pruner, self.metrics[0], self.pruner.config.tolerance
         trained = bool(self.tried) or len(pruner.shrinks) != 1 or any(row["epoch"] for row in self.history)
         for _ in range(MOST_RETURNS):
-            if trained or missed(pruner.target, deployed.latency, pruner.config.tolerance) is None:
+            if trained or missed(pruner.target, deployed.latency, tolerance, pruner.is_bound) is None:
                 break
             former = pruner.plan
             log.info("The last timing found %.2f times as fast: the search goes on.", deployed.latency.speedup)
@@ -502,7 +503,8 @@ class _Run:
         comparison = probe.compare(candidate, seconds=FINAL_SECONDS, precision=0.01, slowest=slowest)
         nodes = paired(probe.profile(seconds=PROFILE_SECONDS), probe.profile(candidate, seconds=PROFILE_SECONDS))
         int8 = (probe.original.int8, candidate.int8) if probe.is_quantized else None
-        return Deployed(candidate.content, comparison, tuple(nodes), int8)
+        files = probe.bytes_of(probe.original), probe.bytes_of(candidate)
+        return Deployed(candidate.content, comparison, tuple(nodes), int8, files)
 
 
 def _planned(settings: PruneConfig, recovers: bool, trains: bool) -> list[str]:

@@ -24,6 +24,7 @@ from cpd.pruner import Pruner
 from cpd.report.artifacts import PRETRAINED, check_output_dir, save_pretrained, save_result
 from cpd.report.records import BranchRow, Figures, GroupRow, LayerRow, TriedRow
 from cpd.report.report import Report
+from cpd.selection.bounds import MB
 from cpd.selection.target import Target
 from cpd.sparsity.config import SparseConfig
 from cpd.tasks.metric import told
@@ -130,14 +131,14 @@ class Deployed:
         latency: its comparison with the original in the runtime.
         nodes: one dict a node, with its time before and after.
         int8: the INT8 models of the original and of the result; None where the runtime computes in float.
-        elsewhere: the same result in other runtimes.
+        files: bytes of what is run of both.
     """
 
     onnx: bytes
     latency: LatencyComparison
     nodes: tuple[dict[str, Any], ...]
     int8: tuple[bytes, bytes] | None
-    elsewhere: tuple[dict[str, Any], ...] = ()
+    files: tuple[int, int] | tuple[None, None] = (None, None)
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ class Measured:
         metric_name: what they are, with the unit in brackets.
         elsewhere: the same result in other runtimes.
         tried: the speed-ups that were tried, where the metric was the target.
+        files: bytes of what is run of both; None where nothing was exported.
     """
 
     latency: LatencyComparison | None
@@ -159,6 +161,7 @@ class Measured:
     metric_name: str
     elsewhere: tuple[dict[str, Any], ...] = ()
     tried: tuple[TriedRow, ...] = ()
+    files: tuple[int, int] | tuple[None, None] = (None, None)
 
 
 def report_of(
@@ -187,12 +190,16 @@ def report_of(
     comb, groups, latency = pruner.comb, pruner.plan.groups, measured.latency
     kept = {group.axis: len(groups[group.name]) for group in comb.groups}
     times = (latency.original_ms, latency.candidate_ms) if latency else (None, None)
+    left, bounds = comb.without(pruner.plan.removed), pruner.bounds
     before, after = (
-        Figures(cost.parameters, cost.macs, cost.activations, time_ms, metric)
-        for cost, time_ms, metric in zip(
-            (comb.cost({}), comb.without(pruner.plan.removed).cost(kept)), times, measured.metrics, strict=True
+        Figures(
+            cost.parameters, cost.macs, cost.activations, time_ms, metric, None if size is None else size / MB, memory,
         )
-    )
+        for cost, time_ms, metric, size, memory in zip(
+            (comb.cost({}), left.cost(kept)), times, measured.metrics, measured.files if bounds.asked else (None, None),
+            (bounds.memory(comb, {}), bounds.memory(left, kept)) if bounds.asked else (None, None), strict=True,
+        )
+    )  # fmt: skip
     return Report(
         call=call,
         model_class=f"{type(model).__module__}.{type(model).__qualname__}",
@@ -253,9 +260,11 @@ def kept_weights(records: Sequence[EpochRecord], metric: str, before: float | No
     )
 
 
-def missed(target: Target, found: LatencyComparison, tolerance: float) -> str | None:
-    """What to say where the last timing lies outside the tolerance."""
+def missed(target: Target, found: LatencyComparison, tolerance: float, bound: bool = False) -> str | None:
+    """What to say where the last timing lies outside the tolerance; where a bound decided, faster is not."""
     if not target.is_measured or abs(target.attained(found) - 1) <= tolerance:
+        return None
+    if bound and target.attained(found) > 1:
         return None
     return (
         f"Asked for {target.name}={target.value:g}, the last timing found {found.speedup:.2f} times as fast "

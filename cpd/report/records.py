@@ -92,6 +92,8 @@ class Figures:
         activations: elements of all intermediate tensors of that pass.
         latency_ms: median time of that pass in the runtime, None where it was not measured.
         metric: what `evaluate` returned, None where none was given.
+        file_mb: MB of the file that is run; None where no bound was set.
+        memory_mb: MB of weights and tensors that are alive at once in that pass, as computed; None likewise.
     """
 
     parameters: int
@@ -99,6 +101,8 @@ class Figures:
     activations: int
     latency_ms: float | None = None
     metric: float | None = None
+    file_mb: float | None = None
+    memory_mb: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The figures as plain JSON types."""

@@ -325,6 +325,12 @@ def _figure_rows(report: Report) -> Iterable[FigureRow]:
         plain = report.stored.get("plain", size)
         if name != "plain":
             yield FigureRow(f"Bytes of the weights, {name}", human(plain), human(size), _percent(plain, size))
+    for label, first_mb, last_mb in (
+        ("File", before.file_mb, after.file_mb),
+        ("Peak memory", before.memory_mb, after.memory_mb),
+    ):
+        if first_mb is not None and last_mb is not None:
+            yield FigureRow(label, f"{first_mb:.3g} MB", f"{last_mb:.3g} MB", _percent(first_mb, last_mb))
     for label, was, now in (
         ("Parameters", before.parameters, after.parameters),
         ("MACs", before.macs, after.macs),

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from glob import escape
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,9 +19,11 @@ from cpd.coupling.cost import CostFigures, unused_sentence
 from cpd.deploy.kernels import KernelTimes
 from cpd.deploy.latency import LatencyComparison, LatencyProbe
 from cpd.deploy.latency_model import LatencyModel
+from cpd.deploy.runtimes.catalogue import runtimes_of
 from cpd.errors import TargetError
 from cpd.model.inputs import Call
 from cpd.plan import Plan
+from cpd.selection.bounds import Bounds
 from cpd.selection.branching import Candidate, best_number, chosen_number, in_order, removable_branches
 from cpd.selection.obstacles import obstacles
 from cpd.selection.search import Search
@@ -74,6 +77,8 @@ class Decider:
         tolerance: how far from a measured target the search may end, as a fraction.
         runtime: what latency is measured in, one or several.
         threads: of a runtime given by name.
+        file_mb: MB of the file that is run, at most.
+        memory_mb: MB of weights and tensors alive at once, at most.
         calibration: batches that give the ranges of 8-bit integers; None: the example inputs do.
         others: further inputs that a measured target holds for.
         error_of: the error of the logits once a plan has been applied and recovered from, without training, or roughly
@@ -102,6 +107,8 @@ class Decider:
         tolerance: float,
         runtime: Any,
         threads: int,
+        file_mb: float | None,
+        memory_mb: float | None,
         calibration: Iterable[Any] | None,
         others: tuple[Call, ...],
         error_of: Callable[[Plan, bool], float] | None,
@@ -126,6 +133,10 @@ class Decider:
         self._unpruned_ms: float | None = None
         self._spread: float | None = None
         self._timed: tuple[dict[Axis, int], LatencyComparison] | None = None
+        self.bounds = Bounds(
+            comb, file_mb, memory_mb, [each.precision for each in runtimes_of(runtime, threads)],
+            lambda: self._probe().bytes_of(self._probe().original),
+        )  # fmt: skip
         self._without: Mapping[str, float] | None = None
 
     def adopt(self, other: Decider) -> None:
@@ -323,7 +334,8 @@ class Decider:
             plan, notes = self._computed(selector), list[str]()
         else:
             chosen, plan, notes = self._measured(selectors)
-        notes += self._floor_note(selectors[chosen], plan)
+        counts = self.counts(plan.groups)
+        notes += [*_floor_note(selectors[chosen], counts), *self.bounds.notes(selectors[chosen].comb, counts)]
         return chosen, dict(plan.groups), (*notes, *plan.adjusted)
 
     def _measured(self, selectors: Mapping[Scope, Selector]) -> tuple[Scope, Plan, list[str]]:
@@ -361,7 +373,7 @@ class Decider:
         latency = self._latency(selector.comb)
         return Search(
             self.comb.model, selector, self._probe(), latency, self.target, self._original_ms(),
-            self.tolerance, self.comb.cost({}).macs, self._timed,
+            self.tolerance, self.comb.cost({}).macs, self._timed, self.bounds,
         )  # fmt: skip
 
     def _nearest(self, searches: Mapping[Scope, Search]) -> tuple[Scope, str]:
@@ -377,19 +389,9 @@ class Decider:
             shares.append(f"{scope} keeps {left:.1%} of the MACs, relative error of the logits {errors[scope]:.3g}")
         return min(errors, key=lambda scope: errors[scope]), "; ".join(shares)
 
-    def _floor_note(self, selector: Selector, plan: Plan) -> list[str]:
-        floored = selector.at_floor(self.counts(plan.groups))
-        if not floored:
-            return []
-        return [
-            f"{len(floored)} of {len(selector.comb.open)} groups are as narrow as the limits allow "
-            f"(max_ratio={self.limits.max_ratio:g}, min_width={self.limits.min_width}): {', '.join(floored[:NAMED])}"
-            f"{', …' if len(floored) > NAMED else '.'}"
-        ]
-
     def _computed(self, selector: Selector) -> Plan:
-        full, least = self.comb.cost({}), selector.comb.cost(selector.least())
-        goal = self.target.absolute(full)
+        full, least_widths = self.comb.cost({}), selector.least()
+        least, goal = selector.comb.cost(least_widths), self.target.absolute(full)
         if self.target.of(least) > goal:
             shares = "parameters" if self.target.name == "target_params" else "macs"
             never = sum(self.comb.unused.values()) if shares == "parameters" else 0
@@ -402,7 +404,9 @@ class Decider:
                 f"{self.target.of(least):,.0f} of {self.target.of(full):,.0f}. What stands in the way: {stands}"
                 + (f" {unused_sentence(self.comb.unused)}" if self.comb.unused else "")
             )
-        return selector.plan(selector.meet(self.target.of, goal))
+        self.bounds.check(selector.comb, least_widths)
+        excess = partial(self.bounds.excess, selector.comb)
+        return selector.plan(selector.meet(self.target.of, goal, excess if self.bounds.asked else None))
 
 
 def _gone(selector: Selector, scores: Mapping[str, Tensor], plan: Plan) -> float:
@@ -413,3 +417,15 @@ def _gone(selector: Selector, scores: Mapping[str, Tensor], plan: Plan) -> float
         found[list(plan.groups[group.name])] = 0.0
         total += float(found[found.isfinite()].sum())
     return total
+
+
+def _floor_note(selector: Selector, counts: Mapping[Axis, int]) -> list[str]:
+    """That some groups are as narrow as they may be, where there are any."""
+    floored, limits = selector.at_floor(counts), selector.limits
+    if not floored:
+        return []
+    return [
+        f"{len(floored)} of {len(selector.comb.open)} groups are as narrow as the limits allow "
+        f"(max_ratio={limits.max_ratio:g}, min_width={limits.min_width}): {', '.join(floored[:NAMED])}"
+        f"{', …' if len(floored) > NAMED else '.'}"
+    ]

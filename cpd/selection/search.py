@@ -20,6 +20,7 @@ from cpd.deploy.latency_model import LatencyModel
 from cpd.errors import TargetError
 from cpd.model.tensors import copy_of
 from cpd.plan import Plan
+from cpd.selection.bounds import Bounds
 from cpd.selection.obstacles import obstacles
 from cpd.selection.selector import Selector
 from cpd.selection.target import Target
@@ -45,6 +46,8 @@ class Candidate:
         predicted: the speed-up that the latency model gave.
         latency: its measured comparison with the original.
         attained: how fast it is for what was asked: 1 is the target, above is faster.
+        excess: the largest share of a bound that it takes; above 1, one is exceeded.
+        bound: whether a bound asked for narrower widths than the target did.
     """
 
     counts: Mapping[Axis, int]
@@ -53,6 +56,8 @@ class Candidate:
     predicted: float
     latency: LatencyComparison
     attained: float
+    excess: float = 0.0
+    bound: bool = False
 
     @property
     def speedup(self) -> float:
@@ -62,7 +67,12 @@ class Candidate:
     def is_within(self, distance: float) -> bool:
         """Whether it is within a relative distance of the target, give or take a standard error of its measurement."""
         interval = (self.latency.speedup_high - self.latency.speedup_low) / self.speedup
-        return abs(self.attained - 1) <= distance + interval / 4  # of 95 %: two standard errors on either side
+        return self.off <= distance + interval / 4 and self.excess <= 1  # of 95 %: two standard errors on either side
+
+    @property
+    def off(self) -> float:
+        """How far it is from the target, as a fraction; where a bound decided, being faster is not."""
+        return max(1 - self.attained, 0.0) if self.bound else abs(self.attained - 1)
 
 
 class Search:
@@ -79,6 +89,7 @@ class Search:
             or take a standard error of the measurement.
         original_macs: multiply-accumulates of the original; None: of the selector's comb, of which no branch has gone.
         timed: widths that were timed already, and how fast they are: the search goes on from there.
+        bounds: what the model may take beside the target; None: as much as it likes.
 
     Attributes:
         tried: all that was measured.
@@ -95,12 +106,16 @@ class Search:
         tolerance: float = 0.05,
         original_macs: int | None = None,
         timed: tuple[Mapping[Axis, int], LatencyComparison] | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
         self.model, self.selector, self.probe, self.latency = model, selector, probe, latency
         self.target, self.tolerance, self.tried = target, tolerance, list[Candidate]()
         self._macs = selector.comb.cost({}).macs if original_macs is None else original_macs
         self._most = MAX_CANDIDATES if probe.is_profiled else MAX_CANDIDATES_UNPROFILED
         self._goal, self._upcoming = target.speedup(original_ms), dict[Axis, int]()
+        self._bounds, self._is_bound = bounds if bounds is not None and bounds.asked else None, False
+        if self._bounds is not None:
+            self._bounds.check(selector.comb, selector.least())
         if timed is not None:
             self._learn(timed[0], selector.plan(timed[0]), timed[1])
 
@@ -112,7 +127,18 @@ class Search:
             if not self.probe.is_profiled and self._known(self._upcoming):
                 # steps that another runtime's kernels take, and this one does not
                 self._upcoming = self.selector.reach(self._by_macs, self._goal)
+            self._is_bound = self._excess(self._upcoming) > 1
+            if self._is_bound:
+                self._upcoming = self.selector.reach(self._allowed, 1.0)
         return self._upcoming
+
+    def _allowed(self, counts: Mapping[Axis, int]) -> float:
+        """How fast widths are for what was asked, or how little they take of a bound, whichever is less."""
+        return min(self.latency.speedup(counts) / self._goal, 1 / max(self._excess(counts), 1e-9))
+
+    def _excess(self, counts: Mapping[Axis, int]) -> float:
+        """The largest share of a bound that widths take."""
+        return 0.0 if self._bounds is None else self._bounds.excess(self.selector.comb, counts)
 
     def is_in_reach(self) -> bool:
         """Whether the widths that should be on target are as fast, by the prediction."""
@@ -162,7 +188,10 @@ class Search:
         narrower = shrink(copy_of(self.model), plan)
         expected, slowest = self.latency.speedup(counts), self.target.attained
         log.info("Candidate: predicted %.2f times as fast; exporting and timing it …", expected)
-        found = self.probe.compare(narrower, seconds=SECONDS, precision=self.tolerance / 3, slowest=slowest)
+        candidate = narrower if self._bounds is None else self.probe.artifact(narrower)
+        found = self.probe.compare(candidate, seconds=SECONDS, precision=self.tolerance / 3, slowest=slowest)
+        if self._bounds is not None and not isinstance(candidate, nn.Module):
+            self._bounds.saw(self.selector.comb, counts, self.probe.bytes_of(candidate))
         return self._learn(counts, plan, found)
 
     def _learn(self, counts: Mapping[Axis, int], plan: Plan, found: LatencyComparison) -> Candidate:
@@ -171,7 +200,8 @@ class Search:
         self.latency.observe(counts, found.speedup)
         ratio = self.selector.comb.cost(counts).macs / max(self._macs, 1)
         log.info("Candidate: %.2f times as fast at %.1f %% of the MACs", found.speedup, 100 * ratio)
-        self.tried.append(Candidate(counts, plan, ratio, expected, found, self.target.attained(found)))
+        attained, excess = self.target.attained(found), self._excess(counts)
+        self.tried.append(Candidate(counts, plan, ratio, expected, found, attained, excess, self._is_bound))
         self._goal = found.speedup / self.tried[-1].attained
         self._upcoming = {}
         return self.tried[-1]
@@ -179,10 +209,10 @@ class Search:
 
 def _nearest(tried: list[Candidate], tolerance: float) -> Candidate:
     """The candidate nearest to the target; where widths allow none within the tolerance, the next that is faster."""
-    near = [item for item in tried if abs(item.attained - 1) <= tolerance]
+    near = [item for item in tried if item.off <= tolerance and item.excess <= 1]
     if near:
-        return min(near, key=lambda item: abs(math.log(item.attained)))
-    return min(tried, key=lambda item: (item.attained < 1, abs(math.log(item.attained))))
+        return min(near, key=lambda item: item.off)
+    return min(tried, key=lambda item: (item.excess > 1, item.attained < 1, item.off))
 
 
 def _unreachable(selector: Selector, best: Candidate, target: Target, latency: LatencyModel) -> str:

@@ -131,9 +131,21 @@ class Selector:
         """The width of each group after so many steps."""
         return self._repaired(self._path[min(steps, len(self._path) - 1)])
 
-    def meet(self, measure: Measure, target: float) -> dict[Axis, int]:
-        """The widest widths along the way whose `measure` of the cost is at most `target`; the narrowest, if none."""
-        return self.counts(self._first(lambda counts: measure(self.comb.cost(counts)) <= target))
+    def meet(
+        self, measure: Measure, target: float, excess: Callable[[Mapping[Axis, int]], float] | None = None
+    ) -> dict[Axis, int]:
+        """The widest widths along the way whose `measure` of the cost is at most `target`; the narrowest, if none.
+
+        Args:
+            measure: of a cost.
+            target: at most so much of it.
+            excess: what else must be at most 1.
+        """
+
+        def enough(counts: Mapping[Axis, int]) -> bool:
+            return measure(self.comb.cost(counts)) <= target and (excess is None or excess(counts) <= 1)
+
+        return self.counts(self._first(enough))
 
     def reach(self, figure: Callable[[Mapping[Axis, int]], float], target: float) -> dict[Axis, int]:
         """The widest widths along the way whose figure is at least `target`, and hardly more; the narrowest, if none.

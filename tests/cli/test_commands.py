@@ -39,12 +39,21 @@ def test_compress_prints_before_and_after(fakes: Fakes, run: Any, tmp_path: Path
     assert call.pop("example_inputs").shape == (1, 3, 224, 224)
     assert call.pop("training") == cpd.DistillConfig()
     assert (call.pop("resume"), call.pop("checkpoint_minutes"), call.pop("progress")) == (False, 10.0, None)
+    assert (call.pop("max_drop"), call.pop("confidence")) == (None, 0.95)
     assert call == {
         "config": cpd.PruneConfig(target_speedup=2.0),
         "output_dir": tmp_path,
         "overwrite": False,
         "source": "timm:resnet18,num_classes=10",
     }
+
+
+def test_without_a_target_but_with_max_drop_no_speed_is_asked_for(fakes: Fakes, run: Any) -> None:
+    result = run("compress", "timm:resnet18", "--no-pretrained", "--max-drop", "1", "--confidence", "0.9")
+    assert result.exit_code == 0, result.stderr
+    (call,) = fakes.calls
+    assert call["config"] == cpd.PruneConfig()
+    assert (call["max_drop"], call["confidence"]) == (1.0, 0.9)
 
 
 def test_compress_passes_its_options(fakes: Fakes, run: Any) -> None:

@@ -225,6 +225,7 @@ def _calls() -> dict[str, Valid]:
             lambda model, found: pruner().start_over(model, found), {"model": model, "found": compared},
         ),
         "Pruner.would_meet": (lambda found: pruner().would_meet(found), {"found": compared}),
+        "Pruner.adopt": (lambda other: pruner().adopt(other), {"other": pruner}),
         "Pruner.note": (lambda text: pruner().note(text), {"text": lambda: "A sentence."}),
         "Pruner.load_state_dict": (
             lambda state: pruner().load_state_dict(state), {"state": lambda: pruner().state_dict()},

@@ -131,6 +131,23 @@ def test_a_search_goes_on_from_a_timing(selector):
     assert len(there.tried) == 1
 
 
+def test_a_bound_that_asks_for_less_decides_and_a_faster_result_is_on_target(selector):
+    """Half of the MACs' parameters are allowed, at a speed that more would reach: one candidate, and it is taken."""
+    comb, whole = selector.comb, selector.comb.cost({}).parameters
+    bounds = SimpleNamespace(
+        asked=True, check=lambda *_: None, excess=lambda comb, counts: comb.cost(counts).parameters / (0.5 * whole),
+        saw=lambda *_: None,
+    )  # fmt: skip
+    watch = Stopwatch(comb, 1.0)
+    watch.artifact = lambda model: model
+    search = Search(comb.model, selector, watch, watch, Target("target_speedup", 1.2), 10.0, bounds=bounds)
+    found = search.finish()
+    assert comb.cost(found.counts).parameters <= 0.5 * whole
+    assert found.bound
+    assert found.speedup > 1.2 * 1.05
+    assert len(search.tried) == 1
+
+
 def test_the_note_names_the_scope_that_was_taken(monkeypatch):
     """Of two scopes the nearer one turns out not to reach the target."""
 
@@ -152,7 +169,7 @@ def test_the_note_names_the_scope_that_was_taken(monkeypatch):
     monkeypatch.setattr(decision, "Search", Fixed)
     decider = Decider.__new__(Decider)
     decider.comb = SimpleNamespace(model=None, cost=lambda counts: SimpleNamespace(macs=100 if not counts else 40))
-    decider._spread = decider._timed = None
+    decider._spread = decider._timed = decider.bounds = None
     decider.target, decider.tolerance, decider.search = Target("target_speedup", 2.0), 0.05, []
     decider.counts = decider._probe = decider._latency = decider._original_ms = lambda *_: {"a": 1}
     decider._error_of = lambda plan, roughly: plan.error
