@@ -207,6 +207,10 @@ def quantize(
     dynamic: Annotated[
         bool, typer.Option("--dynamic", help="Matrix products alone, ranges of activations taken while it runs.")
     ] = False,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="ONNX node that stays in float, any number of times; auto: those that 8 bits cost most."),
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, help="Batches of images used.")] = 4,
     batch_size: BatchSize = 32,
     workers: Workers = WORKERS,
@@ -241,6 +245,7 @@ def quantize(
         folder / "model.onnx", loaded.plain, output or folder / "model.int8.onnx", original=original,
         evaluate=loaded.evaluate,
         calibration=calibration, dynamic=dynamic, limit=limit, threads=threads, seconds=seconds,
+        exclude="auto" if exclude == ["auto"] else exclude or (),
     )  # fmt: skip
     return Output(found.to_dict(), (latency_table(found.latency), found.summary()))
 

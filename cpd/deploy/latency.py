@@ -348,13 +348,17 @@ class LatencyProbe:
     @property
     def profiler(self) -> ProfilingRuntime:
         """What nodes and kernels are timed in: the first runtime, or ONNX Runtime where that has no profile."""
-        first = self.runtimes[0]
-        return first if profiles(first) else OnnxRuntime(first.threads)
+        return self.profilers[0]
+
+    @property
+    def profilers(self) -> list[ProfilingRuntime]:
+        """What predictions for each of the runtimes are made of: itself, or ONNX Runtime where it has no profile."""
+        return [each if profiles(each) else OnnxRuntime(each.threads) for each in self.runtimes]
 
     @property
     def is_profiled(self) -> bool:
-        """Whether predictions are made of the runtime's own kernels."""
-        return profiles(self.runtimes[0])
+        """Whether all predictions are made of the runtime's own kernels."""
+        return all(map(profiles, self.runtimes))
 
     def original_ms(self, seconds: float = 1.0) -> float:
         """The original's latency alone, in ms; of several batches and runtimes the longest."""

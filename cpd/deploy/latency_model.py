@@ -166,8 +166,8 @@ class LatencyModel:
             return math.exp(raw + measured[-1] - predicted[-1])
         return math.exp(float(np.interp(raw, predicted, measured)) if raw > 0 else raw)
 
-    def observe(self, counts: Mapping[Axis, int], speedup: float) -> None:
-        """Learn from a measurement."""
+    def observe(self, counts: Mapping[Axis, int], speedup: float, runtime: str = "") -> None:
+        """Learn from a measurement, in the runtime that this predicts."""
         self._observed.append((math.log(self.original_ms / self.milliseconds(counts)), math.log(max(speedup, 1e-3))))
 
     def slopes(self, counts: Mapping[Axis, int]) -> dict[Axis, float]:

@@ -33,6 +33,7 @@ from cpd.deploy.export import (
 )
 from cpd.deploy.int8 import CALIBRATIONS, Arrays, dynamic_onnx, parts, quantized_onnx, samples_of
 from cpd.deploy.latency import LatencyTable, measure_latency
+from cpd.deploy.noise import noisy_nodes
 from cpd.errors import ExportError, InputError
 from cpd.model.arguments import DATA
 from cpd.model.inputs import Call, batches, evaluated
@@ -87,12 +88,16 @@ class Quantized:
         )
 
 
+_AUTO = "auto"
 _NODES = Check(
-    "names of ONNX nodes in a list",
+    "names of ONNX nodes in a list, or 'auto'",
     lambda value: (
-        isinstance(value, Collection)
-        and not isinstance(value, (str, bytes, Mapping))
-        and all(isinstance(item, str) for item in value)
+        value == _AUTO
+        or (
+            isinstance(value, Collection)
+            and not isinstance(value, (str, bytes, Mapping))
+            and all(isinstance(item, str) for item in value)
+        )
     ),
 )
 
@@ -112,7 +117,7 @@ def quantize_onnx(
     calibration: str = "minmax",
     per_channel: bool = True,
     limit: int = 16,
-    exclude: Iterable[str] = (),
+    exclude: Iterable[str] | str = (),
     threads: int = 1,
     seconds: float = 20.0,
     dynamic: bool = False,
@@ -132,7 +137,8 @@ def quantize_onnx(
         calibration: how ranges are taken: the least and largest value, or ONNX Runtime's entropy or percentile method.
         per_channel: one scale for each output channel of a weight rather than one for all.
         limit: batches of `data` that are used at most.
-        exclude: names of ONNX nodes that stay in float.
+        exclude: names of ONNX nodes that stay in float; "auto": those in which rounding adds most noise, by a closed
+            form (`cpd.deploy.noise`), of each model its own.
         threads: ONNX Runtime's threads when timing.
         seconds: the timing ends after this time.
         dynamic: whether ranges are taken while the model runs; `data` is then what the models are compared on, and
@@ -161,9 +167,10 @@ def quantize_onnx(
     kind = "int8 dynamic" if dynamic else "int8"
 
     def quantized(source: bytes, fed: Sequence[Arrays]) -> bytes:
+        left = noisy_nodes(source, fed) if exclude == _AUTO else exclude
         if dynamic:
-            return dynamic_onnx(source, per_channel, exclude)
-        return quantized_onnx(source, fed, calibration, per_channel, exclude)
+            return dynamic_onnx(source, per_channel, left)
+        return quantized_onnx(source, fed, calibration, per_channel, left)
 
     with part("quantize"):
         int8 = quantized(content, samples)

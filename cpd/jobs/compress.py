@@ -423,6 +423,7 @@ class _Run:
             self.pruner.note(text)
             if (other := processes.from_first(lambda: self.pruner.would_meet(comparison))) is not None:
                 self.pruner.note(would_meet(self.pruner, other))
+        self.pruner.notes += [] if deployed is None else deployed.notes
         if deployed is not None and deployed.int8 is not None and not self.tried:
             self.metrics = self._evaluated_in_int8(deployed.int8, evaluate)
         name, tried = metric_name(evaluate), tuple(self.tried)
@@ -504,7 +505,8 @@ class _Run:
         nodes = paired(probe.profile(seconds=PROFILE_SECONDS), probe.profile(candidate, seconds=PROFILE_SECONDS))
         int8 = (probe.original.int8, candidate.int8) if probe.is_quantized else None
         files = probe.bytes_of(probe.original), probe.bytes_of(candidate)
-        return Deployed(candidate.content, comparison, tuple(nodes), int8, files)
+        kept = tuple(one.in_float for one in (probe.original, candidate)) if probe.is_quantized else ()
+        return Deployed(candidate.content, comparison, tuple(nodes), int8, files, kept)
 
 
 def _planned(settings: PruneConfig, recovers: bool, trains: bool) -> list[str]:

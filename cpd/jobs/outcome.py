@@ -132,6 +132,7 @@ class Deployed:
         nodes: one dict a node, with its time before and after.
         int8: the INT8 models of the original and of the result; None where the runtime computes in float.
         files: bytes of what is run of both.
+        in_float: nodes of the INT8 models of both that stay in float; nothing where there are none.
     """
 
     onnx: bytes
@@ -139,6 +140,18 @@ class Deployed:
     nodes: tuple[dict[str, Any], ...]
     int8: tuple[bytes, bytes] | None
     files: tuple[int, int] | tuple[None, None] = (None, None)
+    in_float: tuple[list[str], ...] = ()
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of it."""
+        if not any(self.in_float):
+            return []
+        original, result = map(len, self.in_float)
+        return [
+            f"Left in float, since rounding to 8 bits adds most noise there: {original} nodes of the original's INT8 "
+            f"model, {result} of the result's."
+        ]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from torch import Tensor
 from cpd.algebra.axes import Axis
 from cpd.coupling.comb import Comb
 from cpd.coupling.cost import CostFigures, unused_sentence
-from cpd.deploy.kernels import KernelTimes
 from cpd.deploy.latency import LatencyComparison, LatencyProbe
 from cpd.deploy.latency_model import LatencyModel
 from cpd.deploy.runtimes.catalogue import runtimes_of
+from cpd.deploy.several import SlowestModel, latency_model
 from cpd.errors import TargetError
 from cpd.model.inputs import Call
 from cpd.plan import Plan
@@ -128,7 +128,7 @@ class Decider:
         self.probe: LatencyProbe | None = None
         self.leaving: tuple[str, ...] | None = () if error_without is None else None
         self._error_of, self._error_without, self._stage = error_of, error_without, stage
-        self._latency_model: LatencyModel | None = None
+        self._latency_model: LatencyModel | SlowestModel | None = None
         self._errors: dict[str, float] = {}
         self._unpruned_ms: float | None = None
         self._spread: float | None = None
@@ -251,12 +251,12 @@ class Decider:
                 self._spread = self.probe.spread()
         return self.probe
 
-    def _latency(self, comb: Comb) -> LatencyModel:
+    def _latency(self, comb: Comb) -> LatencyModel | SlowestModel:
         """Predicts the latency of any widths of what is left of the model."""
         if self._latency_model is None:
             probe = self._probe()
             with self._stage("profile"):
-                self._latency_model = LatencyModel(self.comb, probe.profile(), KernelTimes(runtime=probe.profiler))
+                self._latency_model = latency_model(self.comb, probe)
         removal = self.comb.removal(comb.removed)
         return self._latency_model.without(removal.gone, removal.empty)
 

@@ -17,6 +17,7 @@ from torch import nn
 from cpd.algebra.axes import Axis
 from cpd.deploy.latency import LatencyComparison, LatencyProbe
 from cpd.deploy.latency_model import LatencyModel
+from cpd.deploy.several import SlowestModel
 from cpd.errors import TargetError
 from cpd.model.tensors import copy_of
 from cpd.plan import Plan
@@ -100,7 +101,7 @@ class Search:
         model: nn.Module,
         selector: Selector,
         probe: LatencyProbe,
-        latency: LatencyModel,
+        latency: LatencyModel | SlowestModel,
         target: Target,
         original_ms: float,
         tolerance: float = 0.05,
@@ -197,7 +198,7 @@ class Search:
     def _learn(self, counts: Mapping[Axis, int], plan: Plan, found: LatencyComparison) -> Candidate:
         """What a timing teaches: the model of the latency, and what a latency in ms is in the machine's state."""
         expected = self.latency.speedup(counts)
-        self.latency.observe(counts, found.speedup)
+        self.latency.observe(counts, found.speedup, found.runtime)
         ratio = self.selector.comb.cost(counts).macs / max(self._macs, 1)
         log.info("Candidate: %.2f times as fast at %.1f %% of the MACs", found.speedup, 100 * ratio)
         attained, excess = self.target.attained(found), self._excess(counts)
@@ -215,7 +216,7 @@ def _nearest(tried: list[Candidate], tolerance: float) -> Candidate:
     return min(tried, key=lambda item: (item.excess > 1, item.attained < 1, item.off))
 
 
-def _unreachable(selector: Selector, best: Candidate, target: Target, latency: LatencyModel) -> str:
+def _unreachable(selector: Selector, best: Candidate, target: Target, latency: LatencyModel | SlowestModel) -> str:
     reached = best.speedup if target.name == "target_speedup" else best.latency.candidate_ms
     return (
         f"{target.name}={target.value:g} cannot be reached: the narrowest widths allowed keep {best.macs_ratio:.1%} of "

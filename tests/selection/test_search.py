@@ -43,7 +43,7 @@ class Stopwatch:
         raw = self.raw(counts)
         return math.exp(np.interp(raw, found, real) if raw < found[-1] else raw + real[-1] - found[-1])
 
-    def observe(self, counts: Any, speedup: float) -> None:
+    def observe(self, counts: Any, speedup: float, runtime: str = "") -> None:
         self.observed.append((self.raw(counts), math.log(speedup)))
 
     def milliseconds(self, counts: Any) -> float:

@@ -34,6 +34,7 @@ from cpd.deploy.export import (
     run_session,
 )
 from cpd.deploy.int8 import quantized_onnx, samples_of
+from cpd.deploy.noise import noisy_nodes
 from cpd.deploy.profiling import NodeTime
 from cpd.errors import ExportError, InputError, of_the_user
 from cpd.model.inputs import Call, check_model, device_of, evaluating
@@ -98,10 +99,20 @@ class Artifact:
         """The ONNX model with weights and activations of 8 bits; one that is quantized already as it is."""
         if is_quantized(self.content):
             return self.content
-        session = open_session(self.content)
+        return quantized_onnx(self.content, self._samples, exclude=self.in_float)
+
+    @cached_property
+    def in_float(self) -> list[str]:
+        """The nodes that 8 bits cost most, which stay in float; none without data, of which the ranges say nothing."""
+        if self.calibration is None or is_quantized(self.content):
+            return []
+        return noisy_nodes(self.content, self._samples)
+
+    @cached_property
+    def _samples(self) -> list[Feeds]:
+        """What the ranges of an INT8 model are taken over."""
         calls = [self.call] if self.calibration is None else self.calibration
-        samples = samples_of(session, calls, CALIBRATION_IMAGES)
-        return quantized_onnx(self.content, samples)
+        return samples_of(open_session(self.content), calls, CALIBRATION_IMAGES)
 
     def of(self, precision: str) -> OnnxSource:
         """The ONNX model of a precision: that of 8-bit integers, or the float one."""
