@@ -419,7 +419,7 @@ def parsed() -> argparse.Namespace:
     for name in TRAINING:
         kind = str if name == "optimizer" else float
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="of the training after pruning")
-    parser.add_argument("--device", default="cpu", help="where the model is scored and refitted; it is trained on a GPU")
+    parser.add_argument("--device", default="cpu", help="where the model is scored and refitted")
     parser.add_argument("--channels-last", action="store_true", help="train in torch.channels_last: faster on a CPU")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
@@ -445,7 +445,8 @@ def main() -> int:
             if any(all(row.get(key) == value for key, value in head.items()) for row in rows):
                 continue
             if setting["by"] == "cpd":
-                found = ours(student, copy.deepcopy(dense).to(options.device), teachers[setting["teacher"]], setting, options)
+                model = copy.deepcopy(dense).to(options.device)
+                found = ours(student, model, teachers[setting["teacher"]], setting, options)
             else:
                 import torch_pruning as tp
 
