@@ -36,11 +36,12 @@ import cpd
 from cpd.demo import DigitsNet, digits
 from cpd.files.checkpoint import NAME
 from cpd.jobs import compress as compressing
+from cpd.jobs import stages
 from cpd.report.artifacts import read_document
 
 #: The stages of a run, in their order, each by the function that does its work. Shrinks fall into the training.
 STAGES = {
-    "training": (compressing, "distill"),
+    "training": (stages, "distill"),
     "shrink": (cpd.Pruner, "prune"),
     "export": (compressing, "export_onnx"),
     "save": (cpd.Result, "save"),
