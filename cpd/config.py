@@ -143,6 +143,17 @@ class PruneConfig(Scheduled):
     interval: int | None = option(
         None, integer(1), "Optimizer steps between two pruning steps of a gradual schedule. Default: ten pruning steps."
     )
+    regularization: str | None = option(
+        None, choice("group-lasso", "growing", "batchnorm"),
+        "Sparse learning, in the training before and between shrinks: group-lasso (the norm of each channel over its "
+        "group), growing (weight decay that grows, most for small channels), or batchnorm (L1 of the scales of "
+        "BatchNorm). With schedule one-shot, prune_from says how long. Default: none.",
+    )  # fmt: skip
+    regularization_strength: float | None = option(
+        None, _ABOVE_ZERO,
+        "Its strength: the share of the mean norm that a channel loses in a unit of learning rate (0.05); of growing "
+        "the weight decay of the smallest channel at the last shrink (1).",
+    )  # fmt: skip
     round_to: int | None = option(
         None, integer(1), "Widths are kept to multiples of this. Default: what is fast in the runtime, 8 or 16."
     )
@@ -198,6 +209,13 @@ class PruneConfig(Scheduled):
         super().__post_init__()
         if len(self._targets) > 1:
             raise InputError(f"Give exactly one target; got {', '.join(item.name for item in self._targets)}.")
+        if self.regularization is None and self.regularization_strength is not None:
+            raise InputError("regularization_strength is that of a regularization: pass regularization='group-lasso'.")
+        if self.regularization is not None and self.schedule == "one-shot" and not self.prune_from:
+            raise InputError(
+                f"regularization={self.regularization!r} acts on a training before and between shrinks: pass "
+                "prune_from=0.3 (for the first three tenths of it), or take schedule='cubic'."
+            )
 
     @property
     def _targets(self) -> list[Target]:
