@@ -27,7 +27,7 @@ from cpd.jobs.identity import agreed_identity
 from cpd.jobs.outcome import call_record, environment_of, layer_rows, source_of
 from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
 from cpd.jobs.stages import Evaluate, Run, Stages
-from cpd.model.architecture import architecture_of
+from cpd.model.architecture import architecture_of, check_architecture
 from cpd.model.arguments import INPUTS, MODEL, REPEATED_DATA
 from cpd.model.inputs import Call, check_model, evaluating, plain_attention
 from cpd.model.masks import masks_applied
@@ -36,7 +36,7 @@ from cpd.model.randomness import random_states_kept, seeded
 from cpd.model.state import preserved
 from cpd.model.tensors import copy_of
 from cpd.options import EVALUATE, FLAG, LOSS, PATH, Check, checked, checks_of, choice, number, takes_options, text
-from cpd.plan import Plan
+from cpd.plan import PLAN, Plan
 from cpd.report.artifacts import SPARSE as FILES
 from cpd.report.artifacts import check_output_dir, save_result, unique_tensors
 from cpd.report.packed import pack
@@ -80,7 +80,7 @@ class SparseResult:
         model: the sparse model, of the same class as the one given, in eval mode; for the pattern "channel" narrower.
         report: the numbers of every stage.
         masks: which weights stay, of the model that was given.
-        plan: what is kept of the shape of the original: all, but for the pattern "channel".
+        plan: what is kept of the shape of the original: all, but for the pattern "channel"; or the plan that was given.
     """
 
     model: nn.Module
@@ -116,7 +116,7 @@ class SparseResult:
         packed = None
         if storage != "plain":
             packed = pack(unique_tensors(self.model), int8=storage == "packed-int8")
-        masks = None if self.plan.changes else self.masks.to_bytes()
+        masks = None if self.masks.pattern == CHANNEL else self.masks.to_bytes()
         save_result(target, self.model, self.plan, self.report, self._onnx, masks=masks, packed=packed)
         return target
 
@@ -125,7 +125,7 @@ class SparseResult:
 @checked(
     model=MODEL, **checks_of(SparseConfig, "sparsity"), data=REPEATED_DATA, calibration=REPEATED_DATA,
     example_inputs=INPUTS, loss=LOSS, evaluate=EVALUATE, **checks_of(DistillConfig, "epochs", "lr"), training=TRAINING,
-    teacher=MODEL, rewind=_REWIND, output_dir=PATH, overwrite=FLAG, storage=choice(*STORAGES), resume=FLAG,
+    teacher=MODEL, rewind=_REWIND, plan=PLAN, output_dir=PATH, overwrite=FLAG, storage=choice(*STORAGES), resume=FLAG,
     checkpoint_minutes=_MINUTES, source=text("a name, as 'timm:resnet18'"), progress=FLAG, config=SPARSE,
 )  # fmt: skip
 def sparsify(
@@ -142,6 +142,7 @@ def sparsify(
     training: DistillConfig | None = None,
     teacher: nn.Module | None = None,
     rewind: Mapping[str, Tensor] | str | None = None,
+    plan: Plan | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     storage: str = "plain",
@@ -173,6 +174,8 @@ def sparsify(
         rewind: what the weights that stay go back to before they are trained: a state dict of the model (an earlier one
             of its training: a lottery ticket, Frankle and Carbin 2019, arXiv 1803.03635), or "init": anew, from
             scratch. Nothing is refitted then.
+        plan: of a model that `cpd.compress` made, the plan of its result: the folder then holds it, and `cpd.load`
+            takes a fresh model of the original class.
         output_dir: where the artifacts are written, and during the training a checkpoint; None writes none.
         overwrite: whether files may be replaced there that cpd did not write, or that were changed since.
         storage: how the weights are written, as for `SparseResult.save`.
@@ -207,9 +210,8 @@ def sparsify(
     processes.start()
     named = options if sparsity is None else {"sparsity": sparsity, **options}
     settings = SparseConfig.of(config, named, "cpd.sparsify")
-    _ = settings.share
     model = masks_applied(copy_of(check_model(model)))
-    settings = settings if rewind is None else _without_refit(settings)
+    settings = _checked(settings, model, plan, rewinds=rewind is not None)
     learning = _gently(training_settings(training, epochs, lr, settings.seed, progress))
     folder = None if output_dir is None else check_output_dir(output_dir, FILES, overwrite=overwrite)
     given = agreed_identity(model, teacher, data, loss)
@@ -230,7 +232,7 @@ def sparsify(
             student, steps=round(per_epoch * learning.epochs), data=data if calibration is None else calibration,
             loss=loss, config=settings, comb=combed, stage=stages,
         )  # fmt: skip
-        run = _Run(model, student, call, sparsifier, learning, stages, checkpoint, per_epoch, rewind=rewind)
+        run = _Run(model, student, call, sparsifier, learning, stages, checkpoint, per_epoch, rewind=rewind, plan=plan)
         run.prune_and_train(data, loss, evaluate, teacher)
         record = call_record(settings, learning, objects, folder)
         result = run.finish(record, source, metric_name(evaluate))
@@ -241,15 +243,26 @@ def sparsify(
     return result
 
 
-def _without_refit(settings: SparseConfig) -> SparseConfig:
-    """The settings where weights are rewound.
+def _checked(settings: SparseConfig, model: nn.Module, plan: Plan | None, *, rewinds: bool) -> SparseConfig:
+    """The settings, without a refit where weights are rewound.
 
     Raises:
-        InputError: masks that change while it trains.
+        InputError: no share of zeros; masks that change while weights that were rewound train; a plan that is not of
+            the model, or a model that would become narrower than the plan says.
     """
-    if settings.schedule != "one-shot" or settings.regrow is not None:
+    _ = settings.share
+    if plan is not None:
+        wanted = plan.architecture and plan.architecture.narrowed(plan)
+        remedy = "Give result.plan of the cpd.compress that made it."
+        check_architecture(model, wanted, InputError, "The plan is", remedy)
+        if settings.pattern == CHANNEL:
+            raise InputError(
+                "pattern='channel' removes channels, and so did the plan: compress the model to its final widths at "
+                "once, or leave plan out."
+            )
+    if rewinds and (settings.schedule != "one-shot" or settings.regrow is not None):
         raise InputError("rewind goes with masks that are chosen once: take schedule='one-shot', and no regrow.")
-    return replace(settings, compensation=False)
+    return replace(settings, compensation=False) if rewinds else settings
 
 
 def _combed(model: nn.Module, call: Call, settings: SparseConfig, stages: Stages) -> Comb:
@@ -268,10 +281,12 @@ class _Run(Run):
 
     Attributes:
         rewind: what the weights that stay go back to.
+        plan: what the model keeps of another one; None: all.
     """
 
     pruner: Sparsifier
     rewind: Mapping[str, Tensor] | str | None = None
+    plan: Plan | None = None
 
     def prune_at_once(self, evaluate: Evaluate | None, before: float | None) -> float | None:
         """The first change of the masks, before any training; the metric after it."""
@@ -295,10 +310,9 @@ class _Run(Run):
         """Shrink what is wholly zero, export, measure, and report."""
         sparsifier = self.pruner
         assert sparsifier.masks is not None
-        plan = sparsifier.plan or replace(Plan({}, {}, {}), architecture=architecture_of(self.model))
-        rows = self._rows()
-        if plan.changes:
-            shrink(self.student, plan)
+        narrowed, rows = sparsifier.plan, self._rows()
+        if narrowed is not None:
+            shrink(self.student, narrowed)
         comparison, onnx = None, None
         with self.stages("deploy"):
             try:
@@ -307,7 +321,7 @@ class _Run(Run):
                 found = error if isinstance(error, CPDError) else f"{type(error).__name__}: {first_line(error)}."
                 sparsifier.note(f"The result has no ONNX model and no latency: {found}")
             stored = self._stored()
-        if not plan.changes:
+        if narrowed is None:
             sparsifier.note(NOT_FASTER)
         self.note_source(source)
         config, (original, result) = sparsifier.config, self._figures(comparison)
@@ -321,7 +335,7 @@ class _Run(Run):
             original=original,
             result=result,
             latency=None if comparison is None else comparison.to_dict(),
-            layers=layer_rows(self.model, self.student) if plan.changes else (),
+            layers=() if narrowed is None else layer_rows(self.model, self.student),
             shrinks=tuple({"epoch": c.step / max(self.per_epoch, 1), **asdict(c)} for c in sparsifier.changes),
             history=tuple(self.history),
             seconds=self.stages.seconds,
@@ -329,9 +343,10 @@ class _Run(Run):
             notes=tuple(sparsifier.notes),
             metric_name=metric,
             job="sparsify",
-            sparsity=() if plan.changes else rows,
-            stored={} if plan.changes else stored,
+            sparsity=rows if narrowed is None else (),
+            stored=stored if narrowed is None else {},
         )
+        plan = narrowed or self.plan or replace(Plan({}, {}, {}), architecture=architecture_of(self.model))
         return SparseResult(self.student, report, sparsifier.masks, plan, onnx)
 
     def _rows(self) -> tuple[SparseRow, ...]:
