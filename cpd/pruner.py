@@ -36,6 +36,7 @@ from cpd.criteria import DATA_FREE
 from cpd.criteria.accumulated import AccumulatedScores
 from cpd.criteria.asked import BATCHES, Asked, samples_asked
 from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
+from cpd.criteria.regularization import Penalty, Regularizer
 from cpd.criteria.score import Scores, score, whole_scores
 from cpd.deploy.export import check_runs
 from cpd.deploy.latency import COMPARISON, LatencyComparison, LatencyProbe
@@ -190,7 +191,7 @@ class Pruner:
         self._known_scores: Scores | None = None
         self._decided_on: tuple[Scores, Mapping[str, tuple[int, ...]]] | None = None
         self._noted = list(self.notes)
-        self._accumulated = self._from_gradients()
+        self._accumulated, self._regularizer = self._from_gradients(), _regularizer_of(self)
 
     # ------------------------------------------------------------------------------ what it is
 
@@ -244,6 +245,7 @@ class Pruner:
         self.steps_taken += 1
         if self._accumulated is not None:
             self._accumulated.add(self.model)
+        _regularize(self)
         if not self.due:
             return False
         self.prune()
@@ -277,7 +279,7 @@ class Pruner:
         )  # fmt: skip
         if self.done and (left_alone := self.comb.left_alone(plan)):
             self.note(left_alone_sentence(left_alone))
-        self._accumulated = self._from_gradients()
+        self._accumulated, self._regularizer = self._from_gradients(), _regularizer_of(self)
         return self.shrinks[-1]
 
     # ------------------------------------------------------------------------------ score, select
@@ -450,9 +452,30 @@ class Pruner:
         self._decider.scopes, self._decider.goal, self._decider.search = found.scopes, found.goal, found.search
         self._decider.leaving = found.leaving
         self.notes, self.checks = found.notes, found.checks
-        self._accumulated = self._from_gradients()
+        self._accumulated, self._regularizer = self._from_gradients(), _regularizer_of(self)
         if self._accumulated is not None:
             self._accumulated.load_state_dict(found.seen)
+
+
+def _regularizer_of(pruner: Pruner) -> Regularizer | None:
+    """The penalty on the channels of the model as it is by now; None where there is none, or no shrink is left."""
+    config = pruner.config
+    if config.regularization is None or pruner.done:
+        return None
+    kept = [group.name for group in pruner.comb.groups if config.limits.ratio_of(group) == 0]
+    penalty = Penalty(config.regularization, config.regularization_strength)
+    return Regularizer(pruner.comb.narrowed(pruner.model, pruner.plan), penalty, kept)
+
+
+def _regularize(pruner: Pruner) -> None:
+    """Let the channels become smaller, if they are to, by the learning rate of the step just taken."""
+    if pruner._regularizer is None:
+        return
+    if pruner.optimizer is None:
+        raise InputError("regularization goes by the learning rate: set the pruner's optimizer.")
+    last = pruner._events[-1][0]
+    rate = float(pruner.optimizer.param_groups[0]["lr"])
+    pruner._regularizer.step(pruner.model, rate, min(1.0, pruner.steps_taken / max(last, 1)))
 
 
 def _errors_without(pruner: Pruner, names: list[str]) -> dict[str, float]:
