@@ -224,7 +224,7 @@ def main() -> int:
             tried(f"{runtime}, batch {batch}", lambda runtime=runtime, batch=batch: bench.latency(runtime, batch))
             for runtime in ("torch", "torch.compile") for batch in (1, 256)[: 2 if gpu else 1]
         ]  # fmt: skip
-        rows += [tried(f"2:4, {size}", lambda size=size: bench.two_of_four(size)) for size in (1024, 4096) if gpu]
+        rows += [tried(f"2:4, {size}", lambda size=size: bench.two_of_four(size)) for size in (1024, 4096, 8192) if gpu]
     table = Table("what", "", "found", "s")
     for row in rows:
         table.add_row(row["what"], "ok" if row["ok"] else "FAILED", str(row["found"]), f"{row['seconds']:.0f}")

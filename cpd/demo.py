@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from cpd.errors import InputError, needs_extra, of_the_user
 from cpd.model.arguments import MODEL, TENSOR
-from cpd.model.inputs import evaluating
+from cpd.model.inputs import device_of, evaluating
 from cpd.model.progress import part, shown
 from cpd.options import FLAG, LIMIT, PATH, SEED, checked, instance, integer, number, several
 from cpd.tasks.metric import named
@@ -89,7 +89,7 @@ class AugmentedLoader:
         if not self.flip:
             return cut
         mirrored = torch.rand(count, 1, 1, 1, generator=self.generator) < 0.5
-        return torch.where(mirrored, cut.flip(3), cut)
+        return torch.where(mirrored.to(cut.device), cut.flip(3), cut)
 
 
 class ResidualBlock(nn.Module):
@@ -220,15 +220,16 @@ def train_teacher(
 
 def _each_right(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> Tensor:
     """`[N]`: 100 for each image that `model` puts in the class of its label, 0 for the others."""
+    device = device_of(model)
     with evaluating(model), torch.no_grad():
         starts = range(0, len(images), batch_size)
         with of_the_user("The model", f"on images of shape {list(images.shape)}"):
-            predicted = torch.cat([model(images[start : start + batch_size]).argmax(1) for start in starts])
+            predicted = torch.cat([model(images[start : start + batch_size].to(device)).argmax(1) for start in starts])
     if labels.shape != predicted.shape:
         raise InputError(
             f"labels must be of shape {list(predicted.shape)}, one for each image; got {list(labels.shape)}."
         )
-    return 100.0 * (predicted == labels)
+    return 100.0 * (predicted == labels.to(predicted.device))
 
 
 @named("top-1 accuracy [%]", each=_each_right)
@@ -236,7 +237,7 @@ def _each_right(model: nn.Module, images: Tensor, labels: Tensor, batch_size: in
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 256) -> float:
     """Share of `images` `[N, C, H, W]` that `model` puts in the class of `labels` `[N]`, in per cent.
 
-    The model runs in eval mode, without gradients; its training flags are left as found.
+    The model runs in eval mode, without gradients, on its own device; its training flags are left as found.
     """
     correct = int((_each_right(model, images, labels, batch_size) > 0).sum())
     return 100 * correct / len(images)

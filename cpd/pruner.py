@@ -19,7 +19,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -30,29 +30,27 @@ from cpd import processes
 from cpd.config import PRUNING, PruneConfig
 from cpd.coupling.branches import Branch
 from cpd.coupling.comb import COMB, Comb
-from cpd.coupling.comb import comb as comb_model
 from cpd.coupling.notes import left_alone_sentence, notes_of
 from cpd.criteria import DATA_FREE
 from cpd.criteria.accumulated import AccumulatedScores
 from cpd.criteria.asked import BATCHES, Asked, samples_asked
 from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
+from cpd.criteria.regularization import Penalty, Regularizer
 from cpd.criteria.score import Scores, score, whole_scores
-from cpd.deploy.export import check_runs
 from cpd.deploy.latency import COMPARISON, LatencyComparison, LatencyProbe
-from cpd.errors import CheckpointError, InputError, NothingToPruneError, of_the_user
+from cpd.errors import CheckpointError, InputError, of_the_user
 from cpd.model.allocator import memory_reused
-from cpd.model.architecture import check_architecture
 from cpd.model.arguments import INPUTS, MODEL, OPTIMIZER, REPEATED_DATA
-from cpd.model.inputs import as_call, batches, check_model, device_of, of_shape
+from cpd.model.inputs import batches, check_model, device_of, of_shape
 from cpd.model.masks import masks_applied
 from cpd.model.progress import part
 from cpd.model.randomness import random_states_kept, seeded
-from cpd.model.skeleton import skeleton
 from cpd.model.tensors import copy_of, named_tensors
 from cpd.options import LOSS, Check, checked, function, integer, takes_options, text
 from cpd.plan import Plan
 from cpd.selection.bounds import Bounds
 from cpd.selection.branching import check_branches
+from cpd.selection.combed import comb_to_prune
 from cpd.selection.decision import Decider
 from cpd.selection.limits import check_ratios
 from cpd.selection.state import Shrink, state_of
@@ -164,7 +162,9 @@ class Pruner:
         self._events = self.config.when.events(steps)
         self.data = None if data is None else processes.Share(data, self.config.score_batches)
         check_branches(self.config.branches, data)
-        self.comb = comb = _comb_of(self.model, comb, example_inputs, self.config, self._stage)
+        self.comb = comb = comb_to_prune(
+            self.model, comb, example_inputs, self._stage, self.config.measures, self.config.combing
+        )
         check_ratios(self.comb, limits)
         self._trials = None if self.data is None else Trials(
             self.data, seed=self.config.seed, memory_gb=self.config.memory_gb, layers=self.config.compensation,
@@ -192,7 +192,7 @@ class Pruner:
         self._known_scores: Scores | None = None
         self._decided_on: tuple[Scores, Mapping[str, tuple[int, ...]]] | None = None
         self._noted = list(self.notes)
-        self._accumulated = self._from_gradients()
+        self._accumulated, self._regularizer = self._from_gradients(), _regularizer_of(self)
 
     # ------------------------------------------------------------------------------ what it is
 
@@ -257,6 +257,7 @@ class Pruner:
         self.steps_taken += 1
         if self._accumulated is not None:
             self._accumulated.add(self.model)
+        _regularize(self)
         if not self.due:
             return False
         self.prune()
@@ -290,7 +291,7 @@ class Pruner:
         )  # fmt: skip
         if self.done and (left_alone := self.comb.left_alone(plan)):
             self.note(left_alone_sentence(left_alone))
-        self._accumulated = self._from_gradients()
+        self._accumulated, self._regularizer = self._from_gradients(), _regularizer_of(self)
         return self.shrinks[-1]
 
     # ------------------------------------------------------------------------------ score, select
@@ -449,7 +450,7 @@ class Pruner:
         self._decider.scopes, self._decider.goal, self._decider.search = found.scopes, found.goal, found.search
         self._decider.leaving = found.leaving
         self.notes, self.checks = found.notes, found.checks
-        self._accumulated = self._from_gradients()
+        self._accumulated, self._regularizer = self._from_gradients(), _regularizer_of(self)
         if self._accumulated is not None:
             self._accumulated.load_state_dict(found.seen)
 
@@ -475,6 +476,27 @@ def _recover(pruner: Pruner, before: nn.Module, step: Plan) -> None:
         pruner.note(f"Compensation was not possible: {found.failure}")
 
 
+def _regularizer_of(pruner: Pruner) -> Regularizer | None:
+    """The penalty on the channels of the model as it is by now; None where there is none, or no shrink is left."""
+    config = pruner.config
+    if config.regularization is None or pruner.done:
+        return None
+    kept = [group.name for group in pruner.comb.groups if config.limits.ratio_of(group) == 0]
+    penalty = Penalty(config.regularization, config.regularization_strength)
+    return Regularizer(pruner.comb.narrowed(pruner.model, pruner.plan), penalty, kept)
+
+
+def _regularize(pruner: Pruner) -> None:
+    """Let the channels become smaller, if they are to, by the learning rate of the step just taken."""
+    if pruner._regularizer is None:
+        return
+    if pruner.optimizer is None:
+        raise InputError("regularization goes by the learning rate: set the pruner's optimizer.")
+    last = pruner._events[-1][0]
+    rate = float(pruner.optimizer.param_groups[0]["lr"])
+    pruner._regularizer.step(pruner.model, rate, min(1.0, pruner.steps_taken / max(last, 1)))
+
+
 def _errors_without(pruner: Pruner, names: list[str]) -> dict[str, float]:
     """The error of the logits without each of some branches, the layers before it giving what it gave."""
     assert pruner._trials is not None
@@ -485,21 +507,3 @@ def _errors_without(pruner: Pruner, names: list[str]) -> dict[str, float]:
             found[name] = pruner._trials.error_without(pruner.model, plan, pruner._limit)
             progress.advance()
     return found
-
-
-def _comb_of(model: nn.Module, comb: Comb | None, example_inputs: Any, config: PruneConfig, stage: Stage) -> Comb:
-    """The comb of a model, of a copy: the model itself will not stay as it is."""
-    if comb is None:
-        if config.measures:
-            check_runs(model, as_call(example_inputs))
-        with stage("comb"):
-            comb = comb_model(skeleton(model, {}), example_inputs, **config.combing)
-    check_architecture(
-        model, comb.architecture, InputError, "The comb is", "Comb this model, or leave comb= to the pruner."
-    )
-    if comb.model is model:
-        comb = replace(comb, model=skeleton(model, {}))
-    if not comb.open:
-        reasons = "\n".join(f"  {group.name} ({group.size}): {group.frozen}" for group in comb.groups)
-        raise NothingToPruneError(f"No group of {type(model).__name__} can be pruned:\n{reasons}")
-    return comb

@@ -5,6 +5,7 @@ arguments.py   options that several commands have, and how a model is named
 options.py     the options of PruneConfig and DistillConfig as options of commands
 wording.py     messages of the library in the words of the command line
 folders.py     folders of images as data
+work.py        what commands that prune and train are given alike
 compressing.py compress, sweep, quantize, demo
 sparsifying.py sparsify
 analysing.py   comb, sensitivity, profile, latency, report

@@ -30,7 +30,6 @@ from cpd.cli.arguments import (
     result_folder,
 )  # fmt: skip
 from cpd.cli.command import Output
-from cpd.cli.compressing import report_output
 from cpd.cli.folders import Images
 from cpd.cli.tables import (
     branch_dict,
@@ -43,6 +42,7 @@ from cpd.cli.tables import (
     sensitivity_table,
     sweep_table,
 )  # fmt: skip
+from cpd.cli.work import report_output
 from cpd.config import PruneConfig
 from cpd.deploy.runtimes.catalogue import DEFAULT
 from cpd.errors import InputError

@@ -167,7 +167,7 @@ def quantize_onnx(
     kind = "int8 dynamic" if dynamic else "int8"
 
     def quantized(source: bytes, fed: Sequence[Arrays]) -> bytes:
-        left = noisy_nodes(source, fed) if exclude == _AUTO else exclude
+        left = noisy_nodes(source, fed) if isinstance(exclude, str) else exclude
         if dynamic:
             return dynamic_onnx(source, per_channel, left)
         return quantized_onnx(source, fed, calibration, per_channel, left)

@@ -98,14 +98,14 @@ class MaskedForward(Interpreter):
         """The kept positions of what a node gave."""
         value = self.env[source]
         for index, dim in enumerate(self.context.shape(source)) if isinstance(value, Tensor) else ():
-            kept = self._kept(dim)
+            kept = self._kept(dim, value)
             value = value.index_select(index, kept) if len(kept) < dim.size else value
         return value
 
     def _widen(self, value: Tensor, dims: Shape) -> Tensor:
         """A tensor of kept positions, with zeros at the others."""
         for index, dim in enumerate(dims):
-            kept = self._kept(dim)
+            kept = self._kept(dim, value)
             value = _scatter(value, index, kept, dim.size) if len(kept) < dim.size else value
         return value
 
@@ -114,19 +114,20 @@ class MaskedForward(Interpreter):
         for source in tensor_inputs(n):
             value = self.env[source]
             for index, dim in enumerate(self.context.shape(source)):
-                gone = torch.from_numpy(~axes.mask(dim, self.masks)).nonzero().squeeze(1)
+                gone = _positions(~axes.mask(dim, self.masks), value)
                 value = value.index_fill(index, gone, 0) if len(gone) else value
             self.env[source] = value
 
-    def _kept(self, dim: Dim) -> Tensor:
-        return torch.from_numpy(axes.mask(dim, self.masks)).nonzero().squeeze(1)
+    def _kept(self, dim: Dim, like: Tensor) -> Tensor:
+        return _positions(axes.mask(dim, self.masks), like)
 
     def _bound(self, n: Node) -> dict[str, Any]:
         return {key: self.env[v] if isinstance(v, Node) else v for key, v in arguments(n).items()}
 
     def _attention(self, n: Node) -> Tensor:
         """Attention to the kept keys, by the scale that the narrower forward has."""
-        bound, kept = self._bound(n), self._kept(self.context.shape(arguments(n)["key"])[-2])
+        bound = self._bound(n)
+        kept = self._kept(self.context.shape(arguments(n)["key"])[-2], bound["key"])
         bound["key"], bound["value"] = (bound[name].index_select(-2, kept) for name in ("key", "value"))
         if bound["attn_mask"] is not None and bound["attn_mask"].shape[-1] > 1:
             bound["attn_mask"] = bound["attn_mask"].index_select(-1, kept)
@@ -154,6 +155,11 @@ def _call(n: Node, bound: Mapping[str, Any]) -> Any:
 def _replaced(values: list[int], index: int, value: int) -> list[int]:
     """A list with another value in one place."""
     return [value if position == index else other for position, other in enumerate(values)]
+
+
+def _positions(mask: Mask, like: Tensor) -> Tensor:
+    """Where a mask is true, on the device of a tensor."""
+    return torch.from_numpy(mask).nonzero().squeeze(1).to(like.device)
 
 
 def _scatter(value: Tensor, dim: int, kept: Tensor, size: int) -> Tensor:

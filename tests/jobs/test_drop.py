@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import cpd
-from cpd.cli.compressing import report_output
+from cpd.cli.work import report_output
 from cpd.errors import TargetError
 from cpd.jobs.drop import MOST_TRAINED, Fastest, Within
 from cpd.tasks.metric import each_of, named
