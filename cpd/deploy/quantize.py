@@ -92,7 +92,7 @@ _AUTO = "auto"
 _NODES = Check(
     "names of ONNX nodes in a list, or 'auto'",
     lambda value: (
-        value == _AUTO
+        (isinstance(value, str) and value == _AUTO)
         or (
             isinstance(value, Collection)
             and not isinstance(value, (str, bytes, Mapping))
