@@ -62,6 +62,8 @@ LITE0: dict[str, tuple[dict[str, Any], float | None]] = {
     "2:4": ({"pattern": "2:4"}, 76.0),
     "70 %": ({"sparsity": 0.7}, None),
     "80 %": ({"sparsity": 0.8}, None),
+    "50 % ERK": ({"sparsity": 0.5, "ratios": "erk"}, None),
+    "50 % LAMP": ({"sparsity": 0.5, "ratios": "lamp"}, None),
 }
 
 
