@@ -1,8 +1,8 @@
 """Kill runs again and again, in each of their stages, and see that they end as one that nobody disturbed.
 
-A small convnet on scikit-learn's digits is pruned in eight steps, or made sparse in a few, while it is distilled, with a
-checkpoint at every step of the optimizer, into a folder that holds an older result. A run is killed once in each of its
-stages, at a random moment of it, and taken up again each time; then it runs to its end, and another run begins, until
+A small convnet on scikit-learn's digits is pruned in eight steps, or made sparse in a few, while it is distilled, with
+a checkpoint at every step of the optimizer, into a folder that holds an older result. A run is killed once in each of
+its stages, at a random moment of it, and taken up again each time; then it runs to its end, and another begins, until
 there were enough kills. After every kill the folder is read: the checkpoint must be whole, and the older result load,
 or the newer.
 

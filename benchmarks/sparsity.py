@@ -4,10 +4,12 @@ The pretrained CIFAR-10 ResNet-56 (1,024 training images to refit on, 1,017 test
 (`tf_efficientnet_lite0`, 400 images to refit on, 300 others). For each pattern the accuracy of the masks alone
 (magnitude), with BatchNorm recalibrated, and refitted in closed form; seconds on one core; and the bytes of the
 weights. `--epochs` also trains ResNet-56 at 80 and 95 %. `--runtimes` times dense and sparse models in every runtime
-that is installed. A table is printed; `--json` keeps all rows.
+that is installed, 2:4 by `torch.sparse` where there is a GPU, and tells the bytes of their files. A table is printed;
+`--json` keeps all rows.
 
     python benchmarks/sparsity.py DATA_DIR --json runs/sparsity.json
     python benchmarks/sparsity.py DATA_DIR --models resnet56 --only 80 --epochs 3
+    python benchmarks/sparsity.py DATA_DIR --models resnet56 --only none --runtimes
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import lzma
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -27,10 +30,13 @@ from imagenet import sample
 from resnet56_cifar10 import BORDER, load_data, load_model
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save
 from torch import Tensor, nn
 
 import cpd
 from cpd.demo import accuracy
+from cpd.deploy.runtimes.catalogue import installed
+from cpd.errors import first_line
 from cpd.model.inputs import evaluating
 from cpd.report.artifacts import unique_tensors
 from cpd.report.packed import pack
@@ -56,6 +62,8 @@ LITE0: dict[str, tuple[dict[str, Any], float | None]] = {
     "2:4": ({"pattern": "2:4"}, 76.0),
     "70 %": ({"sparsity": 0.7}, None),
     "80 %": ({"sparsity": 0.8}, None),
+    "50 % ERK": ({"sparsity": 0.5, "ratios": "erk"}, None),
+    "50 % LAMP": ({"sparsity": 0.5, "ratios": "lamp"}, None),
 }
 
 
@@ -126,19 +134,83 @@ class Bench:
 TRAINING = cpd.DistillConfig(kd="mse", features=("layer3",), kd_weight=10.0, task_weight=0.0)
 
 
-def runtimes(bench: Bench, shares: Sequence[float]) -> Iterator[dict[str, Any]]:
-    """Dense and sparse models, timed in turn in each runtime that is installed."""
+def runtimes(bench: Bench, shares: Sequence[float], seconds: float) -> Iterator[dict[str, Any]]:
+    """What zeros do: dense and sparse models, timed in turn in each runtime that is installed, and their bytes."""
     models = {"dense": bench.model}
     for share in shares:
         models[f"{share:.0%}"] = cpd.mask(bench.model, share).apply(copy.deepcopy(bench.model))
+    models["2:4"] = cpd.mask(bench.model, pattern="2:4").apply(copy.deepcopy(bench.model))
     inputs = bench.test[0][:1]
-    for backend in ("onnxruntime", "torch", "openvino"):
+    for runtime in installed():
         try:
-            table = cpd.measure_latency(models, inputs, backends=[backend], seconds=15)
+            table = cpd.measure_latency(models, inputs, runtime=runtime, seconds=seconds, calibration=bench.batches)
         except cpd.CPDError as error:
-            yield {"model": bench.name, "backend": backend, "error": str(error).splitlines()[0][:120]}
+            yield {"model": bench.name, "runtime": runtime, "error": first_line(error)}
             continue
-        yield {"model": bench.name, "backend": backend, "table": table.to_dict()}
+        for row in table.rows:
+            yield {"model": bench.name, "runtime": runtime, "zeros_of": row.name, "ms": row.median_ms,
+                   "speedup": row.speedup}  # fmt: skip
+    if torch.cuda.is_available():
+        yield from on_tensor_cores()
+    for name, model in models.items():
+        yield {"model": bench.name, "stored": name, **stored(model, inputs)}
+
+
+def on_tensor_cores(size: int = 4096, rounds: int = 50) -> Iterator[dict[str, Any]]:
+    """A linear layer in fp16 on a GPU, dense and as `torch.sparse` runs it where 2 of 4 of its weights stay."""
+    layer = nn.Linear(size, size)
+    layer = cpd.mask(layer, pattern="2:4").apply(layer).half().cuda()
+    x = torch.randn(size, size, device="cuda", dtype=torch.half)
+    sparse = copy.deepcopy(layer)
+    sparse.weight = nn.Parameter(torch.sparse.to_sparse_semi_structured(layer.weight))
+    times = {}
+    with torch.inference_mode():
+        difference = float((sparse(x) - layer(x)).abs().max())
+        for name, module in {"dense": layer, "2:4": sparse}.items():
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            for step in range(2 * rounds):
+                if step == rounds:  # those before have warmed it up
+                    events[0].record()
+                module(x)
+            events[1].record()
+            torch.cuda.synchronize()
+            times[name] = events[0].elapsed_time(events[1]) / rounds
+    for name, found in times.items():
+        yield {"model": f"Linear {size}", "runtime": "torch.sparse, fp16, CUDA", "zeros_of": name, "ms": found,
+               "speedup": times["dense"] / found, "difference": difference}  # fmt: skip
+
+
+def stored(model: nn.Module, inputs: Tensor) -> dict[str, float]:
+    """The bytes of a model in files of several kinds."""
+    tensors = unique_tensors(model)
+    onnx = cpd.export_onnx(model, inputs)
+    return {
+        "safetensors": len(save(tensors)), "onnx": len(onnx), "onnx.xz": len(lzma.compress(onnx)),
+        "packed": len(pack(tensors)), "packed-int8": len(pack(tensors, int8=True)),
+    }  # fmt: skip
+
+
+def truth(rows: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """What zeros do to time and to bytes."""
+    timed = [row for row in rows if "runtime" in row]
+    if timed:
+        table = Table("model", "runtime", "zeros", "ms", "times as fast", title="Latency, one sample, one thread")
+        for row in timed:
+            told = (
+                (row["zeros_of"], f"{row['ms']:.3f}", f"{row['speedup']:.2f}")
+                if "ms" in row
+                else ("", "", row["error"][:90])
+            )
+            table.add_row(row["model"], row["runtime"], *told)
+        yield table
+    kinds = ("safetensors", "onnx", "onnx.xz", "packed", "packed-int8")
+    files = [row for row in rows if "stored" in row]
+    if files:
+        table = Table("model", "zeros", *kinds, title="Bytes, relative to dense fp32")
+        for row in files:
+            dense = next(item for item in files if item["model"] == row["model"] and item["stored"] == "dense")
+            table.add_row(row["model"], row["stored"], *(f"{row[kind] / dense['safetensors']:.3f}" for kind in kinds))
+        yield table
 
 
 def shown(rows: Sequence[dict[str, Any]]) -> Table:
@@ -182,7 +254,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="rows whose name begins with this, as 2:4; none: no such row")
     parser.add_argument("--epochs", type=float, default=0, help="also train ResNet-56 at --trained for so long")
     parser.add_argument("--trained", type=float, nargs="*", default=[0.8])
-    parser.add_argument("--runtimes", action="store_true")
+    parser.add_argument("--runtimes", action="store_true", help="also what zeros do to time and bytes, everywhere")
+    parser.add_argument("--seconds", type=float, default=15, help="that a runtime is timed")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "cpd-benchmarks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
@@ -192,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
-        print({name: value for name, value in row.items() if name != "table"}, file=sys.stderr, flush=True)
+        print(row, file=sys.stderr, flush=True)
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(rows, indent=1))
@@ -207,9 +280,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 add(bench.row(label, wanted_options, wanted))
         for share in options.trained if options.epochs and name == "resnet56" else []:
             add(bench.trained(share, options.epochs, options.seed))
-        for row in runtimes(bench, (0.8, 0.95)) if options.runtimes else ():
+        for row in runtimes(bench, (0.8, 0.95), options.seconds) if options.runtimes else ():
             add(row)
-    Console(width=170).print(shown([row for row in rows if "masks" in row]))
+    console = Console(width=170)
+    console.print(shown([row for row in rows if "masks" in row]))
+    for table in truth(rows):
+        console.print(table)
     return 0
 
 

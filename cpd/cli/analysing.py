@@ -219,3 +219,11 @@ def report(
     found = read_report(folder)
     add_files(folder, {PAGE: found.to_html().encode()})
     return report_output(found, folder)
+
+
+def env() -> Output:
+    """Print what a report of a fault should say: versions of Python and of packages, the processor, GPUs."""
+    from cpd.deploy.machine import installation
+
+    found = installation()
+    return Output(found, tuple(f"{name}: {value}" for name, value in found.items()))
