@@ -52,6 +52,7 @@ from cpd.model.tensors import copy_of, named_tensors
 from cpd.options import LOSS, Check, checked, function, integer, takes_options, text
 from cpd.plan import Plan
 from cpd.selection.branching import check_branches
+from cpd.selection.common import COMMON, Common
 from cpd.selection.decision import Decider
 from cpd.selection.limits import check_ratios
 from cpd.selection.state import Shrink, state_of
@@ -98,6 +99,7 @@ class Pruner:
         config: options; those that are given by name replace its own.
         comb: the comb of `model`, if there is one already; what it takes for outputs holds.
         stage: a context manager for each stage by name, to time or show it.
+        common: what pruners of this model to other targets have found, with the same data and options, and will find.
         options: those of `cpd.PruneConfig`, by name; exactly one target is needed.
 
     Attributes:
@@ -139,6 +141,7 @@ class Pruner:
     @checked(
         model=MODEL, example_inputs=INPUTS, steps=integer(0), optimizer=OPTIMIZER, data=REPEATED_DATA, loss=LOSS,
         config=PRUNING, comb=COMB, stage=function("stage(name)"),
+        common=COMMON,
     )  # fmt: skip
     def __init__(
         self,
@@ -152,6 +155,7 @@ class Pruner:
         config: PruneConfig | None = None,
         comb: Comb | None = None,
         stage: Stage | None = None,
+        common: Common | None = None,
         **options: Any,
     ) -> None:
         self.model, self.optimizer, self.loss = check_model(model), optimizer, loss
@@ -165,10 +169,13 @@ class Pruner:
         check_branches(self.config.branches, data)
         self.comb = comb = _comb_of(self.model, comb, example_inputs, self.config, self._stage)
         check_ratios(self.comb, limits)
-        self._trials = None if self.data is None else Trials(
+        self._common = common or Common()
+        self._shares = common is not None
+        self._trials = None if self.data is None else self._common.trials or Trials(
             self.data, seed=self.config.seed, memory_gb=self.config.memory_gb, layers=self.config.compensation,
             read=comb.read,
         )  # fmt: skip
+        self._common.trials = self._trials
         self.criterion, self.why = choose_criterion(self.config.criterion, self.data, loss)
         self._decider = Decider(
             comb, self.target, limits, normalization=self.config.normalization, exponent=self.config.exponent,
@@ -179,7 +186,7 @@ class Pruner:
             error_without=(
                 partial(_errors_without, self) if self._trials and self.config.branches is not False else None
             ),
-            stage=self._stage,
+            stage=self._stage, found=self._common.found,
         )  # fmt: skip
         self.plan = self.comb.plan({})
         self.steps_taken = 0
@@ -257,14 +264,14 @@ class Pruner:
             between: called between the shrink and what makes up for it.
         """
         share = self._events[len(self.shrinks)][1]
-        if self._trials is not None:
+        if self._trials is not None and not self._is_shared:
             self._trials.forget()
         seed = self.config.seed + SCORING + len(self.shrinks)
         with random_states_kept(), seeded(self.data, seed):
             self._asked, self._limit = processes.from_first(self._wanted)
         with random_states_kept(), seeded(self.data, seed):
             with self._stage("score"):
-                scores = self._known_scores or self._scores()
+                scores = self._known_scores or self._shared_scores()
             with self._stage("select"):
                 plan = self._select(scores, share)
             processes.check_same(plan.digest, "plan")
@@ -298,6 +305,19 @@ class Pruner:
         asked = samples_asked(self.model, self._narrowed(), first)
         return asked, self.config.score_batches or asked.batches(first.call.samples * processes.count())
 
+    @property
+    def _is_shared(self) -> bool:
+        """Whether the model is still the one that the pruners of other targets begin with."""
+        return self._shares and not self.shrinks and not self.steps_taken
+
+    def _shared_scores(self) -> Scores:
+        """The scores of the model as it is; of the unpruned one those that another pruner has taken, where it has."""
+        if not self._is_shared:
+            return self._scores()
+        if self._common.scores is None:
+            self._common.scores = self._scores()
+        return self._common.scores
+
     @memory_reused()
     def _scores(self) -> Scores:
         """{group: Tensor[size in the unpruned model]}; -inf where a channel has gone."""
@@ -318,13 +338,17 @@ class Pruner:
 
     def _select(self, scores: Scores, share: float) -> Plan:
         """What stays after this shrink; where something is measured for it, as the first process has measured it."""
-        decider, kept = self._decider, self.plan.groups
+        decider, kept, gone = self._decider, self.plan.groups, self.plan.removed
+        if (within := self._common.within) is not None and not self.shrinks:
+            left = {name: scores[name][list(channels)] for name, channels in within.groups.items() if name in scores}
+            scores = Scores(whole_scores(self.comb, within, left), scores.untrusted, {})
+            kept, gone = within.groups, within.removed
         if self.target.is_measured or self.normalization == "latency" or decider.removes_branches:
             ranks = repr([torch.argsort(scores[group.name], stable=True).tolist() for group in self.comb.open])
             processes.check_same(hashlib.sha256(ranks.encode()).hexdigest(), "ranking of the channels")
-            found = processes.from_first(lambda: decider.decide(scores, kept, share, scores.untrusted))
+            found = processes.from_first(lambda: decider.decide(scores, kept, share, scores.untrusted, gone))
         else:
-            found = decider.decide(scores, kept, share, scores.untrusted)
+            found = decider.decide(scores, kept, share, scores.untrusted, gone)
         self._decided_on, self._noted = (scores, kept), list(self.notes)
         decider.scopes, decider.goal, decider.leaving = found.scopes, found.goal, found.leaving
         for note in found.notes:
@@ -399,7 +423,7 @@ class Pruner:
         with self._stage("recover"):
             found = processes.from_first(recovered)
             processes.copy_from_first(named_tensors(self.model).values())
-        if self._trials is not None:
+        if self._trials is not None and not self._is_shared:
             self._trials.forget()
         if found.samples < self._asked.samples:
             self.note(self._asked.told(found.samples))

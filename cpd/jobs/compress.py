@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
@@ -59,6 +59,7 @@ from cpd.model.tensors import copy_of
 from cpd.options import EVALUATE, FLAG, LOSS, PATH, checked, checks_of, number, takes_options, text
 from cpd.pruner import Pruner
 from cpd.report.artifacts import check_output_dir
+from cpd.selection.common import Common
 from cpd.tasks.loss import LossFunction
 from cpd.tasks.metric import metric_name, told, written
 from cpd.tasks.task import TASK, DataName, Task, itself, on_itself
@@ -80,12 +81,16 @@ _MINUTES = number("above 0 and at most 1440 (a day)", lambda value: 0 < value <=
 _SOURCE = text("a name, as 'timm:resnet18'")
 
 
+_ARGUMENTS = {
+    "model": NAMED_MODEL, "task": TASK, "data": NAMED_DATA, "calibration": NAMED_DATA, "example_inputs": INPUTS,
+    "loss": LOSS, "evaluate": EVALUATE, **_LEARNING, "training": TRAINING, "teacher": MODEL, "output_dir": PATH,
+    "overwrite": FLAG, "resume": FLAG, "checkpoint_minutes": _MINUTES, "source": _SOURCE, "progress": FLAG,
+    "config": PRUNING,
+}  # fmt: skip
+
+
 @takes_options(PruneConfig)
-@checked(
-    model=NAMED_MODEL, task=TASK, data=NAMED_DATA, calibration=NAMED_DATA, example_inputs=INPUTS, loss=LOSS,
-    evaluate=EVALUATE, **_LEARNING, training=TRAINING, teacher=MODEL, output_dir=PATH, overwrite=FLAG, resume=FLAG,
-    checkpoint_minutes=_MINUTES, source=_SOURCE, progress=FLAG, config=PRUNING,
-)  # fmt: skip
+@checked(**_ARGUMENTS)
 def compress(
     model: nn.Module | str,
     target_speedup: float | None = None,
@@ -171,9 +176,47 @@ def compress(
         >>> sorted(file.name for file in result.save("out").iterdir())
         ['README.md', 'model.onnx', 'model.safetensors', 'plan.json', 'report.html', 'report.json']
     """
+    return compressed(
+        model, options if target_speedup is None else {"target_speedup": target_speedup, **options}, task=task,
+        data=data, calibration=calibration, example_inputs=example_inputs, loss=loss, evaluate=evaluate, epochs=epochs,
+        lr=lr, training=training, teacher=teacher, output_dir=output_dir, overwrite=overwrite, resume=resume,
+        checkpoint_minutes=checkpoint_minutes, source=source, progress=progress, config=config,
+    )  # fmt: skip
+
+
+@checked(**_ARGUMENTS)
+def compressed(  # noqa: D417  # the other arguments are those of `compress`
+    model: nn.Module | str,
+    options: Mapping[str, Any],
+    *,
+    common: Common | None = None,
+    task: Task | None = None,
+    data: Iterable[Any] | DataName | None = None,
+    calibration: Iterable[Any] | DataName | None = None,
+    example_inputs: Any = None,
+    loss: LossFunction | None = None,
+    evaluate: Evaluate | None = None,
+    epochs: float | None = None,
+    lr: float | None = None,
+    training: DistillConfig | None = None,
+    teacher: nn.Module | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    checkpoint_minutes: float = 10.0,
+    source: str | None = None,
+    progress: bool | None = None,
+    config: PruneConfig | None = None,
+) -> Result:
+    """`compress`, with what other compressions of the model have found.
+
+    Args:
+        model: as there, and so are all other arguments and errors.
+        options: those of `cpd.PruneConfig`, the target among them.
+        common: what is found here is found once for all that are given it; None: nothing is shared.
+    """
     processes.start()
-    named = options if target_speedup is None else {"target_speedup": target_speedup, **options}
-    settings = PruneConfig.of(config, named, "cpd.compress")
+    settings = PruneConfig.of(config, options, "cpd.compress")
     folder = None if output_dir is None else check_output_dir(output_dir, overwrite=overwrite)
     read = given_of(model, task, data, calibration, evaluate, source)
     model, evaluate = read.model, read.evaluate
@@ -198,7 +241,7 @@ def compress(
         scored_on = data if calibration is None else calibration
         stages = Stages(_planned(settings, scored_on is not None, data is not None and learning.epochs > 0))
         steps = round(per_epoch * learning.epochs)
-        pruner = _pruner(model, student, call, settings, steps, scored_on, loss, stages)
+        pruner = _pruner(model, student, call, settings, steps, scored_on, loss, stages, common)
         run = _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch)
         run.prune_and_train(data, loss, on_itself(evaluate), teacher)
         result = run.finish(call_record(settings, learning, objects, folder), read.source, evaluate)
@@ -219,10 +262,16 @@ def _pruner(
     scored_on: Iterable[Any] | None,
     loss: LossFunction | None,
     stages: Stages,
+    common: Common | None,
 ) -> Pruner:
     """The pruner of a student, by the comb of the model that it is a copy of."""
-    with stages("comb"):
-        combed = comb(model, call, **settings.combing)
+    if common is not None and common.comb is not None:
+        combed = common.comb
+    else:
+        with stages("comb"):
+            combed = comb(model, call, **settings.combing)
+    if common is not None:
+        common.comb = combed
     whole = kept_for_loss(student, None if loss is not None else scored_on, combed)
     if whole:
         settings = replace(settings, ratios={**(settings.ratios or {}), **whole})
@@ -230,6 +279,7 @@ def _pruner(
         settings = replace(settings, criterion="magnitude")
     return Pruner(
         student, call, steps=steps, data=scored_on, loss=loss, comb=combed, config=settings, stage=stages,
+        common=common,
     )  # fmt: skip
 
 

@@ -55,7 +55,9 @@ def removable_branches(comb: Comb, limits: Limits) -> list[str]:
     return [branch.name for branch in comb.branches if branch.frozen is None and limits.ratio_of(branch) != 0]
 
 
-def in_order(comb: Comb, errors: Mapping[str, float], saved: Mapping[str, float], most: float) -> list[str]:
+def in_order(
+    comb: Comb, errors: Mapping[str, float], saved: Mapping[str, float], most: float, gone: Sequence[str] = ()
+) -> list[str]:
     """Branches in the order in which they go; of each sum and concatenation one operand stays.
 
     Args:
@@ -63,16 +65,19 @@ def in_order(comb: Comb, errors: Mapping[str, float], saved: Mapping[str, float]
         errors: what each costs.
         saved: what it saves.
         most: the largest share of them that may go.
+        gone: those that have gone: they come first.
     """
     order = sorted(errors, key=lambda name: errors[name] / max(saved[name], 1e-12))
-    named, found = {branch.name: branch for branch in comb.branches}, list[str]()
+    named, found = {branch.name: branch for branch in comb.branches}, list(gone)
     for name in order:
-        if may_follow(named[name], found):
+        if name not in found and may_follow(named[name], found):
             found.append(name)
-    return found[: math.floor(most * len(found) + 1e-9)]
+    return found[: max(len(gone), math.floor(most * len(found) + 1e-9))]
 
 
-def best_number(errors: Sequence[float], candidate: Callable[[int], Candidate | None]) -> dict[int, float]:
+def best_number(
+    errors: Sequence[float], candidate: Callable[[int], Candidate | None], least: int = 0
+) -> dict[int, float]:
     """How many branches go: the error of each number that was tried.
 
     The error is foretold as that of the widths, told by the scores and by what the model without any branch removed
@@ -82,11 +87,13 @@ def best_number(errors: Sequence[float], candidate: Callable[[int], Candidate | 
     Args:
         errors: what each branch costs, in the order in which they go.
         candidate: number of branches -> what is left at the target; None where it is out of reach.
+        least: so many have gone.
     """
     known, tried = dict[int, Candidate | None](), dict[int, float]()
     alone = [0.0, *accumulate(errors)]
+    alone = [max(value - alone[least], 0.0) for value in alone]
     factors: dict[int, float] = {}  # of the errors of so many branches, over the sum of what each costs alone
-    numbers = sorted({round(len(errors) * step / GUESSES) for step in range(GUESSES + 1)})
+    numbers = sorted({least + round((len(errors) - least) * step / GUESSES) for step in range(GUESSES + 1)})
 
     def at(number: int) -> Candidate | None:
         if number not in known:
@@ -96,7 +103,7 @@ def best_number(errors: Sequence[float], candidate: Callable[[int], Candidate | 
     def attempt(number: int) -> None:
         found = at(number)
         tried[number] = math.inf if found is None else found.error()
-        if number and found is not None:
+        if number > least and found is not None:
             factors[number] = max(tried[number] - worth * found.scores, 0.0) / max(alone[number], 1e-30)
 
     def expected(number: int) -> float:
@@ -105,21 +112,22 @@ def best_number(errors: Sequence[float], candidate: Callable[[int], Candidate | 
         return math.inf if found is None else factor * alone[number] + worth * found.scores
 
     worth = 0.0
-    attempt(0)
-    widths = at(0)
+    attempt(least)
+    widths = at(least)
     if widths is not None and widths.scores > 0:
-        worth = tried[0] / widths.scores
+        worth = tried[least] / widths.scores
     while len(tried) < MOST_TRIALS:
         best = min(tried, key=lambda number: (tried[number], number))
-        near = [number for number in (best - 1, best + 1) if best and 0 < number <= len(errors)]
+        near = [number for number in (best - 1, best + 1) if best > least and least < number <= len(errors)]
         upcoming = min({*numbers, *near, best}, key=lambda number: (tried.get(number, expected(number)), number))
-        if upcoming in tried or (best == 0 and len(tried) > HOPELESS):
+        if upcoming in tried or (best == least and len(tried) > HOPELESS):
             break
         attempt(upcoming)
     return tried
 
 
 def chosen_number(tried: Mapping[int, float]) -> int:
-    """The number of branches whose error is least, if it is clearly less than that of none."""
+    """The number of branches whose error is least, if it is clearly less than that of the fewest that were tried."""
     best = min(tried, key=lambda number: (tried[number], number))
-    return best if tried[best] < (1 - CLEARLY) * tried.get(0, math.inf) else 0
+    few = min(tried)
+    return best if tried[best] < (1 - CLEARLY) * tried[few] else few

@@ -1,0 +1,54 @@
+"""What pruners of one model to several targets have in common: the first finds it, the others take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cpd.coupling.comb import Comb
+from cpd.criteria.score import Scores
+from cpd.deploy.latency import LatencyProbe
+from cpd.deploy.latency_model import LatencyModel
+from cpd.options import instance
+from cpd.plan import Plan
+from cpd.surgery.trials import Trials
+
+
+@dataclass
+class Found:
+    """What is measured of the unpruned model, whatever the target is.
+
+    Attributes:
+        probe: times candidates beside the unpruned model; None until something is timed.
+        latency: predicts the latency of any widths, corrected by all that was timed.
+        original_ms: the latency of the unpruned model.
+        spread: by how much a device disagrees with itself.
+        without: {branch: error of the logits without it}.
+    """
+
+    probe: LatencyProbe | None = None
+    latency: LatencyModel | None = None
+    original_ms: float | None = None
+    spread: float | None = None
+    without: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Common:
+    """What holds for every target of one model, with the same data and options.
+
+    Attributes:
+        comb: of the model.
+        scores: of its channels, before anything has gone.
+        trials: what it makes of the data, and the refits that were tried on it.
+        found: what was measured.
+        within: the next plan keeps nothing that this one has removed; None: it may keep anything.
+    """
+
+    comb: Comb | None = None
+    scores: Scores | None = None
+    trials: Trials | None = None
+    found: Found = field(default_factory=Found)
+    within: Plan | None = None
+
+
+COMMON = instance(Common, "a cpd.selection.common.Common")
