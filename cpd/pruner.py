@@ -182,7 +182,7 @@ class Pruner:
             scope=self.config.scope, data_free=self.criterion in DATA_FREE, tolerance=self.config.tolerance,
             runtime=self.config.runtime, threads=self.config.threads, calibration=self.data,
             others=tuple(of_shape(item, comb.operations.call) for item in self.config.latency_inputs),
-            error_of=self._error_of if self._trials else None,
+            error_of=partial(_error_of, self) if self._trials else None,
             error_without=(
                 partial(_errors_without, self) if self._trials and self.config.branches is not False else None
             ),
@@ -264,14 +264,14 @@ class Pruner:
             between: called between the shrink and what makes up for it.
         """
         share = self._events[len(self.shrinks)][1]
-        if self._trials is not None and not self._is_shared:
+        if self._trials is not None and not _is_shared(self):
             self._trials.forget()
         seed = self.config.seed + SCORING + len(self.shrinks)
         with random_states_kept(), seeded(self.data, seed):
-            self._asked, self._limit = processes.from_first(self._wanted)
+            self._asked, self._limit = processes.from_first(partial(_wanted, self))
         with random_states_kept(), seeded(self.data, seed):
             with self._stage("score"):
-                scores = self._known_scores or self._shared_scores()
+                scores = self._known_scores or _shared_scores(self)
             with self._stage("select"):
                 plan = self._select(scores, share)
             processes.check_same(plan.digest, "plan")
@@ -297,27 +297,6 @@ class Pruner:
         """Scores from the training's gradients, with none seen yet; None where the criterion is another one."""
         return AccumulatedScores(self._narrowed()) if self.criterion == FROM_TRAINING else None
 
-    def _wanted(self) -> tuple[Asked, int]:
-        """How many images the model as it is by now asks for, and how many batches are read."""
-        if self.data is None:
-            return Asked(), BATCHES
-        first = next(batches(self.data, 1))
-        asked = samples_asked(self.model, self._narrowed(), first)
-        return asked, self.config.score_batches or asked.batches(first.call.samples * processes.count())
-
-    @property
-    def _is_shared(self) -> bool:
-        """Whether the model is still the one that the pruners of other targets begin with."""
-        return self._shares and not self.shrinks and not self.steps_taken
-
-    def _shared_scores(self) -> Scores:
-        """The scores of the model as it is; of the unpruned one those that another pruner has taken, where it has."""
-        if not self._is_shared:
-            return self._scores()
-        if self._common.scores is None:
-            self._common.scores = self._scores()
-        return self._common.scores
-
     @memory_reused()
     def _scores(self) -> Scores:
         """{group: Tensor[size in the unpruned model]}; -inf where a channel has gone."""
@@ -338,11 +317,7 @@ class Pruner:
 
     def _select(self, scores: Scores, share: float) -> Plan:
         """What stays after this shrink; where something is measured for it, as the first process has measured it."""
-        decider, kept, gone = self._decider, self.plan.groups, self.plan.removed
-        if (within := self._common.within) is not None and not self.shrinks:
-            left = {name: scores[name][list(channels)] for name, channels in within.groups.items() if name in scores}
-            scores = Scores(whole_scores(self.comb, within, left), scores.untrusted, {})
-            kept, gone = within.groups, within.removed
+        decider, (scores, kept, gone) = self._decider, _allowed(self, scores)
         if self.target.is_measured or self.normalization == "latency" or decider.removes_branches:
             ranks = repr([torch.argsort(scores[group.name], stable=True).tolist() for group in self.comb.open])
             processes.check_same(hashlib.sha256(ranks.encode()).hexdigest(), "ranking of the channels")
@@ -376,11 +351,6 @@ class Pruner:
             return None
         self._decider.saw(self.plan, found)
         return self._decider.would_meet(*self._decided_on, self.plan.removed)
-
-    def _error_of(self, plan: Plan, roughly: bool) -> float:
-        """The error of the logits once a plan has been applied and recovered from, on a copy; or roughly that."""
-        assert self._trials is not None
-        return self._trials.error(self.model, plan.since(self.plan), self._limit, roughly=roughly)
 
     # ------------------------------------------------------------------------------ shrink
 
@@ -423,7 +393,7 @@ class Pruner:
         with self._stage("recover"):
             found = processes.from_first(recovered)
             processes.copy_from_first(named_tensors(self.model).values())
-        if self._trials is not None and not self._is_shared:
+        if self._trials is not None and not _is_shared(self):
             self._trials.forget()
         if found.samples < self._asked.samples:
             self.note(self._asked.told(found.samples))
@@ -477,6 +447,44 @@ class Pruner:
         self._accumulated = self._from_gradients()
         if self._accumulated is not None:
             self._accumulated.load_state_dict(found.seen)
+
+
+def _is_shared(pruner: Pruner) -> bool:
+    """Whether the model is still the one that the pruners of other targets begin with."""
+    return pruner._shares and not pruner.shrinks and not pruner.steps_taken
+
+
+def _wanted(pruner: Pruner) -> tuple[Asked, int]:
+    """How many images the model as it is by now asks for, and how many batches are read."""
+    if pruner.data is None:
+        return Asked(), BATCHES
+    first = next(batches(pruner.data, 1))
+    asked = samples_asked(pruner.model, pruner._narrowed(), first)
+    return asked, pruner.config.score_batches or asked.batches(first.call.samples * processes.count())
+
+
+def _shared_scores(pruner: Pruner) -> Scores:
+    """The scores of the model as it is; of the unpruned one those that another pruner has taken, where it has."""
+    if not _is_shared(pruner):
+        return pruner._scores()
+    if pruner._common.scores is None:
+        pruner._common.scores = pruner._scores()
+    return pruner._common.scores
+
+
+def _allowed(pruner: Pruner, scores: Scores) -> tuple[Scores, Mapping[str, tuple[int, ...]], tuple[str, ...]]:
+    """What may still be kept, by its scores; the channels; and the branches that have gone."""
+    within = pruner._common.within
+    if within is None or pruner.shrinks:
+        return scores, pruner.plan.groups, pruner.plan.removed
+    left = {name: scores[name][list(channels)] for name, channels in within.groups.items() if name in scores}
+    return Scores(whole_scores(pruner.comb, within, left), scores.untrusted, {}), within.groups, within.removed
+
+
+def _error_of(pruner: Pruner, plan: Plan, roughly: bool) -> float:
+    """The error of the logits once a plan has been applied and recovered from, on a copy; or roughly that."""
+    assert pruner._trials is not None
+    return pruner._trials.error(pruner.model, plan.since(pruner.plan), pruner._limit, roughly=roughly)
 
 
 def _errors_without(pruner: Pruner, names: list[str]) -> dict[str, float]:

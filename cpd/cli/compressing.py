@@ -1,4 +1,4 @@
-"""Commands that make a model: compress, sweep, quantize, demo."""
+"""Commands that make a model: compress, sweep, family, quantize, demo."""
 
 from __future__ import annotations
 
@@ -136,12 +136,8 @@ def sweep(
     images = Images(
         data, batch_size, workers, options["seed"], augment, auto_augment, random_erasing, mean, std, model
     )  # fmt: skip
-    asked = parse_numbers(speedups, "--speedups")
     config, training = _configs(options, images)
-    if min(asked) < 1:
-        raise InputError(
-            f"--speedups must each be at least 1 (original over result: for half the latency, 2); got {speedups}."
-        )
+    asked = _speedups(speedups)
     if plot is not None:
         from cpd.jobs.sensitivity import check_plot
 
@@ -159,6 +155,74 @@ def sweep(
     if plot is not None:
         log.info("picture written to %s", found.plot(plot))
     return Output({"model": model, **found.to_dict()}, (sweep_table(found),))
+
+
+@takes(PruneConfig, PRUNE, TARGETS)
+@takes(DistillConfig, TRAIN, SHARED, kd=KD_BY_DATA)
+def family(
+    model: Model,
+    speedups: Annotated[str, typer.Option(help="Latency in the runtime, original over member; commas between.")],
+    together: Annotated[
+        bool,
+        typer.Option(
+            "--together", help="Train all members at once, as slices of one set of weights.", rich_help_panel=TRAIN
+        ),
+    ] = False,
+    data: Data = None,
+    output_dir: OutputDir = None,
+    overwrite: Overwrite = False,
+    plot: Plot = None,
+    batch_size: BatchSize = 64,
+    workers: Workers = WORKERS,
+    pretrained: Pretrained = True,
+    input_size: InputSize = None,
+    teacher: Teacher = None,
+    trust_source: TrustTeacher = False,
+    augment: Augment = "light",
+    auto_augment: AutoAugment = None,
+    random_erasing: RandomErasing = 0.0,
+    mean: Mean = None,
+    std: Std = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Output:
+    """Make a model of each of several speeds in one run, each a slice of the next larger: one file of weights."""
+    images = Images(
+        data, batch_size, workers, options["seed"], augment, auto_augment, random_erasing, mean, std, model
+    )  # fmt: skip
+    config, training = _configs(options, images)
+    asked = _speedups(speedups)
+    if plot is not None:
+        from cpd.jobs.sensitivity import check_plot
+
+        check_plot(plot)
+    source, given = prepared(model, input_size, pretrained, images, teacher, trust_source)
+    if output_dir is None:
+        log.info("No model will be written: without --output-dir a family gives its table alone.")
+
+    import cpd
+
+    found = cpd.family(
+        **given, speedups=asked, together=together, config=config, training=training, source=source,
+        output_dir=output_dir, overwrite=overwrite, progress=progress,
+    )  # fmt: skip
+    if plot is not None:
+        log.info("picture written to %s", found.figures.plot(plot))
+    return Output({"model": model, **found.figures.to_dict()}, (sweep_table(found.figures),))
+
+
+def _speedups(text: str) -> list[float]:
+    """The speed-ups of several models.
+
+    Raises:
+        InputError: if one is below 1, or no number.
+    """
+    asked = parse_numbers(text, "--speedups")
+    if min(asked) < 1:
+        raise InputError(
+            f"--speedups must each be at least 1 (original over result: for half the latency, 2); got {text}."
+        )
+    return asked
 
 
 def _configs(options: dict[str, Any], images: Images) -> tuple[PruneConfig, DistillConfig]:

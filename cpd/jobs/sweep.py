@@ -136,13 +136,13 @@ def parted(options: Mapping[str, Any], job: str) -> tuple[dict[str, Any], dict[s
 
 
 _SPEEDUP = number("", lambda value: value >= 1)
-_SPEEDUPS = several(
+SPEEDUPS = several(
     _SPEEDUP.accepts, "a list of at least one speed-up, each a number of at least 1, as [1.5, 2, 3]"
 )  # fmt: skip
 
 
 @takes_options(PruneConfig, leave_out=TARGETS, others=True)
-@checked(model=NAMED_MODEL, speedups=_SPEEDUPS, output_dir=PATH, overwrite=FLAG)
+@checked(model=NAMED_MODEL, speedups=SPEEDUPS, output_dir=PATH, overwrite=FLAG)
 def sweep(
     model: nn.Module | str,
     speedups: Sequence[float],

@@ -349,8 +349,8 @@ class Decider:
             notes = [f"Ranking scope: {chosen} (what should be on target: {told})."] if told else []
             if self._found.spread is not None:
                 notes.append(
-                    f"The device disagrees with itself by {self._found.spread:.1%} on one and the same model: no target "
-                    "is met more closely than that."
+                    f"The device disagrees with itself by {self._found.spread:.1%} on one and the same model: no "
+                    "target is met more closely than that."
                 )
             return chosen, plan, notes
         finally:
