@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import results
 import timm
 import torch
 import torchvision
@@ -430,7 +430,7 @@ def main() -> int:
     """Run what is asked for, print the table."""
     options = parsed()
     student = STUDENTS[options.student]
-    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    rows = results.read(options.json)
     with ExitStack() as stack:
         folder = stack.enter_context(installed_peer("peer" in options.by))
         sys.path[:0] = [folder] if folder else []
@@ -455,7 +455,7 @@ def main() -> int:
             print({key: value for key, value in rows[-1].items() if key != "history"}, file=sys.stderr, flush=True)
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(rows, indent=1))
+                results.write(options.json, rows)
     rows = [row for row in rows if row["student"] == options.student]
     Console(width=220).print(table(rows))
     if options.plot:
