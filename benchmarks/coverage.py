@@ -39,6 +39,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import results
 from faults import FAULTS
 from oracles import CHECKS, passed, table_of
 from rich.console import Console

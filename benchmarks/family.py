@@ -10,7 +10,7 @@ import argparse
 import copy
 import sys
 import time
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import cpd
+from cpd.demo import accuracy
 
 
 def main() -> int:
@@ -34,11 +35,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     model, rows = load_model(options.data_dir), list[dict[str, Any]]()
-    training = cpd.DistillConfig(task_weight=0.0) if options.together else replace(FEW_IMAGES, kd_weight=10.0)
+    training = cpd.DistillConfig(task_weight=0.0) if options.together else FEW_IMAGES
     for seed in options.seeds:
         data = load_data(options.data_dir, seed)
         given = {
-            "data": data.train, "evaluate": data.evaluate, "epochs": options.epochs, "training": training,
+            "data": data.loader, "example_inputs": data.test_images[:1],
+            "evaluate": partial(accuracy, images=data.test_images, labels=data.test_labels), "epochs": options.epochs, "training": training,
             "score_batches": 32, "seed": seed,
         }  # fmt: skip
         start = time.perf_counter()
