@@ -40,7 +40,8 @@ def main() -> int:
         data = load_data(options.data_dir, seed)
         given = {
             "data": data.loader, "example_inputs": data.test_images[:1],
-            "evaluate": partial(accuracy, images=data.test_images, labels=data.test_labels), "epochs": options.epochs, "training": training,
+            "evaluate": partial(accuracy, images=data.test_images, labels=data.test_labels),
+            "epochs": options.epochs, "training": training,
             "score_batches": 32, "seed": seed,
         }  # fmt: skip
         start = time.perf_counter()
