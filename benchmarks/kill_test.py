@@ -1,11 +1,13 @@
 """Kill runs again and again, in each of their stages, and see that they end as one that nobody disturbed.
 
-A small convnet on scikit-learn's digits is pruned in eight steps while it is distilled, with a checkpoint at every step
-of the optimizer, into a folder that holds an older result. A run is killed once in each of `STAGES`, at a random moment
-of it, and taken up again each time; then it runs to its end, and another run begins, until there were enough kills.
-After every kill the folder is read: the checkpoint must be whole, and the older result load, or the newer.
+A small convnet on scikit-learn's digits is pruned in eight steps, or made sparse in a few, while it is distilled, with a
+checkpoint at every step of the optimizer, into a folder that holds an older result. A run is killed once in each of its
+stages, at a random moment of it, and taken up again each time; then it runs to its end, and another run begins, until
+there were enough kills. After every kill the folder is read: the checkpoint must be whole, and the older result load,
+or the newer.
 
     python benchmarks/kill_test.py --kills 20 --json runs/kill_test.json
+    python benchmarks/kill_test.py --job sparsify --kills 10
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -36,35 +39,75 @@ import cpd
 from cpd.demo import DigitsNet, digits
 from cpd.files.checkpoint import NAME
 from cpd.jobs import compress as compressing
+from cpd.jobs import sparsify as sparsifying
+from cpd.jobs import stages
 from cpd.report.artifacts import read_document
 
-#: The stages of a run, in their order, each by the function that does its work. Shrinks fall into the training.
-STAGES = {
-    "training": (compressing, "distill"),
-    "shrink": (cpd.Pruner, "prune"),
-    "export": (compressing, "export_onnx"),
-    "save": (cpd.Result, "save"),
+
+@dataclass(frozen=True)
+class Job:
+    """What is killed.
+
+    Attributes:
+        stages: those of a run, in their order, each by the function that does its work. Changes of the model, which are
+            called "shrink", fall into the training.
+        run: does it: (model, loader, images, options) -> the result.
+        options: those of the run that is killed.
+        older: those of the older result.
+        changes: what the state of its pruner calls the changes.
+    """
+
+    stages: dict[str, tuple[Any, str]]
+    run: Callable[..., Any]
+    options: dict[str, Any]
+    older: dict[str, Any]
+    changes: str
+
+
+JOBS = {
+    "compress": Job(
+        {
+            "training": (stages, "distill"),
+            "shrink": (cpd.Pruner, "prune"),
+            "export": (compressing, "export_onnx"),
+            "save": (cpd.Result, "save"),
+        },
+        cpd.compress,
+        {"target_macs": 0.4, "criterion": "taylor", "schedule": cpd.Schedule("cubic", end=0.9, interval=8)},
+        {"target_macs": 0.2},
+        "shrinks",
+    ),
+    "sparsify": Job(
+        {
+            "training": (stages, "distill"),
+            "shrink": (cpd.Sparsifier, "prune"),
+            "export": (sparsifying, "export_onnx"),
+            "save": (cpd.SparseResult, "save"),
+        },
+        cpd.sparsify,
+        {"sparsity": 0.8, "schedule": cpd.Schedule("cubic", end=0.9, interval=12), "regrow": "rigl"},
+        {"sparsity": 0.3},
+        "changes",
+    ),
 }
 
 
 # ---------------------------------------------------------------------------------- the process that is killed
 
 
-def run(folder: Path, resume: bool) -> dict[str, Any]:
+def run(job: Job, folder: Path, resume: bool) -> dict[str, Any]:
     """One run to its end, told stage by stage; what came of it."""
     torch.manual_seed(0)
     model = DigitsNet().eval()
     loader, images, _ = digits()
     with contextlib.ExitStack() as stack:
-        for stage, (owner, name) in STAGES.items():
+        for stage, (owner, name) in job.stages.items():
             stack.enter_context(mock.patch.object(owner, name, told(stage, getattr(owner, name))))
-        result = cpd.compress(
-            model, target_macs=0.4, data=loader, example_inputs=images[:1], epochs=4, lr=0.02, criterion="taylor",
-            schedule=cpd.Schedule("cubic", end=0.9, interval=8), score_batches=2, checkpoint_minutes=1e-6,
-            output_dir=folder, resume=resume, progress=False,
+        result = job.run(
+            model, data=loader, example_inputs=images[:1], epochs=4, lr=0.02, score_batches=2, checkpoint_minutes=1e-6,
+            output_dir=folder, resume=resume, progress=False, **job.options,
         )  # fmt: skip
-    digest, weights = of(result.plan, result.model)
-    return {"digest": digest, "weights": weights, "macs": result.report.result.macs}
+    return {**of(result.plan, result.model, getattr(result, "masks", None)), "macs": result.report.result.macs}
 
 
 def told(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -90,11 +133,13 @@ def tell(what: str, of: Any) -> None:
 class Child:
     """The run in a process of its own, and what it has told."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.told = folder, list[list[Any]]()
+    def __init__(self, job: str, folder: Path) -> None:
+        self.stages, self.told = JOBS[job].stages, list[list[Any]]()
         command = [
             sys.executable,
             __file__,
+            "--job",
+            job,
             "--child",
             str(folder),
             *(["--resume"] if (folder / NAME).exists() else []),
@@ -117,7 +162,7 @@ class Child:
         self.process.kill()  # SIGKILL
         list(self)
         self.process.wait()
-        within = [stage for stage in STAGES if self._of(stage, "begin") > self._of(stage, "end")]
+        within = [stage for stage in self.stages if self._of(stage, "begin") > self._of(stage, "end")]
         return None if self.told[-1][0] == "result" else within[-1] if within else "between"
 
     def _of(self, stage: str, what: str) -> int:
@@ -137,60 +182,64 @@ class Child:
         return mean(end - begin for begin, end in zip(times["begin"], times["end"], strict=True))
 
 
-def found_in(folder: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def found_in(job: Job, folder: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a kill has left, read in a copy of the folder: which result loads, and what the checkpoint holds."""
     with tempfile.TemporaryDirectory() as place:
         copy = Path(shutil.copytree(folder, Path(place) / "copy"))
         left = sum(path.name.startswith(".") for path in copy.iterdir())
         model = cpd.load(copy, DigitsNet())  # every file is compared with its checksum
         plan = cpd.Plan.from_dict(read_document(copy)["plan"])
-        which = [name for name, found in results.items() if (found["digest"], found["weights"]) == of(plan, model)]
+        masks = cpd.Masks.load(copy) if job.run is cpd.sparsify else None
+        found = of(plan, model, masks).items()
+        which = [name for name, result in results.items() if found <= result.items()]
         if len(which) != 1:
             raise SystemExit("After a kill the folder holds neither the older result nor the newer.")
-        return {"result": which[0], "checkpoint": state_of(copy / NAME), "half_written": left}
+        return {"result": which[0], "checkpoint": state_of(copy / NAME, job.changes), "half_written": left}
 
 
-def of(plan: cpd.Plan, model: nn.Module) -> tuple[str, float]:
+def of(plan: cpd.Plan, model: nn.Module, masks: cpd.Masks | None) -> dict[str, Any]:
     """What two results are told apart by."""
-    return plan.digest, sum(float(value.double().abs().sum()) for value in model.state_dict().values())
+    weights = sum(float(value.double().abs().sum()) for value in model.state_dict().values())
+    return {"digest": plan.digest, "masks": masks and masks.digest, "weights": weights}
 
 
-def state_of(checkpoint: Path) -> dict[str, Any] | None:
+def state_of(checkpoint: Path, changes: str) -> dict[str, Any] | None:
     """How far a checkpoint has come, if there is one; raises unless it is whole."""
     if not checkpoint.exists():
         return None
     with safetensors.safe_open(checkpoint, "pt") as file:
         state = json.loads(file.metadata()["cpd"])["state"]
         size = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
-    shrinks = len(state["pruner"]["shrinks"])
+    shrinks = len(state["pruner"][changes])
     return {"epoch": state["epoch"], "step": state["done"], "shrinks": shrinks, "numbers": size}
 
 
-def killed(place: Path, kills: int, longest: float, seed: int) -> dict[str, Any]:
+def killed(name: str, place: Path, kills: int, longest: float, seed: int) -> dict[str, Any]:
     """Runs that are killed so many times: each kill, and whether every run ended as one that nobody disturbed."""
+    job = JOBS[name]
     moments, rows, ends = random.Random(seed), list[dict[str, Any]](), list[dict[str, Any]]()
     _, images, _ = digits()
-    older = cpd.compress(DigitsNet().eval(), target_macs=0.2, example_inputs=images[:1])
-    undisturbed = Child(older.save(place / "undisturbed"))
-    digest, weights = of(older.plan, older.model)
-    results = {"older": {"digest": digest, "weights": weights}, "newer": undisturbed.result()}
-    lasts = {stage: min(undisturbed.seconds(stage), longest) for stage in STAGES}
+    older = job.run(DigitsNet().eval(), example_inputs=images[:1], **job.older)
+    undisturbed = Child(name, older.save(place / "undisturbed"))
+    results = {"older": of(older.plan, older.model, getattr(older, "masks", None)), "newer": undisturbed.result()}
+    lasts = {stage: min(undisturbed.seconds(stage), longest) for stage in job.stages}
     while len(rows) < kills:
         folder = older.save(place / str(len(ends)))
-        for stage in list(STAGES)[: kills - len(rows)]:
-            child, after = Child(folder), moments.uniform(0, lasts[stage])
+        for stage in list(job.stages)[: kills - len(rows)]:
+            child, after = Child(name, folder), moments.uniform(0, lasts[stage])
             hit = child.kill(stage, moments.randint(1, 2) if stage == "shrink" else 1, after)
             if hit is None:
                 break
             rows.append({"run": len(ends) + 1, "stage": hit, "aimed": stage, "after_s": after})
-            rows[-1] |= found_in(folder, results)
-        ends.append(Child(folder).result())
+            rows[-1] |= found_in(job, folder, results)
+        ends.append(Child(name, folder).result())
     return {"kills": rows, "same": [end == results["newer"] for end in ends], "seconds": lasts}
 
 
 def main() -> int:
     """Run undisturbed, run killed, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--job", choices=list(JOBS), default="compress")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--longest", type=float, default=4, help="seconds after a stage began that a kill may come")
     parser.add_argument("--seed", type=int, default=0)
@@ -199,24 +248,24 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    compressing.FINAL_SECONDS = 1.0  # of timing, while nothing is written
+    compressing.FINAL_SECONDS = sparsifying.FINAL_SECONDS = 1.0  # of timing, while nothing is written
     if options.child:
-        tell("result", run(options.child, options.resume))
+        tell("result", run(JOBS[options.job], options.child, options.resume))
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        found = killed(Path(folder), options.kills, options.longest, options.seed)
+        found = killed(options.job, Path(folder), options.kills, options.longest, options.seed)
     console, rows = Console(), found["kills"]
     console.print(table_of(rows))
     spread = Counter(row["stage"] for row in rows)
     told = ", ".join(f"{count} in {stage}" for stage, count in spread.items())
     console.print(
         f"{len(rows)} kills ({told}) of {len(found['same'])} runs; after each the checkpoint was whole and a whole "
-        f"result loaded; runs that ended with the plan and the weights of an undisturbed one: {sum(found['same'])}."
+        f"result loaded; runs that ended with plan, masks and weights of an undisturbed one: {sum(found['same'])}."
     )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({**found, "spread": spread}, indent=1))
-    return 0 if all(found["same"]) and spread.keys() >= STAGES.keys() else 1
+    return 0 if all(found["same"]) and spread.keys() >= JOBS[options.job].stages.keys() else 1
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:

@@ -11,6 +11,8 @@ cross-entropy for as many epochs. Rows that the JSON file holds are not run agai
     python benchmarks/train_and_prune.py DATA_DIR lraspp --speedups 1.9 --kd none kl cwd cirkd --seeds 0 1 2
     python benchmarks/train_and_prune.py DATA_DIR resnet56 --schedules one-shot linear cubic --fewer 2.55
     python benchmarks/train_and_prune.py DATA_DIR resnet20 --fewer 2 --teachers same larger
+    python benchmarks/train_and_prune.py DATA_DIR resnet56 --fewer 2.11 2.55 --seeds 0 1 2 \\
+        --learning none group-lasso growing batchnorm
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 
 import cpd
+from cpd.criteria.regularization import STRENGTHS
 from cpd.demo import AugmentedLoader, accuracy
 from cpd.distillation.distiller import distill
 from cpd.model.inputs import as_call
@@ -254,14 +258,19 @@ def ours(
         config = replace(config, kd=setting["kd"], features=(), kd_weight=None, task_weight=1.0)
     config = replace(config, **changes)
     target = {"target_speedup": setting["speedup"]} if setting["speedup"] else {"target_macs": 1 / setting["fewer"]}
-    schedule = setting["schedule"]
-    if schedule != "one-shot":
-        schedule = cpd.Schedule(schedule, end=options.prune_until, interval=options.interval)
+    learned = setting["learning"] != "none"
+    schedule: Any = setting["schedule"]
+    if schedule != "one-shot" or learned:
+        schedule = cpd.Schedule(
+            schedule, start=options.prune_from if learned else 0.0, end=options.prune_until, interval=options.interval
+        )
     start = time.perf_counter()
     result = cpd.compress(
         dense, data=loader, evaluate=evaluate, example_inputs=example, training=config, epochs=config.epochs,
         lr=config.lr, teacher=teacher, schedule=schedule, round_to=8 if setting["speedup"] else 1,
-        seed=setting["seed"], score_batches=options.score_batches, **target, **PARTS[setting["parts"]],
+        seed=setting["seed"], score_batches=options.score_batches,
+        regularization=setting["learning"] if learned else None,
+        regularization_strength=options.strength if learned else None, **target, **PARTS[setting["parts"]],
     )  # fmt: skip
     report, history = result.report, result.report.history
     trained = [row for row in history if row["epoch"]]
@@ -322,24 +331,25 @@ def settings(options: argparse.Namespace, peer: bool) -> Iterator[dict[str, Any]
             for kd in (options.kd or [None]) if "cpd" in options.by else []:
                 for schedule in options.schedules:
                     for teacher in options.teachers:
-                        for parts in options.parts:
+                        for parts, learning in product(options.parts, options.learning):
                             yield {"by": "cpd", "fewer": fewer, "speedup": speedup, "kd": kd, "schedule": schedule,
-                                   "teacher": teacher, "parts": parts, "seed": seed}  # fmt: skip
+                                   "teacher": teacher, "parts": parts, "learning": learning, "seed": seed}  # fmt: skip
             if peer and fewer:
                 yield {"by": PEER, "fewer": fewer, "speedup": None, "kd": "none", "schedule": "one-shot",
-                       "teacher": "same", "parts": "widths", "seed": seed}  # fmt: skip
+                       "teacher": "same", "parts": "widths", "learning": "none", "seed": seed}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------- what is printed
 
 
 MEANS = ("macs", "parameters", "latency", "apart")
-GROUPED = ("student", "by", "fewer", "speedup", "kd", "schedule", "teacher", "parts", "epochs")
+GROUPED = ("student", "by", "fewer", "speedup", "kd", "schedule", "teacher", "parts", "learning", "epochs")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """One line for all seeds of a run: mean and spread."""
-    heads = ("student", "by", "asked", "kd", "schedule", "teacher", "parts", "epochs", "seeds", "dense",
+    heads = ("student", "by", "asked", "kd", "schedule", "teacher", "parts", "learning", "epochs", "seeds",
+             "dense",
              "untrained", "trained")  # fmt: skip
     found = Table(*heads, "change", "MACs", "parameters", "ONNX", "measured apart", "steps/s first, last", "s")
     for key in dict.fromkeys(tuple(row[name] for name in GROUPED) for row in rows):
@@ -348,11 +358,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
         spread = f" ± {statistics.stdev(metrics):.2f}" if len(metrics) > 1 else ""
         untrained = [row["untrained"] for row in alike if row["untrained"] is not None]
         mean = {name: statistics.fmean(row.get(name) or 0 for row in alike) for name in MEANS}
-        student, by, fewer, speedup, kd, schedule, teacher, parts, epochs = key
+        student, by, fewer, speedup, kd, schedule, teacher, parts, learning, epochs = key
         dense = alike[0]["dense"]
         found.add_row(
             student, by, f"{fewer:g}x MACs" if fewer else f"{speedup:g}x", kd, schedule, teacher, parts,
-            f"{epochs:g}",
+            learning, f"{epochs:g}",
             str(len(alike)), f"{dense:.2f}", f"{statistics.fmean(untrained):.2f}" if untrained else "-",
             f"{statistics.fmean(metrics):.2f}{spread}", f"{statistics.fmean(metrics) - dense:+.2f}",
             *(f"{mean[name]:.2f}x" for name in MEANS),
@@ -377,7 +387,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 continue
             seen.add(key)
             asked = f"{row['fewer']:g}x MACs" if row["fewer"] else f"{row['speedup']:g}x"
-            label = f"{row['by'].split('==')[0]} {asked} {row['kd']} {row['schedule']} {row['teacher']} {row['parts']}"
+            label = f"{row['by'].split('==')[0]} {asked} {row['kd']} {row['schedule']} {row['teacher']} {row['parts']} "
+            label += row["learning"]
             first = 0 if row["untrained"] is not None else 1
             style = "-" if row["by"] == "cpd" else "--"
             area.plot(range(first, first + len(row["history"])), row["history"], style, marker="o", ms=3, label=label)
@@ -408,6 +419,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--schedules", nargs="+", default=["one-shot"], choices=("one-shot", "linear", "cubic"))
     parser.add_argument("--teachers", nargs="+", default=["same"], choices=("same", "larger"))
     parser.add_argument("--parts", nargs="+", default=["both"], choices=list(PARTS), help="what may go")
+    parser.add_argument(
+        "--learning", nargs="+", default=["none"], choices=("none", *STRENGTHS), help="sparse learning before shrinks"
+    )
+    parser.add_argument("--strength", type=float, help="of the sparse learning; default: what is usual")
+    parser.add_argument("--prune-from", type=float, default=0.3, help="share of the training before, if it is learned")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--by", nargs="+", default=["cpd"], choices=("cpd", "peer"), help=f"peer: {PEER}")
     parser.add_argument("--batch", type=int, help="images a step")
@@ -431,6 +447,7 @@ def main() -> int:
     options = parsed()
     student = STUDENTS[options.student]
     rows = results.read(options.json)
+    rows = [{"learning": "none", **row} for row in rows]
     with ExitStack() as stack:
         folder = stack.enter_context(installed_peer("peer" in options.by))
         sys.path[:0] = [folder] if folder else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cpd.deploy.runtimes.catalogue import DEFAULT, RUNTIME, RUNTIMES, grain_of, names_of
@@ -13,8 +13,7 @@ from cpd.options import (
     SEED,
     THREADS,
     Check,
-    check_names,
-    check_options,
+    are_shares,
     choice,
     flag,
     instance,
@@ -22,26 +21,17 @@ from cpd.options import (
     is_function,
     number,
     option,
-    options_of,
-    plain,
+    read_shares,
     with_help,
 )
 from cpd.selection.limits import Limits
-from cpd.selection.schedule import KINDS, SCHEDULED, Schedule
+from cpd.selection.schedule import FRACTION, SCHEDULE, Schedule, Scheduled
 from cpd.selection.target import TARGETS, Target
 from cpd.selection.weighing import NORMALIZATIONS, SCOPES, Normalization, Scope
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from cpd.criteria import Criterion
     from cpd.model.outputs import Outputs
-
-
-def _read_ratios(texts: Sequence[str]) -> dict[str, float]:
-    """`PATTERN=SHARE` as a mapping."""
-    try:
-        return {pattern: float(share) for pattern, _, share in (text.rpartition("=") for text in texts)}
-    except ValueError:
-        raise InputError(f"ratios takes PATTERN=SHARE, as in 'layer4*=0.5'; got {', '.join(texts)}.") from None
 
 
 def _read_shapes(texts: Sequence[str]) -> tuple[tuple[int, ...], ...]:
@@ -59,35 +49,24 @@ def _criteria() -> Collection[str]:
     return CRITERIA
 
 
-def _are_shares(value: Any) -> bool:
-    share = number("", lambda item: 0 <= item < 1)
-    return isinstance(value, Mapping) and all(isinstance(name, str) and share.accepts(value[name]) for name in value)
-
-
 _AMOUNT = number("above 0: a share up to 1, or an amount", lambda value: value > 0)
 _ABOVE_ZERO = number("above 0", lambda value: value > 0)
 _SPEEDUP = number("of at least 1 (original over result: for half the latency, 2)", lambda value: value >= 1)
-_FRACTION = number("from 0 to 1", lambda value: 0 <= value <= 1)
 _INSIDE = number("between 0 and 1", lambda value: 0 < value < 1)
 _CRITERION = Check(
     "a name in cpd.criteria.CRITERIA, or a function of a cpd.criteria.Setting",
     lambda value: is_function(value) or (isinstance(value, str) and value in _criteria()),
     names=lambda: _criteria(),
 )
-_SCHEDULE = Check(
-    f"one of {', '.join(KINDS)}, or a Schedule",
-    lambda value: isinstance(value, str) and value in KINDS,
-    names=lambda: KINDS,
-)
 _RATIOS = Check(
-    "a mapping from patterns of group names to shares of at least 0 and below 1", _are_shares, read=_read_ratios
+    "a mapping from patterns of group names to shares of at least 0 and below 1", are_shares, read=read_shares
 )
 _INPUTS = Check("a sequence of inputs or shapes", lambda value: isinstance(value, (list, tuple)), read=_read_shapes)
 
 
 @with_help
 @dataclass(frozen=True, kw_only=True)
-class PruneConfig:
+class PruneConfig(Scheduled):
     """Every option of pruning, checked on construction.
 
     Functions take them by name; a config holds them together, to be used several times or changed:
@@ -153,17 +132,28 @@ class PruneConfig:
         "that fit.",
     )  # fmt: skip
     schedule: str | Schedule = option(
-        "one-shot", _SCHEDULE,
+        "one-shot", SCHEDULE,
         "When channels are removed: one-shot (all at once, before the training), or gradually during the training: "
         "linear or cubic (Python: or a Schedule).",
     )  # fmt: skip
-    prune_from: float = option(0.0, _FRACTION, "Fraction of the training before the first pruning step.")
+    prune_from: float = option(0.0, FRACTION, "Fraction of the training before the first pruning step.")
     prune_until: float = option(
-        0.5, _FRACTION, "Fraction of the training at which pruning is complete, of a gradual schedule."
+        0.5, FRACTION, "Fraction of the training at which pruning is complete, of a gradual schedule."
     )
     interval: int | None = option(
         None, integer(1), "Optimizer steps between two pruning steps of a gradual schedule. Default: ten pruning steps."
     )
+    regularization: str | None = option(
+        None, choice("group-lasso", "growing", "batchnorm"),
+        "Sparse learning, in the training before and between shrinks: group-lasso (the norm of each channel over its "
+        "group), growing (weight decay that grows, most for small channels), or batchnorm (L1 of the scales of "
+        "BatchNorm). With schedule one-shot, prune_from says how long. Default: none.",
+    )  # fmt: skip
+    regularization_strength: float | None = option(
+        None, _ABOVE_ZERO,
+        "Its strength: the share of the mean norm that a channel loses in a unit of learning rate (0.05); of growing "
+        "the weight decay of the smallest channel at the last shrink (1).",
+    )  # fmt: skip
     round_to: int | None = option(
         None, integer(1), "Widths are kept to multiples of this. Default: what is fast in the runtime, 8 or 16."
     )
@@ -179,7 +169,7 @@ class PruneConfig:
         "Whether whole branches may be removed, such as residual blocks, beside channels. Default: with data; without, "
         "what a branch is worth is not known.",
     )  # fmt: skip
-    max_removed: float = option(0.75, _FRACTION, "Largest share of the branches that may be removed.")
+    max_removed: float = option(0.75, FRACTION, "Largest share of the branches that may be removed.")
     outputs: Outputs | None = option(
         None, OUTPUTS,
         "The parts of the model's output that matter, where it returns more than is read (hidden states, lists of "
@@ -215,36 +205,17 @@ class PruneConfig:
     seed: int = option(0, SEED, "Seed of every random choice.")
 
     def __post_init__(self) -> None:
-        """Take a `Schedule` apart; check every field."""
-        if isinstance(self.schedule, Schedule):
-            for item in options_of(self):
-                if item.name in SCHEDULED and getattr(self, item.name) != item.default:
-                    raise InputError(f"{item.name} is part of the Schedule that is given: say it there.")
-            for name, attribute in SCHEDULED.items():
-                object.__setattr__(self, name, getattr(self.schedule, attribute))
-            object.__setattr__(self, "schedule", self.schedule.kind)
-        check_options(self)
+        """Check every field, and that there is one target at most."""
+        super().__post_init__()
         if len(self._targets) > 1:
             raise InputError(f"Give exactly one target; got {', '.join(item.name for item in self._targets)}.")
-        _ = self.when
-
-    @classmethod
-    def of(cls, config: PruneConfig | None, given: Mapping[str, Any], what: str) -> PruneConfig:
-        """A config, or the defaults, with the options that are given.
-
-        Args:
-            config: the config; None: all defaults.
-            given: {option: value}.
-            what: the function that takes them, for the message.
-
-        Raises:
-            InputError: an unknown option, or a value out of range.
-        """
-        PRUNING.demand("config", config, optional=True)
-        defaults = {item.name: item.default for item in options_of(cls)}
-        check_names(given, defaults, what)
-        start = {name: defaults[name] for name in SCHEDULED if isinstance(given.get("schedule"), Schedule)}
-        return replace(config or cls(), **{**start, **given})
+        if self.regularization is None and self.regularization_strength is not None:
+            raise InputError("regularization_strength is that of a regularization: pass regularization='group-lasso'.")
+        if self.regularization is not None and self.schedule == "one-shot" and not self.prune_from:
+            raise InputError(
+                f"regularization={self.regularization!r} acts on a training before and between shrinks: pass "
+                "prune_from=0.3 (for the first three tenths of it), or take schedule='cubic'."
+            )
 
     @property
     def _targets(self) -> list[Target]:
@@ -268,11 +239,6 @@ class PruneConfig:
         return self.normalization == "latency" or any(target.is_measured for target in self._targets)
 
     @property
-    def when(self) -> Schedule:
-        """The schedule."""
-        return Schedule(str(self.schedule), start=self.prune_from, end=self.prune_until, interval=self.interval)
-
-    @property
     def limits(self) -> Limits:
         """What a selection may do to a group."""
         return Limits(
@@ -290,7 +256,8 @@ class PruneConfig:
 
     def settings(self) -> dict[str, Any]:
         """All options as JSON types but for the inputs, as a checkpoint keeps them."""
-        found = {name: plain(value) for name, value in vars(self).items() if name != "latency_inputs"}
+        found = super().settings()
+        del found["latency_inputs"]
         return {**found, "runtime": ",".join(names_of(self.runtime))}
 
 

@@ -250,6 +250,25 @@ OUTPUTS = Check(
     lambda value: is_function(value) or _are_parts(value),
     read=tuple,
 )
+
+
+def read_shares(texts: Sequence[str], rules: Collection[str] = ()) -> Any:
+    """`PATTERN=SHARE`, several times, as a mapping; or the name of one of the rules."""
+    if len(texts) == 1 and texts[0] in rules:
+        return texts[0]
+    try:
+        return {pattern: float(share) for pattern, _, share in (text.rpartition("=") for text in texts)}
+    except ValueError:
+        forms = ", ".join([*rules, "or PATTERN=SHARE" if rules else "PATTERN=SHARE"])
+        raise InputError(f"ratios takes {forms}, as in 'layer4*=0.5'; got {', '.join(texts)}.") from None
+
+
+def are_shares(value: Any) -> bool:
+    """Whether a value is a mapping from patterns of names to shares of at least 0 and below 1."""
+    share = number("", lambda item: 0 <= item < 1)
+    return isinstance(value, Mapping) and all(isinstance(name, str) and share.accepts(value[name]) for name in value)
+
+
 MAPPING = Check("a mapping", lambda value: isinstance(value, Mapping))
 LOSS = function("loss(output, target)")
 EVALUATE = function("evaluate(model)")

@@ -36,6 +36,7 @@ from cpd.criteria import DATA_FREE
 from cpd.criteria.accumulated import AccumulatedScores
 from cpd.criteria.asked import BATCHES, Asked, samples_asked
 from cpd.criteria.choice import FROM_TRAINING, choose_criterion, criterion_name
+from cpd.criteria.regularization import Penalty, Regularizer
 from cpd.criteria.score import Scores, score, whole_scores
 from cpd.deploy.export import check_runs
 from cpd.deploy.latency import COMPARISON, LatencyComparison, LatencyProbe
@@ -170,7 +171,7 @@ class Pruner:
         self.comb = comb = _comb_of(self.model, comb, example_inputs, self.config, self._stage)
         check_ratios(self.comb, limits)
         self._common = common or Common()
-        self._shares = common is not None
+        self._shares = self._is_shared = common is not None
         self._trials = None if self.data is None else self._common.trials or Trials(
             self.data, seed=self.config.seed, memory_gb=self.config.memory_gb, layers=self.config.compensation,
             read=comb.read,
@@ -197,7 +198,7 @@ class Pruner:
         self._known_scores: Scores | None = None
         self._decided_on: tuple[Scores, Mapping[str, tuple[int, ...]]] | None = None
         self._noted = list(self.notes)
-        self._accumulated = self._from_gradients()
+        self._accumulated, self._regularizer = self._from_gradients(), _regularizer_of(self)
 
     # ------------------------------------------------------------------------------ what it is
 
@@ -251,6 +252,7 @@ class Pruner:
         self.steps_taken += 1
         if self._accumulated is not None:
             self._accumulated.add(self.model)
+        _regularize(self)
         if not self.due:
             return False
         self.prune()
@@ -264,14 +266,15 @@ class Pruner:
             between: called between the shrink and what makes up for it.
         """
         share = self._events[len(self.shrinks)][1]
-        if self._trials is not None and not _is_shared(self):
+        self._is_shared = self._shares and not self.shrinks and not self.steps_taken
+        if self._trials is not None and not self._is_shared:
             self._trials.forget()
         seed = self.config.seed + SCORING + len(self.shrinks)
         with random_states_kept(), seeded(self.data, seed):
             self._asked, self._limit = processes.from_first(partial(_wanted, self))
         with random_states_kept(), seeded(self.data, seed):
             with self._stage("score"):
-                scores = self._known_scores or _shared_scores(self)
+                scores = self._known_scores or self._common.scored(self._scores, self._is_shared)
             with self._stage("select"):
                 plan = self._select(scores, share)
             processes.check_same(plan.digest, "plan")
@@ -284,7 +287,7 @@ class Pruner:
         )  # fmt: skip
         if self.done and (left_alone := self.comb.left_alone(plan)):
             self.note(left_alone_sentence(left_alone))
-        self._accumulated = self._from_gradients()
+        self._accumulated, self._regularizer = self._from_gradients(), _regularizer_of(self)
         return self.shrinks[-1]
 
     # ------------------------------------------------------------------------------ score, select
@@ -317,7 +320,7 @@ class Pruner:
 
     def _select(self, scores: Scores, share: float) -> Plan:
         """What stays after this shrink; where something is measured for it, as the first process has measured it."""
-        decider, (scores, kept, gone) = self._decider, _allowed(self, scores)
+        decider, (scores, kept, gone) = self._decider, self._common.allowed(self.comb, self.plan, scores)
         if self.target.is_measured or self.normalization == "latency" or decider.removes_branches:
             ranks = repr([torch.argsort(scores[group.name], stable=True).tolist() for group in self.comb.open])
             processes.check_same(hashlib.sha256(ranks.encode()).hexdigest(), "ranking of the channels")
@@ -393,7 +396,7 @@ class Pruner:
         with self._stage("recover"):
             found = processes.from_first(recovered)
             processes.copy_from_first(named_tensors(self.model).values())
-        if self._trials is not None and not _is_shared(self):
+        if self._trials is not None and not self._is_shared:
             self._trials.forget()
         if found.samples < self._asked.samples:
             self.note(self._asked.told(found.samples))
@@ -444,14 +447,9 @@ class Pruner:
         self._decider.scopes, self._decider.goal, self._decider.search = found.scopes, found.goal, found.search
         self._decider.leaving = found.leaving
         self.notes, self.checks = found.notes, found.checks
-        self._accumulated = self._from_gradients()
+        self._accumulated, self._regularizer = self._from_gradients(), _regularizer_of(self)
         if self._accumulated is not None:
             self._accumulated.load_state_dict(found.seen)
-
-
-def _is_shared(pruner: Pruner) -> bool:
-    """Whether the model is still the one that the pruners of other targets begin with."""
-    return pruner._shares and not pruner.shrinks and not pruner.steps_taken
 
 
 def _wanted(pruner: Pruner) -> tuple[Asked, int]:
@@ -463,28 +461,31 @@ def _wanted(pruner: Pruner) -> tuple[Asked, int]:
     return asked, pruner.config.score_batches or asked.batches(first.call.samples * processes.count())
 
 
-def _shared_scores(pruner: Pruner) -> Scores:
-    """The scores of the model as it is; of the unpruned one those that another pruner has taken, where it has."""
-    if not _is_shared(pruner):
-        return pruner._scores()
-    if pruner._common.scores is None:
-        pruner._common.scores = pruner._scores()
-    return pruner._common.scores
-
-
-def _allowed(pruner: Pruner, scores: Scores) -> tuple[Scores, Mapping[str, tuple[int, ...]], tuple[str, ...]]:
-    """What may still be kept, by its scores; the channels; and the branches that have gone."""
-    within = pruner._common.within
-    if within is None or pruner.shrinks:
-        return scores, pruner.plan.groups, pruner.plan.removed
-    left = {name: scores[name][list(channels)] for name, channels in within.groups.items() if name in scores}
-    return Scores(whole_scores(pruner.comb, within, left), scores.untrusted, {}), within.groups, within.removed
-
-
 def _error_of(pruner: Pruner, plan: Plan, roughly: bool) -> float:
     """The error of the logits once a plan has been applied and recovered from, on a copy; or roughly that."""
     assert pruner._trials is not None
     return pruner._trials.error(pruner.model, plan.since(pruner.plan), pruner._limit, roughly=roughly)
+
+
+def _regularizer_of(pruner: Pruner) -> Regularizer | None:
+    """The penalty on the channels of the model as it is by now; None where there is none, or no shrink is left."""
+    config = pruner.config
+    if config.regularization is None or pruner.done:
+        return None
+    kept = [group.name for group in pruner.comb.groups if config.limits.ratio_of(group) == 0]
+    penalty = Penalty(config.regularization, config.regularization_strength)
+    return Regularizer(pruner.comb.narrowed(pruner.model, pruner.plan), penalty, kept)
+
+
+def _regularize(pruner: Pruner) -> None:
+    """Let the channels become smaller, if they are to, by the learning rate of the step just taken."""
+    if pruner._regularizer is None:
+        return
+    if pruner.optimizer is None:
+        raise InputError("regularization goes by the learning rate: set the pruner's optimizer.")
+    last = pruner._events[-1][0]
+    rate = float(pruner.optimizer.param_groups[0]["lr"])
+    pruner._regularizer.step(pruner.model, rate, min(1.0, pruner.steps_taken / max(last, 1)))
 
 
 def _errors_without(pruner: Pruner, names: list[str]) -> dict[str, float]:

@@ -98,7 +98,7 @@ WRONG: dict[str, Any] = {
     "schedule": "sudden", "prune_from": -0.1, "prune_until": 1.1, "interval": 0,
     "round_to": 2.5, "max_ratio": 1, "min_width": True, "ratios": {"a": 1}, "tolerance": 0, "threads": 0,
     "runtime": "tpu",
-    "branches": 1, "max_removed": 1.5,
+    "branches": 1, "max_removed": 1.5, "regularization": "lasso", "regularization_strength": 0,
     "latency_inputs": 3, "seed": -1, "outputs": 1.5, "masks": "drop", "proof_copies": 0, "proof_seconds": 0,
 }  # fmt: skip
 
@@ -231,6 +231,7 @@ EVERY = (
     "--runtime openvino:int8,torch "
     "--latency-inputs 2x3x64x64 --latency-inputs 1x3x32x32 --seed 5 --outputs logits --outputs 1.0 --masks permanent "
     "--branches --max-removed 0.4 --proof-copies 50 --proof-seconds 30 "
+    "--regularization growing --regularization-strength 0.5 "
     "--momentum 0.5 --warmup 0.2 --max-grad-norm none --kd none --features fc"
 )
 
@@ -246,6 +247,7 @@ def test_every_option_reaches_the_library(called: dict[str, Any], tmp_path: Any)
         runtime="openvino:int8,torch",
         latency_inputs=((2, 3, 64, 64), (1, 3, 32, 32)), seed=5, outputs=("logits", "1.0"), masks="permanent",
         proof_copies=50, proof_seconds=30.0, branches=True, max_removed=0.4,
+        regularization="growing", regularization_strength=0.5,
     )  # fmt: skip
     assert all(getattr(called["config"], name) != item.default for name, item in PRUNING.items() if name not in TARGETS)
     training = called["training"]

@@ -5,9 +5,10 @@ arguments.py   options that several commands have, and how a model is named
 options.py     the options of PruneConfig and DistillConfig as options of commands
 wording.py     messages of the library in the words of the command line
 folders.py     folders of images as data
+work.py        what commands that prune and train are given alike
 compressing.py compress, sweep, family, quantize, demo
 sparsifying.py sparsify
-analysing.py   comb, sensitivity, profile, latency, report
+analysing.py   comb, sensitivity, profile, latency, report, env
 tables.py      what is printed
 
 Tables and `--json` go to stdout, everything else (log, bars, errors) to stderr. torch and timm are imported inside
@@ -75,4 +76,5 @@ register(app, analysing.sensitivity, "timm:resnet18 --data images/ --plot sensit
 register(app, analysing.profile, "timm:resnet18", "timm:resnet18 --threads 2 --check 4")
 register(app, analysing.latency, "timm:resnet18 out out/model.int8.onnx",
          "timm:resnet18 --runtime onnxruntime,torch --threads 2")  # fmt: skip
+register(app, analysing.env, "", "--json")
 register(app, compressing.demo, "", "--output-dir out")

@@ -30,7 +30,6 @@ from cpd.cli.arguments import (
     result_folder,
 )  # fmt: skip
 from cpd.cli.command import Output
-from cpd.cli.compressing import report_output
 from cpd.cli.folders import Images
 from cpd.cli.tables import (
     branch_dict,
@@ -43,6 +42,7 @@ from cpd.cli.tables import (
     sensitivity_table,
     sweep_table,
 )  # fmt: skip
+from cpd.cli.work import report_output
 from cpd.config import PruneConfig
 from cpd.deploy.runtimes.catalogue import DEFAULT
 from cpd.errors import InputError
@@ -220,3 +220,11 @@ def report(
     found = read_report(folder)
     add_files(folder, {PAGE: found.to_html().encode()})
     return report_output(found, folder)
+
+
+def env() -> Output:
+    """Print what a report of a fault should say: versions of Python and of packages, the processor, GPUs."""
+    from cpd.deploy.machine import installation
+
+    found = installation()
+    return Output(found, tuple(f"{name}: {value}" for name, value in found.items()))

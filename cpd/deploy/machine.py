@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 
 import onnxruntime
@@ -25,6 +27,25 @@ def _environment() -> tuple[tuple[str, str], ...]:
         ("onnxruntime", str(onnxruntime.__version__)),
         ("torch", str(torch.__version__)),
     )
+
+
+#: Packages that a run depends on; the later ones are optional.
+PACKAGES = (
+    "cpd", "torch", "torchvision", "timm", "numpy", "networkx", "onnx", "onnxscript", "onnxruntime", "accelerate",
+    "safetensors", "openvino", "ncnn", "mnn", "executorch", "opencv-python-headless", "transformers", "ultralytics",
+    "lightning", "torchmetrics",
+)  # fmt: skip
+
+
+def installation() -> dict[str, str]:
+    """What a run depends on beside what it is given: Python, packages that are installed, processor, GPUs."""
+    versions = {}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    gpus = {f"gpu {index}": torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
+    machine = {"cpu": _cpu_model(), "cores": str(_cores()), "platform": platform.platform(), **gpus}
+    return {"python": platform.python_version(), **versions, **machine}
 
 
 def _cpu_model() -> str:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
@@ -22,19 +22,14 @@ from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.profiling import paired
 from cpd.deploy.quantize import OnnxModule
 from cpd.deploy.runtimes.catalogue import others_installed
-from cpd.distillation.config import TRAINING, DistillConfig, EpochRecord
-from cpd.distillation.distiller import distill
+from cpd.distillation.config import TRAINING, DistillConfig
 from cpd.errors import CPDError, first_line
-from cpd.files.checkpoint import Checkpoint
-from cpd.files.reading import conform
 from cpd.jobs.identity import agreed_identity
 from cpd.jobs.outcome import (
-    Before,
     Deployed,
     Measured,
     Result,
     call_record,
-    kept_weights,
     missed,
     report_of,
     would_meet,
@@ -48,12 +43,11 @@ from cpd.jobs.request import (
     steps_an_epoch,
     training_settings,
 )
-from cpd.jobs.stages import Stages
+from cpd.jobs.stages import Evaluate, Run, Stages
 from cpd.model.arguments import INPUTS, MODEL, NAMED_DATA, NAMED_MODEL
 from cpd.model.inputs import Call, evaluated
 from cpd.model.masks import masks_applied
 from cpd.model.progress import shown
-from cpd.model.recorded import why_not_by_name
 from cpd.model.state import preserved
 from cpd.model.tensors import copy_of
 from cpd.options import EVALUATE, FLAG, LOSS, PATH, checked, checks_of, number, takes_options, text
@@ -73,8 +67,6 @@ ELSEWHERE_SECONDS = 2.0
 
 #: How often the search goes on from the last timing at most.
 MOST_RETURNS = 2
-
-Evaluate = Callable[[nn.Module], float]
 
 _LEARNING = checks_of(DistillConfig, "epochs", "lr")
 _MINUTES = number("above 0 and at most 1440 (a day)", lambda value: 0 < value <= 1440)
@@ -284,100 +276,32 @@ def _pruner(
 
 
 @dataclass
-class _Run:
+class _Run(Run):
     """State of one compression, handed from stage to stage."""
 
-    model: nn.Module
-    student: nn.Module
-    call: Call
     pruner: Pruner
-    training: DistillConfig
-    stages: Stages
-    checkpoint: Checkpoint | None
-    per_epoch: int
-    history: list[dict[str, Any]] = field(default_factory=list)
-    metrics: tuple[float | None, float | None] = (None, None)
 
-    def prune_and_train(
-        self,
-        data: Iterable[Any] | None,
-        loss: LossFunction | None,
-        evaluate: Evaluate | None,
-        teacher: nn.Module | None,
-    ) -> None:
-        """Shrink the student, at once or while it is trained back."""
+    def __post_init__(self) -> None:
+        """Say what channels are chosen by."""
         log.info("Criterion: %s (%s).", self.pruner.criterion_name, self.pruner.why)
         if self.pruner.data is None:
             self.pruner.note(
                 "No data given: channels are chosen by the size of their weights and nothing is trained back, so most "
                 "of the accuracy is lost. Pass data=loader to keep it."
             )
-        before = after = self._before(evaluate)
-        if (self.checkpoint is None or self.checkpoint.state is None) and self.pruner.due:
-            after = self._prune_at_once(evaluate, before)
-        if self.checkpoint is not None:
-            self.checkpoint.extra = {"history": list(self.history), "before": before}
-        if data is not None and self.training.epochs:
-            with self.stages("distill"):
-                guide = copy_of(self.model) if teacher is None else teacher
-                records = distill(
-                    self.student, guide, data, loss=loss, evaluate=evaluate, config=self.training, pruner=self.pruner,
-                    checkpoint=self.checkpoint, outputs=self.pruner.config.outputs, before=after,
-                )  # fmt: skip
-            self.history += [record.to_dict() for record in records]
-            after = self._trained(records, evaluate, after)
-        if not self.pruner.done:  # the data was shorter than its length
-            self.pruner.note(
-                "The data ran out before the pruning schedule finished; the remaining channels were pruned after "
-                "training."
-            )
-            while not self.pruner.done:
-                self.pruner.prune()
-            after = self._evaluated(evaluate, "after the training")
-        self.student.eval()
-        self.metrics = (before, after)
 
-    def _evaluated(self, evaluate: Evaluate | None, when: str) -> float | None:
-        """The metric of the student as it is."""
-        if evaluate is None:
-            return None
-        with self.stages("evaluate"):
-            return evaluated(evaluate, self.student, when)
-
-    def _trained(self, records: Sequence[EpochRecord], evaluate: Evaluate | None, before: float | None) -> float | None:
-        """The metric after the training; what is kept of it is noted where that is not the end."""
-        found, text = kept_weights(records, metric_name(evaluate), before)
-        if text is not None:
-            self.pruner.note(text)
-        if records and not any(record.kept for record in records):
-            self.history = [{**row, "kept": True} if row["epoch"] == 0 else row for row in self.history]
-        return found
-
-    def _before(self, evaluate: Evaluate | None) -> float | None:
-        """The metric of the unpruned model; that of the checkpoint, with its history, where there is one."""
-        if self.checkpoint is None or self.checkpoint.state is None:
-            return self._evaluated(evaluate, "before pruning")
-        with self.checkpoint.taken_up():
-            extra = conform(self.checkpoint.extra, Before, "a state")
-        self.history = extra["history"]
-        return extra["before"]
-
-    def _prune_at_once(self, evaluate: Evaluate | None, before: float | None) -> float | None:
+    def prune_at_once(self, evaluate: Evaluate | None, before: float | None) -> float | None:
         """The first shrink, before any training; the metric after it."""
 
         def pruned() -> None:
             if before is not None:
-                found = self._evaluated(evaluate, "directly after pruning")
+                found = self.evaluated(evaluate, "directly after pruning")
                 assert found is not None
                 self.pruner.note(f"Before pruning: {told(name, before)}; directly after it {written(name, found)}.")
 
         name = metric_name(evaluate)
         self.pruner.prune(pruned)
-        after = self._evaluated(evaluate, "after pruning")
-        if after is not None:
-            self.history.append({"epoch": 0, "metric": after})
-            self.pruner.note(f"Recovered, before any training: {told(name, after)}.")
-        return after
+        return self.untrained(evaluate, "Recovered, before any training")
 
     def finish(self, record: dict[str, Any], source: str | None, evaluate: Evaluate | None) -> Result:
         """Export, measure once more, and report."""
@@ -391,8 +315,7 @@ class _Run:
                     raise
                 told = error if isinstance(error, CPDError) else f"{type(error).__name__}: {first_line(error)}."
                 self.pruner.note(f"The result has no ONNX model and no latency: {told}")
-        if source is not None and (fault := why_not_by_name(source)):
-            self.pruner.note(f"cpd.load does not build {source} by itself ({fault}): pass it a fresh model.")
+        self.note_source(source)
         comparison, nodes, elsewhere = None, tuple[dict[str, Any], ...](), tuple[dict[str, Any], ...]()
         if deployed is not None:
             comparison, nodes = deployed.latency, deployed.nodes
@@ -427,7 +350,7 @@ class _Run:
             log.info("The last timing found %.2f times as fast: the search goes on.", deployed.latency.speedup)
             self.student, self.history = copy_of(self.model), []
             pruner.start_over(self.student, deployed.latency)
-            after = self._prune_at_once(evaluate, before)
+            after = self.prune_at_once(evaluate, before)
             self.student.eval()
             self.metrics = (before, after)
             deployed = processes.from_first(self._deployed)

@@ -187,11 +187,11 @@ def steps_an_epoch(config: PruneConfig | SparseConfig, training: DistillConfig, 
         InputError: a schedule that needs a training, or the length of its data.
     """
     gradual = config.schedule != "one-shot" or getattr(config, "regrow", None) is not None
-    if gradual and (data is None or not training.epochs):
-        raise InputError(
-            f"schedule={config.schedule!r} prunes during the training: pass data=loader and epochs above 0, or take "
-            "schedule='one-shot'."
-        )
+    learned: str | None = getattr(config, "regularization", None)
+    if (gradual or learned is not None) and (data is None or not training.epochs):
+        during = f"schedule={config.schedule!r} prunes" if gradual else f"regularization={learned!r} acts"
+        other = "schedule='one-shot'" if learned is None else "schedule='one-shot' without regularization"
+        raise InputError(f"{during} during the training: pass data=loader and epochs above 0, or take {other}.")
     if data is None:
         return 0
     found = steps_per_epoch(data, training.accumulate)

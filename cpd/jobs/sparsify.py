@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,26 +21,22 @@ from cpd.coupling.comb import Comb, comb
 from cpd.criteria.choice import criterion_name
 from cpd.deploy.export import export_onnx
 from cpd.deploy.latency import LatencyComparison, LatencyProbe
-from cpd.distillation.config import TRAINING, DistillConfig, EpochRecord
-from cpd.distillation.distiller import distill
+from cpd.distillation.config import TRAINING, DistillConfig
 from cpd.errors import CPDError, InputError, first_line
-from cpd.files.checkpoint import Checkpoint
-from cpd.files.reading import conform
 from cpd.jobs.identity import agreed_identity
-from cpd.jobs.outcome import Before, call_record, environment_of, kept_weights, layer_rows, source_of
+from cpd.jobs.outcome import call_record, environment_of, layer_rows, source_of
 from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
-from cpd.jobs.stages import Stages
-from cpd.model.architecture import architecture_of
+from cpd.jobs.stages import Evaluate, Run, Stages
+from cpd.model.architecture import architecture_of, check_architecture
 from cpd.model.arguments import INPUTS, MODEL, REPEATED_DATA
-from cpd.model.inputs import Call, check_model, evaluated, evaluating, plain_attention
+from cpd.model.inputs import Call, check_model, evaluating, plain_attention
 from cpd.model.masks import masks_applied
 from cpd.model.progress import shown
 from cpd.model.randomness import random_states_kept, seeded
-from cpd.model.recorded import why_not_by_name
 from cpd.model.state import preserved
 from cpd.model.tensors import copy_of
 from cpd.options import EVALUATE, FLAG, LOSS, PATH, Check, checked, checks_of, choice, number, takes_options, text
-from cpd.plan import Plan
+from cpd.plan import PLAN, Plan
 from cpd.report.artifacts import SPARSE as FILES
 from cpd.report.artifacts import check_output_dir, save_result, unique_tensors
 from cpd.report.packed import pack
@@ -69,8 +65,6 @@ NOT_FASTER = (
 )
 INIT = "init"
 
-Evaluate = Callable[[nn.Module], float]
-
 _MINUTES = number("above 0 and at most 1440 (a day)", lambda value: 0 < value <= 1440)
 _REWIND = Check(
     "a state_dict of the model, or 'init'",
@@ -86,7 +80,7 @@ class SparseResult:
         model: the sparse model, of the same class as the one given, in eval mode; for the pattern "channel" narrower.
         report: the numbers of every stage.
         masks: which weights stay, of the model that was given.
-        plan: what is kept of the shape of the original: all, but for the pattern "channel".
+        plan: what is kept of the shape of the original: all, but for the pattern "channel"; or the plan that was given.
     """
 
     model: nn.Module
@@ -122,7 +116,7 @@ class SparseResult:
         packed = None
         if storage != "plain":
             packed = pack(unique_tensors(self.model), int8=storage == "packed-int8")
-        masks = None if self.plan.changes else self.masks.to_bytes()
+        masks = None if self.masks.pattern == CHANNEL else self.masks.to_bytes()
         save_result(target, self.model, self.plan, self.report, self._onnx, masks=masks, packed=packed)
         return target
 
@@ -131,7 +125,7 @@ class SparseResult:
 @checked(
     model=MODEL, **checks_of(SparseConfig, "sparsity"), data=REPEATED_DATA, calibration=REPEATED_DATA,
     example_inputs=INPUTS, loss=LOSS, evaluate=EVALUATE, **checks_of(DistillConfig, "epochs", "lr"), training=TRAINING,
-    teacher=MODEL, rewind=_REWIND, output_dir=PATH, overwrite=FLAG, storage=choice(*STORAGES), resume=FLAG,
+    teacher=MODEL, rewind=_REWIND, plan=PLAN, output_dir=PATH, overwrite=FLAG, storage=choice(*STORAGES), resume=FLAG,
     checkpoint_minutes=_MINUTES, source=text("a name, as 'timm:resnet18'"), progress=FLAG, config=SPARSE,
 )  # fmt: skip
 def sparsify(
@@ -148,6 +142,7 @@ def sparsify(
     training: DistillConfig | None = None,
     teacher: nn.Module | None = None,
     rewind: Mapping[str, Tensor] | str | None = None,
+    plan: Plan | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     storage: str = "plain",
@@ -179,6 +174,8 @@ def sparsify(
         rewind: what the weights that stay go back to before they are trained: a state dict of the model (an earlier one
             of its training: a lottery ticket, Frankle and Carbin 2019, arXiv 1803.03635), or "init": anew, from
             scratch. Nothing is refitted then.
+        plan: of a model that `cpd.compress` made, the plan of its result: the folder then holds it, and `cpd.load`
+            takes a fresh model of the original class.
         output_dir: where the artifacts are written, and during the training a checkpoint; None writes none.
         overwrite: whether files may be replaced there that cpd did not write, or that were changed since.
         storage: how the weights are written, as for `SparseResult.save`.
@@ -213,9 +210,8 @@ def sparsify(
     processes.start()
     named = options if sparsity is None else {"sparsity": sparsity, **options}
     settings = SparseConfig.of(config, named, "cpd.sparsify")
-    _ = settings.share
     model = masks_applied(copy_of(check_model(model)))
-    settings = settings if rewind is None else _without_refit(settings)
+    settings = _checked(settings, model, plan, rewinds=rewind is not None)
     learning = _gently(training_settings(training, epochs, lr, settings.seed, progress))
     folder = None if output_dir is None else check_output_dir(output_dir, FILES, overwrite=overwrite)
     given = agreed_identity(model, teacher, data, loss)
@@ -236,8 +232,8 @@ def sparsify(
             student, steps=round(per_epoch * learning.epochs), data=data if calibration is None else calibration,
             loss=loss, config=settings, comb=combed, stage=stages,
         )  # fmt: skip
-        run = _Run(model, student, call, sparsifier, learning, stages, checkpoint, per_epoch)
-        run.prune_and_train(data, loss, evaluate, teacher, rewind)
+        run = _Run(model, student, call, sparsifier, learning, stages, checkpoint, per_epoch, rewind=rewind, plan=plan)
+        run.prune_and_train(data, loss, evaluate, teacher)
         record = call_record(settings, learning, objects, folder)
         result = run.finish(record, source, metric_name(evaluate))
     if folder is not None:
@@ -247,15 +243,26 @@ def sparsify(
     return result
 
 
-def _without_refit(settings: SparseConfig) -> SparseConfig:
-    """The settings where weights are rewound.
+def _checked(settings: SparseConfig, model: nn.Module, plan: Plan | None, *, rewinds: bool) -> SparseConfig:
+    """The settings, without a refit where weights are rewound.
 
     Raises:
-        InputError: masks that change while it trains.
+        InputError: no share of zeros; masks that change while weights that were rewound train; a plan that is not of
+            the model, or a model that would become narrower than the plan says.
     """
-    if settings.schedule != "one-shot" or settings.regrow is not None:
+    _ = settings.share
+    if plan is not None:
+        wanted = plan.architecture and plan.architecture.narrowed(plan)
+        remedy = "Give result.plan of the cpd.compress that made it."
+        check_architecture(model, wanted, InputError, "The plan is", remedy)
+        if settings.pattern == CHANNEL:
+            raise InputError(
+                "pattern='channel' removes channels, and so did the plan: compress the model to its final widths at "
+                "once, or leave plan out."
+            )
+    if rewinds and (settings.schedule != "one-shot" or settings.regrow is not None):
         raise InputError("rewind goes with masks that are chosen once: take schedule='one-shot', and no regrow.")
-    return replace(settings, compensation=False)
+    return replace(settings, compensation=False) if rewinds else settings
 
 
 def _combed(model: nn.Module, call: Call, settings: SparseConfig, stages: Stages) -> Comb:
@@ -269,114 +276,43 @@ def _gently(training: DistillConfig) -> DistillConfig:
 
 
 @dataclass
-class _Run:
-    """State of one run, handed from stage to stage."""
+class _Run(Run):
+    """State of one run, handed from stage to stage.
 
-    model: nn.Module
-    student: nn.Module
-    call: Call
-    sparsifier: Sparsifier
-    training: DistillConfig
-    stages: Stages
-    checkpoint: Checkpoint | None
-    per_epoch: int
-    history: list[dict[str, Any]] = field(default_factory=list)
-    metrics: tuple[float | None, float | None] = (None, None)
+    Attributes:
+        rewind: what the weights that stay go back to.
+        plan: what the model keeps of another one; None: all.
+    """
 
-    def prune_and_train(
-        self,
-        data: Iterable[Any] | None,
-        loss: LossFunction | None,
-        evaluate: Evaluate | None,
-        teacher: nn.Module | None,
-        rewind: Mapping[str, Tensor] | str | None,
-    ) -> None:
-        """Make the student sparse, at once or while it is trained."""
-        resumed = self.checkpoint is not None and self.checkpoint.state is not None
-        before = after = self._before(evaluate)
-        if not resumed and self.sparsifier.due:
-            after = self._at_once(evaluate, before, rewind)
-        if self.checkpoint is not None:
-            self.checkpoint.extra = {"history": list(self.history), "before": before}
-        if data is not None and self.training.epochs:
-            with self.stages("distill"):
-                guide = copy_of(self.model) if teacher is None else teacher
-                records = distill(
-                    self.student, guide, data, loss=loss, evaluate=evaluate, config=self.training,
-                    pruner=self.sparsifier, checkpoint=self.checkpoint, outputs=self.sparsifier.config.outputs,
-                    before=after,
-                )  # fmt: skip
-            self.history += [record.to_dict() for record in records]
-            after = self._trained(records, evaluate, after)
-        if not self.sparsifier.done:
-            self.sparsifier.note("The data ran out before the schedule finished; the rest became zero after training.")
-            while not self.sparsifier.done:
-                self.sparsifier.prune()
-            after = self._evaluated(evaluate, "after the training")
-        self.student.eval()
-        self.metrics = (before, after)
+    pruner: Sparsifier
+    rewind: Mapping[str, Tensor] | str | None = None
+    plan: Plan | None = None
 
-    def _evaluated(self, evaluate: Evaluate | None, when: str) -> float | None:
-        if evaluate is None:
-            return None
-        with self.stages("evaluate"):
-            return evaluated(evaluate, self.student, when)
-
-    def _before(self, evaluate: Evaluate | None) -> float | None:
-        """The metric of the dense model; that of the checkpoint, with its history, where there is one."""
-        if self.checkpoint is None or self.checkpoint.state is None:
-            return self._evaluated(evaluate, "before pruning")
-        with self.checkpoint.taken_up():
-            extra = conform(self.checkpoint.extra, Before, "a state")
-        self.history = extra["history"]
-        return extra["before"]
-
-    def _at_once(
-        self, evaluate: Evaluate | None, before: float | None, rewind: Mapping[str, Tensor] | str | None
-    ) -> float | None:
+    def prune_at_once(self, evaluate: Evaluate | None, before: float | None) -> float | None:
         """The first change of the masks, before any training; the metric after it."""
-        name, note = metric_name(evaluate), self.sparsifier.note
-        if self.sparsifier.data is None:
+        name, note = metric_name(evaluate), self.pruner.note
+        if self.pruner.data is None:
             note("No data given: nothing is refitted and nothing trained back. Pass data=loader to keep the accuracy.")
-        self.sparsifier.prune()
-        masks = self.sparsifier.masks
+        self.pruner.prune()
+        masks = self.pruner.masks
         assert masks is not None
-        if rewind is not None:
-            masks.apply(_rewound(self.student, rewind, self.sparsifier.config.seed))
-        raw = self._raw(masks, evaluate) if self.sparsifier.recovery is not None else None
-        if raw is not None and before is not None:
+        if self.rewind is not None:
+            masks.apply(_rewound(self.student, self.rewind, self.pruner.config.seed))
+        if self.pruner.recovery is not None and before is not None:
+            raw = self.evaluated(evaluate, "with masks on the dense weights", masks.apply(copy_of(self.model)).eval())
+            assert raw is not None
             note(f"Before: {told(name, before)}; with these masks on the dense weights {written(name, raw)}.")
-        after = self._evaluated(evaluate, "after pruning")
-        if after is not None:
-            self.history.append({"epoch": 0, "metric": after})
-            note(f"Before any training: {told(name, after)}.")
-        return after
-
-    def _raw(self, masks: Masks, evaluate: Evaluate | None) -> float | None:
-        """The metric of the masks on the dense weights, which nothing makes up for."""
-        if evaluate is None:
-            return None
-        with self.stages("evaluate"):
-            return evaluated(evaluate, masks.apply(copy_of(self.model)).eval(), "with masks on the dense weights")
-
-    def _trained(self, records: list[EpochRecord], evaluate: Evaluate | None, before: float | None) -> float | None:
-        found, text = kept_weights(records, metric_name(evaluate), before)
-        if text is not None:
-            self.sparsifier.note(text)
-        if records and not any(record.kept for record in records):
-            self.history = [{**row, "kept": True} if row["epoch"] == 0 else row for row in self.history]
-        return found
+        return self.untrained(evaluate, "Before any training")
 
     # ------------------------------------------------------------------------------ what came of it
 
     def finish(self, record: dict[str, Any], source: str | None, metric: str) -> SparseResult:
         """Shrink what is wholly zero, export, measure, and report."""
-        sparsifier = self.sparsifier
+        sparsifier = self.pruner
         assert sparsifier.masks is not None
-        plan = sparsifier.plan or replace(Plan({}, {}, {}), architecture=architecture_of(self.model))
-        rows = self._rows()
-        if plan.changes:
-            shrink(self.student, plan)
+        narrowed, rows = sparsifier.plan, self._rows()
+        if narrowed is not None:
+            shrink(self.student, narrowed)
         comparison, onnx = None, None
         with self.stages("deploy"):
             try:
@@ -385,10 +321,9 @@ class _Run:
                 found = error if isinstance(error, CPDError) else f"{type(error).__name__}: {first_line(error)}."
                 sparsifier.note(f"The result has no ONNX model and no latency: {found}")
             stored = self._stored()
-        if not plan.changes:
+        if narrowed is None:
             sparsifier.note(NOT_FASTER)
-        if source is not None and (fault := why_not_by_name(source)):
-            sparsifier.note(f"cpd.load does not build {source} by itself ({fault}): pass it a fresh model.")
+        self.note_source(source)
         config, (original, result) = sparsifier.config, self._figures(comparison)
         report = Report(
             call=record,
@@ -400,7 +335,7 @@ class _Run:
             original=original,
             result=result,
             latency=None if comparison is None else comparison.to_dict(),
-            layers=layer_rows(self.model, self.student) if plan.changes else (),
+            layers=() if narrowed is None else layer_rows(self.model, self.student),
             shrinks=tuple({"epoch": c.step / max(self.per_epoch, 1), **asdict(c)} for c in sparsifier.changes),
             history=tuple(self.history),
             seconds=self.stages.seconds,
@@ -408,9 +343,10 @@ class _Run:
             notes=tuple(sparsifier.notes),
             metric_name=metric,
             job="sparsify",
-            sparsity=() if plan.changes else rows,
-            stored={} if plan.changes else stored,
+            sparsity=rows if narrowed is None else (),
+            stored=stored if narrowed is None else {},
         )
+        plan = narrowed or self.plan or replace(Plan({}, {}, {}), architecture=architecture_of(self.model))
         return SparseResult(self.student, report, sparsifier.masks, plan, onnx)
 
     def _rows(self) -> tuple[SparseRow, ...]:
@@ -429,7 +365,7 @@ class _Run:
     def _deployed(self) -> tuple[bytes, LatencyComparison]:
         """The ONNX model, and its latency beside the original's."""
         onnx = export_onnx(self.student, self.call)
-        probe = LatencyProbe(self.model, self.call, threads=self.sparsifier.config.threads)
+        probe = LatencyProbe(self.model, self.call, threads=self.pruner.config.threads)
         return onnx, probe.compare(onnx, seconds=FINAL_SECONDS, precision=0.02)
 
     def _figures(self, latency: LatencyComparison | None) -> list[Figures]:

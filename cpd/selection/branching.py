@@ -10,7 +10,7 @@ arXiv 2302.04089, with the number of branches for its levels).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -21,7 +21,7 @@ from cpd.coupling.comb import Comb
 from cpd.errors import InputError
 from cpd.selection.limits import Limits
 
-#: Numbers of branches that are tried at most, none included.
+#: Numbers of branches that are tried at most; one more where none is out of reach, and so costs nothing.
 MOST_TRIALS = 6
 #: After so many others without success, none goes.
 HOPELESS = 2
@@ -75,25 +75,21 @@ def in_order(
     return found[: max(len(gone), math.floor(most * len(found) + 1e-9))]
 
 
-def best_number(
-    errors: Sequence[float], candidate: Callable[[int], Candidate | None], least: int = 0
-) -> dict[int, float]:
+def best_number(errors: Sequence[float], candidate: Callable[[int], Candidate | None]) -> dict[int, float]:
     """How many branches go: the error of each number that was tried.
 
     The error is foretold as that of the widths, told by the scores and by what the model without any branch removed
     has shown, and that of the branches, by the sum of what each costs alone and by what others tried have shown. The
-    number that should be best is tried next, until that is known.
+    number that should be best is tried next, until that is known; then those between it and the next that were tried.
+    Where widths alone do not reach the target, two numbers that do tell the two parts apart.
 
     Args:
         errors: what each branch costs, in the order in which they go.
         candidate: number of branches -> what is left at the target; None where it is out of reach.
-        least: so many have gone.
     """
     known, tried = dict[int, Candidate | None](), dict[int, float]()
     alone = [0.0, *accumulate(errors)]
-    alone = [max(value - alone[least], 0.0) for value in alone]
-    factors: dict[int, float] = {}  # of the errors of so many branches, over the sum of what each costs alone
-    numbers = sorted({least + round((len(errors) - least) * step / GUESSES) for step in range(GUESSES + 1)})
+    numbers = sorted({round(len(errors) * step / GUESSES) for step in range(GUESSES + 1)})
 
     def at(number: int) -> Candidate | None:
         if number not in known:
@@ -103,31 +99,70 @@ def best_number(
     def attempt(number: int) -> None:
         found = at(number)
         tried[number] = math.inf if found is None else found.error()
-        if number > least and found is not None:
-            factors[number] = max(tried[number] - worth * found.scores, 0.0) / max(alone[number], 1e-30)
 
-    def expected(number: int) -> float:
-        found, places = at(number), sorted(factors)
-        factor = float(np.interp(number, places, [factors[place] for place in places])) if places else 1.0
-        return math.inf if found is None else factor * alone[number] + worth * found.scores
-
-    worth = 0.0
-    attempt(least)
-    widths = at(least)
-    if widths is not None and widths.scores > 0:
-        worth = tried[least] / widths.scores
-    while len(tried) < MOST_TRIALS:
+    attempt(0)
+    reached = [number for number in numbers if number and at(number) is not None] if math.isinf(tried[0]) else []
+    for number in sorted({*reached[:1], *reached[len(reached) // 2 :][:1]}):
+        attempt(number)  # the widths' part in the error takes two numbers to tell where none alone is in reach
+    trials = MOST_TRIALS + int(math.isinf(tried[0]))
+    while len(tried) < trials:
+        expected = _foretold({number: (at(number), error) for number, error in tried.items()}, alone)
         best = min(tried, key=lambda number: (tried[number], number))
-        near = [number for number in (best - 1, best + 1) if best > least and least < number <= len(errors)]
-        upcoming = min({*numbers, *near, best}, key=lambda number: (tried.get(number, expected(number)), number))
-        if upcoming in tried or (best == least and len(tried) > HOPELESS):
+        near = [number for number in (best - 1, best + 1) if best and 0 < number <= len(errors)]
+        guesses = {number: tried[number] if number in tried else expected(number, at(number))
+                   for number in {*numbers, *near, best}}  # fmt: skip
+        upcoming = min(guesses, key=lambda number: (guesses[number], number))
+        if best and upcoming in tried:
+            upcoming = _middle(best, [*tried, len(errors) + 1], max(1, round(len(errors) / GUESSES)))
+        if upcoming in tried or (best == 0 and len(tried) > HOPELESS):
             break
         attempt(upcoming)
     return tried
 
 
+def _middle(best: int, tried: Iterable[int], apart: int) -> int:
+    """The middle of the wider gap beside the best number, where errors may be less; itself if both are narrow."""
+    low, high = max(n for n in tried if n < best), min(n for n in tried if n > best)
+    below, above = best - low, high - best
+    if max(below, above) <= apart + 1:
+        return best
+    return best - below // 2 if below > above else best + above // 2
+
+
+def _foretold(
+    tried: Mapping[int, tuple[Candidate | None, float]], alone: Sequence[float]
+) -> Callable[[int, Candidate | None], float]:
+    """Foretells the error of a number of branches that was not tried.
+
+    Args:
+        tried: number -> what is left, and its error.
+        alone: number -> the sum of what the branches cost, each alone.
+    """
+    seen = {number: (found.scores, error) for number, (found, error) in tried.items() if found is not None}
+    worth = 0.0  # of a unit of the widths' scores
+    if 0 in seen and seen[0][0] > 0:
+        worth = seen[0][1] / seen[0][0]
+    elif 0 not in seen and len(seen) > 1:
+        rows = np.array([[scores, alone[number]] for number, (scores, _) in seen.items()])
+        found_errors = np.array([error for _, error in seen.values()]).clip(1e-12)
+        worth = max(0.0, float(np.linalg.lstsq(rows / found_errors[:, None], np.ones(len(rows)), rcond=None)[0][0]))
+    #: Of the errors of so many branches, over the sum of what each costs alone.
+    factors = {
+        number: max(error - worth * scores, 0.0) / max(alone[number], 1e-30)
+        for number, (scores, error) in sorted(seen.items())
+        if number
+    }
+
+    def expected(number: int, found: Candidate | None) -> float:
+        if found is None:
+            return math.inf
+        factor = float(np.interp(number, list(factors), list(factors.values()))) if factors else 1.0
+        return factor * alone[number] + worth * found.scores
+
+    return expected
+
+
 def chosen_number(tried: Mapping[int, float]) -> int:
-    """The number of branches whose error is least, if it is clearly less than that of the fewest that were tried."""
+    """The number of branches whose error is least, if it is clearly less than that of none."""
     best = min(tried, key=lambda number: (tried[number], number))
-    few = min(tried)
-    return best if tried[best] < (1 - CLEARLY) * tried[few] else few
+    return best if tried[best] < (1 - CLEARLY) * tried.get(0, math.inf) else 0

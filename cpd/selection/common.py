@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from cpd.coupling.comb import Comb
-from cpd.criteria.score import Scores
+from cpd.criteria.score import Scores, whole_scores
 from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.latency_model import LatencyModel
 from cpd.options import instance
@@ -49,6 +50,36 @@ class Common:
     trials: Trials | None = None
     found: Found = field(default_factory=Found)
     within: Plan | None = None
+
+    def scored(self, score: Callable[[], Scores], is_shared: bool) -> Scores:
+        """The scores of a model, taken where they are not known yet.
+
+        Args:
+            score: takes them.
+            is_shared: whether the model is still the one that all pruners begin with.
+        """
+        if not is_shared:
+            return score()
+        if self.scores is None:
+            self.scores = score()
+        return self.scores
+
+    def allowed(
+        self, comb: Comb, plan: Plan, scores: Scores
+    ) -> tuple[Scores, Mapping[str, tuple[int, ...]], tuple[str, ...]]:
+        """What may still be kept of a model, by its scores; its channels; and the branches that have gone.
+
+        Args:
+            comb: its comb.
+            plan: what is kept of it so far.
+            scores: of its channels.
+        """
+        if self.within is None or plan.changes:
+            return scores, plan.groups, plan.removed
+        left = {name: scores[name][list(kept)] for name, kept in self.within.groups.items() if name in scores}
+        return (
+            Scores(whole_scores(comb, self.within, left), scores.untrusted, {}), self.within.groups, self.within.removed
+        )  # fmt: skip
 
 
 COMMON = instance(Common, "a cpd.selection.common.Common")

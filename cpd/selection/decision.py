@@ -274,12 +274,13 @@ class Decider:
         order = in_order(self.comb, errors, {name: self._saved(name) for name in names}, limits.max_removed, gone)
 
         def candidate(number: int) -> Candidate | None:
-            chosen = selector(self.scopes[0], order[:number])
+            chosen = selector(self.scopes[0], order[: len(gone) + number])
             plan = self._expected(chosen)
             return None if plan is None else Candidate(_gone(chosen, scores, plan), lambda: self._roughly(plan))
 
-        tried = best_number([errors[name] for name in order], candidate, len(gone))
-        best = chosen_number(tried)
+        further = best_number([errors[name] for name in order[len(gone) :]], candidate)
+        tried = {len(gone) + number: error for number, error in further.items()}
+        best = len(gone) + chosen_number(further)
         told = ", ".join(f"{number}: {tried[number]:.3g}" for number in sorted(tried))
         named = f": {', '.join(order[:best][:NAMED])}{', …' if best > NAMED else ''}" if best else ""
         by_number = f"Relative error of the logits at the target, by the number of branches removed: {told}."

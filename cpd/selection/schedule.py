@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from dataclasses import InitVar, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import InitVar, dataclass, field, replace
+from typing import Any, Self
 
 from cpd.errors import InputError
-from cpd.options import LIMIT, checked, choice, integer, number
+from cpd.options import (
+    LIMIT,
+    Check,
+    check_names,
+    check_options,
+    checked,
+    choice,
+    instance,
+    integer,
+    number,
+    options_of,
+    plain,
+)
 
 #: Shrinks of a gradual schedule for which no interval is given.
 SHRINKS = 10
@@ -21,9 +34,12 @@ KINDS: dict[str, Callable[[float], float]] = {
 }
 #: Options of a config that a `Schedule` holds too, and what it calls them.
 SCHEDULED = {"prune_from": "start", "prune_until": "end", "interval": "interval"}
-
-
-_FRACTION = number("from 0 to 1", lambda value: 0 <= value <= 1)
+FRACTION = number("from 0 to 1", lambda value: 0 <= value <= 1)
+SCHEDULE = Check(
+    f"one of {', '.join(KINDS)}, or a Schedule",
+    lambda value: isinstance(value, str) and value in KINDS,
+    names=lambda: KINDS,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +71,7 @@ class Schedule:
             object.__setattr__(self, "start", warmup)
         choice(*KINDS).demand("kind", self.kind)
         for name in ("start", "end"):
-            _FRACTION.demand(name, getattr(self, name))
+            FRACTION.demand(name, getattr(self, name))
         LIMIT.demand("interval", self.interval, optional=True)
         if not (0 <= self.start < 1 and (self.kind == "one-shot" or self.start < self.end <= 1)):
             raise InputError(
@@ -95,3 +111,58 @@ class Schedule:
 
 # The constructor alone takes it; the default that dataclasses leave on the class would be read as a value.
 del Schedule.warmup  # type: ignore[attr-defined]
+
+
+class Scheduled:
+    """What configs have in common whose options say when a model is pruned: that of pruning, and that of sparsity.
+
+    Attributes:
+        schedule: the kind of a schedule; a `Schedule` on construction, which is taken apart.
+        prune_from: its start.
+        prune_until: its end.
+        interval: its interval.
+    """
+
+    schedule: str | Schedule
+    prune_from: float
+    prune_until: float
+    interval: int | None
+
+    def __post_init__(self) -> None:
+        """Take a `Schedule` apart; check every field."""
+        if isinstance(self.schedule, Schedule):
+            for item in options_of(self):
+                if item.name in SCHEDULED and getattr(self, item.name) != item.default:
+                    raise InputError(f"{item.name} is part of the Schedule that is given: say it there.")
+            for name, attribute in SCHEDULED.items():
+                object.__setattr__(self, name, getattr(self.schedule, attribute))
+            object.__setattr__(self, "schedule", self.schedule.kind)
+        check_options(self)
+        _ = self.when
+
+    @classmethod
+    def of(cls, config: Self | None, given: Mapping[str, Any], what: str) -> Self:
+        """A config, or the defaults, with the options that are given.
+
+        Args:
+            config: the config; None: all defaults.
+            given: {option: value}.
+            what: the function that takes them, for the message.
+
+        Raises:
+            InputError: an unknown option, or a value out of range.
+        """
+        instance(cls, f"a cpd.{cls.__name__}").demand("config", config, optional=True)
+        defaults = {item.name: item.default for item in options_of(cls)}
+        check_names(given, defaults, what)
+        start = {name: defaults[name] for name in SCHEDULED if isinstance(given.get("schedule"), Schedule)}
+        return replace(config or cls(), **{**start, **given})  # type: ignore[type-var]
+
+    @property
+    def when(self) -> Schedule:
+        """The schedule."""
+        return Schedule(str(self.schedule), start=self.prune_from, end=self.prune_until, interval=self.interval)
+
+    def settings(self) -> dict[str, Any]:
+        """All options as JSON types, as a checkpoint keeps them."""
+        return {name: plain(value) for name, value in vars(self).items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from cpd.errors import InputError
@@ -12,8 +13,7 @@ from cpd.options import (
     SEED,
     THREADS,
     Check,
-    check_names,
-    check_options,
+    are_shares,
     choice,
     flag,
     instance,
@@ -21,11 +21,10 @@ from cpd.options import (
     is_function,
     number,
     option,
-    options_of,
-    plain,
+    read_shares,
     with_help,
 )
-from cpd.selection.schedule import KINDS, SCHEDULED, Schedule
+from cpd.selection.schedule import FRACTION, SCHEDULE, Schedule, Scheduled
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from cpd.model.outputs import Outputs
@@ -39,18 +38,6 @@ REGROWTHS = ("soft", "splice", "rigl")
 RULES = ("erk", "lamp")
 
 
-def _read_ratios(texts: Sequence[str]) -> Mapping[str, float] | str:
-    """`PATTERN=SHARE` as a mapping, or the name of a rule."""
-    if len(texts) == 1 and texts[0] in RULES:
-        return texts[0]
-    try:
-        return {pattern: float(share) for pattern, _, share in (text.rpartition("=") for text in texts)}
-    except ValueError:
-        raise InputError(
-            f"ratios takes {', '.join(RULES)}, or PATTERN=SHARE, as in 'layer4*=0.5'; got {', '.join(texts)}."
-        ) from None
-
-
 def _criteria() -> Collection[str]:
     """The names of criteria, whose import takes torch's seconds."""
     from cpd.sparsity.scores import CRITERIA
@@ -59,10 +46,9 @@ def _criteria() -> Collection[str]:
 
 
 def _are_ratios(value: Any) -> bool:
-    share = number("", lambda item: 0 <= item < 1)
-    if isinstance(value, Mapping):
-        return all(isinstance(name, str) and share.accepts(value[name]) for name in value)
-    return value in RULES if isinstance(value, str) else _tells_curves(value)
+    if isinstance(value, str):
+        return value in RULES
+    return are_shares(value) or _tells_curves(value)
 
 
 def _tells_curves(value: Any) -> bool:
@@ -82,22 +68,16 @@ def _is_pattern(value: Any) -> bool:
         return False
 
 
-_FRACTION = number("from 0 to 1", lambda value: 0 <= value <= 1)
 _SPARSITY = number("of at least 0 and below 1: the share of zeros", lambda value: 0 <= value < 1)
 _CRITERION = Check(
     "one of magnitude, taylor, obs, random, or a function of a cpd.sparsity.scores.WeightSetting",
     lambda value: is_function(value) or (isinstance(value, str) and value in _criteria()),
     names=lambda: _criteria(),
 )
-_SCHEDULE = Check(
-    f"one of {', '.join(KINDS)}, or a Schedule",
-    lambda value: isinstance(value, str) and value in KINDS,
-    names=lambda: KINDS,
-)
 _RATIOS = Check(
     "erk, lamp, a cpd.Sensitivity, or a mapping from patterns of names to shares of at least 0 and below 1",
     _are_ratios,
-    read=_read_ratios,
+    read=partial(read_shares, rules=RULES),
 )
 _PATTERN = Check("unstructured, N:M (as 2:4), RxC (as 1x3 or 4x1), kernel, or channel", _is_pattern)
 _NORM = integer(1, 2)
@@ -105,7 +85,7 @@ _NORM = integer(1, 2)
 
 @with_help
 @dataclass(frozen=True, kw_only=True)
-class SparseConfig:
+class SparseConfig(Scheduled):
     """Every option of sparsity, checked on construction.
 
     Options:
@@ -152,13 +132,13 @@ class SparseConfig:
         "GiB of activations that may be alive at a time, about, while layers are refitted.",
     )  # fmt: skip
     schedule: str | Schedule = option(
-        "one-shot", _SCHEDULE,
+        "one-shot", SCHEDULE,
         "When weights become zero: one-shot (before the training), or gradually during it: linear or cubic (Python: or "
         "a Schedule).",
     )  # fmt: skip
-    prune_from: float = option(0.0, _FRACTION, "Fraction of the training before the first step of pruning.")
+    prune_from: float = option(0.0, FRACTION, "Fraction of the training before the first step of pruning.")
     prune_until: float = option(
-        0.5, _FRACTION, "Fraction of the training at which pruning, or regrowth, is complete, of a gradual schedule."
+        0.5, FRACTION, "Fraction of the training at which pruning, or regrowth, is complete, of a gradual schedule."
     )
     interval: int | None = option(
         None, integer(1), "Optimizer steps between two changes of the masks. Default: ten changes."
@@ -177,15 +157,8 @@ class SparseConfig:
     seed: int = option(0, SEED, "Seed of every random choice.")
 
     def __post_init__(self) -> None:
-        """Take a `Schedule` apart; check every field, and that they fit each other."""
-        if isinstance(self.schedule, Schedule):
-            for item in options_of(self):
-                if item.name in SCHEDULED and getattr(self, item.name) != item.default:
-                    raise InputError(f"{item.name} is part of the Schedule that is given: say it there.")
-            for name, attribute in SCHEDULED.items():
-                object.__setattr__(self, name, getattr(self.schedule, attribute))
-            object.__setattr__(self, "schedule", self.schedule.kind)
-        check_options(self)
+        """Check every field, and that they fit each other."""
+        super().__post_init__()
         said = self.layout.share
         if said is not None and self.sparsity is not None and abs(self.sparsity - said) > 1e-6:
             raise InputError(
@@ -195,20 +168,6 @@ class SparseConfig:
             raise InputError(f"pattern={self.pattern!r} leaves every layer the same share: leave ratios out.")
         if said is not None and self.schedule != "one-shot":
             raise InputError(f"pattern={self.pattern!r} has no share in between: take schedule='one-shot'.")
-        _ = self.when
-
-    @classmethod
-    def of(cls, config: SparseConfig | None, given: Mapping[str, Any], what: str) -> SparseConfig:
-        """A config, or the defaults, with the options that are given.
-
-        Raises:
-            InputError: an unknown option, or a value out of range.
-        """
-        SPARSE.demand("config", config, optional=True)
-        defaults = {item.name: item.default for item in options_of(cls)}
-        check_names(given, defaults, what)
-        start = {name: defaults[name] for name in SCHEDULED if isinstance(given.get("schedule"), Schedule)}
-        return replace(config or cls(), **{**start, **given})
 
     @property
     def layout(self) -> Pattern:
@@ -229,17 +188,9 @@ class SparseConfig:
             raise InputError("sparsity must be given: the share of zeros, as 0.8; or take pattern='2:4'.")
         return found
 
-    @property
-    def when(self) -> Schedule:
-        """The schedule."""
-        return Schedule(str(self.schedule), start=self.prune_from, end=self.prune_until, interval=self.interval)
-
     def settings(self) -> dict[str, Any]:
         """All options as JSON types, as a checkpoint keeps them."""
-        found = {name: plain(value) for name, value in vars(self).items()}
-        if _tells_curves(self.ratios):
-            found["ratios"] = "a Sensitivity"
-        return found
+        return {**super().settings(), **({"ratios": "a Sensitivity"} if _tells_curves(self.ratios) else {})}
 
 
 SPARSE = instance(SparseConfig, "a cpd.SparseConfig")

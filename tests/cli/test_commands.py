@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 import cpd
@@ -276,6 +277,13 @@ def test_version_and_help(run: Any) -> None:
     assert version.exit_code == 0
     assert re.fullmatch(r"cpd (\d+\.\d+\.\d+.*|\(not installed\))\n", version.stdout)
     assert all(command in run("--help").stdout for command in ("compress", "comb", "demo"))
+
+
+def test_env_says_what_a_report_of_a_fault_needs(run: Any) -> None:
+    found = json.loads(run("env", "--json").stdout)
+    assert found["torch"] == torch.__version__.partition("+")[0]
+    assert {"python", "timm", "onnxruntime", "cpu", "cores", "platform"} <= set(found)
+    assert run("env").stdout.splitlines() == [f"{name}: {value}" for name, value in found.items()]
 
 
 def test_python_m_and_lazy_imports() -> None:

@@ -130,7 +130,7 @@ def test_models(run: Any, command: str, model: str, message: str) -> None:
 def test_names_are_looked_at_before_anything_is_loaded(
     run: Any, monkeypatch: pytest.MonkeyPatch, command: str, options: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
-    for name in ("cpd.cli.analysing.Images", "cpd.cli.compressing.Images"):
+    for name in ("cpd.cli.analysing.Images", "cpd.cli.compressing.Images", "cpd.cli.work.Images"):
         monkeypatch.setattr(name, lambda *_, **__: pytest.fail("images are looked for"))
     monkeypatch.setattr("cpd.cli.compressing.result_folder", lambda *_: pytest.fail("a folder is read"))
     assert message in check(run(command, *options, "--data", tmp_path))

@@ -17,7 +17,7 @@ from cpd.files.reading import signed
 from cpd.jobs import family as making
 from cpd.jobs.compress import compressed
 from cpd.model.tensors import copy_of
-from cpd.selection.branching import Candidate, best_number, chosen_number, in_order
+from cpd.selection.branching import in_order
 from cpd.selection.common import Common
 from cpd.surgery.shrink import slice_of
 
@@ -106,16 +106,6 @@ def test_branches_that_have_gone_stay_gone(net: nn.Module) -> None:
     errors, saved = {one: 1.0, two: 2.0}, {one: 1.0, two: 1.0}
     assert in_order(comb, errors, saved, 1.0) == [one, two]
     assert in_order(comb, errors, saved, 0.5, [two]) == [two]  # however dear it is
-    asked = []
-
-    def candidate(number: int) -> Candidate:
-        asked.append(number)
-        return Candidate(4.0 - number, lambda: 1.0 - 0.3 * number)
-
-    tried = best_number([0.01, 0.01, 0.01], candidate, 1)
-    assert min(asked) == 1
-    assert chosen_number(tried) == 3
-    assert chosen_number({1: 1.0, 2: 0.99}) == 1  # not clearly better than those that have gone
 
 
 @pytest.fixture

@@ -151,15 +151,46 @@ def test_packed_weights_are_loaded(model: nn.Module, tmp_path: Path) -> None:
         cpd.load(tmp_path / "out", build())
 
 
+def test_a_narrow_model_becomes_sparse_and_is_loaded(model: nn.Module, tmp_path: Path) -> None:
+    narrow = cpd.compress(model, target_macs=0.6, round_to=1, data=DATA, epochs=0, branches=False, progress=False)
+    dense = deepcopy(narrow.model)
+    result = cpd.sparsify(narrow.model, 0.5, plan=narrow.plan, data=DATA, epochs=0, progress=False)
+    assert result.plan.digest == narrow.plan.digest
+    assert result.sparsity == pytest.approx(0.5, abs=3e-3)
+    assert result.report.original.parameters == sum(p.numel() for p in dense.parameters())
+    for storage in ("plain", "packed", "packed-int8"):
+        folder = result.save(tmp_path / storage, storage=storage)
+        loaded = cpd.load(folder, build())  # a fresh one of the original widths
+        assert cpd.Masks.load(folder) == result.masks
+        assert not any(bool(weight[~mask].any()) for weight, mask in result.masks.pairs(loaded))
+        assert storage == "packed-int8" or torch.equal(loaded(IMAGES), result.model(IMAGES))
+    zeros, wanted = int8_zeros(folder / "model.onnx", tmp_path / "int8.onnx"), result.masks.zeros
+    assert zeros >= wanted > 0
+    whole = {name: torch.ones_like(mask) for name, mask in result.masks.kept.items()}
+    whole["0.weight"][[0, 2]] = whole["3.weight"][:, [0, 2]] = False  # two channels, in both of their layers
+    masks = cpd.Masks(whole)
+    masked = masks.apply(deepcopy(result.model))
+    plan = masks.plan(cpd.comb(masked, IMAGES[:1]))
+    narrower = cpd.shrink(deepcopy(masked), plan)
+    assert len(narrower[0].weight) == len(masked[0].weight) - 2
+    assert torch.allclose(narrower(IMAGES), masked(IMAGES), atol=1e-5)
+    masks.narrowed(plan).pairs(narrower)
+    with pytest.raises(cpd.InputError, match=r"The plan is of another model .* Give result\.plan"):
+        cpd.sparsify(model, 0.5, plan=narrow.plan, data=DATA, epochs=0)
+    with pytest.raises(cpd.InputError, match="pattern='channel' removes channels, and so did the plan"):
+        cpd.sparsify(dense, 0.5, plan=narrow.plan, pattern="channel", data=DATA, epochs=0)
+
+
+def int8_zeros(path: Path, quantized: Path) -> int:
+    """The zeros of the weights in the file that an ONNX model is quantized to."""
+    cpd.quantize_onnx(path, DATA, quantized, seconds=0.05)
+    arrays = [numpy_helper.to_array(item) for item in onnx.load(quantized).graph.initializer]
+    return sum(int((array == 0).sum()) for array in arrays if array.dtype == np.int8 and array.ndim >= 2)
+
+
 def test_int8_keeps_the_zeros(model: nn.Module, tmp_path: Path) -> None:
     result = cpd.sparsify(model, 0.8, data=DATA, epochs=0, progress=False, output_dir=tmp_path / "out")
-    quantized = tmp_path / "int8.onnx"
-    cpd.quantize_onnx(tmp_path / "out" / "model.onnx", DATA, quantized, seconds=0.05)
-    graph = onnx.load(quantized).graph
-    arrays = [numpy_helper.to_array(item) for item in graph.initializer]
-    wanted = sum(int((~mask).sum()) for mask in result.masks.kept.values())
-    weights = [array for array in arrays if array.dtype == np.int8 and array.ndim >= 2]
-    assert sum(int((array == 0).sum()) for array in weights) >= wanted
+    assert int8_zeros(tmp_path / "out" / "model.onnx", tmp_path / "int8.onnx") >= result.masks.zeros
 
 
 def test_a_lottery_ticket_and_from_scratch(model: nn.Module) -> None:

@@ -53,3 +53,18 @@ def test_so_many_go_as_bring_the_target_into_reach():
 def test_any_number_of_branches(count):
     tried = search(lambda n: 1 - n / (2 * count), lambda n: 0.1 * (1 - n / (2 * count)), count)
     assert chosen_number(tried) == max(tried) == count
+
+
+def test_widths_that_alone_do_not_reach_the_target_count_for_what_they_cost():
+    """The smallest number that reaches it leaves the narrowest widths, the worst of all."""
+
+    def scores(number):
+        return None if number < 4 else (1 - number / 32) ** 6
+
+    def error(number):
+        return min(1.0, 40 * scores(number)) + 0.004 * number
+
+    tried = search(error, scores, 27)
+    best = min(error(number) for number in range(4, 28))
+    assert error(chosen_number(tried)) <= 1.2 * best
+    assert len(tried) <= 7
