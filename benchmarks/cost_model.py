@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 import torch
 from coverage import LIMITS, chosen
 from models import counted_macs, random_plan
@@ -86,7 +86,7 @@ def main() -> int:
             rows.append({"model": name, "error": f"{type(error).__name__}: {error}"[:200]})
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(rows, indent=1))
+            results.write(options.json, rows)
     table = Table("model", *(f"{ours} / {theirs}" for ours, theirs in PAIRS), "candidates a second")
     for item in rows:
         if "error" in item:

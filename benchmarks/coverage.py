@@ -39,6 +39,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import results
 from faults import FAULTS
 from oracles import CHECKS, passed, table_of
 from rich.console import Console
@@ -168,7 +169,7 @@ def cover(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]
     """Run every model that the JSON file does not hold yet."""
     rows: dict[str, dict[str, Any]] = {}
     if options.json and options.json.exists() and not options.again:
-        rows = {row["model"]: row for row in json.loads(options.json.read_text()) if "error" not in row}
+        rows = {row["model"]: row for row in results.read(options.json) if "error" not in row}
     todo = [name for name in names if name not in rows]
     columns = (SpinnerColumn(), TextColumn("{task.completed}/{task.total} {task.description}"), TimeElapsedColumn())
     console = Console(stderr=True)
@@ -191,7 +192,7 @@ def cover(names: list[str], options: argparse.Namespace) -> list[dict[str, Any]]
             bar.advance(task)
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(list(rows.values()), indent=1))
+                results.write(options.json, list(rows.values()))
     return [rows[name] for name in names]
 
 

@@ -16,7 +16,6 @@ Small models with random weights, each built from its name alone (`hf:CLASS,argu
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import results
 import torch
 from models import random_plan, randomize
 from oracles import check_masked, double, outputs_of
@@ -334,7 +334,7 @@ def main() -> int:
         print({key: value for key, value in row.items() if key != "parts"}, flush=True)
         rows.append(row)
         if options.json:
-            options.json.write_text(json.dumps(rows, indent=1))
+            results.write(options.json, rows)
     console = Console(width=200)
     console.print(table_of(rows))
     good = [row for row in rows if "failed" not in row]

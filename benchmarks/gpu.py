@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 import warnings
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from models import CifarResNet, randomize
 from oracles import check_masked
@@ -231,7 +231,7 @@ def main() -> int:
     Console(width=180).print(table)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=1))
+        results.write(options.json, rows)
     return int(not all(row["ok"] for row in rows))
 
 

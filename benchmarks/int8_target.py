@@ -10,7 +10,6 @@ speeds until its INT8 model is as fast as the other plan's, or for so many tries
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 
 import imagenet
 import platformdirs
+import results
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -57,7 +57,7 @@ def main() -> int:
         print(row, file=sys.stderr, flush=True)
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(rows, indent=1))
+            results.write(options.json, rows)
 
     def compressed(runtime: str, speedup: float) -> tuple[cpd.Result, float]:
         start = time.perf_counter()

@@ -9,12 +9,12 @@ kept at least), exports and times them beside the original, and compares that wi
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from onnx_latency import MODELS
 from rich.console import Console
@@ -57,7 +57,7 @@ def main() -> int:
     console.print(f"{len(every)} copies of {len(rows)} models: median error {statistics.median(every):.1%}.")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=1))
+        results.write(options.json, rows)
     return 0
 
 

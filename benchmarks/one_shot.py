@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 import torch.nn.functional as F
 from coverage import PEER, installed_peer
@@ -312,7 +312,7 @@ def main() -> int:
     data = load_data(options.data_dir, options.seed)
     images = data.loader.images[:, :, BORDER:-BORDER, BORDER:-BORDER]
     train, test = (images, data.loader.labels), (data.test_images, data.test_labels)
-    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    rows = results.read(options.json)
     known = {(r["model"], r["criterion"], r["scope"], r["normalization"], r["fewer"]) for r in rows}
     console = Console(width=200)
     with installed_peer(options.peer) as folder:
@@ -336,7 +336,7 @@ def main() -> int:
                     )
                     if options.json:
                         options.json.parent.mkdir(parents=True, exist_ok=True)
-                        options.json.write_text(json.dumps(rows, indent=1))
+                        results.write(options.json, rows)
     for table in tables(rows, options.fewer):
         console.print(table)
     if options.plot:

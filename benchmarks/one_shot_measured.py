@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import multiprocessing
 import re
 import resource
@@ -35,6 +34,7 @@ from typing import Any, NamedTuple
 import imagenet
 import onnx
 import platformdirs
+import results
 import torch
 from coverage import PEER, installed_peer
 from models import PARTS, counted_macs
@@ -408,7 +408,7 @@ def parsed() -> argparse.Namespace:
 def main() -> int:
     """Run what is asked for, print the tables."""
     options, console = parsed(), Console(stderr=True)
-    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    rows = results.read(options.json)
     with (
         installed_peer(options.peer, PEER, ONNXSIM) as peers,
         tempfile.TemporaryDirectory() as folder,
@@ -426,7 +426,7 @@ def main() -> int:
                 print({key: value for key, value in row.items() if key != "notes"}, file=sys.stderr, flush=True)
                 if options.json:
                     options.json.parent.mkdir(parents=True, exist_ok=True)
-                    options.json.write_text(json.dumps(rows, indent=1))
+                    results.write(options.json, rows)
             bar.advance(total, len(heads))
     for table in tables(rows):
         Console(width=220).print(table)

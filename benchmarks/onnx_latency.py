@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import signal
 import statistics
@@ -30,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import results
 import torch
 from coverage import PEER, installed_peer
 from models import counted_macs
@@ -272,7 +272,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
-    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    rows = results.read(options.json)
     with installed_peer(options.peer) as installed:
         sys.path[:0] = [installed] if installed else []
         for name in options.models:
@@ -294,7 +294,7 @@ def main() -> int:
                     print(row, file=sys.stderr, flush=True)
                     if options.json:
                         options.json.parent.mkdir(parents=True, exist_ok=True)
-                        options.json.write_text(json.dumps(rows, indent=1))
+                        results.write(options.json, rows)
     console = Console(width=220)
     console.print(table(rows))
     for text in summary(rows):

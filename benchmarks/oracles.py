@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import json
 import resource
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from faults import FAULTS
 from models import random_branches, random_plan, randomize, resnet56
@@ -390,7 +390,7 @@ def main() -> int:
 
     def note(row: dict[str, Any]) -> None:
         if options.json:
-            options.json.write_text(json.dumps([*rows, row], indent=1))
+            results.write(options.json, [*rows, row])
 
     for name in options.models:
         try:

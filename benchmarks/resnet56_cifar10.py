@@ -8,7 +8,6 @@ DATA_DIR holds the weights and a tenth of CIFAR-10: see `FILES`.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import results
 import torch
 import torch.nn.functional as F
 from models import CifarResNet, resnet56
@@ -178,7 +178,7 @@ def show(report: Report, options: argparse.Namespace, console: Console) -> None:
     console.print(f"Seconds: {stages} (sum {sum(report.seconds.values()):.0f})", highlight=False)
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        results.write(options.json, report.to_dict())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,11 +10,11 @@ A forward that is exported calls the ops that its author wrote (`conv2d`), not t
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import results
 import torch
 from torch._ops import OpOverload
 from torch.fx import Graph
@@ -84,7 +84,7 @@ def main() -> None:
     for name, reason in found["core without a rule"].items():  # type: ignore[attr-defined]
         print(f"  {name:<40}{reason}")
     if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        results.write(options.json, found)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -150,9 +151,9 @@ def main() -> int:
         print(json.dumps(measure(name, options.measure, runtime, options.threads, options.seconds)))
         return 0
     if options.read:
-        show(json.loads(options.read.read_text()))
+        show(results.read(options.read))
         return 0
-    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    rows = results.read(options.json)
     done = {(row["model"], row["plan"], row["asked"]) for row in rows}
     for name in options.models:
         for speedup in options.speedups:
@@ -164,7 +165,7 @@ def main() -> int:
                 print(rows[-1], file=sys.stderr, flush=True)
                 if options.json:
                     options.json.parent.mkdir(parents=True, exist_ok=True)
-                    options.json.write_text(json.dumps(rows, indent=1))
+                    results.write(options.json, rows)
     show(rows)
     return 0
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 import torch.nn.functional as F
 from oracles import build
@@ -99,7 +100,7 @@ def main() -> int:
             rows.append({"model": model, "criterion": criterion, **json.loads(found.stdout.splitlines()[-1])})
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(rows, indent=1))
+                results.write(options.json, rows)
         mine = [row for row in rows if row["model"] == model]
         base = mine[0]["memory_mib"]
         table = Table("criterion", "seconds", "x a forward and backward", "peak MiB", "x", title=model)

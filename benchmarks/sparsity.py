@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import lzma
 import sys
 import time
@@ -24,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from imagenet import load as load_imagenet
 from imagenet import sample
@@ -261,14 +261,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    rows: list[dict[str, Any]] = results.read(options.json)
 
     def add(row: dict[str, Any]) -> None:
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
         if options.json is not None:
             options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(rows, indent=1))
+            results.write(options.json, rows)
 
     for name in options.models:
         bench = Bench(name, options.data_dir, options.cache)

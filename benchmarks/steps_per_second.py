@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -74,7 +74,7 @@ def main() -> int:
     Console().print(table)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(rows, indent=1))
+        results.write(options.json, rows)
     return 0
 
 

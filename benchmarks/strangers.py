@@ -28,6 +28,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import results
 import torch
 from coverage import limited
 from models import random_plan, randomize
@@ -905,7 +906,7 @@ def main() -> int:
     for name in options.models or STRANGERS:
         rows.append(run(name, options))
         if options.json:
-            options.json.write_text(json.dumps(rows, indent=1))
+            results.write(options.json, rows)
     console = Console(width=230)
     console.print(table_of(rows))
     console.print(summary(rows), highlight=False)

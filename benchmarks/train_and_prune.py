@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import results
 import timm
 import torch
 import torchvision
@@ -446,7 +446,7 @@ def main() -> int:
     """Run what is asked for, print the table."""
     options = parsed()
     student = STUDENTS[options.student]
-    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    rows = results.read(options.json)
     rows = [{"learning": "none", **row} for row in rows]
     with ExitStack() as stack:
         folder = stack.enter_context(installed_peer("peer" in options.by))
@@ -472,7 +472,7 @@ def main() -> int:
             print({key: value for key, value in rows[-1].items() if key != "history"}, file=sys.stderr, flush=True)
             if options.json:
                 options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(rows, indent=1))
+                results.write(options.json, rows)
     rows = [row for row in rows if row["student"] == options.student]
     Console(width=220).print(table(rows))
     if options.plot:

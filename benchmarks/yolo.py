@@ -14,7 +14,6 @@ to ultralytics.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -23,6 +22,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from models import random_plan, randomize
 from oracles import check_masked, double
@@ -102,7 +102,7 @@ def main() -> int:
         print("row:", row, flush=True)
         rows.append(row)
         if options.json:
-            options.json.write_text(json.dumps(rows, indent=1))
+            results.write(options.json, rows)
     names = ("open", "error", "asked", "speed-up", "trainer", "exporter", "validator", "s")
     table = Table("model", "params", "left", *names, title="models of ultralytics")
     for row in rows:

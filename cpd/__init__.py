@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from cpd.distillation.config import DistillConfig
     from cpd.distillation.distiller import distill
     from cpd.jobs.compress import compress
+    from cpd.jobs.family import family
+    from cpd.jobs.members import Family, Member
     from cpd.jobs.outcome import Result
     from cpd.jobs.sensitivity import Sensitivity, sensitivity
     from cpd.jobs.sparsify import SparseResult, sparsify
@@ -94,6 +96,11 @@ _ROOMS = {
     "cpd.distillation.config": ("DistillConfig",),
     "cpd.distillation.distiller": ("distill",),
     "cpd.jobs.compress": ("compress",),
+    "cpd.jobs.family": ("family",),
+    "cpd.jobs.members": (
+        "Family",
+        "Member",
+    ),
     "cpd.jobs.outcome": ("Result",),
     "cpd.jobs.sensitivity": (
         "Sensitivity",
@@ -141,11 +148,13 @@ __all__ = [
     "Comb",
     "DistillConfig",
     "ExportError",
+    "Family",
     "Group",
     "InputError",
     "LatencyComparison",
     "LatencyTable",
     "Masks",
+    "Member",
     "ModelProfile",
     "NothingToPruneError",
     "OnnxModule",
@@ -173,6 +182,7 @@ __all__ = [
     "compress",
     "distill",
     "export_onnx",
+    "family",
     "from_pretrained",
     "get_sparsity",
     "load",

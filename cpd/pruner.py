@@ -51,6 +51,7 @@ from cpd.plan import Plan
 from cpd.selection.bounds import Bounds
 from cpd.selection.branching import check_branches
 from cpd.selection.combed import comb_to_prune
+from cpd.selection.common import COMMON, Common
 from cpd.selection.decision import Decider
 from cpd.selection.limits import check_ratios
 from cpd.selection.state import Shrink, state_of
@@ -97,6 +98,7 @@ class Pruner:
         config: options; those that are given by name replace its own.
         comb: the comb of `model`, if there is one already; what it takes for outputs holds.
         stage: a context manager for each stage by name, to time or show it.
+        common: what pruners of this model to other targets have found, with the same data and options, and will find.
         options: those of `cpd.PruneConfig`, by name; exactly one target is needed.
 
     Attributes:
@@ -138,6 +140,7 @@ class Pruner:
     @checked(
         model=MODEL, example_inputs=INPUTS, steps=integer(0), optimizer=OPTIMIZER, data=REPEATED_DATA, loss=LOSS,
         config=PRUNING, comb=COMB, stage=function("stage(name)"),
+        common=COMMON,
     )  # fmt: skip
     def __init__(
         self,
@@ -151,6 +154,7 @@ class Pruner:
         config: PruneConfig | None = None,
         comb: Comb | None = None,
         stage: Stage | None = None,
+        common: Common | None = None,
         **options: Any,
     ) -> None:
         self.model, self.optimizer, self.loss = check_model(model), optimizer, loss
@@ -166,10 +170,13 @@ class Pruner:
             self.model, comb, example_inputs, self._stage, self.config.measures, self.config.combing
         )
         check_ratios(self.comb, limits)
-        self._trials = None if self.data is None else Trials(
+        self._common = common or Common()
+        self._shares = self._is_shared = common is not None
+        self._trials = None if self.data is None else self._common.trials or Trials(
             self.data, seed=self.config.seed, memory_gb=self.config.memory_gb, layers=self.config.compensation,
             read=comb.read,
         )  # fmt: skip
+        self._common.trials = self._trials
         self.criterion, self.why = choose_criterion(self.config.criterion, self.data, loss)
         self._decider = Decider(
             comb, self.target, limits, normalization=self.config.normalization, exponent=self.config.exponent,
@@ -177,11 +184,11 @@ class Pruner:
             runtime=self.config.runtime, threads=self.config.threads, calibration=self.data,
             file_mb=self.config.max_file_mb, memory_mb=self.config.max_memory_mb,
             others=tuple(of_shape(item, comb.operations.call) for item in self.config.latency_inputs),
-            error_of=self._error_of if self._trials else None,
+            error_of=partial(_error_of, self) if self._trials else None,
             error_without=(
                 partial(_errors_without, self) if self._trials and self.config.branches is not False else None
             ),
-            stage=self._stage,
+            stage=self._stage, found=self._common.found,
         )  # fmt: skip
         self.plan = self.comb.plan({})
         self.steps_taken = 0
@@ -271,14 +278,16 @@ class Pruner:
             between: called between the shrink and what makes up for it.
         """
         share = self._events[len(self.shrinks)][1]
-        if self._trials is not None:
+        self._is_shared = self._shares and not self.shrinks and not self.steps_taken
+        if self._trials is not None and not self._is_shared:
             self._trials.forget()
         seed = self.config.seed + SCORING + len(self.shrinks)
         with random_states_kept(), seeded(self.data, seed):
-            self._asked, self._limit = processes.from_first(self._wanted)
+            self._asked, self._limit = processes.from_first(partial(_wanted, self))
         with random_states_kept(), seeded(self.data, seed):
             with self._stage("score"):
-                scores = self._scores() if self._known_scores is None or self.shrinks else self._known_scores
+                known = None if self.shrinks else self._known_scores
+                scores = known or self._common.scored(self._scores, self._is_shared)
             with self._stage("select"):
                 plan = self._select(scores, share)
             processes.check_same(plan.digest, "plan")
@@ -304,14 +313,6 @@ class Pruner:
         """Scores from the training's gradients, with none seen yet; None where the criterion is another one."""
         return AccumulatedScores(self._narrowed()) if self.criterion == FROM_TRAINING else None
 
-    def _wanted(self) -> tuple[Asked, int]:
-        """How many images the model as it is by now asks for, and how many batches are read."""
-        if self.data is None:
-            return Asked(), BATCHES
-        first = next(batches(self.data, 1))
-        asked = samples_asked(self.model, self._narrowed(), first)
-        return asked, self.config.score_batches or asked.batches(first.call.samples * processes.count())
-
     @memory_reused()
     def _scores(self) -> Scores:
         """{group: Tensor[size in the unpruned model]}; -inf where a channel has gone."""
@@ -332,13 +333,13 @@ class Pruner:
 
     def _select(self, scores: Scores, share: float) -> Plan:
         """What stays after this shrink; where something is measured for it, as the first process has measured it."""
-        decider, kept = self._decider, self.plan.groups
+        decider, (scores, kept, gone) = self._decider, self._common.allowed(self.comb, self.plan, scores)
         if self.target.is_measured or self.normalization == "latency" or decider.removes_branches:
             ranks = repr([torch.argsort(scores[group.name], stable=True).tolist() for group in self.comb.open])
             processes.check_same(hashlib.sha256(ranks.encode()).hexdigest(), "ranking of the channels")
-            found = processes.from_first(lambda: decider.decide(scores, kept, share, scores.untrusted))
+            found = processes.from_first(lambda: decider.decide(scores, kept, share, scores.untrusted, gone))
         else:
-            found = decider.decide(scores, kept, share, scores.untrusted)
+            found = decider.decide(scores, kept, share, scores.untrusted, gone)
         self._decided_on, self._noted = (scores, kept), list(self.notes)
         decider.scopes, decider.goal, decider.leaving = found.scopes, found.goal, found.leaving
         for note in found.notes:
@@ -359,12 +360,6 @@ class Pruner:
         self.model, self.plan, self.shrinks, self.notes = model, self.comb.plan({}), [], self._noted
         self._known_scores = self._decided_on and self._decided_on[0]
 
-    @checked(other=Check("a cpd.Pruner", lambda value: isinstance(value, Pruner)))
-    def adopt(self, other: Pruner) -> None:
-        """Take the scores, and what was measured, of another pruner of the same model, which has pruned it at once."""
-        self._known_scores = other._decided_on and other._decided_on[0]
-        self._decider.adopt(other._decider)
-
     @checked(found=COMPARISON)
     def would_meet(self, found: LatencyComparison) -> Plan | None:
         """The plan that should be on target, given how fast this one turned out to be; None where none is in reach."""
@@ -372,11 +367,6 @@ class Pruner:
             return None
         self._decider.saw(self.plan, found)
         return self._decider.would_meet(*self._decided_on, self.plan.removed)
-
-    def _error_of(self, plan: Plan, roughly: bool) -> float:
-        """The error of the logits once a plan has been applied and recovered from, on a copy; or roughly that."""
-        assert self._trials is not None
-        return self._trials.error(self.model, plan.since(self.plan), self._limit, roughly=roughly)
 
     # ------------------------------------------------------------------------------ shrink
 
@@ -467,13 +457,28 @@ def _recover(pruner: Pruner, before: nn.Module, step: Plan) -> None:
     with pruner._stage("recover"):
         found = processes.from_first(recovered)
         processes.copy_from_first(named_tensors(pruner.model).values())
-    if pruner._trials is not None:
+    if pruner._trials is not None and not pruner._is_shared:
         pruner._trials.forget()
     if found.samples < pruner._asked.samples:
         pruner.note(pruner._asked.told(found.samples))
     pruner.note(str(found) if len(pruner._events) == 1 else f"Shrink {len(pruner.shrinks) + 1}: {found}")
     if found.failure is not None:
         pruner.note(f"Compensation was not possible: {found.failure}")
+
+
+def _wanted(pruner: Pruner) -> tuple[Asked, int]:
+    """How many images the model as it is by now asks for, and how many batches are read."""
+    if pruner.data is None:
+        return Asked(), BATCHES
+    first = next(batches(pruner.data, 1))
+    asked = samples_asked(pruner.model, pruner._narrowed(), first)
+    return asked, pruner.config.score_batches or asked.batches(first.call.samples * processes.count())
+
+
+def _error_of(pruner: Pruner, plan: Plan, roughly: bool) -> float:
+    """The error of the logits once a plan has been applied and recovered from, on a copy; or roughly that."""
+    assert pruner._trials is not None
+    return pruner._trials.error(pruner.model, plan.since(pruner.plan), pruner._limit, roughly=roughly)
 
 
 def _regularizer_of(pruner: Pruner) -> Regularizer | None:

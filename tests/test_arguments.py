@@ -180,7 +180,7 @@ def test_there_are_many_cases() -> None:
 #: Classes of what the library itself makes: their constructors are not called by users.
 MADE = {
     "Branch", "Comb", "Group", "LatencyComparison", "LatencyTable", "Masks", "ModelProfile", "Plan", "Quantized",
-    "Report", "Result", "Sensitivity", "SparseResult", "Sweep",
+    "Report", "Result", "Sensitivity", "SparseResult", "Sweep", "Family", "Member",
 }  # fmt: skip
 
 

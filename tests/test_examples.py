@@ -15,7 +15,7 @@ import cpd
 #: What users call most.
 CALLED = (
     "Comb.plan", "Pruner", "comb", "compare_latency", "compensate", "compress", "distill", "export_onnx", "load",
-    "measure_latency", "profile_model", "quantize_onnx", "score", "sensitivity", "shrink", "sweep",
+    "measure_latency", "profile_model", "quantize_onnx", "score", "sensitivity", "shrink", "sweep", "family",
 )  # fmt: skip
 
 

@@ -43,11 +43,11 @@ def command(name: str) -> dict[str, click.Parameter]:
 def test_an_option_of_pruning_is_the_same_everywhere(name: str) -> None:
     option = PRUNING[name]
     assert getattr(cpd.PruneConfig(), name) == option.default
-    for function in (cpd.compress, cpd.Pruner, *([] if name in TARGETS else [cpd.sweep])):
+    for function in (cpd.compress, cpd.Pruner, *([] if name in TARGETS else [cpd.sweep, cpd.family])):
         assert inspect.signature(function).parameters[name].default == option.default
         text = " ".join(function.__doc__.split())
         assert f"{name}: {option.help}" in text
-    for subcommand in ("compress", *([] if name in TARGETS else ["sweep"])):
+    for subcommand in ("compress", *([] if name in TARGETS else ["sweep", "family"])):
         shown = command(subcommand)[name]
         assert shown.opts == [f"--{name.replace('_', '-')}"]
         assert shown.help == option.help
@@ -70,7 +70,7 @@ def test_functions_and_commands_have_no_option_of_pruning_of_their_own() -> None
 
 @pytest.mark.parametrize("name", [name for name in TRAINING if name not in ("progress", "seed", "kd")])
 def test_an_option_of_the_training_is_the_same_on_the_command_line(name: str) -> None:
-    for subcommand in ("compress", "sweep"):
+    for subcommand in ("compress", "sweep", "family"):
         shown = command(subcommand)[name]
         assert shown.help == TRAINING[name].help
         default = shown.default if not isinstance(shown.default, list) else tuple(shown.default)

@@ -19,7 +19,7 @@ fast_path = torch.backends.mha.get_fastpath_enabled
 
 
 @pytest.mark.filterwarnings("ignore:Schedule:DeprecationWarning")
-@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("sweep", "demo.run_demo")])
+@pytest.mark.parametrize("name", [name for name in CALLS if name not in ("sweep", "family", "demo.run_demo")])
 def test_the_process_and_the_model_are_as_they_were(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result().save("saved")

@@ -6,7 +6,7 @@ options.py     the options of PruneConfig and DistillConfig as options of comman
 wording.py     messages of the library in the words of the command line
 folders.py     folders of images as data
 work.py        what commands that prune and train are given alike
-compressing.py compress, sweep, quantize, demo
+compressing.py compress, sweep, family, quantize, demo
 sparsifying.py sparsify
 analysing.py   comb, sensitivity, profile, latency, report, env
 tables.py      what is printed
@@ -64,6 +64,8 @@ register(app, compressing.compress, "timm:resnet18 --target-speedup 2 --data ima
          "torchvision:mobilenet_v2 --target-macs 0.5 --data images/ --schedule cubic --kd kl --epochs 30",
          "--config recipe.yaml --output-dir out --resume")  # fmt: skip
 register(app, compressing.sweep, "timm:resnet18 --speedups 1.5,2,3 --data images/ --output-dir out --plot sweep.svg")
+register(app, compressing.family, "timm:resnet18 --speedups 1.5,2,3 --data images/ --output-dir out",
+         "timm:resnet18 --speedups 1.25,1.5,2,3,4 --together --data images/ --epochs 30 --output-dir out")  # fmt: skip
 register(app, sparsifying.sparsify, "timm:resnet18 --sparsity 0.8 --data images/ --output-dir out",
          "timm:resnet18 --pattern 2:4 --data images/ --epochs 0",
          "timm:resnet18 --sparsity 0.9 --schedule cubic --data images/ --storage packed --output-dir out")  # fmt: skip

@@ -202,18 +202,19 @@ def latency(
 def report(
     folder: Annotated[
         Path,
-        typer.Argument(parser=folder_path, metavar="FOLDER", help="A folder that cpd compress or cpd sweep wrote."),
+        typer.Argument(parser=folder_path, metavar="FOLDER", help="A folder that cpd compress, sweep or family wrote."),
     ],
 ) -> Output:
     """Write report.html anew from the figures that were saved, and print them."""
     from cpd.files.folder import reading
-    from cpd.jobs.sweep import read_sweep
-    from cpd.report.artifacts import PAGE, SWEEP, add_files, read_report
+    from cpd.jobs.sweep import Sweep, read_sweep
+    from cpd.report.artifacts import FAMILY_SHEET, PAGE, SWEEP, add_files, read_report
+    from cpd.report.families import family_figures
 
     with reading(result_folder(folder)) as files:
-        is_sweep = files.has(SWEEP)
-    if is_sweep:
-        swept = read_sweep(folder)
+        is_sweep, is_family = files.has(SWEEP), files.has(FAMILY_SHEET)
+    if is_sweep or is_family:
+        swept = read_sweep(folder) if is_sweep else Sweep(*family_figures(folder))
         add_files(folder, {PAGE: swept.to_html().encode()})
         return Output(swept.to_dict(), (sweep_table(swept), f"Written to {folder / PAGE}"))
     found = read_report(folder)

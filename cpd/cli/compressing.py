@@ -1,4 +1,4 @@
-"""Commands that make a model: compress, sweep, quantize, demo."""
+"""Commands that make a model: compress, sweep, family, quantize, demo."""
 
 from __future__ import annotations
 
@@ -92,12 +92,8 @@ def sweep(
 ) -> Output:
     """Compress a model to several speed-ups: one table, and one picture of accuracy against measured latency."""
     images = work.images(options["seed"])
-    asked = parse_numbers(speedups, "--speedups")
     config, training = PruneConfig(**values(PruneConfig, options)), training_of(options, images)
-    if min(asked) < 1:
-        raise InputError(
-            f"--speedups must each be at least 1 (original over result: for half the latency, 2); got {speedups}."
-        )
+    asked = _speedups(speedups)
     if plot is not None:
         from cpd.jobs.sensitivity import check_plot
 
@@ -114,6 +110,53 @@ def sweep(
     if plot is not None:
         log.info("picture written to %s", found.plot(plot))
     return Output({"model": work.model, **found.to_dict()}, (sweep_table(found),))
+
+
+@takes(PruneConfig, PRUNE, TARGETS)
+@works
+def family(
+    work: Work,
+    speedups: Annotated[str, typer.Option(help="Latency in the runtime, original over member; commas between.")],
+    together: Annotated[
+        bool, typer.Option("--together", help="Train all members at once, as slices of one set of weights.")
+    ] = False,
+    plot: Plot = None,
+    **options: Any,
+) -> Output:
+    """Make a model of each of several speeds in one run, each a slice of the next larger: one file of weights."""
+    images = work.images(options["seed"])
+    config, training = PruneConfig(**values(PruneConfig, options)), training_of(options, images)
+    asked = _speedups(speedups)
+    if plot is not None:
+        from cpd.jobs.sensitivity import check_plot
+
+        check_plot(plot)
+    source, given = work.prepared(images)
+    work.say_what_is_lost("No model will be written: without --output-dir a family gives its table alone.")
+
+    import cpd
+
+    found = cpd.family(
+        **given, speedups=asked, together=together, config=config, training=training, source=source,
+        output_dir=work.output_dir, overwrite=work.overwrite, progress=work.progress,
+    )  # fmt: skip
+    if plot is not None:
+        log.info("picture written to %s", found.figures.plot(plot))
+    return Output({"model": work.model, **found.figures.to_dict()}, (sweep_table(found.figures),))
+
+
+def _speedups(text: str) -> list[float]:
+    """The speed-ups of several models.
+
+    Raises:
+        InputError: if one is below 1, or no number.
+    """
+    asked = parse_numbers(text, "--speedups")
+    if min(asked) < 1:
+        raise InputError(
+            f"--speedups must each be at least 1 (original over result: for half the latency, 2); got {text}."
+        )
+    return asked
 
 
 def quantize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
@@ -57,6 +57,7 @@ from cpd.options import EVALUATE, FLAG, LOSS, PATH, checked, checks_of, number, 
 from cpd.pruner import Pruner
 from cpd.report.artifacts import check_output_dir
 from cpd.report.records import TriedRow
+from cpd.selection.common import Common
 from cpd.selection.schedule import Schedule
 from cpd.tasks.loss import LossFunction
 from cpd.tasks.metric import metric_name, told, written
@@ -79,13 +80,16 @@ _DROP = number("above 0", lambda value: value > 0)
 _CONFIDENCE = number("of at least 0.5 and below 1", lambda value: 0.5 <= value < 1)
 
 
+_ARGUMENTS = {
+    "model": NAMED_MODEL, "max_drop": _DROP, "confidence": _CONFIDENCE, "task": TASK, "data": NAMED_DATA,
+    "calibration": NAMED_DATA, "example_inputs": INPUTS, "loss": LOSS, "evaluate": EVALUATE, **_LEARNING,
+    "training": TRAINING, "teacher": MODEL, "output_dir": PATH, "overwrite": FLAG, "resume": FLAG,
+    "checkpoint_minutes": _MINUTES, "source": _SOURCE, "progress": FLAG, "config": PRUNING,
+}  # fmt: skip
+
+
 @takes_options(PruneConfig)
-@checked(
-    model=NAMED_MODEL, max_drop=_DROP, confidence=_CONFIDENCE, task=TASK, data=NAMED_DATA, calibration=NAMED_DATA,
-    example_inputs=INPUTS, loss=LOSS, evaluate=EVALUATE, **_LEARNING, training=TRAINING, teacher=MODEL,
-    output_dir=PATH, overwrite=FLAG, resume=FLAG,
-    checkpoint_minutes=_MINUTES, source=_SOURCE, progress=FLAG, config=PRUNING,
-)  # fmt: skip
+@checked(**_ARGUMENTS)
 def compress(
     model: nn.Module | str,
     target_speedup: float | None = None,
@@ -179,9 +183,50 @@ def compress(
         >>> sorted(file.name for file in result.save("out").iterdir())
         ['README.md', 'model.onnx', 'model.safetensors', 'plan.json', 'report.html', 'report.json']
     """
+    return compressed(
+        model, options if target_speedup is None else {"target_speedup": target_speedup, **options},
+        max_drop=max_drop, confidence=confidence, task=task, data=data, calibration=calibration,
+        example_inputs=example_inputs, loss=loss, evaluate=evaluate, epochs=epochs, lr=lr, training=training,
+        teacher=teacher, output_dir=output_dir, overwrite=overwrite, resume=resume,
+        checkpoint_minutes=checkpoint_minutes, source=source, progress=progress, config=config,
+    )  # fmt: skip
+
+
+@checked(**_ARGUMENTS)
+def compressed(  # noqa: D417  # the other arguments are those of `compress`
+    model: nn.Module | str,
+    options: Mapping[str, Any],
+    *,
+    common: Common | None = None,
+    max_drop: float | None = None,
+    confidence: float = CONFIDENCE,
+    task: Task | None = None,
+    data: Iterable[Any] | DataName | None = None,
+    calibration: Iterable[Any] | DataName | None = None,
+    example_inputs: Any = None,
+    loss: LossFunction | None = None,
+    evaluate: Evaluate | None = None,
+    epochs: float | None = None,
+    lr: float | None = None,
+    training: DistillConfig | None = None,
+    teacher: nn.Module | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+    checkpoint_minutes: float = 10.0,
+    source: str | None = None,
+    progress: bool | None = None,
+    config: PruneConfig | None = None,
+) -> Result:
+    """`compress`, with what other compressions of the model have found.
+
+    Args:
+        model: as there, and so are all other arguments and errors.
+        options: those of `cpd.PruneConfig`, the target among them.
+        common: what is found here is found once for all that are given it; None: nothing is shared.
+    """
     processes.start()
-    named = options if target_speedup is None else {"target_speedup": target_speedup, **options}
-    settings = PruneConfig.of(config, named, "cpd.compress")
+    settings = PruneConfig.of(config, options, "cpd.compress")
     folder = None if output_dir is None else check_output_dir(output_dir, overwrite=overwrite)
     read = given_of(model, task, data, calibration, evaluate, source)
     model, evaluate = read.model, read.evaluate
@@ -200,7 +245,7 @@ def compress(
         if settings.measures:
             check_runs(model, call)
         scored_on = data if calibration is None else calibration
-        run = _begun(model, call, settings, learning, checkpoint, data, scored_on, loss, teacher)
+        run = _begun(model, call, settings, learning, checkpoint, data, scored_on, loss, teacher, common)
         if within is None:
             run.prune_and_train(data, loss, on_itself(evaluate), teacher)
         else:
@@ -225,6 +270,7 @@ def _begun(
     scored_on: Iterable[Any] | None,
     loss: LossFunction | None,
     teacher: nn.Module | None,
+    common: Common | None,
 ) -> _Run:
     """A run whose student is a copy of the model, as it is; its data has been looked at."""
     for batches in (item for item in (data, None if scored_on is data else scored_on) if item is not None):
@@ -232,7 +278,7 @@ def _begun(
     student, per_epoch = copy_of(model), steps_an_epoch(settings, learning, data)
     stages = Stages(_planned(settings, scored_on is not None, data is not None and learning.epochs > 0))
     steps = round(per_epoch * learning.epochs)
-    pruner = _pruner(model, student, call, settings, steps, scored_on, loss, stages)
+    pruner = _pruner(model, student, call, settings, steps, scored_on, loss, stages, common)
     return _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch)
 
 
@@ -245,10 +291,16 @@ def _pruner(
     scored_on: Iterable[Any] | None,
     loss: LossFunction | None,
     stages: Stages,
+    common: Common | None,
 ) -> Pruner:
     """The pruner of a student, by the comb of the model that it is a copy of."""
-    with stages("comb"):
-        combed = comb(model, call, **settings.combing)
+    if common is not None and common.comb is not None:
+        combed = common.comb
+    else:
+        with stages("comb"):
+            combed = comb(model, call, **settings.combing)
+    if common is not None:
+        common.comb = combed
     whole = kept_for_loss(student, None if loss is not None else scored_on, combed)
     if whole:
         settings = replace(settings, ratios={**(settings.ratios or {}), **whole})
@@ -256,6 +308,7 @@ def _pruner(
         settings = replace(settings, criterion="magnitude")
     return Pruner(
         student, call, steps=steps, data=scored_on, loss=loss, comb=combed, config=settings, stage=stages,
+        common=common,
     )  # fmt: skip
 
 
@@ -275,7 +328,7 @@ class _Run(Run):
         teacher: nn.Module | None,
     ) -> _Run:
         """The run whose student is the fastest of those whose metric loses no more than it may."""
-        first, tried, pruned = self.pruner, list[TriedRow](), list[Pruner]()
+        first, tried, common = self.pruner, list[TriedRow](), Common()
 
         def attempt(speedup: float, trains: bool) -> _Run:
             student, epochs = copy_of(self.model), self.training.epochs if trains else 0
@@ -285,15 +338,11 @@ class _Run(Run):
             )  # fmt: skip
             pruner = Pruner(
                 student, self.call, steps=round(self.per_epoch * epochs), data=scored_on, loss=loss, comb=first.comb,
-                config=config, stage=self.stages,
+                config=config, stage=self.stages, common=common,
             )  # fmt: skip
-            if pruned:
-                pruner.adopt(pruned[0])
             training = replace(self.training, epochs=epochs)
             one = replace(self, student=student, pruner=pruner, training=training, history=[], tried=tried)
             one.prune_and_train(data, loss, None, teacher)  # without a metric: choosing an epoch by it would spend it
-            if not trains:
-                pruned.append(pruner)
             return one
 
         with self.stages("export"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ from cpd.config import PruneConfig
 from cpd.errors import ArtifactError, InputError, TargetError, needs_extra
 from cpd.files.folder import reading, write_files
 from cpd.files.reading import check_signed, conform, naming, read_json, signed
-from cpd.jobs.compress import compress
+from cpd.jobs.compress import compressed
 from cpd.jobs.sensitivity import check_plot
 from cpd.model.arguments import NAMED_MODEL
 from cpd.model.progress import part, shown
@@ -26,6 +27,7 @@ from cpd.options import FLAG, PATH, checked, number, several, takes_options
 from cpd.report.artifacts import PAGE, SWEEP, SWEPT, check_output_dir
 from cpd.report.records import Figures, SweepPoint, plain_fields
 from cpd.report.report import sweep_page
+from cpd.selection.common import Common
 from cpd.selection.target import TARGETS
 from cpd.tasks.metric import UNNAMED, metric_name
 
@@ -117,14 +119,30 @@ def read_sweep(folder: Path) -> Sweep:
         return Sweep.from_dict(content)
 
 
+def parted(options: Mapping[str, Any], job: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The arguments of `cpd.compress`, and those that are options of pruning.
+
+    Raises:
+        InputError: a target among them, or an option that there is not.
+    """
+    for name in (*TARGETS, "max_drop"):
+        if options.get(name) is not None:
+            raise InputError(f"{job} takes its targets from speedups; leave {name} out.")
+    own = inspect.signature(compressed).parameters
+    given = {name: value for name, value in options.items() if name in own}
+    pruning = {name: value for name, value in options.items() if name not in own and name not in TARGETS}
+    PruneConfig.of(given.get("config"), pruning, f"cpd.{job}")
+    return given, pruning
+
+
 _SPEEDUP = number("", lambda value: value >= 1)
-_SPEEDUPS = several(
+SPEEDUPS = several(
     _SPEEDUP.accepts, "a list of at least one speed-up, each a number of at least 1, as [1.5, 2, 3]"
 )  # fmt: skip
 
 
 @takes_options(PruneConfig, leave_out=TARGETS, others=True)
-@checked(model=NAMED_MODEL, speedups=_SPEEDUPS, output_dir=PATH, overwrite=FLAG)
+@checked(model=NAMED_MODEL, speedups=SPEEDUPS, output_dir=PATH, overwrite=FLAG)
 def sweep(
     model: nn.Module | str,
     speedups: Sequence[float],
@@ -134,6 +152,9 @@ def sweep(
     **options: Any,
 ) -> Sweep:
     """Compress a model to each of several speed-ups.
+
+    What does not depend on the target is found once: groups, scores, what the model makes of the data, the latency of
+    its kernels. `cpd.family` gives models of which each is a slice of the next larger.
 
     Args:
         model: a trained model, left as it was; or the name of one, as for `cpd.compress`.
@@ -157,14 +178,13 @@ def sweep(
         True
     """
     asked = list(speedups)
-    for name in TARGETS:
-        if options.get(name) is not None:
-            raise InputError(f"sweep takes its targets from speedups; leave {name} out.")
+    given, pruning = parted(options, "sweep")
     folder = None if output_dir is None else check_output_dir(output_dir, SWEPT, overwrite=overwrite)
     if folder is not None:
         for speedup in asked:
             check_output_dir(folder / f"{speedup:g}x", overwrite=overwrite)
     original: Figures | None = None
+    common = Common()
     points: list[SweepPoint] = []
     named = metric_name(options.get("evaluate"))
     processes.start()
@@ -175,7 +195,10 @@ def sweep(
             log.info("Sweep: %g times as fast (%s)", speedup, which)
             try:
                 with part(f"{which}: {speedup:g}x"):
-                    result = compress(model, target_speedup=speedup, output_dir=place, overwrite=overwrite, **options)
+                    result = compressed(
+                        model, {"target_speedup": speedup, **pruning}, common=common, output_dir=place,
+                        overwrite=overwrite, **given,
+                    )  # fmt: skip
             except TargetError as error:
                 log.warning("%s", error)
                 points.append(SweepPoint(speedup, None, None, error=str(error)))

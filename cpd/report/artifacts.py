@@ -54,6 +54,11 @@ WEIGHTS, PLAN, ONNX, INT8, REPORT, PAGE, CARD, CONFIG, RECIPE, SWEEP, MASKS, PAC
 )  # fmt: skip
 #: What `save_result`, `save_pretrained` and a sweep write.
 RESULT, PRETRAINED, SWEPT = (WEIGHTS, PLAN, ONNX, INT8, REPORT, PAGE, CARD), (WEIGHTS, CONFIG, CARD), (SWEEP, PAGE)
+FAMILY_WEIGHTS, FAMILY_SHEET = "family.safetensors", "family.json"
+#: What a family is written to.
+FAMILY = (FAMILY_WEIGHTS, FAMILY_SHEET, PAGE)
+#: Files that say which of several models are in a folder, and what such a file holds.
+SHEETS = {SWEEP: ("original", "points"), FAMILY_SHEET: ("original", "points", "plans")}
 #: What a sparse result is written to, too.
 SPARSE = (*RESULT, MASKS, PACKED)
 #: What users change as they like: a model loads whatever has become of it.
@@ -106,9 +111,10 @@ def check_output_dir(path: str | os.PathLike[str], names: Collection[str] = RESU
 def _known(files: Folder, names: Collection[str]) -> dict[str, set[str | None]]:
     """The checksums that files have in the results of a folder, None where they may have any."""
     known = defaultdict[str, set[str | None]](set)
-    if SWEEP in names:
-        known.update({name: {None} for name in SWEPT if _is_sweep(files)})
-        return known
+    for sheet, keys in SHEETS.items():
+        if sheet in names:
+            known.update({name: {None} for name in names if _holds(files, sheet, keys)})
+            return known
     for place, document in _documents(files):
         for name, digest in {**_owned(document), place: None}.items():
             known[name].add(digest)
@@ -122,14 +128,15 @@ def _is_ours(files: Folder, name: str, digests: Collection[str | None]) -> bool:
     return None in digests or (bool(digests) and sha256_of(files.file(name)) in digests)
 
 
-def _is_sweep(files: Folder) -> bool:
-    path = files.file(SWEEP)
+def _holds(files: Folder, sheet: str, keys: Collection[str]) -> bool:
+    """Whether a folder has a sheet of several models that is as it was saved."""
+    path = files.file(sheet)
     try:
         found = read_json(path)
         check_signed(found, path)
     except ArtifactError:
         return False
-    return isinstance(found, dict) and {"original", "points"} <= found.keys()
+    return isinstance(found, dict) and set(keys) <= found.keys()
 
 
 def _documents(files: Folder) -> Iterator[tuple[str, Document]]:
@@ -292,7 +299,7 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
         raise ArtifactError(f"{folder} cannot be read: {error.strerror or error}.") from error
     if given is None:
         given = rebuilt(document["source"], document["model_class"], trust=trust_source)
-    _check_fit(given, plan, weights)
+    check_fit(given, plan, weights)
     try:
         shrink(given, plan)
     except Exception as error:  # a plan that fits no model; `shrink` has put all back
@@ -393,7 +400,7 @@ def _read_weights(files: Folder, document: Document) -> dict[str, Tensor]:
         raise ArtifactError(f"{path} cannot be read: {error}.") from error
 
 
-def _check_fit(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor]) -> None:
+def check_fit(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor]) -> None:
     """The weights must have, under every name, the shape that the plan gives the model, and its caches be there."""
     for cache in plan.caches:
         _check_cache(model, cache)

@@ -55,7 +55,9 @@ def removable_branches(comb: Comb, limits: Limits) -> list[str]:
     return [branch.name for branch in comb.branches if branch.frozen is None and limits.ratio_of(branch) != 0]
 
 
-def in_order(comb: Comb, errors: Mapping[str, float], saved: Mapping[str, float], most: float) -> list[str]:
+def in_order(
+    comb: Comb, errors: Mapping[str, float], saved: Mapping[str, float], most: float, gone: Sequence[str] = ()
+) -> list[str]:
     """Branches in the order in which they go; of each sum and concatenation one operand stays.
 
     Args:
@@ -63,13 +65,14 @@ def in_order(comb: Comb, errors: Mapping[str, float], saved: Mapping[str, float]
         errors: what each costs.
         saved: what it saves.
         most: the largest share of them that may go.
+        gone: those that have gone: they come first.
     """
     order = sorted(errors, key=lambda name: errors[name] / max(saved[name], 1e-12))
-    named, found = {branch.name: branch for branch in comb.branches}, list[str]()
+    named, found = {branch.name: branch for branch in comb.branches}, list(gone)
     for name in order:
-        if may_follow(named[name], found):
+        if name not in found and may_follow(named[name], found):
             found.append(name)
-    return found[: math.floor(most * len(found) + 1e-9)]
+    return found[: max(len(gone), math.floor(most * len(found) + 1e-9))]
 
 
 def best_number(errors: Sequence[float], candidate: Callable[[int], Candidate | None]) -> dict[int, float]:

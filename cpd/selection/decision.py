@@ -25,6 +25,7 @@ from cpd.model.inputs import Call
 from cpd.plan import Plan
 from cpd.selection.bounds import Bounds
 from cpd.selection.branching import Candidate, best_number, chosen_number, in_order, removable_branches
+from cpd.selection.common import Found
 from cpd.selection.obstacles import obstacles
 from cpd.selection.search import Search
 from cpd.selection.selector import Selector
@@ -85,13 +86,13 @@ class Decider:
             that; None where there is no data.
         error_without: the error of the logits without each of some branches; None where branches stay.
         stage: a context manager for each stage by name.
+        found: what is measured of the unpruned model, by others too; None: nothing yet.
 
     Attributes:
         scopes: those still in question.
         goal: the figure that the schedule runs in, at the target; None before the first decision.
         leaving: the branches that go until the target is reached, in their order; None before the first decision.
         search: one dict a measured candidate (scope, macs_ratio, predicted, speedup).
-        probe: times candidates beside the unpruned model; None until something is timed.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Decider:
         error_of: Callable[[Plan, bool], float] | None,
         error_without: Callable[[list[str]], Mapping[str, float]] | None,
         stage: Stage,
+        found: Found | None = None,
     ) -> None:
         self.comb, self.target, self.limits = comb, target, limits
         self.tolerance, self._others = tolerance, others
@@ -125,24 +127,20 @@ class Decider:
         self.scopes: tuple[Scope, ...] = (scope,) if scope else several
         self.goal: float | None = None
         self.search: list[dict[str, Any]] = []
-        self.probe: LatencyProbe | None = None
+        self._found = found or Found()
         self.leaving: tuple[str, ...] | None = () if error_without is None else None
         self._error_of, self._error_without, self._stage = error_of, error_without, stage
-        self._latency_model: LatencyModel | SlowestModel | None = None
         self._errors: dict[str, float] = {}
-        self._unpruned_ms: float | None = None
-        self._spread: float | None = None
         self._timed: tuple[dict[Axis, int], LatencyComparison] | None = None
         self.bounds = Bounds(
             comb, file_mb, memory_mb, [each.precision for each in runtimes_of(runtime, threads)],
             lambda: self._probe().bytes_of(self._probe().original),
         )  # fmt: skip
-        self._without: Mapping[str, float] | None = None
 
-    def adopt(self, other: Decider) -> None:
-        """Take what another one has measured of the same unpruned model, in the same runtimes."""
-        self.probe, self._spread, self._unpruned_ms = other.probe, other._spread, other._unpruned_ms
-        self._latency_model, self._without = other._latency_model, other._without
+    @property
+    def probe(self) -> LatencyProbe | None:
+        """Times candidates beside the unpruned model; None until something is timed."""
+        return self._found.probe
 
     @property
     def removes_branches(self) -> bool:
@@ -155,6 +153,7 @@ class Decider:
         kept: Mapping[str, tuple[int, ...]],
         share: float,
         untrusted: Mapping[str, str] = MappingProxyType({}),
+        gone: Sequence[str] = (),
     ) -> Decision:
         """What stays after this shrink: of the way to the target as much as the schedule says.
 
@@ -163,34 +162,37 @@ class Decider:
             kept: {group name: channels that are left}.
             share: of what is to go, how much has gone after this shrink.
             untrusted: {group name: why its scores say too little}: these stay whole, where the target allows it.
+            gone: branches that have gone before the first decision.
 
         Raises:
             TargetError: the target is out of reach.
         """
         scores, self._errors = by_capacity(self.comb, scores) if self._by_capacity else scores, {}
         if not untrusted:
-            return self._decided(scores, kept, share, self.limits)
+            return self._decided(scores, kept, share, self.limits, gone)
         told = [f"{name}: {why}" for name, why in untrusted.items()]
         named = "; ".join([*told[:NAMED], *([f"and {len(told) - NAMED} more"] if len(told) > NAMED else [])])
         whole = {escape(name): 0.0 for name in untrusted if len(kept[name]) == len(scores[name])}
         try:
-            found = self._decided(scores, kept, share, replace(self.limits, ratios={**self.limits.ratios, **whole}))
+            limits = replace(self.limits, ratios={**self.limits.ratios, **whole})
+            found = self._decided(scores, kept, share, limits, gone)
             note = f"Left whole, for their scores say too little ({named}). More images help."
         except TargetError:
-            found = self._decided(scores, kept, share, self.limits)
+            found = self._decided(scores, kept, share, self.limits, gone)
             note = f"Scores that say too little were used, since the target needs it ({named}). More images help."
         return replace(found, notes=(note, *found.notes))
 
     def _decided(
-        self, scores: Mapping[str, Tensor], kept: Mapping[str, tuple[int, ...]], share: float, limits: Limits
-    ) -> Decision:
+        self, scores: Mapping[str, Tensor], kept: Mapping[str, tuple[int, ...]], share: float, limits: Limits,
+        gone: Sequence[str],
+    ) -> Decision:  # fmt: skip
         def selector(scope: Scope, removed: Sequence[str]) -> Selector:
             comb = self.comb.without(removed)
             return Selector(comb, scores, limits, scope, self._weigh(comb), start)
 
         start, told = {name: len(channels) for name, channels in kept.items()}, tuple[str, ...]()
         if self.leaving is None:
-            self.leaving, told = self._branches(selector, scores, limits)
+            self.leaving, told = self._branches(selector, scores, limits, gone)
         if self.leaving:
             self.scopes = self.scopes[:1]
         elif len(self.scopes) > 1:
@@ -241,52 +243,55 @@ class Decider:
 
     def _probe(self) -> LatencyProbe:
         """Times candidates beside the unpruned model."""
-        if self.probe is None:
+        found = self._found
+        if found.probe is None:
             with self._stage("export"):
                 call = self.comb.operations.call
-                self.probe = LatencyProbe(
+                found.probe = LatencyProbe(
                     self.comb.model, call, threads=self._threads, others=self._others, runtime=self._runtime,
                     calibration=self._calibration,
                 )  # fmt: skip
-                self._spread = self.probe.spread()
-        return self.probe
+                found.spread = found.probe.spread()
+        return found.probe
 
     def _latency(self, comb: Comb) -> LatencyModel | SlowestModel:
         """Predicts the latency of any widths of what is left of the model."""
-        if self._latency_model is None:
+        if self._found.latency is None:
             probe = self._probe()
             with self._stage("profile"):
-                self._latency_model = latency_model(self.comb, probe)
+                self._found.latency = latency_model(self.comb, probe)
         removal = self.comb.removal(comb.removed)
-        return self._latency_model.without(removal.gone, removal.empty)
+        return self._found.latency.without(removal.gone, removal.empty)
 
     def _original_ms(self) -> float:
         """The latency of the unpruned model."""
-        if self._unpruned_ms is None:
-            self._unpruned_ms = self._probe().original_ms()
-        return self._unpruned_ms
+        if self._found.original_ms is None:
+            self._found.original_ms = self._probe().original_ms()
+        return self._found.original_ms
 
     # ------------------------------------------------------------------------------ branches
 
     def _branches(
-        self, selector: Callable[[Scope, Sequence[str]], Selector], scores: Mapping[str, Tensor], limits: Limits
-    ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        self, selector: Callable[[Scope, Sequence[str]], Selector], scores: Mapping[str, Tensor], limits: Limits,
+        gone: Sequence[str],
+    ) -> tuple[tuple[str, ...], tuple[str, ...]]:  # fmt: skip
         """The branches that go until the target is reached, in their order, and what a user should know of it."""
         names = removable_branches(self.comb, limits) if limits.max_removed else []
         if not names or self._error_without is None:
-            return (), ()
-        if self._without is None or self._without.keys() != set(names):
-            self._without = self._error_without(names)
-        errors = self._without
-        order = in_order(self.comb, errors, {name: self._saved(name) for name in names}, limits.max_removed)
+            return tuple(gone), ()
+        known = self._found.without
+        known.update(self._error_without([name for name in names if name not in known]))
+        errors = {name: known[name] for name in names}
+        order = in_order(self.comb, errors, {name: self._saved(name) for name in names}, limits.max_removed, gone)
 
         def candidate(number: int) -> Candidate | None:
-            chosen = selector(self.scopes[0], order[:number])
+            chosen = selector(self.scopes[0], order[: len(gone) + number])
             plan = self._expected(chosen)
             return None if plan is None else Candidate(_gone(chosen, scores, plan), lambda: self._roughly(plan))
 
-        tried = best_number([errors[name] for name in order], candidate)
-        best = chosen_number(tried)
+        further = best_number([errors[name] for name in order[len(gone) :]], candidate)
+        tried = {len(gone) + number: error for number, error in further.items()}
+        best = len(gone) + chosen_number(further)
         told = ", ".join(f"{number}: {tried[number]:.3g}" for number in sorted(tried))
         named = f": {', '.join(order[:best][:NAMED])}{', …' if best > NAMED else ''}" if best else ""
         by_number = f"Relative error of the logits at the target, by the number of branches removed: {told}."
@@ -355,10 +360,10 @@ class Decider:
                 (chosen,) = (scope for scope in searches if scope != chosen)  # the prediction was wrong about it
                 plan = searches[chosen].finish().plan
             notes = [f"Ranking scope: {chosen} (what should be on target: {told})."] if told else []
-            if self._spread is not None:
+            if self._found.spread is not None:
                 notes.append(
-                    f"The device disagrees with itself by {self._spread:.1%} on one and the same model: no target is "
-                    "met more closely than that."
+                    f"The device disagrees with itself by {self._found.spread:.1%} on one and the same model: no "
+                    "target is met more closely than that."
                 )
             return chosen, plan, notes
         finally:

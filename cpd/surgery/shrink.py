@@ -132,16 +132,25 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> None:
     )
 
 
+def slice_of(name: str, value: Tensor, plan: Plan) -> Tensor:
+    """What a plan keeps of a tensor, its rows rescaled where the plan says so; on the graph of `value`.
+
+    Args:
+        name: of the tensor in the model that the plan is of.
+        value: of its shape there.
+        plan: what is kept.
+    """
+    for item in plan.rescales:
+        if item.tensor == name:
+            factor = torch.ones(value.shape[item.dim], dtype=value.dtype, device=value.device)
+            factor[list(item.positions)] = item.factor
+            value = value * factor.view([-1 if dim == item.dim else 1 for dim in range(value.dim())])
+    return sliced(value, plan.kept.get(name, {}))
+
+
 def _narrow(name: str, tensor: Tensor, plan: Plan) -> Tensor:
     """The kept part of a tensor, its rows rescaled where the plan says so."""
-    value = tensor.detach()
-    scales = [item for item in plan.rescales if item.tensor == name]
-    if scales:
-        value = value.clone()
-    for item in scales:
-        index = torch.tensor(item.positions, dtype=torch.long, device=value.device)
-        value.index_copy_(item.dim, index, value.index_select(item.dim, index) * item.factor)
-    value = sliced(value, plan.kept.get(name, {}))
+    value = slice_of(name, tensor.detach(), plan)
     channels_last = tensor.dim() == 4 and not tensor.is_contiguous()
     layout = torch.channels_last if channels_last and tensor.is_contiguous(memory_format=torch.channels_last) else None
     return value.contiguous(memory_format=layout or torch.contiguous_format)

@@ -57,6 +57,18 @@ def test_a_wrong_recipe_is_told(fakes: Fakes, run: Any, tmp_path: Path, text: st
 
 def test_help_has_examples_and_exit_codes(run: Any) -> None:
     assert "130 interrupted" in run("--help").stdout
-    for command in ("compress", "comb", "sweep", "quantize", "latency", "profile", "sensitivity", "report", "demo"):
+    commands = (
+        "compress",
+        "comb",
+        "sweep",
+        "family",
+        "quantize",
+        "latency",
+        "profile",
+        "sensitivity",
+        "report",
+        "demo",
+    )
+    for command in commands:
         assert f"cpd {command}" in run(command, "--help").stdout.partition("Examples:")[2]
         assert "--json" in run(command, "--help").stdout

@@ -81,6 +81,14 @@ def swept() -> cpd.Sweep:
     return cpd.Sweep(report.original, (cpd.jobs.sweep.SweepPoint(2.0, 1.9, report.result, None),))
 
 
+@cache
+def family() -> cpd.Family:
+    found = result()
+    figures = found.report.result
+    member = cpd.Member(2.0, 1.9, found.model, found.plan, figures)
+    return cpd.Family((member,), found.report.original, "metric", {}, None, "Sequential", (X[:1],))
+
+
 def masks() -> cpd.Masks:
     return cpd.mask(model(), 0.5)
 
@@ -182,6 +190,10 @@ def _calls() -> dict[str, Valid]:
         "Masks.narrowed": (lambda plan: masks().narrowed(plan), {"plan": plan}),
         "SparseResult.save": (lambda directory: sparse().save(directory), {"directory": lambda: "sparse"}),
         "sweep": (cpd.sweep, {**models, "speedups": lambda: [2]}),
+        "family": (cpd.family, {**models, "speedups": lambda: [2]}),
+        "Family.save": (lambda directory: family().save(directory), {"directory": lambda: "family"}),
+        "Family.load": (cpd.Family.load, {"directory": lambda: "family", "model": lambda: deepcopy(model())}),
+        "Family.pick": (lambda latency_ms: family().pick(latency_ms, seconds=0.001), {"latency_ms": lambda: 1e3}),
         "distill": (
             cpd.distill,
             {"student": narrow, "teacher": model, "data": data, "config": lambda: cpd.DistillConfig(epochs=1)},
@@ -225,7 +237,6 @@ def _calls() -> dict[str, Valid]:
             lambda model, found: pruner().start_over(model, found), {"model": model, "found": compared},
         ),
         "Pruner.would_meet": (lambda found: pruner().would_meet(found), {"found": compared}),
-        "Pruner.adopt": (lambda other: pruner().adopt(other), {"other": pruner}),
         "Pruner.note": (lambda text: pruner().note(text), {"text": lambda: "A sentence."}),
         "Pruner.load_state_dict": (
             lambda state: pruner().load_state_dict(state), {"state": lambda: pruner().state_dict()},

@@ -12,6 +12,7 @@ from torch import nn
 import cpd
 import cpd.cli
 import cpd.jobs.compress
+import cpd.jobs.family
 import cpd.jobs.sensitivity
 import cpd.jobs.sweep
 from helpers import runs, tiny

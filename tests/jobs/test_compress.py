@@ -184,8 +184,9 @@ def test_public_names():
         "Sensitivity", "ShrinkError", "TargetError", "CheckpointError", "PruneConfig",
         "TraceError", "TrainingError", "comb", "compare_latency", "compensate", "compress", "distill", "export_onnx",
         "load", "score", "sensitivity", "shrink", "LatencyTable", "ModelProfile", "OnnxModule", "Quantized", "Sweep",
+        "Family", "Member",
         "from_pretrained", "measure_latency", "profile_model", "quantize_onnx", "sweep", "Masks", "SparseConfig",
-        "SparseResult", "Sparsifier", "Task", "get_sparsity", "mask", "sparsify",
+        "SparseResult", "Sparsifier", "Task", "family", "get_sparsity", "mask", "sparsify",
     }  # fmt: skip
     assert all(hasattr(cpd, name) for name in cpd.__all__)
     assert all(issubclass(getattr(cpd, name), cpd.CPDError) for name in cpd.__all__ if name.endswith("Error"))

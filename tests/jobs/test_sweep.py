@@ -23,7 +23,7 @@ def test_the_first_process_alone_writes(monkeypatch, tmp_path):
     def out_of_reach(*_, **__):
         raise cpd.TargetError("out of reach")
 
-    monkeypatch.setattr(sweep, "compress", out_of_reach)
+    monkeypatch.setattr(sweep, "compressed", out_of_reach)
     monkeypatch.setattr(processes, "from_first", lambda make: None)  # as in any other one
     assert cpd.sweep(nn.Linear(2, 2), [2.0], output_dir=tmp_path).points[0].error == "out of reach"
     assert not (tmp_path / "sweep.json").exists()

@@ -14,6 +14,7 @@ from torch import nn
 
 import cpd
 from cpd.selection import decision
+from cpd.selection.common import Found
 from cpd.selection.decision import Decider
 from cpd.selection.limits import Limits
 from cpd.selection.search import Search
@@ -169,7 +170,7 @@ def test_the_note_names_the_scope_that_was_taken(monkeypatch):
     monkeypatch.setattr(decision, "Search", Fixed)
     decider = Decider.__new__(Decider)
     decider.comb = SimpleNamespace(model=None, cost=lambda counts: SimpleNamespace(macs=100 if not counts else 40))
-    decider._spread = decider._timed = decider.bounds = None
+    decider._found, decider._timed, decider.bounds = Found(), None, None
     decider.target, decider.tolerance, decider.search = Target("target_speedup", 2.0), 0.05, []
     decider.counts = decider._probe = decider._latency = decider._original_ms = lambda *_: {"a": 1}
     decider._error_of = lambda plan, roughly: plan.error

@@ -1,0 +1,55 @@
+"""What a benchmark has found, as JSON: its rows, the call, the commit, and the machine with its versions.
+
+`benchmarks/results/` holds what README and docs quote. Every benchmark writes through `write`, and takes up what it has
+written through `read`. A file of rows alone, as earlier benchmarks wrote them, is read too.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def write(path: Path, rows: Any, **about: Any) -> None:
+    """Write rows, and what they were found with; the folder is made.
+
+    Args:
+        path: the file.
+        rows: plain JSON types.
+        about: more to tell of them, as the card or the seeds.
+    """
+    from cpd.jobs.outcome import environment_of
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = {"about": {"call": _call(), "commit": _commit(), **environment_of(), **about}, "rows": rows}
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def read(path: Path | None) -> Any:
+    """The rows that `write` wrote; none where there is no file yet."""
+    if path is None or not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found["rows"] if isinstance(found, dict) and {"about", "rows"} <= found.keys() else found
+
+
+def _call() -> str:
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+
+
+def _commit() -> str:
+    """The commit of the working tree, with a plus sign where it has changes; "unknown" where git does not tell."""
+    folder = Path(__file__).parent
+    try:
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+        told = ["git", "status", "--porcelain", "--untracked-files=no", "--", "../cpd", "."]
+        changed = subprocess.run(told, cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + "+" * bool(changed.stdout.strip())
