@@ -64,12 +64,23 @@ def test_a_folder_of_a_model_by_name() -> None:
     assert_gives(cpd.load(SAVED / "command_line"), IMAGES.repeat(1, 1, 2, 2), "command_line")
 
 
+def holds(found: Any, written: Any) -> bool:
+    """Whether what was read is what was written; fields that are new since then are None."""
+    if isinstance(written, dict):
+        new = [found[key] for key in found.keys() - written.keys()]
+        kept = written.keys() <= found.keys() and all(holds(found[key], written[key]) for key in written)
+        return kept and all(value is None or value in ([], "") for value in new)
+    if isinstance(written, list):
+        return len(found) == len(written) and all(map(holds, found, written))
+    return bool(found == written)
+
+
 @pytest.mark.parametrize("name", ["own", "command_line"])
 def test_a_report_is_read_and_its_page_written_anew(name: str, run: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(SAVED / name, tmp_path / name)
     written = json.loads((folder / "report.json").read_text())
     report = read_report(folder).to_dict()
-    assert {key: report[key] for key in written} == written
+    assert holds({key: report[key] for key in written}, written)
     result = run("report", folder)
     assert result.exit_code == 0, result.stderr
     assert (folder / "report.html").stat().st_size > 1000
@@ -78,7 +89,7 @@ def test_a_report_is_read_and_its_page_written_anew(name: str, run: Any, tmp_pat
 def test_a_sweep_is_read_and_its_page_written_anew(run: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(SAVED / "sweep", tmp_path / "sweep")
     found = read_sweep(folder)
-    assert json.loads(json.dumps(found.to_dict())) == json.loads((folder / "sweep.json").read_text())
+    assert holds(json.loads(json.dumps(found.to_dict())), json.loads((folder / "sweep.json").read_text()))
     assert [point.asked for point in found.points] == [1.2, 1000]
     result = run("report", folder)
     assert result.exit_code == 0, result.stderr

@@ -12,7 +12,7 @@ from torch import nn
 
 import cpd
 from cpd.model.inputs import plain_attention
-from helpers.calls import CALLS, X, Y, comb, data, evaluate, loss, masks, model, narrow, onnx, plan, result
+from helpers.calls import CALLS, X, Y, comb, data, evaluate, family, loss, masks, model, narrow, onnx, plan, result
 from helpers.world import differences, same, whole, world
 
 fast_path = torch.backends.mha.get_fastpath_enabled
@@ -24,6 +24,7 @@ def test_the_process_and_the_model_are_as_they_were(name: str, tmp_path: Path, m
     monkeypatch.chdir(tmp_path)
     result().save("saved")
     masks().save("masks.safetensors")
+    family().save("family")
     for folder in ("images", "labels"):
         Path("maps", folder).mkdir(parents=True)
     CALLS["comb"].call(**CALLS["comb"].given())  # what torch sets once, when it is first used, is no call's doing

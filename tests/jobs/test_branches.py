@@ -162,7 +162,8 @@ def test_branches_leave_one_after_the_other(model, data):
     assert held == set(map(id, model.parameters()))
     again = cpd.Pruner(unpruned, images[:1], steps=8, schedule="linear", prune_until=1.0, data=data, **ASKED)
     again.load_state_dict(state)
-    assert again.plan.removed == pruner.plan.removed[: len(again.plan.removed)]
+    assert len(again.plan.removed) == counts[4]
+    assert set(again.plan.removed) <= set(pruner.plan.removed)  # in the order of the model, not of leaving
     assert [p.shape for p in unpruned.parameters()] == [p.shape for p in halfway.parameters()]
 
 

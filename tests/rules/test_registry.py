@@ -137,7 +137,7 @@ def test_every_core_op_without_a_rule_is_explained(capsys: pytest.CaptureFixture
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["rules.py", "--json", str(tmp_path / "rules.json")])
         listing.main()
-    found = json.loads((tmp_path / "rules.json").read_text(encoding="utf-8"))
+    found = json.loads((tmp_path / "rules.json").read_text(encoding="utf-8"))["rows"]
     assert "to be written" not in found["core without a rule"].values()
     assert "nonzero" in capsys.readouterr().out
     assert found["overloads"]["pointwise by tag"]["with a rule"] == found["overloads"]["pointwise by tag"]["of"]
