@@ -153,7 +153,7 @@ def part(name: str, total: float | None = None, done: float = 0, *, undisturbed:
         yield found
         return
     line.parts.append(found)
-    if len(line.parts) == 1:  # what is over before the line would be drawn by itself is seen too
+    if len(line.parts) == 1 or undisturbed:  # what is over before the line would be drawn by itself is seen too
         line.live.refresh()
     try:
         yield found

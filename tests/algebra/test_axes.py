@@ -30,8 +30,12 @@ def dimension(draw, depth=2) -> Dim:
     return axes.product(parts) if kind == "product" else axes.concat(parts)
 
 
+#: Of a size that every position of can be looked at: products of products soon have billions.
+dimensions = dimension().filter(lambda dim: dim.size <= 20_000)
+
+
 @settings(max_examples=300, deadline=None)
-@given(dimension(), st.data(), st.integers(0, 2**32 - 1))
+@given(dimensions, st.data(), st.integers(0, 2**32 - 1))
 def test_split_keeps_the_positions(dim, data, seed):
     inner = data.draw(st.sampled_from([k for k in range(1, dim.size + 1) if dim.size % k == 0]))
     left, right = axes.split(dim, inner, "test")
@@ -42,7 +46,7 @@ def test_split_keeps_the_positions(dim, data, seed):
 
 
 @settings(max_examples=300, deadline=None)
-@given(dimension(), st.data(), st.integers(0, 2**32 - 1))
+@given(dimensions, st.data(), st.integers(0, 2**32 - 1))
 def test_cut_keeps_the_positions(dim, data, seed):
     offset = data.draw(st.integers(0, dim.size))
     left, right = axes.cut(dim, offset)
@@ -54,7 +58,7 @@ def test_cut_keeps_the_positions(dim, data, seed):
 
 
 @settings(max_examples=500, deadline=None)
-@given(dimension(), dimension(), st.data(), st.integers(0, 2**32 - 1))
+@given(dimensions, dimensions, st.data(), st.integers(0, 2**32 - 1))
 def test_unified_dimensions_lose_the_same_positions(left, right, data, seed):
     size = min(left.size, right.size)
     left, right = axes.cut(left, size)[0], axes.cut(right, size)[0]
@@ -64,7 +68,7 @@ def test_unified_dimensions_lose_the_same_positions(left, right, data, seed):
 
 
 @settings(max_examples=200, deadline=None)
-@given(dimension(), st.integers(0, 2**32 - 1))
+@given(dimensions, st.integers(0, 2**32 - 1))
 def test_count_and_labels_agree_with_the_mask(dim, seed):
     keep = random_keep([dim], np.random.default_rng(seed))
     kept = axes.mask(dim, keep)
