@@ -69,7 +69,7 @@ def holds(found: Any, written: Any) -> bool:
     if isinstance(written, dict):
         new = [found[key] for key in found.keys() - written.keys()]
         kept = written.keys() <= found.keys() and all(holds(found[key], written[key]) for key in written)
-        return kept and all(value is None or value in ([], "") for value in new)
+        return kept and all(value is None for value in new)
     if isinstance(written, list):
         return len(found) == len(written) and all(map(holds, found, written))
     return bool(found == written)

@@ -41,6 +41,8 @@ from cpd.selection.target import TARGETS
 if TYPE_CHECKING:
     from torch import nn
 
+    from cpd.jobs.sweep import Sweep
+
 
 DEFAULT_SPEEDUP = 2.0
 PRUNE = "Pruning"
@@ -91,25 +93,7 @@ def sweep(
     **options: Any,
 ) -> Output:
     """Compress a model to several speed-ups: one table, and one picture of accuracy against measured latency."""
-    images = work.images(options["seed"])
-    config, training = PruneConfig(**values(PruneConfig, options)), training_of(options, images)
-    asked = _speedups(speedups)
-    if plot is not None:
-        from cpd.jobs.sensitivity import check_plot
-
-        check_plot(plot)
-    source, given = work.prepared(images)
-    work.say_what_is_lost("No model will be written: without --output-dir a sweep gives its table alone.")
-
-    import cpd
-
-    found = cpd.sweep(
-        **given, speedups=asked, config=config, training=training, source=source, output_dir=work.output_dir,
-        overwrite=work.overwrite, progress=work.progress,
-    )  # fmt: skip
-    if plot is not None:
-        log.info("picture written to %s", found.plot(plot))
-    return Output({"model": work.model, **found.to_dict()}, (sweep_table(found),))
+    return _points(work, _at_speedups("sweep", work, speedups, plot, options), plot)
 
 
 @takes(PruneConfig, PRUNE, TARGETS)
@@ -124,6 +108,11 @@ def family(
     **options: Any,
 ) -> Output:
     """Make a model of each of several speeds in one run, each a slice of the next larger: one file of weights."""
+    return _points(work, _at_speedups("family", work, speedups, plot, options, together=together).figures, plot)
+
+
+def _at_speedups(job: str, work: Work, speedups: str, plot: Path | None, options: dict[str, Any], **more: Any) -> Any:
+    """What `cpd.sweep` or `cpd.family` gives; what it is given is checked before anything is loaded."""
     images = work.images(options["seed"])
     config, training = PruneConfig(**values(PruneConfig, options)), training_of(options, images)
     asked = _speedups(speedups)
@@ -132,17 +121,21 @@ def family(
 
         check_plot(plot)
     source, given = work.prepared(images)
-    work.say_what_is_lost("No model will be written: without --output-dir a family gives its table alone.")
+    work.say_what_is_lost(f"No model will be written: without --output-dir a {job} gives its table alone.")
 
     import cpd
 
-    found = cpd.family(
-        **given, speedups=asked, together=together, config=config, training=training, source=source,
-        output_dir=work.output_dir, overwrite=work.overwrite, progress=work.progress,
+    return getattr(cpd, job)(
+        **given, **more, speedups=asked, config=config, training=training, source=source, output_dir=work.output_dir,
+        overwrite=work.overwrite, progress=work.progress,
     )  # fmt: skip
+
+
+def _points(work: Work, found: Sweep, plot: Path | None) -> Output:
+    """The table of models at several speeds, and their picture, if it is asked for."""
     if plot is not None:
-        log.info("picture written to %s", found.figures.plot(plot))
-    return Output({"model": work.model, **found.figures.to_dict()}, (sweep_table(found.figures),))
+        log.info("picture written to %s", found.plot(plot))
+    return Output({"model": work.model, **found.to_dict()}, (sweep_table(found),))
 
 
 def _speedups(text: str) -> list[float]:
