@@ -139,7 +139,7 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
             command += ["--skip", *options.skip]
         command += ["--warm"] * options.warm + ["--branches"] * options.branches
         end = limited(command, options.limit)
-        rows = json.loads(file.read_text()) if file.exists() else []
+        rows = results.read(file)
     row = rows[-1] if rows else {"model": name}
     if end is not None or not rows:
         row.setdefault("error", end or "it wrote no row")

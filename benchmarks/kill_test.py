@@ -29,6 +29,7 @@ from statistics import mean
 from typing import Any
 from unittest import mock
 
+import results
 import safetensors.torch
 import torch
 from rich.console import Console
@@ -182,7 +183,7 @@ class Child:
         return mean(end - begin for begin, end in zip(times["begin"], times["end"], strict=True))
 
 
-def found_in(job: Job, folder: Path, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def found_in(job: Job, folder: Path, ends: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a kill has left, read in a copy of the folder: which result loads, and what the checkpoint holds."""
     with tempfile.TemporaryDirectory() as place:
         copy = Path(shutil.copytree(folder, Path(place) / "copy"))
@@ -191,7 +192,7 @@ def found_in(job: Job, folder: Path, results: dict[str, dict[str, Any]]) -> dict
         plan = cpd.Plan.from_dict(read_document(copy)["plan"])
         masks = cpd.Masks.load(copy) if job.run is cpd.sparsify else None
         found = of(plan, model, masks).items()
-        which = [name for name, result in results.items() if found <= result.items()]
+        which = [name for name, result in ends.items() if found <= result.items()]
         if len(which) != 1:
             raise SystemExit("After a kill the folder holds neither the older result nor the newer.")
         return {"result": which[0], "checkpoint": state_of(copy / NAME, job.changes), "half_written": left}
@@ -221,7 +222,7 @@ def killed(name: str, place: Path, kills: int, longest: float, seed: int) -> dic
     _, images, _ = digits()
     older = job.run(DigitsNet().eval(), example_inputs=images[:1], **job.older)
     undisturbed = Child(name, older.save(place / "undisturbed"))
-    results = {"older": of(older.plan, older.model, getattr(older, "masks", None)), "newer": undisturbed.result()}
+    known = {"older": of(older.plan, older.model, getattr(older, "masks", None)), "newer": undisturbed.result()}
     lasts = {stage: min(undisturbed.seconds(stage), longest) for stage in job.stages}
     while len(rows) < kills:
         folder = older.save(place / str(len(ends)))
@@ -231,9 +232,9 @@ def killed(name: str, place: Path, kills: int, longest: float, seed: int) -> dic
             if hit is None:
                 break
             rows.append({"run": len(ends) + 1, "stage": hit, "aimed": stage, "after_s": after})
-            rows[-1] |= found_in(job, folder, results)
+            rows[-1] |= found_in(job, folder, known)
         ends.append(Child(name, folder).result())
-    return {"kills": rows, "same": [end == results["newer"] for end in ends], "seconds": lasts}
+    return {"kills": rows, "same": [end == known["newer"] for end in ends], "seconds": lasts}
 
 
 def main() -> int:
@@ -263,8 +264,7 @@ def main() -> int:
         f"result loaded; runs that ended with plan, masks and weights of an undisturbed one: {sum(found['same'])}."
     )
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**found, "spread": spread}, indent=1))
+        results.write(options.json, found["kills"], same=found["same"], spread=spread)
     return 0 if all(found["same"]) and spread.keys() >= JOBS[options.job].stages.keys() else 1
 
 

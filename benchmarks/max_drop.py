@@ -13,7 +13,6 @@ has measured them, in this process. Rows are added to the file one by one.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import zipfile
@@ -24,6 +23,7 @@ from typing import Any
 import imagenet
 import numpy as np
 import platformdirs
+import results
 import torch
 from PIL import Image
 from resnet56_cifar10 import load_model, normalise
@@ -130,12 +130,12 @@ def main() -> int:
     parser.add_argument("--read", type=Path, help="print the table of a file")
     options = parser.parse_args()
     if options.read:
-        show(json.loads(options.read.read_text()))
+        show(results.read(options.read))
         return 0
     if options.data_dir is None:
         parser.error("DATA_DIR is needed, unless --read is given")
     cache = Path(platformdirs.user_cache_dir("cpd-benchmarks"))
-    rows = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    rows = results.read(options.json)
     done = {(row["model"], row["seed"], row["max_drop"], row["confidence"], row["epochs"]) for row in rows}
     for seed in range(options.seeds):
         for name in options.models:
@@ -144,8 +144,7 @@ def main() -> int:
             rows.append(run(name, seed, options, cache))
             print({key: value for key, value in rows[-1].items() if key != "tried"}, file=sys.stderr, flush=True)
             if options.json:
-                options.json.parent.mkdir(parents=True, exist_ok=True)
-                options.json.write_text(json.dumps(rows, indent=1))
+                results.write(options.json, rows)
     show(rows)
     return 0
 

@@ -1,7 +1,7 @@
-"""What a benchmark has found, as JSON: its rows, the call, the commit, and the machine with its versions.
+"""What a benchmark has found, as JSON: its rows, the calls, the commits, and the machine with its versions.
 
-`benchmarks/results/` holds what README and docs quote. Every benchmark writes through `write`, and takes up what it has
-written through `read`. A file of rows alone, as earlier benchmarks wrote them, is read too.
+`benchmarks/results/` holds what README and docs quote (see `figures.py`). Every benchmark writes through `write`, and
+takes up what it has written through `read`. A file of rows alone, as earlier benchmarks wrote them, is read too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ FOLDER = Path(__file__).parent / "results"
 def write(path: Path, rows: Any, **about: Any) -> None:
     """Write rows, and what they were found with; the folder is made.
 
+    A file may hold the rows of several calls: all calls are kept, and a new row is marked with the commit it is of.
+
     Args:
         path: the file.
         rows: plain JSON types.
@@ -26,8 +28,13 @@ def write(path: Path, rows: Any, **about: Any) -> None:
     """
     from cpd.jobs.outcome import environment_of
 
+    before = _content(path).get("about", {})
+    commit, call = _commit(), _call()
+    if isinstance(rows, list):
+        rows = [{"commit": commit, **row} if isinstance(row, dict) else row for row in rows]
+    calls = list(dict.fromkeys([*filter(None, [before.get("call")]), *before.get("calls", []), call]))
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = {"about": {"call": _call(), "commit": _commit(), **environment_of(), **about}, "rows": rows}
+    found = {"about": {"calls": calls, "commit": commit, **environment_of(), **about}, "rows": rows}
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
@@ -35,12 +42,27 @@ def read(path: Path | None) -> Any:
     """The rows that `write` wrote; none where there is no file yet."""
     if path is None or not path.exists():
         return []
+    return _content(path).get("rows", [])
+
+
+def about(path: Path) -> dict[str, Any]:
+    """The calls, the commit, the machine and its versions."""
+    told: dict[str, Any] = _content(path).get("about", {})
+    return told
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """A file as `write` writes them; of one that holds rows alone, those."""
+    if not path.exists():
+        return {}
     found = json.loads(path.read_text(encoding="utf-8"))
-    return found["rows"] if isinstance(found, dict) and {"about", "rows"} <= found.keys() else found
+    return found if isinstance(found, dict) and {"about", "rows"} <= found.keys() else {"rows": found}
 
 
 def _call() -> str:
-    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    """The command, folders of data named DATA_DIR, which are elsewhere on each machine."""
+    told = ["DATA_DIR" if Path(word).is_dir() else word for word in sys.argv[1:]]
+    return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *told])
 
 
 def _commit() -> str:

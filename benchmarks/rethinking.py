@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -25,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -245,7 +245,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    rows: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json and options.json.exists() else []
+    rows: list[dict[str, Any]] = results.read(options.json)
     for seed in options.seeds:
         if any(row["model"] == options.model and row["seed"] == seed for row in rows):
             continue
@@ -263,8 +263,7 @@ def main() -> int:
                 print(mine[-1], file=sys.stderr, flush=True)
         rows += mine
         if options.json:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(rows, indent=1))
+            results.write(options.json, rows)
     Console(width=150).print(table(rows))
     return 0
 

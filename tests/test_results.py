@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -24,10 +25,33 @@ def test_rows_are_written_with_machine_and_commit(results: ModuleType, tmp_path:
     path = tmp_path / "deep" / "rows.json"
     assert results.read(path) == results.read(None) == []
     results.write(path, [{"a": 1}], seeds=[0, 1])
-    assert results.read(path) == [{"a": 1}]
-    about = json.loads(path.read_text())["about"]
-    assert {"call", "commit", "cpu", "cores", "torch", "cpd", "python", "seeds"} <= about.keys()
+    (row,) = results.read(path)
+    about = results.about(path)
+    assert row == {"a": 1, "commit": about["commit"]}
+    assert {"calls", "commit", "cpu", "cores", "torch", "cpd", "python", "seeds"} <= about.keys()
     path.write_text('[{"b": 2}]')  # as earlier ones wrote them
     assert results.read(path) == [{"b": 2}]
     path.write_text('{"rows": 3}')
     assert results.read(path) == {"rows": 3}
+
+
+def test_rows_keep_their_commit_and_calls_add_up(
+    results: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/one.py", str(tmp_path), "--seeds", "0"])
+    results.write(path, [{"a": 1, "commit": "older"}])
+    monkeypatch.setattr(sys, "argv", ["one.py", str(tmp_path), "--seeds", "1"])
+    results.write(path, [*results.read(path), {"a": 2}])
+    assert [row["commit"] for row in results.read(path)] == ["older", results.about(path)["commit"]]
+    assert results.about(path)["calls"] == [f"python benchmarks/one.py DATA_DIR --seeds {seed}" for seed in (0, 1)]
+
+
+def test_benchmarks_read_and_write_rows_in_one_way() -> None:
+    """A benchmark that reads what another one wrote would else meet the record around the rows."""
+    odd = [
+        file.name
+        for file in FILE.parent.glob("*.py")
+        if file != FILE and re.search(r"json\.write_text|json\.loads\((options|file)\.(json|read)", file.read_text())
+    ]
+    assert sorted(odd) == ["coverage.py", "strangers.py"]  # one row that a process of their own hands over
