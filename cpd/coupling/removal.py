@@ -159,13 +159,13 @@ class Remover:
         gone = {node for node in self.graph.operations if node not in live}
         passed = {node for node in instead if node in live}
         dead = {path for path, nodes in self.inside.items() if path and _goes(nodes, gone)} - whole.keys()
-        ends = dict[str, tuple[Found, bool]]()
+        ends, kinds = dict[str, tuple[Found, bool]](), {"nothing": _Known(self._ends), "one": _Known(self._sources)}
         for branch in branches:
             if any(branch.joint in self.inside[path] for path in whole):
                 continue
             joints = {branch.joint} | {join for join, _ in branch.left_out}
             for operand in branch.operands if joints & live else ():
-                found = self._ends(operand, dead) if branch.kind == "nothing" else self._sources(operand, dead)
+                found = kinds["nothing" if branch.kind == "nothing" else "one"](operand, dead)
                 if found is None or any(path in ends and ends[path][0].kind != branch.kind for path in found):
                     return None
                 copied = branch.other is not None and _written(branch.joint)
@@ -219,13 +219,13 @@ class Remover:
             return None
         return node.args[0] if _within(node.args[0], node, instead) else None
 
-    def _sources(self, node: Node, dead: Collection[str]) -> set[str] | None:
+    def _sources(self, node: Node, dead: Collection[str], known: _Known) -> set[str] | None:
         """The modules that all of a value comes from, if all of them go."""
         path = self._outermost(node, dead)
         if path is not None:
             return {path}
         sources = [source for source in tensor_inputs(node) if source.name not in self.graph.tensors]
-        each = [self._sources(source, dead) for source in sources if node.op == "call_function"]
+        each = [known(source, dead) for source in sources if node.op == "call_function"]
         return None if not each or any(item is None for item in each) else set().union(*(item or () for item in each))
 
     def _outermost(self, node: Node, dead: Collection[str]) -> str | None:
@@ -233,7 +233,7 @@ class Remover:
         paths = owners(node) if node.op == "call_function" else []
         return next((path for path in reversed(paths) if path in dead and self.calls.get(path)), None)
 
-    def _ends(self, node: Node, dead: Collection[str]) -> set[str] | None:
+    def _ends(self, node: Node, dead: Collection[str], known: _Known) -> set[str] | None:
         """The modules that make a value zero once they give nothing; None where there are none."""
         if node.op != "call_function":
             return None
@@ -242,16 +242,32 @@ class Remover:
             return {path}
         name, sources = op_name(node).removesuffix("_"), tensor_inputs(node)
         if find(node) is pointwise:
-            found = {source: self._ends(source, dead) for source in sources}
+            found = {source: known(source, dead) for source in sources}
             removed = [source for source in sources if found[source] is not None]
             for some in (*([source] for source in removed), removed):
                 if some and gives_zero(node, frozenset(some)):
                     return set().union(*(found[source] or () for source in some))
         elif name in ZERO_PRESERVING and arguments(node).get("value") in (None, 0):
-            each = [self._ends(source, dead) for source in (sources[:1] if name in READS else node.all_input_nodes)]
+            each = [known(source, dead) for source in (sources[:1] if name in READS else node.all_input_nodes)]
             if each and all(item is not None for item in each):
                 return set().union(*(item or () for item in each))
         return None
+
+
+class _Known:
+    """A question that is asked once of each node: the paths back from one may be too many to walk.
+
+    Args:
+        ask: what answers it, given the node, the modules that go, and this.
+    """
+
+    def __init__(self, ask: Callable[[Node, Collection[str], _Known], set[str] | None]) -> None:
+        self.ask, self.answers = ask, dict[Node, set[str] | None]()
+
+    def __call__(self, node: Node, dead: Collection[str]) -> set[str] | None:
+        if node not in self.answers:
+            self.answers[node] = self.ask(node, dead, self)
+        return self.answers[node]
 
 
 def vanishes(ctx: Context, node: Node, empty: Collection[Axis]) -> bool:

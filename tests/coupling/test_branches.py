@@ -142,6 +142,21 @@ class Functional(nn.Module):
         return (x + torch.conv2d(x, self.weight)).relu()
 
 
+class Paths(nn.Module):
+    """Two paths from each value to the next, so more in all than can be walked one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = conv(3, 8), conv(8, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.conv(x)
+        for _ in range(40):
+            y = 0.5 * y + torch.tanh(y)
+        return self.head((x + y).mean((2, 3)))
+
+
 class Rope(nn.Module):
     """Attention that is given a table by name, whose result is scaled by the block."""
 
@@ -404,6 +419,13 @@ def test_what_no_module_gives_stays_and_says_why() -> None:
         combed.plan({}, remove=[branch.name])
     with pytest.raises(cpd.PlanError, match=r"Unknown branches \['layer9'\]; comb\.branches lists"):
         combed.plan({}, remove=["layer9"])
+
+
+def test_operations_with_many_paths_between_them() -> None:
+    model = dense(Paths())
+    combed = comb(model, torch.randn(2, 3, 8, 8).double())
+    assert [branch.name for branch in combed.branches if branch.frozen is None] == ["conv"]
+    assert_removed(model, combed, combed.plan({}, remove=["conv"]))
 
 
 def test_a_sum_that_is_written_to_is_a_copy() -> None:
