@@ -486,7 +486,7 @@ def _percentage(value: float | None) -> str:
 
 def _seconds(value: float) -> str:
     """Seconds to what matters: `3.2 s`, `14 s`, `1 h 02 min`."""
-    if value < 60:
+    if value < 120:
         return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
     minutes = round(value / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -128,14 +128,14 @@ def test_the_metric_from_stage_to_stage_is_one_line_and_the_notes_are_folded(rep
     page = Page(report.to_html())
     line = "0.9270 before → 0.2500 after pruning → 0.9100 compensated → 0.9150 trained"
     assert line in page.text
-    assert {"open": None} not in [found for tag, found in page.tags if tag == "details"][:1]
+    assert next(found for tag, found in page.tags if tag == "details") == {}
     assert (
         page.text.index(line) < page.text.index("1 note on the run") < page.text.index("statistics were measured anew")
     )
     assert f"Metric: {line}." in report.model_card()
     bare = dataclasses.replace(report, original=dataclasses.replace(report.original, metric=None))
     assert bare.trail == ()
-    assert [found for tag, found in Page(bare.to_html()).tags if tag == "details"][0] == {"open": None}
+    assert next(found for tag, found in Page(bare.to_html()).tags if tag == "details") == {"open": None}
 
 
 @pytest.mark.parametrize(
@@ -148,7 +148,8 @@ def test_the_metric_from_stage_to_stage_is_one_line_and_the_notes_are_folded(rep
          ["before", "after pruning", "with BatchNorm recalibrated"]),
         (({"epoch": 0, "metric": 0.915, "kept": True}, {"epoch": 1, "metric": 0.9, "kept": False}),
          ["before", "before training"]),
-        (({"epoch": 1, "metric": 0.92, "kept": True}, {"epoch": 2, "metric": 0.9}), ["before", "trained", "in the end"]),
+        (({"epoch": 1, "metric": 0.92, "kept": True}, {"epoch": 2, "metric": 0.9}),
+         ["before", "trained", "in the end"]),
     ],
 )  # fmt: skip
 def test_stages_of_the_metric(report: Report, history: tuple[dict[str, Any], ...], words: list[str]) -> None:
