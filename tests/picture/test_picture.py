@@ -262,9 +262,7 @@ def test_each_group_tells_its_share_of_macs_and_its_time(convnet: Comb) -> None:
     by_name = {group.name: shares.get(group.axis, 0.0) for group in convnet.groups}
     whole = convnet.cost({}).macs
     macs = {name: of * whole for name, of in by_name.items()}
-    assert (
-        round(macs["blocks.0.conv1"]) == 12 * (8 + 16) * 9 * 30 * 30
-    )  # the layer that gives it, the one that reads it
+    assert round(macs["blocks.0.conv1"]) == 12 * (8 + 16) * 9 * 10 * 10  # in the layers that give and that read it
     page = render(convnet, html=True, milliseconds={"stem": 1.234, "left": 0.5})
     assert f"<span>in {by_name['stem']:.1%} of the MACs, 1.23 ms</span>" in page
     assert f"<span>in {by_name['right']:.1%} of the MACs</span>" in page
