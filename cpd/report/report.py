@@ -263,7 +263,6 @@ def sweep_page(original: Figures | None, points: Sequence[SweepPoint], metric_na
         {"models": [(x, y) for x, y, _ in found]},
         texts=[text for _, _, text in found],
         reference=metric.shown(original.metric) if by_metric and original and original.metric is not None else None,
-        reference_text="unpruned",
     )
     return _template("sweep.html.j2").render(
         original=original, points=points, charts=[] if chart is None else [chart], by_metric=by_metric,
