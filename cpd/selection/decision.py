@@ -27,7 +27,7 @@ from cpd.selection.bounds import Bounds
 from cpd.selection.branching import Candidate, best_number, chosen_number, in_order, removable_branches
 from cpd.selection.common import Found
 from cpd.selection.obstacles import obstacles
-from cpd.selection.search import Search
+from cpd.selection.search import Search, told_of
 from cpd.selection.selector import Selector
 from cpd.selection.weighing import Normalization, Scope, Weighing, by_capacity
 
@@ -368,20 +368,7 @@ class Decider:
                 )
             return chosen, plan, notes
         finally:
-            self._tell(searches, plan)
-
-    def _tell(self, searches: Mapping[Scope, Search], chosen: Plan | None) -> None:
-        """Add all that searches measured to what the report says; a later choice is the one that counts."""
-        for row in self.search:
-            row["verdict"] = str(row.get("verdict", "")).replace("chosen,", "chosen at first,")
-        self.search += [
-            {
-                "scope": scope, "macs_ratio": t.macs_ratio, "predicted": t.predicted, "speedup": t.speedup,
-                "attained": t.attained, "verdict": t.verdict(chosen=t.plan is chosen),
-            }
-            for scope, search in searches.items()
-            for t in search.tried
-        ]  # fmt: skip
+            self.search = told_of(self.search, searches, plan)
 
     def _search_of(self, selector: Selector) -> Search:
         """A search for the widths whose speed is the one asked for, what is measured correcting its own predictions."""
