@@ -217,7 +217,7 @@ class Search:
 
 
 def told_of(
-    former: Iterable[Mapping[str, Any]], searches: Mapping[str, Search], chosen: Plan | None
+    former: Iterable[Mapping[str, Any]], searches: Mapping[Any, Search], chosen: Plan | None
 ) -> list[dict[str, Any]]:
     """What a report says of all candidates: those of former searches, of which a later choice counts, and of these."""
     rows = [{**row, "verdict": str(row.get("verdict", "")).replace("chosen,", "chosen at first,")} for row in former]
