@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from cpd.criteria.score import score
     from cpd.deploy.export import export_onnx
     from cpd.deploy.latency import LatencyComparison, LatencyTable, compare_latency, measure_latency
-    from cpd.deploy.latency_model import ModelProfile, profile_model
+    from cpd.deploy.model_profile import ModelProfile, profile_model
     from cpd.deploy.quantize import OnnxModule, Quantized, quantize_onnx
     from cpd.distillation.config import DistillConfig
     from cpd.distillation.distiller import distill
@@ -84,7 +84,7 @@ _ROOMS = {
         "compare_latency",
         "measure_latency",
     ),
-    "cpd.deploy.latency_model": (
+    "cpd.deploy.model_profile": (
         "ModelProfile",
         "profile_model",
     ),

@@ -195,6 +195,7 @@ class Pruner:
         self.shrinks: list[Shrink] = []
         self.notes = notes_of(comb)
         self.checks: dict[str, float] = {}
+        self.recovery: Recovery | None = None
         self._asked, self._limit = Asked(), BATCHES
         self._known_scores: Scores | None = None
         self._decided_on: tuple[Scores, Mapping[str, tuple[int, ...]]] | None = None
@@ -455,7 +456,7 @@ def _recover(pruner: Pruner, before: nn.Module, step: Plan) -> None:
         return recover(pruner.model, calibration, step)
 
     with pruner._stage("recover"):
-        found = processes.from_first(recovered)
+        found = pruner.recovery = processes.from_first(recovered)
         processes.copy_from_first(named_tensors(pruner.model).values())
     if pruner._trials is not None and not pruner._is_shared:
         pruner._trials.forget()

@@ -38,7 +38,8 @@ from cpd.cli.tables import (
     group_dict,
     groups_table,
     latency_table,
-    profile_table,
+    layer_times_table,
+    operator_times_table,
     sensitivity_table,
     sweep_table,
 )  # fmt: skip
@@ -51,13 +52,13 @@ from cpd.options import checks_of
 
 log = logging.getLogger("cpd.cli")
 
+Drawing = Annotated[Path | None, typer.Option("--plot", help="Also draw the grouped graph, to an .svg or .html file.")]
+
 
 def comb(
     model: Model,
     input_size: InputSize = None,
-    plot: Annotated[
-        Path | None, typer.Option("--plot", help="Also draw the grouped graph, to an .svg or .html file.")
-    ] = None,
+    plot: Drawing = None,
     outputs: Annotated[
         list[str] | None,
         typer.Option("--outputs", help="A part of the output that matters, by name or position; any number of times."),
@@ -162,17 +163,32 @@ def profile(
     model: Model,
     runtime: Runtime = DEFAULT,
     threads: Threads = 1,
+    plot: Drawing = None,
     check: Annotated[int, typer.Option(min=0, help="Narrower copies to export, time and compare with.")] = 0,
     seed: Seed = 0,
     input_size: InputSize = None,
 ) -> Output:
-    """Learn how long this machine takes for the model's kernels at any width, and show where its time goes."""
+    """Learn how long this machine takes for the model's kernels at any width, and show where its time goes.
+
+    With --plot each group of the picture tells its milliseconds.
+    """
+    if plot is not None:
+        from cpd.picture import check_path
+
+        check_path(plot)
     _, built, example_inputs = build(model, input_size, pretrained=False)
 
-    from cpd.deploy.latency_model import profile_model
+    from cpd.deploy.model_profile import profile_model
 
     found = profile_model(built, example_inputs, runtime=runtime, threads=threads, check=check, seed=seed)
-    return Output({"model": model, **found.to_dict()}, (profile_table(found), *found.summary()))
+    if plot is not None:
+        import cpd
+        from cpd.picture import draw
+
+        drawn = draw(cpd.comb(built, example_inputs), plot, milliseconds=found.groups)
+        log.info("picture written to %s", drawn)
+    tables = (layer_times_table(found), operator_times_table(found))
+    return Output({"model": model, **found.to_dict()}, (*tables, *found.summary()))
 
 
 def latency(

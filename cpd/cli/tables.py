@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from cpd.coupling.branches import Branch
     from cpd.coupling.cost import FrozenShare
     from cpd.deploy.latency import LatencyTable
-    from cpd.deploy.latency_model import ModelProfile
+    from cpd.deploy.model_profile import ModelProfile
     from cpd.jobs.sensitivity import Sensitivity
     from cpd.jobs.sweep import Sweep
     from cpd.report.report import Report
 
 MEMBERS_SHOWN = 3
 PLACES_SHOWN = 2
+LAYERS_SHOWN = 40
+_TIMES = ("ms", "share", "at half of every width")
 
 
 def sensitivity_table(found: Sensitivity) -> Table:
@@ -52,15 +54,39 @@ def latency_table(found: LatencyTable) -> Table:
     return table
 
 
-def profile_table(found: ModelProfile) -> Table:
-    """Where the time goes, by operator."""
+def layer_times_table(found: ModelProfile) -> Table:
+    """Where the time goes, by layer, the most costly first, and in all."""
     table = Table(title=f"{found.total_ms:.3g} ms in {found.runtime}, {found.threads} thread(s)")
-    table.add_column("operator")
-    for column in ("nodes", "ms", "share", "at half of every width"):
+    table.add_column("layer", overflow="fold")
+    table.add_column("operator", overflow="fold")
+    for column in _TIMES:
+        table.add_column(column, justify="right")
+    for row in found.layers[:LAYERS_SHOWN]:
+        table.add_row(Text(row.name or "(other)"), Text(row.op), *_times(found, row.ms, row.half_ms))
+    if rest := found.layers[LAYERS_SHOWN:]:
+        ms, half = sum(row.ms for row in rest), sum(row.half_ms for row in rest)
+        table.add_row(f"({len(rest)} more)", "", *_times(found, ms, half), style="dim")
+    table.add_section()
+    table.add_row("total", "", *_times(found, found.total_ms, sum(row.half_ms for row in found.layers)))
+    return table
+
+
+def operator_times_table(found: ModelProfile) -> Table:
+    """Where the time goes, by operator, and in all."""
+    table = Table()
+    table.add_column("operator", overflow="fold")
+    for column in ("nodes", *_TIMES):
         table.add_column(column, justify="right")
     for row in found.operators:
-        table.add_row(row.op, str(row.nodes), f"{row.ms:.3g}", f"{row.ms / found.total_ms:.1%}", f"{row.half_ms:.3g}")
+        table.add_row(Text(row.op), str(row.nodes), *_times(found, row.ms, row.half_ms))
+    nodes, half = sum(row.nodes for row in found.operators), sum(row.half_ms for row in found.operators)
+    table.add_section()
+    table.add_row("total", str(nodes), *_times(found, found.total_ms, half))
     return table
+
+
+def _times(found: ModelProfile, ms: float, half_ms: float) -> tuple[str, str, str]:
+    return f"{ms:.3g}", f"{ms / found.total_ms:.1%}" if found.total_ms else "", f"{half_ms:.3g}"
 
 
 def sweep_table(found: Sweep) -> Table:

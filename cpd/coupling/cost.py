@@ -176,6 +176,15 @@ class Cost:
         parameters, macs = self._whole()
         return {"parameters": share["parameters"] / parameters, "macs": share["macs"] / macs}
 
+    def macs_share(self) -> dict[Axis, float]:
+        """The share of the MACs in terms that carry each axis; a term of two axes counts for both."""
+        found, (_, whole) = dict[Axis, float](), self._whole()
+        for term in self._terms:
+            macs = term.macs * math.prod(dim.size for dim in term.dims)
+            for axis in {axis for dim in term.dims for axis in axes.leaves(dim)} if macs else ():
+                found[axis] = found.get(axis, 0.0) + macs / whole
+        return found
+
     def _whole(self) -> tuple[int, int]:
         """The parameters that the forward uses, and the MACs, at least 1 of each."""
         full = self({})

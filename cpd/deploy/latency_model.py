@@ -10,28 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import nn
 from torch.fx import Node
 
 from cpd.algebra import axes
 from cpd.algebra.axes import Axis, Dim
 from cpd.algebra.polynomials import Numbers, ProductSums
 from cpd.coupling.comb import Comb
-from cpd.coupling.comb import comb as make_comb
 from cpd.deploy.kernels import KernelTimes, MatrixProduct
-from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.profiling import NodeTime
-from cpd.deploy.runtimes.catalogue import DEFAULT, RUNTIME
 from cpd.deploy.workload import Computed, Contraction, Workload, workload
-from cpd.model.arguments import DATA, INPUTS, MODEL
-from cpd.model.progress import part
-from cpd.model.tensors import copy_of
-from cpd.options import SECONDS, SEED, THREADS, checked, integer
-from cpd.surgery.shrink import shrink
 
 #: What a node costs however small its tensors are, in ms.
 CALL_MS = 0.002
@@ -190,17 +180,21 @@ class LatencyModel:
 
     def by_share(self, counts: Mapping[Axis, int]) -> list[float]:
         """The ms of each of `shares` at these widths."""
+        return [sum(ms for _, ms in parts) for parts in self.by_layer(counts)]
+
+    def by_layer(self, counts: Mapping[Axis, int]) -> list[list[tuple[str, float]]]:
+        """The ms of each of `shares` at these widths, by the module that it is in: "" of what is no contraction."""
         values = self._sums.dims(self._sums.widths(counts)[None])[0]
         of = {id(item.contraction): self._ms(item, values) for item in self._items}
         found = []
         for share in self.shares:
             if share.contractions:
                 each = share.ms / len(share.contractions)
-                found.append(sum(of.get(id(item), each) for item in share.contractions))
+                found.append([(item.name, of.get(id(item), each)) for item in share.contractions])
                 continue
             whole = sum(_size(item.dims, {}) for item in share.tensors)
             left = sum(_size(item.dims, {**counts, **self._empty}) for item in share.tensors) / whole if whole else 1.0
-            found.append(share.call_ms + (share.ms - share.call_ms) * left)
+            found.append([("", share.call_ms + (share.ms - share.call_ms) * left)])
         return found
 
     def fixed(self) -> dict[str, float]:
@@ -349,153 +343,3 @@ def _elementwise(shares: Sequence[Share]) -> tuple[list[Computed], list[float]]:
             products += share.tensors
             weights += [(share.ms - share.call_ms) / max(whole, 1)] * len(share.tensors)
     return products, weights
-
-
-# ---------------------------------------------------------------------------------- a profile to look at
-
-
-@dataclass(frozen=True)
-class OperatorTime:
-    """The time of all nodes of one operator, or of several that could not be told apart.
-
-    Attributes:
-        op: the runtime's operator.
-        nodes: how many nodes.
-        ms: their time in the unpruned model.
-        half_ms: their predicted time where every group keeps half.
-    """
-
-    op: str
-    nodes: int
-    ms: float
-    half_ms: float
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A narrower copy that was exported and timed, to see how good the prediction is.
-
-    Attributes:
-        macs_left: its share of the MACs.
-        predicted: the speed-up predicted before.
-        measured: the speed-up measured.
-    """
-
-    macs_left: float
-    predicted: float
-    measured: float
-
-
-@dataclass(frozen=True)
-class ModelProfile:
-    """Where a model's time goes on this machine.
-
-    Attributes:
-        total_ms: the time of all nodes.
-        threads: the runtime's threads.
-        operators: the most costly first.
-        kernels: how many kernels are known on this machine, and in what file.
-        file: that file.
-        checks: narrower copies that were timed.
-        runtime: what was profiled.
-    """
-
-    total_ms: float
-    threads: int
-    operators: tuple[OperatorTime, ...]
-    kernels: int
-    file: str
-    checks: tuple[Checked, ...]
-    runtime: str = DEFAULT
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for `json.dumps`."""
-        return asdict(self)
-
-    def summary(self) -> list[str]:
-        """What a table does not say, sentence by sentence."""
-        found = [f"{self.kernels} kernels are known on this machine: {self.file}"]
-        found += [
-            f"At {item.macs_left:.1%} of the MACs: predicted {item.predicted:.2f} times as fast, measured "
-            f"{item.measured:.2f} ({item.predicted / item.measured - 1:+.1%})."
-            for item in self.checks
-        ]
-        return found
-
-
-@checked(
-    model=MODEL, example_inputs=INPUTS, runtime=RUNTIME, threads=THREADS, check=integer(0, 1000), seconds=SECONDS,
-    seed=SEED, calibration=DATA,
-)  # fmt: skip
-def profile_model(
-    model: nn.Module,
-    example_inputs: Any,
-    *,
-    runtime: Any = DEFAULT,
-    threads: int = 1,
-    check: int = 0,
-    seconds: float = 5.0,
-    seed: int = 0,
-    calibration: Iterable[Any] | None = None,
-) -> ModelProfile:
-    """Measure what predictions for a model need, keep it for later, and say where its time goes.
-
-    Args:
-        model: left as it was.
-        example_inputs: a tensor, a tuple, or (tuple, dict).
-        runtime: what runs it, as for `cpd.compare_latency`; the profile of one that has none is ONNX Runtime's.
-        threads: of a runtime given by name.
-        check: narrower copies, every group of random width, that are exported, timed and compared with the prediction.
-        seconds: how long each of them is timed.
-        seed: of those widths.
-        calibration: batches of the task, which give the ranges of 8-bit integers; without, the example inputs do.
-
-    Raises:
-        InputError: an unusable argument, or a package that is missing.
-        TraceError: the model cannot be exported by torch.
-        ExportError: the model cannot be exported to ONNX, or differs there.
-
-    Examples:
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3))
-        >>> profile = cpd.profile_model(model, torch.randn(1, 3, 32, 32))
-        >>> costly = profile.operators[0]
-        >>> costly.op
-        'Conv'
-        >>> costly.half_ms < costly.ms  # predicted, at half of every width that can change
-        True
-    """
-    with part("comb"):
-        combed = make_comb(model, example_inputs)
-    with part("export"):
-        probe = LatencyProbe(model, example_inputs, threads=threads, runtime=runtime, calibration=calibration)
-    nodes, times = probe.profile(), KernelTimes(runtime=probe.profiler)
-    latency = LatencyModel(combed, nodes, times)
-    half = latency.by_share({group.axis: max(group.minimum, group.size // 2) for group in combed.open})
-    operators: dict[str, list[float]] = {}
-    for share, ms in zip(latency.shares, half, strict=True):
-        entry = operators.setdefault(share.op, [0, 0.0, 0.0])
-        entry[:] = entry[0] + share.nodes, entry[1] + share.ms, entry[2] + ms
-    rows = sorted((OperatorTime(op, int(n), ms, h) for op, (n, ms, h) in operators.items()), key=lambda row: -row.ms)
-    rng, checks = np.random.default_rng(seed), list[Checked]()
-    for _ in range(check):
-        least = rng.uniform(0.25, 0.9)
-        keep = {
-            group.name: range(max(group.minimum, min(group.size, _near(group.size * rng.uniform(least, 1)))))
-            for group in combed.open
-        }
-        plan = combed.plan(keep)
-        counts = {group.axis: len(plan.groups[group.name]) for group in combed.groups}
-        expected = latency.speedup(counts)
-        with part(f"narrower copy {len(checks) + 1} of {check}"):
-            measured = probe.compare(shrink(copy_of(model), plan), seconds=seconds, precision=0.01).speedup
-        left = combed.cost(counts).macs / max(combed.cost({}).macs, 1)
-        checks.append(Checked(left, expected, measured))
-    return ModelProfile(
-        latency.original_ms, threads, tuple(rows), len(times), str(times.path), tuple(checks), probe.profiler.name
-    )  # fmt: skip
-
-
-def _near(width: float) -> int:
-    """A width as selection chooses it: a multiple of 8 where it is wide enough."""
-    return max(8 * round(width / 8), 8) if width >= SPAN else max(round(width), 1)

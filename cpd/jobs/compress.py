@@ -361,16 +361,17 @@ class _Run(Run):
 
     def prune_at_once(self, evaluate: Evaluate | None, before: float | None) -> float | None:
         """The first shrink, before any training; the metric after it."""
+        name, directly = metric_name(evaluate), list[float]()
 
         def pruned() -> None:
             if before is not None:
                 found = self.evaluated(evaluate, "directly after pruning")
                 assert found is not None
+                directly.append(found)
                 self.pruner.note(f"Before pruning: {told(name, before)}; directly after it {written(name, found)}.")
 
-        name = metric_name(evaluate)
         self.pruner.prune(pruned)
-        return self.untrained(evaluate, "Recovered, before any training")
+        return self.untrained(evaluate, "Recovered, before any training", before, directly[0] if directly else None)
 
     def finish(self, record: dict[str, Any], source: str | None, evaluate: Evaluate | None) -> Result:
         """Export, measure once more, and report."""

@@ -298,11 +298,12 @@ class _Run(Run):
         assert masks is not None
         if self.rewind is not None:
             masks.apply(_rewound(self.student, self.rewind, self.pruner.config.seed))
+        raw = None
         if self.pruner.recovery is not None and before is not None:
             raw = self.evaluated(evaluate, "with masks on the dense weights", masks.apply(copy_of(self.model)).eval())
             assert raw is not None
             note(f"Before: {told(name, before)}; with these masks on the dense weights {written(name, raw)}.")
-        return self.untrained(evaluate, "Before any training")
+        return self.untrained(evaluate, "Before any training", before, raw)
 
     # ------------------------------------------------------------------------------ what came of it
 

@@ -21,6 +21,7 @@ from cpd.model.outputs import Outputs
 from cpd.model.progress import part
 from cpd.model.recorded import why_not_by_name
 from cpd.model.tensors import copy_of
+from cpd.surgery.recovery import Recovery
 from cpd.tasks.loss import LossFunction
 from cpd.tasks.metric import metric_name, told
 
@@ -38,12 +39,13 @@ class Stages:
 
     def __init__(self, planned: Sequence[str]) -> None:
         self.seconds: dict[str, float] = {}
-        self.planned, self._within = planned, False
+        self.planned, self._within, self._inner = planned, False, 0.0
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Time a block as a stage."""
+        """Time a block as a stage; the time of stages within it is theirs, so that all add up."""
         start, within = time.perf_counter(), self._within
+        others, self._inner = self._inner, 0.0
         numbered = name in self.planned and not within
         log.log(logging.DEBUG if within else logging.INFO, "%s …", name.capitalize())
         self._within = True
@@ -52,13 +54,19 @@ class Stages:
                 yield
         finally:
             self._within = within
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            whole = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + whole - self._inner
+            self._inner = others + whole
 
 
 class Prunes(ShrinksWhileTrained, Protocol):
     """What a run asks of what prunes its student: `cpd.Pruner` is one, `cpd.Sparsifier` another."""
 
     config: Any
+
+    @property
+    def recovery(self) -> Recovery | None:
+        """What the last change was recovered from by, without training; None where nothing was tried."""
 
     @property
     def due(self) -> bool:
@@ -143,11 +151,22 @@ class Run:
         with self.stages("evaluate"):
             return evaluated(evaluate, self.student if model is None else model, when)
 
-    def untrained(self, evaluate: Evaluate | None, name: str) -> float | None:
-        """The metric of the student once it is pruned, before any training; noted with what it is called."""
-        found = self.evaluated(evaluate, "after pruning")
+    def untrained(
+        self, evaluate: Evaluate | None, name: str, before: float | None, pruned: float | None
+    ) -> float | None:
+        """The metric of the student once it is pruned, before any training; noted with what it is called.
+
+        Args:
+            evaluate: gives it.
+            name: what it is called in the note.
+            before: that of the model as it was given.
+            pruned: that directly after pruning, before what is done without training; None where it was not looked at.
+        """
+        found, recovery = self.evaluated(evaluate, "after pruning"), self.pruner.recovery
         if found is not None:
-            self.history.append({"epoch": 0, "metric": found})
+            told_of = {"before": before, "pruned": pruned, "recovery": None if recovery is None else recovery.chosen}
+            known = {key: value for key, value in told_of.items() if value is not None}
+            self.history.append({"epoch": 0, "metric": found, **known})
             self.pruner.note(f"{name}: {told(metric_name(evaluate), found)}.")
         return found
 

@@ -25,6 +25,7 @@ from cpd.model.arguments import NAMED_MODEL
 from cpd.model.progress import part, shown
 from cpd.options import FLAG, PATH, checked, number, several, takes_options
 from cpd.report.artifacts import PAGE, SWEEP, SWEPT, check_output_dir
+from cpd.report.metrics import Metric
 from cpd.report.records import Figures, SweepPoint, plain_fields
 from cpd.report.report import sweep_page
 from cpd.selection.common import Common
@@ -82,21 +83,33 @@ class Sweep:
             from matplotlib.figure import Figure
 
         target = check_plot(path)
-        found = [point.figures for point in self.points if point.figures is not None]
-        if self.original is None or not found:
+        reached = [(point, point.figures) for point in self.points if point.figures is not None]
+        if self.original is None or not reached:
             raise InputError("No speed-up of the sweep was reached: there is nothing to draw.")
-        every = sorted([self.original, *found], key=lambda item: item.latency_ms or 0.0)
-        measured = self.original.metric is not None
-        times = [item.latency_ms or 0.0 for item in every]
-        values = [item.metric or 0.0 if measured else 100 * item.macs / self.original.macs for item in every]
+        original, metric = self.original, Metric.of(self.metric_name, self.original.metric)
+        measured = all(figures.metric is not None for figures in (original, *(found for _, found in reached)))
+        every = [(original, "original"), *((found, f"{p.asked:g}x ({p.speedup:.2f}x)") for p, found in reached)]
+        points = sorted(
+            (
+                item.latency_ms or 0.0,
+                metric.shown(item.metric or 0.0) if measured else 100 * item.macs / max(original.macs, 1), text,
+            )
+            for item, text in every
+        )  # fmt: skip
+        times, values, _ = zip(*points, strict=True)
         figure = Figure(figsize=(6, 4), layout="constrained")
         area = figure.add_subplot()
         area.plot(times, values, "o-", color="#0969da")
-        for item, time, value in zip(every, times, values, strict=True):
-            label = "original" if item is self.original else f"{(self.original.latency_ms or 0.0) / time:.2f}x"
-            area.annotate(label, (time, value), textcoords="offset points", xytext=(6, -10), fontsize=8)
-        area.set(xlabel="measured latency [ms]", ylabel=self.metric_name if measured else "MACs left [%]")
+        for time, value, text in points:
+            beyond = time > 0.8 * max(times)  # a text to the right would leave the frame
+            area.annotate(
+                text, (time, value), textcoords="offset points", xytext=(-6 if beyond else 6, -12), fontsize=8,
+                ha="right" if beyond else "left",
+            )  # fmt: skip
+        area.set_title("speed-up asked for (measured)", fontsize=9, loc="left")
+        area.set(xlabel="measured latency [ms]", ylabel=metric.axis if measured else "MACs left [%]")
         area.set_xlim(0, None)
+        area.margins(y=0.1)
         area.grid(alpha=0.3)
         try:
             figure.savefig(target)

@@ -12,10 +12,11 @@ import os
 import re
 import tempfile
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import jinja2
 
@@ -23,16 +24,34 @@ from cpd.coupling.comb import COMB, Comb
 from cpd.coupling.cost import split_reason
 from cpd.coupling.groups import Group
 from cpd.errors import ArtifactError, InputError
-from cpd.options import PATH, checked
-from cpd.picture.graph import contract
-from cpd.picture.scene import GREY, arrange, colours, counted, details, references, sentence
+from cpd.options import PATH, Check, checked
+from cpd.picture.graph import contract, input_groups
+from cpd.picture.scene import GREY, arrange, colours, details, references, sentence
 from cpd.plan import PLAN, Plan
 
 SUFFIXES = (".svg", ".html")
 MARK = "cpd: a picture of coupling groups"
 """Every picture names itself so, which is how a later one knows that it may take its place."""
 
-LEGEND_WIDTH, LEGEND_CHARACTERS = 440.0, 64
+LEGEND_WIDTH, LEGEND_CHARACTERS, NAME_CHARACTERS = 440.0, 60, 54
+"""Pixels of an SVG's legend, and the characters that a line of text, and one of a name, may have in it."""
+HEAD, LINE = 50.0, 15.0
+"""Where the first line of text of that legend stands, and how far one is from the next."""
+SAID = (
+    "One colour: channels that go together. Grey: frozen. Dashed: inexact. A striped edge: the width is a product or a "
+    "sum of several groups.",
+    "A layer with channels of two groups counts for both.",
+)
+"""What every legend says."""
+#: What the channels of the input are called, and the reasons of groups that cannot but be frozen.
+INPUT, OUTPUT = "the model's input channels", "the model's output"
+_MILLISECONDS = Check(
+    "a mapping of names of groups to milliseconds, as cpd.profile_model(…).groups",
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(isinstance(name, str) and isinstance(ms, (int, float)) for name, ms in value.items())
+    ),
+)
 #: Layers and operations from which on a page begins with its blocks folded.
 MANY = 120
 
@@ -63,14 +82,22 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     return target
 
 
-@checked(comb=COMB, path=PATH, plan=PLAN)
-def draw(comb: Comb, path: str | os.PathLike[str], *, plan: Plan | None = None) -> Path:
+@checked(comb=COMB, path=PATH, plan=PLAN, milliseconds=_MILLISECONDS)
+def draw(
+    comb: Comb,
+    path: str | os.PathLike[str],
+    *,
+    plan: Plan | None = None,
+    milliseconds: Mapping[str, float] | None = None,
+) -> Path:
     """Draw the grouped graph of a model to a self-contained `.svg` or `.html` file.
 
     Args:
         comb: what `cpd.comb` found.
         path: the file; an earlier picture there is replaced.
         plan: the branches that it removes are drawn pale.
+        milliseconds: {group name: ms of the layers with its channels}, as `cpd.profile_model` finds them; None tells
+            the share of the MACs alone.
 
     Returns:
         The path written.
@@ -81,7 +108,7 @@ def draw(comb: Comb, path: str | os.PathLike[str], *, plan: Plan | None = None) 
     """
     target = check_path(path)
     comb = comb if plan is None else comb.without(plan.removed)
-    text = render(comb, html=target.suffix.lower() == ".html")
+    text = render(comb, html=target.suffix.lower() == ".html", milliseconds=milliseconds or {})
     try:
         target.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
@@ -89,65 +116,110 @@ def draw(comb: Comb, path: str | os.PathLike[str], *, plan: Plan | None = None) 
     return target
 
 
-def render(comb: Comb, *, html: bool) -> str:
+def render(comb: Comb, *, html: bool, milliseconds: Mapping[str, float] = MappingProxyType({})) -> str:
     """The picture as the text of an HTML page or of an SVG file."""
     graph = contract(comb)
     shares = comb.open_share
     palette = colours(comb.groups)
     scene = arrange(graph, comb, palette)
-    entries = _legend(comb.groups, palette)
+    macs = comb.cost.macs_share()
+    held = [Held(macs.get(group.axis, 0.0), milliseconds.get(group.name)) for group in comb.groups]
+    entries = _legend(comb.groups, palette, held, input_groups(graph, comb))
     name = type(comb.model).__name__
     summary = (
         f"{len(comb.open)} of {len(comb.groups)} groups are open: they hold {shares['parameters']:.1%} of the "
         f"parameters and {shares['macs']:.1%} of the MACs."
     )
-    lines = _placed(entries)
+    heading = _wrapped([summary, *SAID], LEGEND_CHARACTERS)
+    lines = _placed(entries, HEAD + LINE * len(heading) + 16)
     values = {
         "mark": MARK,
         "title": name,
         "summary": summary,
+        "heading": heading,
+        "said": SAID,
         "scene": scene,
-        "entries": entries,
+        "entries": [entry for entry in entries if not entry.trivial],
+        "trivial": [entry for entry in entries if entry.trivial],
         "lines": lines,
         "html": html,
         "folded": len(graph) > MANY,
         "width": scene.width if html else scene.width + LEGEND_WIDTH,
-        "height": scene.height if html else max(scene.height, lines[-1].y + 24 if lines else 0, 120),
+        "height": scene.height if html else max(scene.height, lines[-1].bottom if lines else 0, 120),
         "legend_x": scene.width + 16,
+        "head": HEAD,
+        "line": LINE,
     }
     return _environment().get_template("picture.html.j2" if html else "picture.svg.j2").render(**values)
 
 
 @dataclass(frozen=True)
+class Held:
+    """What lies in the layers with the channels of a group: a share of the MACs, and ms where they are known."""
+
+    macs: float
+    ms: float | None
+
+    def __str__(self) -> str:
+        """In a few words."""
+        share = "less than 0.1%" if self.macs < 0.001 else f"{self.macs:.1%}"
+        found = f"in {share} of the MACs" if self.macs else ""
+        return found if self.ms is None else ", ".join([*([found] if found else []), f"{self.ms:.3g} ms"])
+
+
+@dataclass(frozen=True)
 class Entry:
-    """A line of the legend: one open group, or the frozen ones of one reason."""
+    """A line of the legend: one open group, or the frozen ones of one reason.
+
+    Attributes:
+        name: of the group.
+        detail: how large it is, whether it is frozen or exact.
+        held: what lies in its layers, in words.
+        share: of the MACs, in per cent of them.
+        colour: of the group.
+        groups: as the file names them.
+        dashed: whether it is drawn so.
+        title: what is shown of it beside the pointer.
+        trivial: whether it cannot but be frozen: what comes into the model, or what it gives.
+    """
 
     name: str
     detail: str
+    held: str
+    share: float
     colour: str
     groups: str
     dashed: bool
     title: str
+    trivial: bool = False
 
 
-def _legend(groups: Sequence[Group], palette: Sequence[str]) -> list[Entry]:
+def _legend(
+    groups: Sequence[Group], palette: Sequence[str], held: Sequence[Held], inputs: Collection[int]
+) -> list[Entry]:
     entries = []
     frozen: dict[str, list[int]] = {}
     for index, group in enumerate(groups):
         if group.frozen is not None:
-            frozen.setdefault(re.sub(r"\d+", "N", split_reason(group.frozen)[0]), []).append(index)
+            reason = INPUT if index in inputs else re.sub(r"\d+", "N", split_reason(group.frozen)[0])
+            frozen.setdefault(reason, []).append(index)
             continue
         of = references([index])
-        entries.append(Entry(group.name, details(group), palette[index], of, not group.exact, _members(group)))
-    for indices in frozen.values():
-        first = groups[indices[0]]
-        if len(indices) == 1:
-            name, detail = first.name, f"{counted(first.size, 'channel')}, frozen: {first.frozen}"
-        else:
-            name = f"{first.name} and {len(indices) - 1} more"
-            detail = f"frozen: {first.frozen} and {len(indices) - 1} more places"
+        entries.append(
+            Entry(
+                group.name, details(group), str(held[index]), round(100 * held[index].macs, 1), palette[index], of,
+                not group.exact, _members(group),
+            )
+        )  # fmt: skip
+    for reason, indices in frozen.items():
+        first, more = groups[indices[0]], len(indices) - 1
+        name = f"{first.name} and {more} more" if more else first.name
+        detail = f"frozen: {first.frozen} and {more} more places" if more else details(first)
+        if reason == INPUT:
+            name, detail = INPUT, f"{', '.join(groups[index].name for index in indices)}: {detail}"
         title = "\n".join(sentence(groups[index]) for index in indices)
-        entries.append(Entry(name, detail, GREY, references(indices), False, title))
+        trivial = reason in (INPUT, OUTPUT)
+        entries.append(Entry(name, detail, "", 0.0, GREY, references(indices), False, title, trivial))
     return entries
 
 
@@ -159,21 +231,32 @@ def _members(group: Group) -> str:
 
 @dataclass(frozen=True)
 class Placed:
-    """A legend entry of an SVG: its lines of text and where it stands."""
+    """A legend entry of an SVG: its lines of text, where it stands and where it ends."""
 
     entry: Entry
     y: float
+    names: tuple[str, ...]
     lines: tuple[str, ...]
 
+    @property
+    def bottom(self) -> float:
+        """Where the next may stand."""
+        return self.y + 17 * len(self.names) + LINE * len(self.lines) + 7
 
-def _placed(entries: Sequence[Entry]) -> list[Placed]:
+
+def _placed(entries: Sequence[Entry], y: float) -> list[Placed]:
     placed = []
-    y = 128.0
     for entry in entries:
-        lines = tuple(textwrap.wrap(entry.detail, LEGEND_CHARACTERS))
-        placed.append(Placed(entry, y, lines))
-        y += 17 + 15 * len(lines) + 7
+        names = _wrapped([entry.name], NAME_CHARACTERS)
+        texts = _wrapped([entry.detail, *([entry.held] if entry.held else [])], LEGEND_CHARACTERS)
+        placed.append(Placed(entry, y, tuple(names), tuple(texts)))
+        y = placed[-1].bottom
     return placed
+
+
+def _wrapped(texts: Sequence[str], most: int) -> list[str]:
+    """Lines of so many characters at most."""
+    return [line for text in texts for line in textwrap.wrap(text, most) or [""]]
 
 
 @cache

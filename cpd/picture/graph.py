@@ -71,6 +71,18 @@ def contract(comb: Comb) -> nx.DiGraph:
     return contraction.graph
 
 
+def input_groups(graph: nx.DiGraph, comb: Comb) -> frozenset[int]:
+    """The numbers of the groups that are the channels of the model's input: read by the first layers, given by none."""
+    ends = (index for index in graph if graph.nodes[index]["item"].role == "end" and not graph.pred[index])
+    first = (graph.nodes[after]["item"] for index in ends for after in graph.succ[index])
+    read = {name for item in first if item.role == "layer" for name in item.parameters}
+    return frozenset(
+        number
+        for number, group in enumerate(comb.groups)
+        if group.frozen is not None and all(member.contracted and member.tensor in read for member in group.members)
+    )
+
+
 class _Contraction:
     """The graph so far, and what became of each operation that was added to it.
 

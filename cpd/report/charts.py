@@ -17,6 +17,8 @@ HUES = 6
 MOST_PARTS = 8
 #: Nodes that the page lists.
 COSTLY = 25
+#: The share of the time below which a stage is one of the others.
+LITTLE = 0.01
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,13 @@ class Bar:
     before: float
     after: float
     hue: int
+
+    @property
+    def change(self) -> str:
+        """How much narrower the layer is, in per cent; nothing where it is as it was."""
+        if self.row.before == self.row.after or not self.row.before:
+            return ""
+        return f"{100 * (self.row.after / self.row.before - 1):+.0f} %".replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -53,12 +62,33 @@ class Operator:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A stage's share of a stacked bar, in pixels of it; the others together have no colour of their own.
+
+    Attributes:
+        name: of the stage.
+        seconds: it took.
+        share: of all, in per cent.
+        x: where it begins.
+        width: of it.
+        hue: its colour; 0: grey.
+    """
+
+    name: str
+    seconds: float
+    share: float
+    x: float
+    width: float
+    hue: int
+
+
+@dataclass(frozen=True)
 class Line:
-    """One curve of a chart, in pixels of its view box."""
+    """One curve of a chart, in pixels of its view box; its points may have texts beside them."""
 
     label: str
     points: tuple[tuple[float, float], ...]
-    joined: bool = True
+    texts: tuple[str, ...] = ()
 
     @property
     def path(self) -> str:
@@ -68,7 +98,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A small chart: curves, and the labelled ends of both axes."""
+    """A small chart: curves, and the round numbers of both axes."""
 
     title: str
     x_label: str
@@ -84,7 +114,11 @@ Points = Sequence[tuple[float, float]]
 
 
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 344.0, 10.0, 150.0
-"""The plotting area inside a view box of 360 x 180."""
+"""The plotting area inside a view box of 360 x 196."""
+#: Steps between the numbers of an axis that are round, and those of a count.
+_ROUND, _WHOLE = (1.0, 2.0, 2.5, 5.0, 10.0), (1.0, 2.0, 5.0, 10.0)
+#: Parts that an axis is divided into, about.
+_PARTS = 4
 
 
 def width_bars(rows: Sequence[LayerRow]) -> Widths:
@@ -149,15 +183,35 @@ def points_of(records: Iterable[Mapping[str, Any]], x: str, y: str) -> Points:
     return [(float(r[x]), float(r[y])) for r in records if is_number(r.get(x)) and is_number(r.get(y))]
 
 
+def stage_bar(seconds: Mapping[str, float]) -> list[Part]:
+    """The stages one after another in a bar of 720 pixels; those that took little are told together, at the end."""
+    taken = {name: value for name, value in seconds.items() if is_number(value) and value > 0}
+    whole = sum(taken.values())
+    if not math.isfinite(whole):
+        return []
+    largest = sorted(taken, key=lambda name: -taken[name])[:HUES]
+    own = {name: taken[name] for name in taken if name in largest and taken[name] >= LITTLE * whole}
+    parts = [(name, value, index) for index, (name, value) in enumerate(own.items(), 1)]
+    if rest := [value for name, value in taken.items() if name not in own]:
+        parts.append(("others", sum(rest), 0))
+    found, x = list[Part](), 0.0
+    for name, value, hue in parts:
+        width = 720 * value / whole
+        found.append(Part(name, value, 100 * value / whole, round(x, 2), round(width, 2), hue))
+        x += width
+    return found
+
+
 def line_chart(
     title: str,
     x_label: str,
     series: Mapping[str, Points],
     *,
-    joined: bool = True,
+    texts: Sequence[str] = (),
     reference: float | None = None,
     reference_text: str = "",
     marks: Sequence[float] = (),
+    counts: bool = False,
 ) -> Chart | None:
     """Scale the series to the plotting area; None if none has a point.
 
@@ -165,33 +219,47 @@ def line_chart(
         title: above it.
         x_label: below it.
         series: points by their name in the legend.
-        joined: whether a line goes through the points.
+        texts: beside the points of a series.
         reference: where a line goes across.
         reference_text: what that line is.
         marks: where lines go up.
+        counts: whether the numbers of the x axis are whole, as epochs are.
     """
     drawn = {label: points for label, points in series.items() if points}
     if not drawn:
         return None
     xs = [x for points in drawn.values() for x, _ in points] + list(marks)
     ys = [y for points in drawn.values() for _, y in points] + ([] if reference is None else [reference])
-    to_x, x_ticks = _scale(xs, LEFT, RIGHT)
-    to_y, y_ticks = _scale(ys, BOTTOM, TOP)
-    lines = tuple(Line(label, tuple((to_x(x), to_y(y)) for x, y in points), joined) for label, points in drawn.items())
+    to_x, x_ticks = _scale(xs, LEFT, RIGHT, _WHOLE if counts else _ROUND, 1.0 if counts else 0.0)
+    to_y, y_ticks = _scale(ys, BOTTOM, TOP, _ROUND)
+    lines = tuple(
+        Line(label, tuple((to_x(x), to_y(y)) for x, y in points), tuple(texts)) for label, points in drawn.items()
+    )
     at = None if reference is None else to_y(reference)
     return Chart(title, x_label, lines, x_ticks, y_ticks, at, reference_text, tuple(map(to_x, marks)))
 
 
 def _scale(
-    values: Sequence[float], start: float, end: float
+    values: Sequence[float], start: float, end: float, multiples: Sequence[float], least: float = 0.0
 ) -> tuple[Callable[[float], float], tuple[tuple[float, str], ...]]:
-    """A map of the values' range onto [start, end], and a tick at each end of it."""
+    """A map of the values' range, widened to round numbers, onto [start, end], and a tick at each of those."""
     low, high = min(values), max(values)
-    if low == high:
+    power = 10.0 ** math.floor(math.log10(rough)) if (rough := (high - low) / _PARTS) and rough < math.inf else 0.0
+    if not power or high - low < 1e-9 * max(abs(low), abs(high)):  # one value, as good as; or beyond all bounds
         middle = round((start + end) / 2, 1)
         return lambda value: middle, ((middle, f"{low:.4g}"),)
+    step = max(next(power * multiple for multiple in multiples if power * multiple >= rough * (1 - 1e-9)), least)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
 
     def place(value: float) -> float:
-        return round(start + (value - low) / (high - low) * (end - start), 1)
+        return round(start + (value / step - first) / (last - first) * (end - start), 1)
 
-    return place, ((start, f"{low:.4g}"), (end, f"{high:.4g}"))
+    return place, tuple((place(k * step), _number(k * step, step)) for k in range(first, last + 1))
+
+
+def _number(value: float, step: float) -> str:
+    """A multiple of a step, to the places that tell it from the next."""
+    places = next((places for places in range(7) if math.isclose(step, round(step, places), rel_tol=1e-6)), None)
+    if places is None or abs(value) >= 1e6:
+        return f"{value:.3g}"
+    return f"{value:.{places}f}".replace("-", "−")

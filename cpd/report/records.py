@@ -27,6 +27,17 @@ class ShrinkRow(TypedDict):
     epoch: float
 
 
+class SearchRow(TypedDict, total=False):
+    """One candidate that was measured; what an older report lacks is not there."""
+
+    scope: str | None
+    macs_ratio: float | None
+    predicted: float | None
+    speedup: float | None
+    attained: float | None
+    verdict: str | None
+
+
 class ElsewhereRow(TypedDict):
     """The same result in a runtime that was not asked for; None, and why, where it could not be timed."""
 
@@ -65,6 +76,11 @@ class LatencyRow(TypedDict, total=False):
     threads: int | None
     runs: int | None
     runtime: str
+    original_ms: float | None
+    candidate_ms: float | None
+    original_p90_ms: float | None
+    candidate_p90_ms: float | None
+    difference: float | None
     elsewhere: tuple[ElsewhereRow, ...]
 
 

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -20,7 +20,17 @@ import jinja2
 
 from cpd.files.reading import conform
 from cpd.model.sources import BY_NAME
-from cpd.report.charts import Chart, costly_nodes, is_number, line_chart, operator_rows, points_of, width_bars
+from cpd.report.charts import (
+    Chart,
+    costly_nodes,
+    is_number,
+    line_chart,
+    operator_rows,
+    points_of,
+    stage_bar,
+    width_bars,
+)
+from cpd.report.metrics import Metric, Step, trail
 from cpd.report.records import (
     OBJECTS,
     BranchRow,
@@ -29,13 +39,14 @@ from cpd.report.records import (
     LatencyRow,
     LayerRow,
     NodeRow,
+    SearchRow,
     ShrinkRow,
     SparseRow,
     TriedRow,
     plain_fields,
     runtime_title,
 )
-from cpd.tasks.metric import UNNAMED, title, written
+from cpd.tasks.metric import UNNAMED
 
 if TYPE_CHECKING:
     from cpd.report.records import SweepPoint
@@ -59,6 +70,7 @@ class _Rows(TypedDict, total=False):
     nodes: tuple[NodeRow, ...]
     tried: tuple[TriedRow, ...]
     shrinks: tuple[ShrinkRow, ...]
+    search: tuple[SearchRow, ...]
 
 
 class FigureRow(NamedTuple):
@@ -92,9 +104,10 @@ class Report:
         nodes: one dict a node, as the runtime runs it (name, op, before_ms, after_ms: None where one lacks it).
         shrinks: one dict a shrink (epoch, step, share, macs, parameters, plan_hash).
         checks: name of a check to the largest relative error found.
-        history: one dict a training epoch (epoch, loss, task_loss, kd_loss, lr, steps_per_second, metric, kept).
-        search: one dict a measured candidate (macs_ratio, speedup).
-        seconds: wall-clock seconds of each stage.
+        history: one dict a training epoch (epoch, loss, task_loss, kd_loss, lr, steps_per_second, metric, kept); that
+            of epoch 0 is what there was before any training (metric, and as far as known before, pruned, recovery).
+        search: one dict a measured candidate (scope, macs_ratio, predicted, speedup, attained, verdict).
+        seconds: wall-clock seconds of each stage, without the stages within it.
         environment: versions and hardware.
         notes: what the user was told on the way.
         metric_name: what `evaluate` gives, with its unit in brackets.
@@ -150,6 +163,12 @@ class Report:
         return before - after if before is not None and after is not None else None
 
     @property
+    def trail(self) -> tuple[Step, ...]:
+        """The metric from stage to stage: before, after pruning, compensated, trained; empty where there is none."""
+        runtime = str((self.latency or {}).get("runtime", ""))
+        return trail(_metric(self), self.history, self.original.metric, self.result.metric, runtime)
+
+    @property
     def asked(self) -> str:
         """The target, and what came of it, in a sentence."""
         return _asked(self)
@@ -200,7 +219,11 @@ class Report:
             frozen=[row for row in self.groups if row.frozen is not None],
             removed=[row for row in self.branches if row.removed],
             charts=_charts(self),
-            latency=_flat(self.latency or {}),
+            search=[{key: row.get(key) for key in SearchRow.__annotations__} for row in self.search],
+            stages=stage_bar(self.seconds),
+            scale=_metric(self).scale,
+            latency=_timing(self.latency or {}),
+            environment=_surroundings(self),
         )
 
     def model_card(self) -> str:
@@ -212,6 +235,7 @@ class Report:
             call=call_text(self.call, self.job),
             by_name=self.source is not None and self.source.startswith(BY_NAME),
             removed=[row for row in self.branches if row.removed],
+            scale=_metric(self).scale,
             factory=_factory(self.source),
         )
 
@@ -224,22 +248,25 @@ def sweep_page(original: Figures | None, points: Sequence[SweepPoint], metric_na
         points: one a speed-up.
         metric_name: of what was evaluated.
     """
-    reached = [point for point in points if point.figures is not None]
-    every = [figures for figures in (original, *(point.figures for point in reached)) if figures is not None]
-    metrics = [figures.metric for figures in every if figures.metric is not None]
-    by_metric = bool(every) and len(metrics) == len(every)
-    heights = metrics if by_metric else [float(figures.macs) for figures in every]
-    series = sorted(zip((figures.latency_ms or 0.0 for figures in every), heights, strict=True))
+    reached = [(f"{point.asked:g}×", point.figures) for point in points if point.figures is not None]
+    every = [*([] if original is None else [("original", original)]), *reached]
+    metric = Metric.of(metric_name, None if original is None else original.metric)
+    by_metric = bool(every) and all(figures.metric is not None for _, figures in every)
+    full = max(every[0][1].macs, 1) if every else 1
+    found = sorted(
+        (f.latency_ms or 0.0, metric.shown(f.metric or 0.0) if by_metric else 100 * f.macs / full, text)
+        for text, f in every
+    )
     chart = line_chart(
-        f"{_headed(metric_name)} against measured latency" if by_metric else "MACs against measured latency",
+        f"{metric.axis if by_metric else 'MACs left [%]'} against measured latency",
         "measured latency [ms]",
-        {"models": series},
-        reference=original.metric if by_metric and original is not None else None,
-        reference_text="unpruned",
+        {"models": [(x, y) for x, y, _ in found]},
+        texts=[text for _, _, text in found],
+        reference=metric.shown(original.metric) if by_metric and original and original.metric is not None else None,
     )
     return _template("sweep.html.j2").render(
         original=original, points=points, charts=[] if chart is None else [chart], by_metric=by_metric,
-        metric_name=title(metric_name), shown=partial(written, metric_name),
+        metric=metric,
     )  # fmt: skip
 
 
@@ -286,9 +313,11 @@ def _asked(report: Report) -> str:
             "saved is the size of the file."
         )
     if is_number(value := call.get("max_drop")):
-        lost = "not known" if report.metric_drop is None else f"{report.metric_drop:.3g}"
+        metric = _metric(report)
+        lost = "not known" if report.metric_drop is None else f"{metric.shown(report.metric_drop):.3g}"
         fast = "" if report.speedup is None else f", {report.speedup:.2f} times as fast"
-        return f"Asked for the fastest that loses at most {value:g} of {title(report.metric_name)}; found {lost}{fast}."
+        most = f"{metric.shown(value):g}"
+        return f"Asked for the fastest that loses at most {most} of {metric.title}; found {lost}{fast}."
     if is_number(value := call.get("target_speedup")):
         low, high = latency.get("speedup_low"), latency.get("speedup_high")
         interval = f" (95 % interval {low:.2f} to {high:.2f})" if low and high else ""
@@ -309,10 +338,9 @@ def _asked(report: Report) -> str:
 def _figure_rows(report: Report) -> Iterable[FigureRow]:
     before, after = report.original, report.result
     if before.metric is not None and after.metric is not None:
-        first, last = (written(report.metric_name, value) for value in (before.metric, after.metric))
-        places = len(first.split()[0].partition(".")[2])
-        change = f"{after.metric - before.metric:+.{places}f}".replace("-", "−")
-        yield FigureRow(_headed(report.metric_name), first, last, change)
+        metric = _metric(report)
+        first, last = metric.written(before.metric), metric.written(after.metric)
+        yield FigureRow(metric.headed, first, last, metric.change(before.metric, after.metric))
     if before.latency_ms is not None and after.latency_ms is not None:
         word = "" if report.zeros is not None else " faster"
         faster = "" if report.speedup is None else f"{report.speedup:.2f}×{word}"
@@ -340,10 +368,8 @@ def _figure_rows(report: Report) -> Iterable[FigureRow]:
             yield FigureRow(label, human(was), human(now), _percent(was, now))
 
 
-def _headed(metric_name: str) -> str:
-    """The name of a metric at the beginning of a line."""
-    name = title(metric_name)
-    return name[:1].upper() + name[1:]
+def _metric(report: Report) -> Metric:
+    return Metric.of(report.metric_name, report.original.metric)
 
 
 def _ms(value: float) -> str:
@@ -354,41 +380,56 @@ def _percent(before: float, after: float) -> str:
     return f"{100 * (after / before - 1):+.1f} %".replace("-", "−") if before else ""
 
 
-def _flat(latency: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a latency comparison that the page lists; the environment's own are joined in."""
-    environment = latency.get("environment")
-    flat = {
-        key: value for key, value in latency.items() if key not in ("environment", "elsewhere") and value is not None
-    }
-    return {**flat, **(environment if isinstance(environment, Mapping) else {})}
+def _timing(latency: Mapping[str, Any]) -> dict[str, str]:
+    """What the page lists of a latency comparison, ready to print; where it was timed is the environment's."""
+    found = {}
+    for words, key in (("original", "original"), ("compressed", "candidate")):
+        if is_number(ms := latency.get(f"{key}_ms")):
+            p90 = latency.get(f"{key}_p90_ms")
+            found[words] = _ms(ms) + (f" (nine of ten runs below {_ms(p90)})" if is_number(p90) else "")
+    if is_number(speedup := latency.get("speedup")):
+        low, high = latency.get("speedup_low"), latency.get("speedup_high")
+        known = is_number(low) and is_number(high)
+        found["speed-up"] = f"{speedup:.2f}×" + (f" (95 % interval {low:.2f} to {high:.2f})" if known else "")
+    if latency:
+        found["runtime"] = runtime_title(latency)
+    for words, key in (("threads", "threads"), ("pairs of runs timed in turn", "runs")):
+        if is_number(value := latency.get(key)):
+            found[words] = f"{value:,}"
+    if is_number(difference := latency.get("difference")):
+        found["outputs against PyTorch, largest relative error"] = f"{difference:.1e}"
+    return found
+
+
+def _surroundings(report: Report) -> dict[str, Any]:
+    """Versions and hardware, once: those of the run, and what the timing adds to them."""
+    timed = (report.latency or {}).get("environment")
+    return {**(timed if isinstance(timed, Mapping) else {}), **report.environment}
 
 
 # ---------------------------------------------------------------------------------- figures, as inline SVG
 
 
 def _charts(report: Report) -> list[Chart]:
-    """Loss, metric and search, each only if there is something to show."""
+    """Loss and metric, each only if there is something to show."""
     losses = {"loss": "loss", "task_loss": "task", "kd_loss": "distillation"}
-    target = report.call.get("target_speedup")
+    metric, original = _metric(report), report.original.metric
+    values = [(x, metric.shown(y)) for x, y in points_of(report.history, "epoch", "metric")]
     candidates = [
-        line_chart("Loss", "epoch", {label: points_of(report.history, "epoch", key) for key, label in losses.items()}),
         line_chart(
-            _headed(report.metric_name) + (" (dotted: shrinks)" if report.shrinks else ""),
+            "Loss", "epoch",
+            {label: points_of(report.history, "epoch", key) for key, label in losses.items()}, counts=True,
+        ),
+        line_chart(
+            metric.axis + (" (dotted: shrinks)" if report.shrinks else ""),
             "epoch",
-            {title(report.metric_name): points_of(report.history, "epoch", "metric")},
-            reference=report.original.metric,
+            {metric.title: values},
+            reference=None if original is None else metric.shown(original),
             reference_text="unpruned",
             marks=[float(row["epoch"]) for row in report.shrinks],
+            counts=True,
         ),
-        line_chart(
-            "Search: measured speed-up",
-            "share of MACs kept",
-            {"candidate": points_of(report.search, "macs_ratio", "speedup")},
-            joined=False,
-            reference=float(target) if is_number(target) else None,
-            reference_text="target",
-        ),
-    ]
+    ]  # fmt: skip
     return [chart for chart in candidates if chart is not None]
 
 
@@ -405,7 +446,10 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters.update(cell=_cell, show=_show, deviation=_deviation, human=human, ms=_ms, base=os.path.basename)
+    environment.filters.update(
+        cell=_cell, show=_show, deviation=_deviation, human=human, ms=_ms, base=os.path.basename,
+        times=_times, ranked=_ranked, percent=_percentage, seconds=_seconds,
+    )  # fmt: skip
     return environment
 
 
@@ -422,6 +466,29 @@ def _cell(text: object) -> str:
 def _deviation(value: float | None) -> str:
     """A relative error for reading."""
     return "not finite" if value is None or not math.isfinite(value) else f"{value:.1e}"
+
+
+def _times(value: float | None) -> str:
+    """A speed-up; nothing where it is not known."""
+    return f"{value:.2f}×" if is_number(value) else ""
+
+
+def _ranked(scope: str) -> str:
+    """How channels were compared, in words."""
+    return {"global": "over all groups", "group": "group by group"}.get(scope, scope)
+
+
+def _percentage(value: float | None) -> str:
+    """A share, in per cent; nothing where it is not known."""
+    return f"{100 * value:.1f} %" if is_number(value) else ""
+
+
+def _seconds(value: float) -> str:
+    """Seconds to what matters: `3.2 s`, `14 s`, `1 h 02 min`."""
+    if value < 120:
+        return f"{value:.1f} s" if value < 10 else f"{value:.0f} s"
+    minutes = round(value / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _show(value: Any) -> str:

@@ -27,7 +27,7 @@ from cpd.selection.bounds import Bounds
 from cpd.selection.branching import Candidate, best_number, chosen_number, in_order, removable_branches
 from cpd.selection.common import Found
 from cpd.selection.obstacles import obstacles
-from cpd.selection.search import Search
+from cpd.selection.search import Search, told_of
 from cpd.selection.selector import Selector
 from cpd.selection.weighing import Normalization, Scope, Weighing, by_capacity
 
@@ -92,7 +92,7 @@ class Decider:
         scopes: those still in question.
         goal: the figure that the schedule runs in, at the target; None before the first decision.
         leaving: the branches that go until the target is reached, in their order; None before the first decision.
-        search: one dict a measured candidate (scope, macs_ratio, predicted, speedup).
+        search: one dict a measured candidate (scope, macs_ratio, predicted, speedup, attained, verdict).
     """
 
     def __init__(
@@ -350,6 +350,7 @@ class Decider:
         prediction lacks differs between them, so each is measured once before they are compared.
         """
         searches = {scope: self._search_of(selector) for scope, selector in selectors.items()}
+        plan: Plan | None = None
         try:
             chosen, told = self._nearest(searches)
             try:
@@ -367,11 +368,7 @@ class Decider:
                 )
             return chosen, plan, notes
         finally:
-            self.search += [
-                {"scope": scope, "macs_ratio": t.macs_ratio, "predicted": t.predicted, "speedup": t.speedup}
-                for scope, search in searches.items()
-                for t in search.tried
-            ]
+            self.search = told_of(self.search, searches, plan)
 
     def _search_of(self, selector: Selector) -> Search:
         """A search for the widths whose speed is the one asked for, what is measured correcting its own predictions."""

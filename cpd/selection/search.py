@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -69,6 +70,13 @@ class Candidate:
         """Whether it is within a relative distance of the target, give or take a standard error of its measurement."""
         interval = (self.latency.speedup_high - self.latency.speedup_low) / self.speedup
         return self.off <= distance + interval / 4 and self.excess <= 1  # of 95 %: two standard errors on either side
+
+    def verdict(self, *, chosen: bool) -> str:
+        """What came of it, in a few words: `chosen, 0.6 % faster than asked`."""
+        off = f"{abs(self.attained - 1):.1%}".replace("%", " %")
+        found = f"{off} {'faster' if self.attained >= 1 else 'slower'} than asked"
+        over = [f"{self.excess - 1:.1%} over a bound".replace("%", " %")] if self.excess > 1 else []
+        return ", ".join([*(["chosen"] if chosen else []), found, *over])
 
     @property
     def off(self) -> float:
@@ -206,6 +214,21 @@ class Search:
         self._goal = found.speedup / self.tried[-1].attained
         self._upcoming = {}
         return self.tried[-1]
+
+
+def told_of(
+    former: Iterable[Mapping[str, Any]], searches: Mapping[Any, Search], chosen: Plan | None
+) -> list[dict[str, Any]]:
+    """What a report says of all candidates: those of former searches, of which a later choice counts, and of these."""
+    rows = [{**row, "verdict": str(row.get("verdict", "")).replace("chosen,", "chosen at first,")} for row in former]
+    return rows + [
+        {
+            "scope": scope, "macs_ratio": item.macs_ratio, "predicted": item.predicted, "speedup": item.speedup,
+            "attained": item.attained, "verdict": item.verdict(chosen=item.plan is chosen),
+        }
+        for scope, search in searches.items()
+        for item in search.tried
+    ]  # fmt: skip
 
 
 def _nearest(tried: list[Candidate], tolerance: float) -> Candidate:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import cpd
-from cpd.deploy import latency_model
+from cpd.deploy import model_profile
 from cpd.errors import ArtifactError, NothingToPruneError
 from cpd.jobs.sensitivity import RATIOS
 from cpd.jobs.sweep import Sweep
@@ -102,15 +102,21 @@ def test_sensitivity_of_a_folder(run: Any, tmp_path: Path) -> None:
 SMALL = "timm:test_resnet,num_classes=2"
 
 
-def test_profile_shows_where_the_time_goes(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency_model, "profile_model", partial(cpd.profile_model, seconds=0.2))
-    result = run("profile", SMALL, "--input-size", "32", "--check", "1")
+def test_profile_shows_where_the_time_goes(run: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(model_profile, "profile_model", partial(cpd.profile_model, seconds=0.2))
+    plot = tmp_path / "groups.html"
+    result = run("profile", SMALL, "--input-size", "32", "--check", "1", "--plot", str(plot))
     assert result.exit_code == 0, result.output
+    assert re.search(r"in [\d.]+% of the MACs, [\d.e-]+ ms</span>", plot.read_text())
+    assert re.search(r"layer1\.0\.conv1 +. +Conv +.", result.stdout)
+    totals = [line for line in result.stdout.splitlines() if "total" in line]
+    assert ["100.0%" in line for line in totals] == [True, True]  # of the layers, and of the operators
     assert "Conv" in result.stdout
     assert "kernels are known on this machine" in result.stdout
     assert "of the MACs: predicted" in result.stdout
     found = json.loads(run("profile", SMALL, "--input-size", "32", "--json", "-q").stdout)
-    assert sum(row["ms"] for row in found["operators"]) == pytest.approx(found["total_ms"])
+    for rows in (found["operators"], found["layers"]):
+        assert sum(row["ms"] for row in rows) == pytest.approx(found["total_ms"])
 
 
 @LEAKY

@@ -200,7 +200,7 @@ def test_what_nobody_foresaw_ends_with_1_and_says_how_to_see_more(
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    monkeypatch.setattr("cpd.deploy.latency_model.profile_model", broken)
+    monkeypatch.setattr("cpd.deploy.model_profile.profile_model", broken)
     result = run("profile", MODEL, "--input-size", "32")
     assert result.exit_code == 1
     assert result.stderr == "error: not foreseen: ZeroDivisionError: by zero. With --debug the traceback is shown.\n"

@@ -170,5 +170,11 @@ def test_predictions_come_near_what_is_measured():
     assert found.operators[0].op == "Conv"
     assert 0.1 < found.operators[0].half_ms / found.operators[0].ms < 0.6
     assert sum(row.ms for row in found.operators) == pytest.approx(found.total_ms)
+    assert sum(row.ms for row in found.layers) == pytest.approx(found.total_ms)
+    assert sum(row.half_ms for row in found.layers) == pytest.approx(sum(row.half_ms for row in found.operators))
+    assert {"conv1", "layer1.0.conv1", "layer4.1.conv2", "fc"} <= {row.name for row in found.layers}
+    alike = {row.ms for row in found.layers if row.name in ("layer1.0.conv1", "layer1.1.conv1")}
+    assert max(found.groups, key=lambda name: found.groups[name]) in ("conv1", "layer2.0.conv2", "layer4.0.conv2")
+    assert 0 < max(alike) < found.groups["conv1"] < found.total_ms
     assert json.loads(json.dumps(found.to_dict()))["kernels"] == found.kernels > 100
     assert "known on this machine" in found.summary()[0]

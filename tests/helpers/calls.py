@@ -21,7 +21,7 @@ import cpd.lightning
 import cpd.picture
 import cpd.tasks.segmentation
 from cpd.coupling import comb as coupling
-from cpd.deploy import export, int8, latency, latency_model
+from cpd.deploy import export, int8, latency, model_profile
 from cpd.jobs import compress as compressing
 from cpd.jobs import sparsify as sparsifying
 from cpd.picture import drawing
@@ -133,7 +133,7 @@ def began(*_: Any, **__: Any) -> None:
 
 #: Where the work of what takes seconds begins, once all arguments were looked at.
 BEGINS = (
-    (compressing, "comb"), (sparsifying, "Sparsifier"), (latency_model, "make_comb"), (cpd.demo, "digits"),
+    (compressing, "comb"), (sparsifying, "Sparsifier"), (model_profile, "make_comb"), (cpd.demo, "digits"),
     (coupling, "cold"), (export, "_export"), (int8, "_converted"), (latency, "time_rounds"),
     (timm, "create_model"),
 )  # fmt: skip

@@ -59,7 +59,7 @@ def example_report() -> Report:
             "speedup_high": 2.11,
             "threads": 1,
             "runs": 50,
-            "environment": {"onnxruntime": "1.22"},
+            "environment": {"onnxruntime": "1.22", "cpu": "An EPYC"},
         },
         groups=(
             GroupRow(
@@ -82,11 +82,22 @@ def example_report() -> Report:
         shrinks=({"epoch": 0.5, "step": 5, "share": 0.5}, {"epoch": 1.5, "step": 15, "share": 1.0}),
         checks={"masked_equals_shrunk": 3e-7, "onnx_parity": 1e-6},
         history=(
+            {"epoch": 0, "metric": 0.91, "before": 0.927, "pruned": 0.25, "recovery": "compensation"},
             {"epoch": 1, "loss": 2.0, "task_loss": 1.5, "kd_loss": 0.5, "lr": 0.01, "metric": 0.90},
-            {"epoch": 2, "loss": 1.2, "task_loss": 0.9, "kd_loss": 0.3, "lr": 0.001, "metric": 0.915},
+            {"epoch": 2, "loss": 1.2, "task_loss": 0.9, "kd_loss": 0.3, "lr": 0.001, "metric": 0.915, "kept": True},
         ),
-        search=({"macs_ratio": 0.5, "speedup": 1.6}, {"macs_ratio": 0.35, "speedup": 2.04}),
-        seconds={"comb": 1.5, "search": 12.0},
-        environment={"torch": "2.9"},
+        search=(
+            {"macs_ratio": 0.5, "speedup": 1.6},
+            {
+                "scope": "group",
+                "macs_ratio": 0.35,
+                "predicted": 1.9,
+                "speedup": 2.04,
+                "attained": 1.02,
+                "verdict": "chosen, 2.0 % faster than asked",
+            },
+        ),
+        seconds={"comb": 1.5, "search": 12.0, "shrink": 0.001},
+        environment={"torch": "2.9", "cpu": "An EPYC"},
         notes=("BatchNorm statistics were measured anew",),
     )

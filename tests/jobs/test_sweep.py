@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
@@ -15,6 +16,8 @@ from cpd.files.reading import signed
 from cpd.jobs import sweep
 from cpd.jobs.sweep import read_sweep
 from cpd.report.artifacts import SWEPT, check_output_dir
+from cpd.report.records import Figures, SweepPoint
+from helpers.pages import Page
 
 IMAGE = torch.randn(1, 3, 64, 64)
 
@@ -60,3 +63,46 @@ def test_a_sweep_goes_on_past_what_cannot_be_reached(tmp_path):
         found.plot(tmp_path / "none" / "sweep.svg")
     with pytest.raises(cpd.InputError, match="at least one speed-up"):
         cpd.sweep(model, [])
+
+
+@pytest.fixture
+def swept() -> sweep.Sweep:
+    """Three speed-ups, of which one is out of reach."""
+    points = tuple(
+        SweepPoint(asked, got, Figures(5_000, 20_000, 300, 20.0 / got, metric))
+        for asked, got, metric in ((1.5, 1.48, 0.924), (3.0, 2.97, 0.895))
+    )
+    unreached = SweepPoint(8.0, None, None, error="out of reach")
+    return sweep.Sweep(Figures(10_000, 40_000, 600, 20.0, 0.927), (*points, unreached), "val accuracy")
+
+
+def test_the_page_labels_each_point_with_its_target(swept):
+    page = Page(swept.to_html())
+    for text in ("Val accuracy [%] against measured latency", "measured latency [ms]", "92.40 %", "89.50 %"):
+        assert text in page.text
+    labels = [found for tag, found in page.tags if tag == "text" and "halo" in found["class"]]
+    assert len(labels) == page.count("circle") == 3
+    assert all(46 <= float(found["x"]) <= 344 for found in labels)
+    ticks = ["5", "10", "15", "20", "89", "90", "91", "92", "93"]
+    assert all(f">{tick}</text>" in swept.to_html() for tick in ticks)
+    unmeasured = dataclasses.replace(
+        swept,
+        original=dataclasses.replace(swept.original, metric=None),
+    )
+    assert "MACs left [%] against measured latency" in Page(unmeasured.to_html()).text
+
+
+def test_the_plot_names_targets_and_units_within_its_frame(swept, tmp_path, monkeypatch):
+    Figure, figures = pytest.importorskip("matplotlib.figure").Figure, []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: (figures.append(figure), save(figure, path)))
+    swept.plot(tmp_path / "sweep.png")
+    (area,) = figures[0].axes
+    assert (area.get_xlabel(), area.get_ylabel()) == ("measured latency [ms]", "Val accuracy [%]")
+    assert sorted(text.get_text() for text in area.texts) == ["1.5x (1.48x)", "3x (2.97x)", "original"]
+    assert max(area.lines[0].get_ydata()) == pytest.approx(92.7)
+    frame = area.get_window_extent()
+    for text in area.texts:
+        box = text.get_window_extent()
+        assert frame.x0 <= box.x0 < box.x1 <= frame.x1
+        assert frame.y0 <= box.y0 < box.y1 <= frame.y1

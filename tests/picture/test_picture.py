@@ -252,8 +252,56 @@ def test_tooltips_and_legend_give_reasons(convnet: Comb) -> None:
     listed = {reference for g in legend for reference in g.get("data-groups", "").split()}
     assert listed == {f"g{index}" for index in range(len(convnet.groups))}
     details = [text(g) for g in legend if g.get("data-groups")]
-    assert "stem 8 channels, 4 members, exact" in details
+    assert "stem 8 channels, 4 members, exact in 18.2% of the MACs" in details
+    assert any(detail.startswith("the model's input channels stem#2: 3 channels, 1 member, ") for detail in details)
     assert "position" not in svg
+
+
+def test_each_group_tells_its_share_of_macs_and_its_time(convnet: Comb) -> None:
+    shares = convnet.cost.macs_share()
+    by_name = {group.name: shares.get(group.axis, 0.0) for group in convnet.groups}
+    whole = convnet.cost({}).macs
+    macs = {name: of * whole for name, of in by_name.items()}
+    assert round(macs["blocks.0.conv1"]) == 12 * (8 + 16) * 9 * 10 * 10  # in the layers that give and that read it
+    page = render(convnet, html=True, milliseconds={"stem": 1.234, "left": 0.5})
+    assert f"<span>in {by_name['stem']:.1%} of the MACs, 1.23 ms</span>" in page
+    assert f"<span>in {by_name['right']:.1%} of the MACs</span>" in page
+    with pytest.raises(InputError, match="milliseconds"):
+        draw(convnet, "a.svg", milliseconds={"stem": "long"})  # type: ignore[dict-item]
+
+
+def test_only_what_is_frozen_in_any_model_is_folded(convnet: Comb, frozen: Comb) -> None:
+    before, folded = render(convnet, html=True).split("<details>")
+    folded = folded.partition("</details>")[0]
+    assert "Frozen in any model: the model&#39;s input channels, head" in folded
+    assert folded.count("<li ") == 2
+    assert before.count("<li ") == len(convnet.open)
+    own, folded = render(frozen, html=True).split("<details>")
+    assert "first and 1 more</code>" in own  # single channels are picked: a reason of this model's own
+    assert "last#2</code>" in own  # contracted with something fixed that is not the model's input
+    assert "first#2, second#2: " in folded
+    assert render(convnet, html=True).count('type="search"') == 1
+
+
+def test_no_text_of_a_legend_leaves_the_picture() -> None:
+    model = nn.Sequential()
+    model.add_module("a_name_of_a_module_" + "that_is_far_too_long_" * 4, nn.Linear(4, 6))
+    model.add_module("head", nn.Linear(6, 2))
+    svg = ET.fromstring(render(cpd.comb(model, torch.randn(1, 4)), html=False))
+    legend = next(g for g in svg.iter(f"{SVG}g") if g.get("class") == "legend")
+    wide = {"name": 7.3, "kind": 6.3, "soft": 6.9}  # pixels a character, of the widest of the fonts, at 12, 11 and 12
+    ends = [
+        float(item.get("x", 0)) + wide[item.get("class", "")] * len(item.text or "")
+        for item in legend.iter(f"{SVG}text")
+        if item.get("class") in wide
+    ]
+    assert len(ends) > 5
+    assert max(ends) <= float(svg.get("width", 0))
+    named = "".join(item.text or "" for item in legend.iter(f"{SVG}text") if item.get("class") == "name")
+    assert named.count("that_is_far_too_long_") == 4  # whole, in several lines
+    bottoms = [float(item.get("y", 0)) for item in legend.iter(f"{SVG}text")]
+    assert sorted(bottoms) == bottoms
+    assert max(bottoms) < float(svg.get("height", 0))
 
 
 @pytest.mark.parametrize("name", ["convnet", "attention", "frozen"])

@@ -104,7 +104,7 @@ def test_html_shows_every_stage(report: Report) -> None:
     assert "BatchNorm statistics were measured anew" in page.text
     assert page.count("polyline") == 4  # loss, task, distillation; metric
     assert page.count("path", class_="mark") == 2  # shrinks
-    assert page.count("path", class_="target") == 2  # the metric of the unpruned model, the speed-up asked for
+    assert page.count("path", class_="target") == 1  # the metric of the unpruned model
     assert page.count("rect", class_="was") == page.count("rect", class_="kept") == 5  # layers, operators
     assert "Asked for a speed-up of 2; found 2.04 times as fast (95 % interval 1.98 to 2.11)." in page.text
     assert "cpd.compress(model, target_speedup=2, epochs=2, seed=0, threads=1)" in page.text
@@ -122,6 +122,76 @@ def test_html_shows_every_stage(report: Report) -> None:
 def test_what_was_asked(report: Report, call: dict[str, Any], told: str) -> None:
     assert dataclasses.replace(report, call=call).asked == told
     assert told in Page(dataclasses.replace(report, call=call).to_html()).text
+
+
+def test_the_metric_from_stage_to_stage_is_one_line_and_the_notes_are_folded(report: Report) -> None:
+    page = Page(report.to_html())
+    line = "0.9270 before → 0.2500 after pruning → 0.9100 compensated → 0.9150 trained"
+    assert line in page.text
+    assert next(found for tag, found in page.tags if tag == "details") == {}
+    assert (
+        page.text.index(line) < page.text.index("1 note on the run") < page.text.index("statistics were measured anew")
+    )
+    assert f"Metric: {line}." in report.model_card()
+    bare = dataclasses.replace(report, original=dataclasses.replace(report.original, metric=None))
+    assert bare.trail == ()
+    assert next(found for tag, found in Page(bare.to_html()).tags if tag == "details") == {"open": None}
+
+
+@pytest.mark.parametrize(
+    ("history", "words"),
+    [
+        ((), ["before", "after"]),
+        (({"epoch": 0, "metric": 0.915},), ["before", "after pruning"]),
+        (({"epoch": 0, "metric": 0.915, "pruned": 0.915},), ["before", "after pruning"]),
+        (({"epoch": 0, "metric": 0.915, "pruned": 0.2, "recovery": "recalibration"},),
+         ["before", "after pruning", "with BatchNorm recalibrated"]),
+        (({"epoch": 0, "metric": 0.915, "kept": True}, {"epoch": 1, "metric": 0.9, "kept": False}),
+         ["before", "before training"]),
+        (({"epoch": 1, "metric": 0.92, "kept": True}, {"epoch": 2, "metric": 0.9}),
+         ["before", "trained", "in the end"]),
+    ],
+)  # fmt: skip
+def test_stages_of_the_metric(report: Report, history: tuple[dict[str, Any], ...], words: list[str]) -> None:
+    trail = dataclasses.replace(report, history=history).trail
+    assert [step.words for step in trail] == words
+    assert (trail[0].value, trail[-1].value) == ("0.9270", "0.9150")
+
+
+def test_the_metric_of_an_int8_model_ends_its_line(report: Report) -> None:
+    found = dataclasses.replace(
+        report, latency={"runtime": "onnxruntime:int8"}, result=dataclasses.replace(report.result, metric=0.9)
+    )
+    assert tuple(found.trail[-1]) == ("0.9000", "in INT8")
+
+
+def test_a_fraction_is_shown_in_per_cent(report: Report) -> None:
+    found = dataclasses.replace(report, metric_name="val accuracy", call={"max_drop": 0.02})
+    assert tuple(found.figure_rows[0]) == ("Val accuracy", "92.70 %", "91.50 %", "−1.20")
+    assert "at most 2 of val accuracy; found 1.2" in found.asked
+    text = Page(found.to_html()).text
+    assert "92.70 % before → 25.00 % after pruning" in text
+    assert "Val accuracy [%] (dotted: shrinks)" in text
+    for name, original in (("val accuracy", 92.7), ("validation loss", 0.9), ("accuracy [%]", 0.9)):
+        figures = dataclasses.replace(report.original, metric=original)
+        other = dataclasses.replace(report, metric_name=name, original=figures)
+        assert other.figure_rows[0].before in ("92.70", "0.9000", "0.90 %")  # as it was given
+
+
+def test_the_search_is_a_table_with_a_verdict(report: Report) -> None:
+    page = Page(report.to_html())
+    rows = re.findall(r"<tr[^>]*>(?:(?!</tr>).)*ranked.*?</tr>", report.to_html(), re.S)
+    assert [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in rows] == [
+        ["35.0 %", "1.90×", "2.04×", "chosen, 2.0 % faster than asked"]
+    ]
+    assert page.count("tr", class_="chosen") == 1
+    assert "50.0 %" in page.text  # of a candidate of which an older report says less
+
+
+def test_the_environment_is_told_once(report: Report) -> None:
+    text = Page(report.to_html()).text
+    assert text.count("An EPYC") == 1
+    assert text.index("Environment") < text.index("1.22")  # what the timing adds
 
 
 def test_html_escapes(report: Report) -> None:

@@ -17,7 +17,7 @@ from cpd.selection import decision
 from cpd.selection.common import Found
 from cpd.selection.decision import Decider
 from cpd.selection.limits import Limits
-from cpd.selection.search import Search
+from cpd.selection.search import Candidate, Search
 from cpd.selection.selector import Selector
 from cpd.selection.target import Target
 
@@ -157,7 +157,8 @@ def test_the_note_names_the_scope_that_was_taken(monkeypatch):
             self.selector, self.tried = selector, []
 
         def step(self) -> None:
-            self.tried.append(SimpleNamespace(macs_ratio=0.4, predicted=2.0, speedup=2.0))
+            latency = SimpleNamespace(speedup=2.1, speedup_low=2.1, speedup_high=2.1)
+            self.tried.append(Candidate({}, self.plan(), 0.4, 2.0, latency, 1.05))
 
         def plan(self) -> Any:
             return SimpleNamespace(groups={"a": (0,)}, error=self.selector.error)
@@ -165,13 +166,14 @@ def test_the_note_names_the_scope_that_was_taken(monkeypatch):
         def finish(self) -> Any:
             if self.selector.error == 0.1:
                 raise cpd.TargetError("out of reach")
-            return SimpleNamespace(plan=self.plan())
+            return self.tried[-1]
 
     monkeypatch.setattr(decision, "Search", Fixed)
     decider = Decider.__new__(Decider)
     decider.comb = SimpleNamespace(model=None, cost=lambda counts: SimpleNamespace(macs=100 if not counts else 40))
     decider._found, decider._timed, decider.bounds = Found(), None, None
-    decider.target, decider.tolerance, decider.search = Target("target_speedup", 2.0), 0.05, []
+    decider.target, decider.tolerance = Target("target_speedup", 2.0), 0.05
+    decider.search = [{"scope": "global", "verdict": "chosen, 1.0 % faster than asked"}]  # of the first shrink, say
     decider.counts = decider._probe = decider._latency = decider._original_ms = lambda *_: {"a": 1}
     decider._error_of = lambda plan, roughly: plan.error
     selectors = {
@@ -179,7 +181,12 @@ def test_the_note_names_the_scope_that_was_taken(monkeypatch):
     }
     chosen, plan, (note,) = decider._measured(selectors)
     assert (chosen, plan.error) == ("group", 0.2)
-    assert [row["scope"] for row in decider.search] == ["global", "group"]
+    assert [(row["scope"], row["verdict"]) for row in decider.search] == [
+        ("global", "chosen at first, 1.0 % faster than asked"),
+        ("global", "5.0 % faster than asked"),
+        ("group", "chosen, 5.0 % faster than asked"),
+    ]
+    assert decider.search[-1]["attained"] == 1.05
     assert note == (
         "Ranking scope: group (what should be on target: global keeps 40.0% of the MACs, relative error of the logits "
         "0.1; group keeps 40.0% of the MACs, relative error of the logits 0.2)."
