@@ -1,0 +1,329 @@
+"""Write the measured figures of README and docs from `benchmarks/results/`, or check that they are those.
+
+    python benchmarks/figures.py            # write
+    python benchmarks/figures.py --check    # a figure that differs from its result is an error, with the difference
+
+The pages hold blocks that cog fills in (https://cog.readthedocs.io). Between the markers stands a call of a function of this
+module, and below it the Markdown that it printed last:
+
+    <!-- [[[cog figures.table("sparsity") ]]] -->
+    ...
+    <!-- [[[end]]] -->
+
+Text is edited in the page, figures by running the benchmark with `--json benchmarks/results/NAME.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import statistics
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import results
+
+ROOT = Path(__file__).parents[1]
+Row = dict[str, Any]
+Columns = Mapping[str, Callable[[Row], str]]
+
+# ---------------------------------------------------------------------------------- what stands in a page
+
+
+def table(name: str, *only: str, **where: Any) -> None:
+    """The rows of a result as a table.
+
+    Args:
+        name: of the result; one of `COLUMNS`, or its rows are texts by heading already.
+        only: headings of the columns wanted; without them all.
+        where: rows wanted, by what they hold.
+    """
+    rows = [row for row in rows_of(name) if where.items() <= row.items()]
+    columns = COLUMNS[name] if name in COLUMNS else {head: _text(head) for head in rows[0] if head != "commit"}
+    heads = [head for head in columns if not only or head in only]
+    print(markdown(heads, [[columns[head](row) for head in heads] for row in rows]))
+
+
+def source(name: str) -> None:
+    """The command, the commit, the machine and its versions, as one small line."""
+    told = results.about(results.FOLDER / f"{name}.json")
+    calls = ", ".join(f"`{call}`" for call in [*filter(None, [told.get("call")]), *told.get("calls", [])])
+    commits = sorted({row.get("commit", told["commit"])[:7] for row in rows_of(name)} if told.get("calls") else set())
+    commit = ", ".join(commits) if commits and "kept" not in told else str(told["commit"])
+    known = [f"{key} {told[key]}" for key in ("torch", "onnxruntime", "timm", "transformers") if told.get(key)]
+    machine = [told[key] for key in ("cpu", "gpu", "peer", "note", "seeds") if told.get(key)]
+    parts = ["" if calls == "`not noted`" else calls, f"commit {commit}", *map(str, machine), *known]
+    print(f"*{'; '.join(filter(None, [*parts, f'`benchmarks/results/{name}.json`']))}.*\n")
+
+
+def say(text: str, **facts: Any) -> None:
+    """A paragraph with figures in braces, as in `str.format`: of `facts()`, and those given."""
+    print(text.strip().format(**summaries(), **facts) + "\n")
+
+
+def latency() -> None:
+    """Speed-ups asked for: a row a model, a column a target, as measured and as another process measured it."""
+    rows = rows_of("onnx_latency")
+    targets = sorted({row["asked"] for row in rows})
+    found = {(row["model"], row["asked"]): row for row in rows}
+    models = dict.fromkeys(row["model"] for row in rows)
+    heads = ["model", *(f"{target:g}x" for target in targets), "MACs, parameters left at 2x"]
+
+    def cell(row: Row) -> str:
+        return "out of reach" if row.get("error") else f"{row['measured']:.2f}x ({row['again']:.2f}x)"
+
+    def left(row: Row) -> str:
+        return "" if row.get("error") else f"{row['macs_left']:.1%}, {row['parameters_left']:.1%}"
+
+    lines = [
+        [_model({"model": model}), *(cell(found[model, target]) for target in targets), left(found[model, 2])]
+        for model in models
+    ]
+    print(markdown(heads, lines))
+    say(
+        """**{onnx_latency[within]} of {onnx_latency[cells]} are within 5 % of what was asked** by the second measurement; {onnx_latency[out]} are out of reach. At most {onnx_latency[exports]} exports and, in the
+median, {onnx_latency[seconds]} s a target; the prediction for the first candidate, before anything was measured, is off by {onnx_latency[predicted]} in the median."""
+    )
+
+
+def demo() -> None:
+    """The demo's model before and after."""
+    (row,) = rows_of("demo")
+    table = [[line["what"], line["original"], line["compressed"], line["change"]] for line in row["table"]]
+    print(markdown(["", "original", "compressed", "change"], table))
+
+
+def five() -> None:
+    """The figures that the README begins with."""
+    facts = summaries()
+    shot, trained, peer = (facts[name] for name in ("one_shot_measured", "train_and_prune_resnet56", "onnx_latency_peer"))
+    latency, timm = facts["onnx_latency"], facts["coverage_timm"]
+    lines = [
+        [f"**{latency['within']} of {latency['cells']}**", "speed-ups asked for (12 models; 1.5x, 2x, 3x) met within 5 %, measured by another process"],
+        [f"**{timm['passed']} of {timm['models']}**", "model families of timm shrunk and compared with the unpruned model: the same outputs"],
+        [f"**{shot['lite0_1.5']} %**", "right of 87.7 % on ImageNet images at 1.5x measured, without training (EfficientNet-Lite0, 400 images)"],
+        [f"**{trained['at_2']} %**", f"right of {trained['dense']} % on CIFAR-10 at 2x measured, after 15 epochs (ResNet-56; at 3x {trained['at_3']} %)"],
+        [f"**{peer['faster']}x**", f"as fast as Torch-Pruning's result at equal MACs, in the median of {peer['models']} models"],
+    ]
+    print(markdown(["", ""], lines))
+
+
+def coverage(name: str) -> None:
+    """Counts of a sweep over a library, and the models with less than 90 % of their parameters in open groups."""
+    facts = summaries()[name]
+    heads = ["figure", "value"]
+    print(markdown(heads, [[what, str(value)] for what, value in facts["table"].items()]))
+
+
+def sentences() -> None:
+    """What commands said that print no table."""
+    for row in rows_of("sentences"):
+        machine = "; ".join(filter(None, [row.get("cpu"), row.get("torch") and f"torch {row['torch']}"]))
+        print(f"- **{row['what'].capitalize()}.** {row['said']} *`{row['call']}`; commit {row['commit']}; {machine}.*")
+    print()
+
+
+# ---------------------------------------------------------------------------------- how a row is written
+
+
+def _text(head: str) -> Callable[[Row], str]:
+    return lambda row: "" if row.get(head) is None else str(row[head])
+
+
+def _percent(key: str, digits: int = 1, share: bool = False) -> Callable[[Row], str]:
+    return lambda row: f"{row[key] * (100 if share else 1):.{digits}f} %" if row.get(key) is not None else ""
+
+
+def _times(key: str, digits: int = 2) -> Callable[[Row], str]:
+    return lambda row: f"{row[key]:.{digits}f}x" if row.get(key) is not None else ""
+
+
+def _model(row: Row) -> str:
+    return str(row["model"]).replace(":", " ")
+
+
+def _seconds(row: Row) -> str:
+    return f"{row['seconds']:.0f}"
+
+
+ONE_SHOT: Columns = {
+    "model": _model,
+    "unpruned": _percent("dense"),
+    "by": lambda row: row["by"],
+    "asked": lambda row: f"{row['asked']:g}x",
+    "measured apart": lambda row: "out of reach" if "error" in row else f"{row['speedup']:.2f}x",
+    "right": _percent("accuracy"),
+    "MACs left": _percent("macs_left", share=True),
+    "blocks removed": lambda row: str(row.get("removed") or "-"),
+    "recovery": lambda row: row.get("recovery", ""),
+    "seconds": _seconds,
+    "peak memory": lambda row: f"{row['peak_gib']:.1f} GiB" if "peak_gib" in row else "",
+}
+ORACLES: Columns = {
+    "model": _model,
+    "groups open / all": lambda row: f"{row['open']} / {row['groups']}",
+    "parameters in open groups": _percent("open_parameters", share=True),
+    "error": lambda row: str(row["masked"]).split(":")[0],
+    "parameters left": _percent("parameters_left", share=True),
+}
+TRAINED: Columns = {
+    "asked": lambda row: f"{row['speedup']:g}x",
+    "seed": lambda row: str(row["seed"]),
+    "measured apart": lambda row: f"{row.get('apart') or row['found']:.2f}x",
+    "unpruned": _percent("dense", 2),
+    "before training": _percent("untrained", 2),
+    "after": _percent("metric", 2),
+    "epochs": lambda row: str(row["epochs"]),
+}
+COLUMNS: dict[str, Columns] = {
+    "one_shot_measured": ONE_SHOT,
+    "oracles": ORACLES,
+    "gpu_checks": {"step": _text("what"), "on the GPU": lambda row: str(row["found"]), "s": _seconds},
+    "train_and_prune_resnet56_gpu": TRAINED,
+    "train_and_prune_resnet56": TRAINED,
+}
+
+
+def markdown(heads: list[str], rows: list[list[str]]) -> str:
+    """A table of Markdown; columns of figures are aligned to the right."""
+
+    def figures(column: int) -> bool:
+        return any(row[column] for row in rows) and all(not row[column] or row[column].lstrip("−-≈").lstrip()[:1].isdigit() for row in rows)
+
+    bars = ["---:" if figures(column) else "---" for column in range(len(heads))]
+    lines = [heads, bars, *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------- figures in the text
+
+
+def rows_of(name: str) -> list[Row]:
+    """The rows of a result that is kept."""
+    rows: list[Row] = results.read(results.FOLDER / f"{name}.json")
+    if not rows:
+        raise FileNotFoundError(f"benchmarks/results/{name}.json does not exist or has no rows.")
+    return rows
+
+
+def summaries() -> dict[str, Any]:
+    """What a text may quote, by its name in braces."""
+    return {name: make() for name, make in SUMMARIES.items() if (results.FOLDER / f"{name}.json").exists()}
+
+
+def _of_latency() -> dict[str, Any]:
+    rows = rows_of("onnx_latency")
+    reached = [row for row in rows if not row.get("error")]
+    predicted = statistics.median(abs(row["predicted"] / row["first"] - 1) for row in reached)
+    return {
+        "cells": len(rows),
+        "out": len(rows) - len(reached) or "none",
+        "within": sum(abs(row["again"] / row["asked"] - 1) <= 0.05 for row in reached),
+        "exports": max(row["exports"] for row in reached),
+        "seconds": f"{statistics.median(row['seconds'] for row in reached):.0f}",
+        "predicted": f"{predicted:.1%}",
+    }
+
+
+def _of_peer() -> dict[str, Any]:
+    """How much faster at equal MACs, of the models where both results run."""
+    cells = [row["Torch-Pruning at our MACs"] for row in rows_of("onnx_latency_peer")]
+    pairs = [re.findall(r"[0-9.]+(?=x)", cell) for cell in cells]
+    faster = [float(ours) / float(theirs) for theirs, ours in filter(None, pairs)]
+    return {"faster": f"{statistics.median(faster):.2f}", "models": len(faster)}
+
+
+def _of_coverage(name: str) -> dict[str, Any]:
+    from oracles import CHECKS, passed
+
+    rows = rows_of(name)
+    done = [row for row in rows if "open_parameters" in row]
+    seconds = [row["comb_s"] + row.get("shrink_s", 0) for row in done]
+    having = [row for row in done if row.get("branches")]
+    errors = [float(row["all_removed"]) for row in having if str(row.get("all_removed", "-"))[0].isdigit()]
+    made = [check for check in CHECKS if any(check in row for row in done)]
+    right = sum(map(passed, rows))
+    table = {
+        f"models that pass every check made ({', '.join(made)})": f"{right} of {len(rows)}",
+        "at most 75 % of the parameters left": sum(row.get("parameters_left", 1) <= 0.75 for row in done),
+        "at least 90 % of the parameters in open groups": sum(row["open_parameters"] >= 0.9 for row in done),
+        "parameters in open groups, median": f"{statistics.median(row['open_parameters'] for row in done):.1%}",
+        "ops without a rule": ", ".join(sorted({op for row in done for op in row["unknown"]})) or "none",
+        "trace, proof and shrink, median and longest": f"{statistics.median(seconds):.1f} s, {max(seconds):.1f} s",
+    }
+    if having:
+        table |= {
+            "models with residual blocks or branches": len(having),
+            "branches found, of them removable": f"{sum(row['branches'] for row in having)}, "
+            f"{sum(row['open_branches'] for row in having)}",
+            "largest error with all of them removed": f"{max(errors, default=0.0):.0e}",
+        }
+    return {"models": len(rows), "passed": right, "table": table}
+
+
+def _of_training() -> dict[str, Any]:
+    """Mean accuracy after training by the speed-up asked for, over the seeds of both machines."""
+    rows = [*rows_of("train_and_prune_resnet56_gpu"), *rows_of("train_and_prune_resnet56")]
+    mine = {f"{asked:g}": [row for row in rows if row["speedup"] == asked] for asked in (1.5, 2.0, 3.0)}
+    return {"dense": f"{rows[0]['dense']:.1f}"} | {
+        f"at_{asked}": f"{statistics.fmean(row['metric'] for row in found):.1f}" for asked, found in mine.items()
+    }
+
+
+def _of_one_shot() -> dict[str, Any]:
+    names = {"tf_efficientnet_lite0": "lite0", "resnet56": "resnet56"}
+    return {
+        f"{names[row['model']]}_{row['asked']:g}": f"{row['accuracy']:.1f}"
+        for row in rows_of("one_shot_measured")
+        if row["model"] in names and row["by"] == "cpd" and "accuracy" in row
+    }
+
+
+def _of_demo() -> dict[str, Any]:
+    (row,) = rows_of("demo")
+    return {
+        "before": f"{row['metric_before']:.1f}",
+        "after": f"{row['metric_after']:.1f}",
+        "speedup": f"{row['speedup']:.1f}",
+        "seconds": f"{row['seconds']:.0f}",
+    }
+
+
+SUMMARIES: dict[str, Callable[[], Any]] = {
+    "demo": _of_demo,
+    "onnx_latency": _of_latency,
+    "onnx_latency_peer": _of_peer,
+    "coverage_timm": partial(_of_coverage, "coverage_timm"),
+    "train_and_prune_resnet56": _of_training,
+    "one_shot_measured": _of_one_shot,
+}
+
+
+def check(page: Path, *options: str) -> int:
+    """Run cog on one page; 0 where all is as it was printed, or was written."""
+    from cogapp import Cog
+
+    here = str(Path(__file__).parent)
+    found: int = Cog().main(["cog", "-P", "-I", here, "-p", "import figures", *options, str(page)])
+    return found
+
+
+def pages() -> list[Path]:
+    """README and the pages of docs that hold blocks."""
+    every = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [page for page in every if "[[[cog" in page.read_text(encoding="utf-8")]
+
+
+def main() -> int:
+    """Write, or check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; say what differs")
+    options = ("--check", "--diff") if parser.parse_args().check else ("-r",)
+    return max(check(page, *options) for page in pages())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
