@@ -1,6 +1,6 @@
 """`cpd demo` as a row: accuracy, latency, parameters and MACs before and after, seconds in all.
 
-    python benchmarks/demo.py --json benchmarks/results/demo.json
+python benchmarks/demo.py --json benchmarks/results/demo.json
 """
 
 from __future__ import annotations

@@ -222,13 +222,21 @@ def shares(node: Node) -> Iterator[tuple[Node, bool]]:
         yield node.all_input_nodes[0], False
 
 
+def memory_of(node: Node) -> Node:
+    """The node whose memory a node's result lies in."""
+    source = next((source for source, _ in shares(node)), None)
+    return node if source is None else memory_of(source)
+
+
 def live_nodes(
     graph: OperationGraph,
     instead: Mapping[Node, Node] = MappingProxyType({}),
     apart: Collection[Node] = frozenset(),
     left_out: Collection[tuple[Node, Node]] = frozenset(),
 ) -> set[Node]:
-    """The nodes that an output which matters depends on, or a number that is read, and what is written to a tensor.
+    """The nodes that an output which matters depends on, or a number that is read, and writes that show.
+
+    A write shows where the tensor is one of the model or of its caller, or is read later.
 
     Args:
         graph: the operations.
@@ -237,15 +245,26 @@ def live_nodes(
         left_out: concatenations, each with an operand that is left out of it.
     """
     live = set(graph.returned())
+    memory = {memory_of(node) for node in live}
     for node in reversed(graph.nodes):
         alone = node in instead or node in apart
-        written = not alone and (op_name(node) == READ or any(changed for _, changed in shares(node)))
+        written = not alone and (op_name(node) == READ or any(_kept(source, memory) for source in _written_to(node)))
         if node.op == "output" or not (written or node in live):
             continue
-        live.add(node)
         read = [instead[node]] if node in instead else node.all_input_nodes
-        live.update(source for source in read if (node, source) not in left_out)
+        found = {node, *(source for source in read if (node, source) not in left_out)}
+        live |= found
+        memory |= {memory_of(source) for source in found}
     return live
+
+
+def _written_to(node: Node) -> list[Node]:
+    return [memory_of(source) for source, changed in shares(node) if changed]
+
+
+def _kept(root: Node, memory: Collection[Node]) -> bool:
+    """Whether it shows what is written to a tensor: it is one of the model or of its caller, or is read later on."""
+    return root.op != "call_function" or root in memory
 
 
 @torch.no_grad()

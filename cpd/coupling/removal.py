@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from cpd.algebra import axes
 from cpd.algebra.axes import Axis
 from cpd.coupling.cost import Cost
-from cpd.coupling.exactness import READS, ZERO_PRESERVING, gives_zero, live_nodes, shares
+from cpd.coupling.exactness import READS, ZERO_PRESERVING, gives_zero, live_nodes, memory_of, shares
 from cpd.model.inputs import evaluating
 from cpd.model.removed import put_in_place, replacement
 from cpd.model.state import preserved
@@ -124,7 +124,7 @@ class Remover:
     def hindrance(self, branch: Found) -> str | None:
         """Why a branch cannot be removed, as far as the graph tells."""
         for node in branch.nodes:
-            if any(changed for _, changed in shares(node)) and _memory(node) not in branch.nodes:
+            if any(changed for _, changed in shares(node)) and memory_of(node) not in branch.nodes:
                 return self.ctx.reason(node, "it writes to a tensor that others read")
         found = self.removal([branch])
         if found is None:
@@ -329,12 +329,6 @@ def _goes(nodes: Iterable[Node], gone: Collection[Node]) -> bool:
     """Whether all that computes something goes."""
     working = [node for node in nodes if op_name(node) not in IDLE]
     return bool(working) and all(node in gone for node in working)
-
-
-def _memory(node: Node) -> Node:
-    """The node whose memory a node's result lies in."""
-    source = next((source for source, _ in shares(node)), None)
-    return node if source is None else _memory(source)
 
 
 def _written(node: Node) -> bool:

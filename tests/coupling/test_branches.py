@@ -157,6 +157,20 @@ class Paths(nn.Module):
         return self.head((x + y).mean((2, 3)))
 
 
+class Trunk(nn.Module):
+    """Two branches that read one trunk, which writes to what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.trunk, self.one, self.two = conv(3, 8), conv(8, 8), conv(8, 8), conv(8, 4)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.trunk(x).relu_()
+        return self.head(torch.cat([x + self.one(y), self.two(y)], 1).mean((2, 3)))
+
+
 class Rope(nn.Module):
     """Attention that is given a table by name, whose result is scaled by the block."""
 
@@ -426,6 +440,14 @@ def test_operations_with_many_paths_between_them() -> None:
     combed = comb(model, torch.randn(2, 3, 8, 8).double())
     assert [branch.name for branch in combed.branches if branch.frozen is None] == ["conv"]
     assert_removed(model, combed, combed.plan({}, remove=["conv"]))
+
+
+def test_a_trunk_goes_with_the_last_branch_that_reads_it() -> None:
+    model = dense(Trunk())
+    combed = comb(model, IMAGE)
+    for gone in (["one"], ["two"], ["one", "two"]):
+        small = assert_removed(model, combed, combed.plan({}, remove=gone))
+        assert isinstance(small.trunk, Removed | Nothing) == (len(gone) == 2)
 
 
 def test_a_sum_that_is_written_to_is_a_copy() -> None:
