@@ -85,10 +85,17 @@ def latency() -> None:
     print(markdown(heads, lines))
     say(
         "**{onnx_latency[within]} of {onnx_latency[cells]} are within 5 % of what was asked** by the second "
-        "measurement; {onnx_latency[out]} are out of reach. At most {onnx_latency[exports]} exports and, in the median, "
-        "{onnx_latency[seconds]} s a target; the prediction for the first candidate, before anything was measured, is "
-        "off by {onnx_latency[predicted]} in the median."
+        "measurement; {onnx_latency[out]} are out of reach. At most {onnx_latency[exports]} exports and, in the "
+        "median, {onnx_latency[seconds]} s a target; the prediction for the first candidate, before anything was "
+        "measured, is off by {onnx_latency[predicted]} in the median."
     )
+
+
+def demo() -> None:
+    """The demo's model before and after."""
+    (row,) = rows_of("demo")
+    table = [[line["what"], line["original"], line["compressed"], line["change"]] for line in row["table"]]
+    print(markdown(["", "original", "compressed", "change"], table))
 
 
 def five() -> None:
