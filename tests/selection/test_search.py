@@ -103,6 +103,24 @@ def test_what_is_on_target_but_for_the_error_of_its_measurement_is_not_improved_
     assert only.attained == first.attained
 
 
+@pytest.mark.parametrize("power", [0.8, 1.0, 1.5])
+def test_a_machine_that_was_busy_at_first_does_not_end_at_the_narrowest_widths(selector, power):
+    class Busy(Stopwatch):
+        """Four timings come out at widths that seem to bring nothing."""
+
+        def compare(self, model: nn.Module, **options: Any) -> Any:
+            found = super().compare(model, **options)
+            return SimpleNamespace(**{**vars(found), "speedup": 1.1}) if self.exports <= 4 else found
+
+    watch = Busy(selector.comb, power)
+    search = Search(selector.comb.model, selector, watch, watch, Target("target_speedup", 2.0), 10.0)
+    best = search.finish()
+    assert search.tried[4].counts == selector.least()
+    assert search.tried[4].attained > 2
+    assert best.speedup == pytest.approx(2, rel=0.05)
+    assert len(search.tried) <= 8
+
+
 def test_a_target_out_of_reach_says_what_can_be(selector):
     watch = Stopwatch(selector.comb, 0.1)
     with pytest.raises(cpd.TargetError, match=r"target_speedup=9 cannot be reached.*times as fast.*Ask for 1\.\d"):
