@@ -50,7 +50,8 @@ def table(name: str, *only: str, **where: Any) -> None:
 def source(name: str) -> None:
     """The command, the commit, the machine and its versions, as one small line."""
     told = results.about(results.FOLDER / f"{name}.json")
-    calls = ", ".join(f"`{call}`" for call in [*filter(None, [told.get("call")]), *told.get("calls", [])])
+    every = [*filter(None, [told.get("call")]), *told.get("calls", [])]
+    calls = ", ".join(dict.fromkeys(f"`{re.sub(' --(json|plot) [^ ]+', '', call)}`" for call in every))
     commits = sorted({row.get("commit", told["commit"])[:7] for row in rows_of(name)} if told.get("calls") else set())
     commit = ", ".join(commits) if commits and "kept" not in told else str(told["commit"])
     known = [f"{key} {told[key]}" for key in ("torch", "onnxruntime", "timm", "transformers") if told.get(key)]
