@@ -224,8 +224,9 @@ def shares(node: Node) -> Iterator[tuple[Node, bool]]:
 
 def memory_of(node: Node) -> Node:
     """The node whose memory a node's result lies in."""
-    source = next((source for source, _ in shares(node)), None)
-    return node if source is None else memory_of(source)
+    while (source := next((source for source, _ in shares(node)), None)) is not None:
+        node = source
+    return node
 
 
 def live_nodes(
