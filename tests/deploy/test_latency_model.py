@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,8 @@ def test_a_measurement_corrects_the_prediction(block, predicted):
 def test_predictions_come_near_what_is_measured():
     """A loose bound, for other processes disturb it; benchmarks/onnx_latency.py measures the error."""
     model = timm.create_model("resnet18").eval()
-    found = cpd.profile_model(model, torch.randn(1, 3, 96, 96), check=2, seconds=0.5)
-    assert all(0.6 < item.predicted / item.measured < 1.7 for item in found.checks)
+    found = cpd.profile_model(model, torch.randn(1, 3, 96, 96), check=3, seconds=0.5)
+    assert 0.6 < statistics.median(item.predicted / item.measured for item in found.checks) < 1.7
     assert found.operators[0].op == "Conv"
     assert 0.1 < found.operators[0].half_ms / found.operators[0].ms < 0.6
     assert sum(row.ms for row in found.operators) == pytest.approx(found.total_ms)
