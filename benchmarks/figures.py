@@ -107,12 +107,12 @@ def five() -> None:
     told = {
         f"{latency['within']} of {latency['cells']}": "speed-ups asked for (12 models; 1.5x, 2x, 3x) met within 5 %, "
         "measured by another process",
-        f"{timm['passed']} of {timm['models']}": "model families of timm shrunk and compared with the unpruned model: "
-        "the same outputs",
-        f"{shot['lite0_1.5']} %": f"right of {shot['lite0_dense']} % on ImageNet images at 1.5x measured, without "
-        "training (EfficientNet-Lite0, 400 images)",
-        f"{trained['at_2']} %": f"right of {trained['dense']} % on CIFAR-10 at 2x measured, after 15 epochs "
-        f"(ResNet-56; at 3x {trained['at_3']} %)",
+        f"{timm['passed']} of {timm['models']}": "model families of timm shrunk: the same outputs as the unpruned "
+        "model with the removed channels at zero",
+        f"{shot['lite0_1.5']} %": "of ImageNet images right at 1.5x measured, without training; "
+        f"{shot['lite0_dense']} % before (EfficientNet-Lite0, 400 images)",
+        f"{trained['at_2']} %": "of CIFAR-10 right at 2x measured, after 15 epochs; "
+        f"{trained['dense']} % before (ResNet-56; at 3x {trained['at_3']} %)",
         f"{peer['faster']}x": "as fast as Torch-Pruning's result at equal MACs, in the median of "
         f"{peer['models']} models",
     }

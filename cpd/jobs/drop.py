@@ -127,6 +127,11 @@ class Fastest(Generic[A]):
         """The values of the original, which must be enough to tell anything."""
         values = self._values(self.model, "before pruning")
         limit, confidence = self.within.limit, self.within.confidence
+        if 0 < (whole := float(np.mean(values))) <= limit:
+            raise InputError(
+                f"max_drop={limit:g} allows all to be lost: the metric of the unpruned model is {whole:.4g}. max_drop "
+                f"is in the metric's own unit; {0.01 * whole:.2g} is one per cent of it."
+            )
         needed = samples_needed(limit, max(max(values) - min(values), self.within.span), confidence)
         if 1 < len(values) < needed:
             raise InputError(

@@ -154,5 +154,7 @@ def test_what_cannot_be_searched_is_refused_before_any_work(tmp_path):
         cpd.compress(model, max_drop=1.0, evaluate=evaluate, output_dir=tmp_path, resume=True, **given)
     with pytest.raises(cpd.InputError, match=r"over 20 samples, .* takes 165"):
         cpd.compress(model, max_drop=1.0, evaluate=evaluate, **given)
+    with pytest.raises(cpd.InputError, match=r"max_drop=1 allows all to be lost: the metric .* is 0\.9.*own unit"):
+        cpd.compress(model, max_drop=1.0, evaluate=lambda model: 0.9, **given)
     with pytest.raises(cpd.InputError, match="max_drop must be a number above 0"):
         cpd.compress(model, max_drop=0, evaluate=evaluate, **given)
