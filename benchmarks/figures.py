@@ -50,19 +50,18 @@ def table(name: str, *only: str, **where: Any) -> None:
 def source(name: str) -> None:
     """The command, the commit, the machine and its versions, as one small line."""
     told = results.about(results.FOLDER / f"{name}.json")
-    every = [*filter(None, [told.get("call")]), *told.get("calls", [])]
-    calls = ", ".join(dict.fromkeys(f"`{re.sub(' --(json|plot) [^ ]+', '', call)}`" for call in every))
-    commits = sorted({row.get("commit", told["commit"])[:7] for row in rows_of(name)} if told.get("calls") else set())
-    commit = ", ".join(commits) if commits and "kept" not in told else str(told["commit"])
+    calls = ", ".join(dict.fromkeys(f"`{re.sub(' --(json|plot) [^ ]+', '', call)}`" for call in told["calls"]))
+    commits = sorted({row.get("commit", told["commit"])[:7] for row in rows_of(name)})
+    commit = str(told["commit"]) if "kept" in told else ", ".join(commits)
     known = [f"{key} {told[key]}" for key in ("torch", "onnxruntime", "timm", "transformers") if told.get(key)]
     machine = [told[key] for key in ("cpu", "gpu", "peer", "note", "seeds") if told.get(key)]
     parts = ["" if calls == "`not noted`" else calls, f"commit {commit}", *map(str, machine), *known]
     print(f"*{'; '.join(filter(None, [*parts, f'`benchmarks/results/{name}.json`']))}.*\n")
 
 
-def say(text: str, **facts: Any) -> None:
-    """A paragraph with figures in braces, as in `str.format`: of `facts()`, and those given."""
-    print(text.strip().format(**summaries(), **facts) + "\n")
+def say(text: str) -> None:
+    """A paragraph with figures in braces, as in `str.format`, of `summaries()`."""
+    print(text.strip().format(**summaries()) + "\n")
 
 
 def latency() -> None:
@@ -121,10 +120,9 @@ def five() -> None:
 
 
 def coverage(name: str) -> None:
-    """Counts of a sweep over a library, and the models with less than 90 % of their parameters in open groups."""
-    facts = summaries()[name]
-    heads = ["figure", "value"]
-    print(markdown(heads, [[what, str(value)] for what, value in facts["table"].items()]))
+    """Counts and medians of a sweep over a library."""
+    found = _of_coverage(name)["table"]
+    print(markdown(["figure", "value"], [[what, str(value)] for what, value in found.items()]))
 
 
 def sentences() -> None:
@@ -181,7 +179,7 @@ ORACLES: Columns = {
 TRAINED: Columns = {
     "asked": lambda row: f"{row['speedup']:g}x",
     "seed": lambda row: str(row["seed"]),
-    "measured apart": lambda row: f"{row.get('apart') or row['found']:.2f}x",
+    "measured apart": _times("apart"),
     "unpruned": _percent("dense", 2),
     "before training": _percent("untrained", 2),
     "after": _percent("metric", 2),
@@ -293,18 +291,7 @@ def _of_one_shot() -> dict[str, Any]:
     }
 
 
-def _of_demo() -> dict[str, Any]:
-    (row,) = rows_of("demo")
-    return {
-        "before": f"{row['metric_before']:.1f}",
-        "after": f"{row['metric_after']:.1f}",
-        "speedup": f"{row['speedup']:.1f}",
-        "seconds": f"{row['seconds']:.0f}",
-    }
-
-
 SUMMARIES: dict[str, Callable[[], Any]] = {
-    "demo": _of_demo,
     "onnx_latency": _of_latency,
     "onnx_latency_peer": _of_peer,
     "coverage_timm": partial(_of_coverage, "coverage_timm"),

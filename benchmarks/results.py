@@ -32,7 +32,7 @@ def write(path: Path, rows: Any, **about: Any) -> None:
     commit, call = _commit(), _call()
     if isinstance(rows, list):
         rows = [{"commit": commit, **row} if isinstance(row, dict) else row for row in rows]
-    calls = list(dict.fromkeys([*filter(None, [before.get("call")]), *before.get("calls", []), call]))
+    calls = list(dict.fromkeys([*before.get("calls", []), call]))
     path.parent.mkdir(parents=True, exist_ok=True)
     found = {"about": {"calls": calls, "commit": commit, **environment_of(), **about}, "rows": rows}
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")

@@ -159,13 +159,13 @@ class Remover:
         gone = {node for node in self.graph.operations if node not in live}
         passed = {node for node in instead if node in live}
         dead = {path for path, nodes in self.inside.items() if path and _goes(nodes, gone)} - whole.keys()
-        ends, kinds = dict[str, tuple[Found, bool]](), {"nothing": _Known(self._ends), "one": _Known(self._sources)}
+        ends, zero, left = dict[str, tuple[Found, bool]](), _Known(self._ends), _Known(self._sources)
         for branch in branches:
             if any(branch.joint in self.inside[path] for path in whole):
                 continue
             joints = {branch.joint} | {join for join, _ in branch.left_out}
             for operand in branch.operands if joints & live else ():
-                found = kinds["nothing" if branch.kind == "nothing" else "one"](operand, dead)
+                found = (zero if branch.kind == "nothing" else left)(operand, dead)
                 if found is None or any(path in ends and ends[path][0].kind != branch.kind for path in found):
                     return None
                 copied = branch.other is not None and _written(branch.joint)
