@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -78,6 +78,13 @@ def first_line(error: BaseException, limit: int = 200) -> str:
     """
     lines = str(error).strip().splitlines()
     return textwrap.shorten(lines[0], limit, placeholder=" …").rstrip(". ") if lines else type(error).__name__
+
+
+def some(names: Iterable[object], most: int, separator: str = ", ") -> str:
+    """The first few names, and how many more there are."""
+    told = [str(name) for name in names]
+    more = f" and {len(told) - most} more" if len(told) > most else ""
+    return f"{separator.join(told[:most])}{more}"
 
 
 def let_through(error: BaseException) -> None:

@@ -53,7 +53,7 @@ from cpd.selection.branching import check_branches
 from cpd.selection.combed import comb_to_prune
 from cpd.selection.common import COMMON, Common
 from cpd.selection.decision import Decider
-from cpd.selection.limits import check_ratios
+from cpd.selection.limits import check_ratios, ratios_notes
 from cpd.selection.state import Shrink, state_of
 from cpd.selection.weighing import Normalization
 from cpd.surgery.masked import masked_error
@@ -193,7 +193,7 @@ class Pruner:
         self.plan = self.comb.plan({})
         self.steps_taken = 0
         self.shrinks: list[Shrink] = []
-        self.notes = notes_of(comb)
+        self.notes = [*notes_of(comb), *ratios_notes(comb, limits)]
         self.checks: dict[str, float] = {}
         self.recovery: Recovery | None = None
         self._asked, self._limit = Asked(), BATCHES

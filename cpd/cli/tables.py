@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
+from cpd.errors import some
 from cpd.tasks.metric import title, written
 
 if TYPE_CHECKING:
@@ -169,9 +170,7 @@ def frozen_table(rows: Sequence[FrozenShare]) -> Table:
     table.add_column("MACs", justify="right")
     table.add_column("places", overflow="fold")
     for row in rows:
-        more = len(row.places) - PLACES_SHOWN
-        shown = [*row.places[:PLACES_SHOWN], *([f"and {more} more"] if more > 0 else [])]
-        places = f"{len(row.places)}: {', '.join(shown)}" if shown else ""
+        places = f"{len(row.places)}: {some(row.places, PLACES_SHOWN)}" if row.places else ""
         table.add_row(Text(row.reason), _share(row.parameters), _share(row.macs), Text(places))
     return table
 
@@ -211,9 +210,7 @@ def _share(share: float) -> str:
 
 def _members(members: Sequence[Any]) -> str:
     """How many members, and the first few."""
-    more = len(members) - MEMBERS_SHOWN
-    shown = [str(member) for member in members[:MEMBERS_SHOWN]] + ([f"and {more} more"] if more > 0 else [])
-    return f"{len(members)}: {', '.join(shown)}"
+    return f"{len(members)}: {some(members, MEMBERS_SHOWN)}"
 
 
 def group_dict(group: Any) -> dict[str, Any]:

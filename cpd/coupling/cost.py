@@ -20,6 +20,7 @@ from torch.fx import Node
 from cpd.algebra import axes
 from cpd.algebra.axes import Axis, Dim, Fixed
 from cpd.algebra.polynomials import ProductSums
+from cpd.errors import some
 from cpd.rules import Context, arguments
 from cpd.rules.contraction import KERNEL, spell
 from cpd.trace.graph import op_name
@@ -270,8 +271,7 @@ def _parameter_terms(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, 
 def unused_sentence(unused: Mapping[str, int]) -> str:
     """What to say of parameters that the forward never uses, given the elements of each."""
     modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in unused))
-    more = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
-    return f"Never used in the forward: {sum(unused.values()):,} parameters ({', '.join(modules[:_NAMED])}{more})."
+    return f"Never used in the forward: {sum(unused.values()):,} parameters ({some(modules, _NAMED)})."
 
 
 def _other_parameters(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> dict[str, int]:

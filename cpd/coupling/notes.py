@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cpd.coupling.comb import Comb
 from cpd.coupling.cost import unused_sentence
+from cpd.errors import some
 from cpd.model.outputs import outputs_sentence
 
 #: Integers left alone that a note names.
@@ -22,6 +23,4 @@ def notes_of(comb: Comb) -> list[str]:
 
 def left_alone_sentence(places: tuple[str, ...]) -> str:
     """What a plan leaves as it is though it equals an old width."""
-    more = f" and {len(places) - NAMED} more" if len(places) > NAMED else ""
-    names = ", ".join(places[:NAMED])
-    return f"Integers equal to an old width, which nothing ties to it, stay as they are: {names}{more}."
+    return f"Integers equal to an old width, which nothing ties to it, stay as they are: {some(places, NAMED)}."

@@ -17,6 +17,7 @@ from cpd.deploy.latency import LatencyComparison
 from cpd.deploy.machine import environment
 from cpd.deploy.runtimes.catalogue import names_of
 from cpd.distillation.config import DistillConfig, EpochRecord
+from cpd.errors import some
 from cpd.model import sources
 from cpd.options import FLAG, PATH, changed, checked, plain
 from cpd.plan import Plan
@@ -291,10 +292,10 @@ def would_meet(pruner: Pruner, plan: Plan) -> str:
     comb, groups = pruner.comb, plan.groups
     left = comb.without(plan.removed).cost({item.axis: len(groups[item.name]) for item in comb.groups}).macs
     moved = [name for name, channels in groups.items() if len(channels) != len(pruner.plan.groups[name])]
-    widths = ", ".join(f"{name} {len(groups[name])}" for name in moved[:NAMED])
+    widths = some((f"{name} {len(groups[name])}" for name in moved), NAMED)
     return (
         f"By the last timing, {left / max(comb.cost({}).macs, 1):.1%} of the MACs would meet the target; widths that "
-        f"differ: {widths or 'none'}{', …' if len(moved) > NAMED else ''}."
+        f"differ: {widths or 'none'}."
     )
 
 

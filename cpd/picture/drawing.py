@@ -23,7 +23,7 @@ import jinja2
 from cpd.coupling.comb import COMB, Comb
 from cpd.coupling.cost import split_reason
 from cpd.coupling.groups import Group
-from cpd.errors import ArtifactError, InputError
+from cpd.errors import ArtifactError, InputError, some
 from cpd.options import PATH, Check, checked
 from cpd.picture.graph import contract, input_groups
 from cpd.picture.scene import GREY, arrange, colours, details, references, sentence
@@ -54,6 +54,8 @@ _MILLISECONDS = Check(
 )
 #: Layers and operations from which on a page begins with its blocks folded.
 MANY = 120
+#: Members of a group in its title.
+MEMBERS = 20
 
 
 @checked(path=PATH)
@@ -224,9 +226,8 @@ def _legend(
 
 
 def _members(group: Group) -> str:
-    shown = [str(member) for member in group.members[:20]]
-    more = len(group.members) - len(shown)
-    return "\n".join([f"{group.name}:", *shown, *([f"and {more} more"] if more else [])])
+    members = some(group.members, MEMBERS, separator="\n")
+    return f"{group.name}:\n{members}"
 
 
 @dataclass(frozen=True)

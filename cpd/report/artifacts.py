@@ -299,7 +299,13 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
         raise ArtifactError(f"{folder} cannot be read: {error.strerror or error}.") from error
     if given is None:
         given = rebuilt(document["source"], document["model_class"], trust=trust_source)
-    check_fit(given, plan, weights)
+    try:
+        check_fit(given, plan, weights)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{folder} was made from a {document['model_class']}, and does not fit this {type(given).__name__}: {error}"
+            " Pass cpd.load a fresh, unpruned model, built with the same arguments."
+        ) from error
     try:
         shrink(given, plan)
     except Exception as error:  # a plan that fits no model; `shrink` has put all back

@@ -20,7 +20,7 @@ from cpd.deploy.latency import LatencyComparison, LatencyProbe
 from cpd.deploy.latency_model import LatencyModel
 from cpd.deploy.runtimes.catalogue import runtimes_of
 from cpd.deploy.several import SlowestModel, latency_model
-from cpd.errors import TargetError
+from cpd.errors import TargetError, some
 from cpd.model.inputs import Call
 from cpd.plan import Plan
 from cpd.selection.bounds import Bounds
@@ -170,8 +170,7 @@ class Decider:
         scores, self._errors = by_capacity(self.comb, scores) if self._by_capacity else scores, {}
         if not untrusted:
             return self._decided(scores, kept, share, self.limits, gone)
-        told = [f"{name}: {why}" for name, why in untrusted.items()]
-        named = "; ".join([*told[:NAMED], *([f"and {len(told) - NAMED} more"] if len(told) > NAMED else [])])
+        named = some((f"{name}: {why}" for name, why in untrusted.items()), NAMED, separator="; ")
         whole = {escape(name): 0.0 for name in untrusted if len(kept[name]) == len(scores[name])}
         try:
             limits = replace(self.limits, ratios={**self.limits.ratios, **whole})
@@ -293,7 +292,7 @@ class Decider:
         tried = {len(gone) + number: error for number, error in further.items()}
         best = len(gone) + chosen_number(further)
         told = ", ".join(f"{number}: {tried[number]:.3g}" for number in sorted(tried))
-        named = f": {', '.join(order[:best][:NAMED])}{', …' if best > NAMED else ''}" if best else ""
+        named = f": {some(order[:best], NAMED)}" if best else ""
         by_number = f"Relative error of the logits at the target, by the number of branches removed: {told}."
         note = f"Branches removed: {best} of {len(names)}{named}. {by_number}"
         return tuple(order[:best]), (note,)
@@ -428,6 +427,5 @@ def _floor_note(selector: Selector, counts: Mapping[Axis, int]) -> list[str]:
         return []
     return [
         f"{len(floored)} of {len(selector.comb.open)} groups are as narrow as the limits allow "
-        f"(max_ratio={limits.max_ratio:g}, min_width={limits.min_width}): {', '.join(floored[:NAMED])}"
-        f"{', …' if len(floored) > NAMED else '.'}"
+        f"(max_ratio={limits.max_ratio:g}, min_width={limits.min_width}): {some(floored, NAMED)}."
     ]

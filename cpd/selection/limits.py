@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from cpd.errors import InputError
+from cpd.errors import InputError, some
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from cpd.coupling.branches import Branch
     from cpd.coupling.comb import Comb
     from cpd.coupling.groups import Group
+
+#: Names of groups in a message.
+NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,39 @@ def check_ratios(comb: Comb, limits: Limits) -> None:
     names = [group.name for group in comb.groups if group.frozen is None]
     for pattern, share in limits.ratios.items():
         if not fnmatch.filter(names, pattern) and not any(_names(pattern, branch) for branch in comb.branches):
-            raise InputError(f"No open group is named like {pattern!r}; there are {', '.join(names[:8])}, …")
+            others = _groups_of_layers(comb, pattern)
+            why = f"{_its_channels(pattern, others)} Name that group" if others else f"There are {some(names, NAMED)}"
+            raise InputError(f"No open group is named like {pattern!r}. {why}.")
         if not 0 <= share < 1:
             raise InputError(f"The share of {pattern!r} must be at least 0 and below 1; got {share!r}.")
+
+
+def ratios_notes(comb: Comb, limits: Limits) -> list[str]:
+    """What a pattern of `limits.ratios` leaves undecided that who wrote it may have meant: it names a branch alone."""
+    names, notes = [group.name for group in comb.groups if group.frozen is None], []
+    decided = {name for pattern in limits.ratios for name in fnmatch.filter(names, pattern)}
+    for pattern in limits.ratios:
+        others = [name for name in _groups_of_layers(comb, pattern) if name not in decided]
+        if others and not fnmatch.filter(names, pattern):
+            notes.append(
+                f"ratios: {pattern!r} names a branch, which stays, but no group. {_its_channels(pattern, others)} To "
+                f"decide on them too, name that group."
+            )
+    return notes
+
+
+def _groups_of_layers(comb: Comb, pattern: str) -> list[str]:
+    """The open groups, however they are named, that hold output channels of layers named like this."""
+    return [
+        group.name
+        for group in comb.groups
+        if group.frozen is None
+        and any(
+            member.dim == 0 and not member.contracted and fnmatch.fnmatchcase(member.tensor.rpartition(".")[0], pattern)
+            for member in group.members
+        )
+    ]
+
+
+def _its_channels(pattern: str, groups: list[str]) -> str:
+    return f"The channels of {pattern!r} belong to {some(map(repr, groups), NAMED)}."

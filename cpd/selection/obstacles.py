@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from cpd.algebra.axes import Axis
 from cpd.coupling.comb import Comb
+from cpd.errors import some
 from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 
@@ -63,11 +64,8 @@ def _frozen(comb: Comb, by: str) -> str:
         return f"Frozen groups hold less than {NEGLIGIBLE:.1%} of the {unit}."
     reasons = []
     for row in rows[:REASONS]:
-        places = ", ".join(row.places[:PLACES])
-        more = f" and {len(row.places) - PLACES} more" if len(row.places) > PLACES else ""
+        places = some(row.places, PLACES)
         if share(row) >= NEGLIGIBLE:
-            reasons.append(
-                f"{share(row):.1%} {row.reason} [{places}{more}]" if places else f"{share(row):.1%} {row.reason}"
-            )
+            reasons.append(f"{share(row):.1%} {row.reason}" + (f" [{places}]" if places else ""))
     advice = " Name those that matter, where the model returns more: outputs=." if len(comb.outputs) > 1 else ""
     return f"Frozen groups hold {total:.1%} of the {unit}: {'; '.join(reasons)}; comb.frozen_share lists all.{advice}"

@@ -13,12 +13,14 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from cpd.errors import InputError
+from cpd.errors import InputError, some
 from cpd.sparsity.patterns import Layer, Pattern, Units, lowest, split
 
 ERK, LAMP = "erk", "lamp"
 #: Steps of a bisection.
 STEPS = 60
+#: Names in a message.
+NAMED = 5
 
 
 @runtime_checkable
@@ -74,7 +76,7 @@ def by_sensitivity(curves: Curves, layers: Mapping[str, Layer], zeros: float, mo
     found = {name: points for name in layers if (points := _points(curves, name))}
     if not found:
         raise InputError(
-            f"ratios: none of the groups of this Sensitivity ({', '.join(list(curves.by_group)[:5])}, …) is named like "
+            f"ratios: none of the groups of this Sensitivity ({some(curves.by_group, NAMED)}) is named like "
             "a layer of the model: take that of the same model."
         )
     whole = zeros / max(1, sum(layer.weight.numel() for layer in layers.values()))
@@ -126,7 +128,7 @@ def named_shares(ratios: Mapping[str, float], layers: Mapping[str, Layer]) -> di
             if any(fnmatch.fnmatchcase(form, pattern) for form in (name, name.rpartition(".")[0]))
         ]
         if not names:
-            raise InputError(f"ratios: {pattern!r} is no layer that can be sparse; there are {_some(layers)}.")
+            raise InputError(f"ratios: {pattern!r} is no layer that can be sparse; there are {some(layers, NAMED)}.")
         found.update(dict.fromkeys(names, float(share)))
     return found
 
@@ -203,8 +205,3 @@ def _together(
         compared.append(found)
     sizes = torch.cat([item.sizes for item in units.values()])
     return split(lowest(torch.cat(compared), sizes, zeros), units)
-
-
-def _some(layers: Mapping[str, Layer]) -> str:
-    names = list(layers)
-    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")

@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor, nn
 
 import cpd
-from cpd.selection.limits import Limits
+from cpd.selection.limits import Limits, ratios_notes
 from cpd.selection.selector import Selector
 from cpd.selection.weighing import Weighing, by_capacity
 from helpers.layers import Net, batches
@@ -106,8 +106,27 @@ def test_ratios_by_pattern(resnet):
             assert counts[item.axis] == item.size
     with pytest.raises(cpd.InputError, match=r"layer9"):
         Selector(combed, scores, Limits(ratios={"layer9*": 0.5}))
+    with pytest.raises(cpd.InputError, match=r"channels of 'layer1\.0\.conv2' belong to 'conv1'\. Name that group"):
+        Selector(combed, scores, Limits(ratios={"layer1.0.conv2": 0.5}))
     with pytest.raises(cpd.InputError, match="share"):
         Selector(combed, scores, Limits(ratios={"layer4*": 1.5}))
+    assert not ratios_notes(combed, limits)
+
+
+def test_a_pattern_that_names_a_branch_alone_says_where_the_channels_are():
+    class Added(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.head = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head(x + self.a(x))
+
+    combed = comb(Added(), IMAGE)
+    (note,) = ratios_notes(combed, Limits(ratios={"a": 0.0}))
+    assert "'a' names a branch, which stays, but no group. The channels of 'a' belong to 'stem'" in note
+    assert not ratios_notes(combed, Limits(ratios={"a": 0.0, "stem": 0.0}))
 
 
 def test_scopes(resnet):
