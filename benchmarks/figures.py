@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
+import string
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -60,8 +61,9 @@ def source(name: str) -> None:
 
 
 def say(text: str) -> None:
-    """A paragraph with figures in braces, as in `str.format`, of `summaries()`."""
-    print(text.strip().format(**summaries()) + "\n")
+    """A paragraph with figures in braces, as in `str.format`: `{NAME[figure]}`, of `SUMMARIES`."""
+    wanted = {field.partition("[")[0] for _, field, *_ in string.Formatter().parse(text) if field}
+    print(text.strip().format(**{name: SUMMARIES[name]() for name in wanted}) + "\n")
 
 
 def latency() -> None:
@@ -91,6 +93,35 @@ def latency() -> None:
     )
 
 
+def runtimes() -> None:
+    """Each runtime's speed-ups as another process measured them there: how many are near what was asked, and all."""
+    rows = rows_of("runtimes")
+    names = list(dict.fromkeys(row["runtime"] for row in rows))
+    targets = sorted({row["asked"] for row in rows})
+    found = {(row["model"], row["runtime"], row["asked"]): row for row in rows}
+
+    def counts(runtime: str) -> list[str]:
+        mine = [row for row in rows if row["runtime"] == runtime]
+        off = [abs(row["second"] / row["asked"] - 1) for row in mine if "second" in row]
+        out, failed = sum("error" in row for row in mine), sum("failed" in row for row in mine)
+        seconds = statistics.median(row["seconds"] for row in mine if "seconds" in row)
+        near = [f"{sum(error <= limit for error in off)} of {len(off)}" for limit in (0.05, 0.1)]
+        return [f"`{runtime}`", *near, f"{max(off):.0%}", str(out), str(failed), f"{seconds:.0f}"]
+
+    def cell(model: str, runtime: str) -> str:
+        told = [found.get((model, runtime, target)) for target in targets]
+        return ", ".join(
+            "-" if row is None or "failed" in row else "out of reach" if "error" in row else f"{row['second']:.2f}"
+            for row in told
+        )  # fmt: skip
+
+    heads = ["runtime", "within 5 %", "within 10 %", "furthest off", "out of reach", "failed", "seconds a target"]
+    print(markdown(heads, list(map(counts, names))))
+    print(f"Asked for {', '.join(f'{target:g}x' for target in targets)}; measured by another process:\n")
+    models = dict.fromkeys(row["model"] for row in rows)
+    print(markdown(["model", *names], [[_model({"model": m}), *(cell(m, name) for name in names)] for m in models]))
+
+
 def demo() -> None:
     """The demo's model before and after."""
     (row,) = rows_of("demo")
@@ -100,9 +131,12 @@ def demo() -> None:
 
 def five() -> None:
     """The figures that the README begins with."""
-    facts = summaries()
-    shot, trained = facts["one_shot_measured"], facts["train_and_prune_resnet56"]
-    latency, timm, peer = (facts[name] for name in ("onnx_latency", "coverage_timm", "onnx_latency_peer"))
+    shot, trained, latency, timm, peer = (
+        SUMMARIES[name]()
+        for name in (
+            "one_shot_measured", "train_and_prune_resnet56", "onnx_latency", "coverage_timm", "onnx_latency_peer"
+        )
+    )  # fmt: skip
     told = {
         f"{latency['within']} of {latency['cells']}": "speed-ups asked for (12 models; 1.5x, 2x, 3x) met within 5 %, "
         "measured by another process",
@@ -215,11 +249,6 @@ def rows_of(name: str) -> list[Row]:
     if not rows:
         raise FileNotFoundError(f"benchmarks/results/{name}.json does not exist or has no rows.")
     return rows
-
-
-def summaries() -> dict[str, Any]:
-    """What a text may quote, by its name in braces."""
-    return {name: make() for name, make in SUMMARIES.items() if (results.FOLDER / f"{name}.json").exists()}
 
 
 def _of_latency() -> dict[str, Any]:
