@@ -27,6 +27,8 @@ from cpd.rules import Literal
 from cpd.trace.graph import enclosing, owner
 
 Attributes: TypeAlias = list[tuple[Place, Dim]]
+#: The module that names a width, and the width.
+Asked: TypeAlias = tuple[str, Dim]
 
 #: Copies on which an attribute or a tie must hold beyond the one that suggested it.
 CONFIRMATIONS = 2
@@ -95,13 +97,17 @@ class Remedies:
         Returns:
             What a copy does with what was found; its wrong literals are those that no attribute explains.
         """
-        tried: set[tuple[Place, Dim]] = set()
+        tried: set[tuple[Asked, Place, Dim]] = set()
         while trial := self._next_attributes(seen, candidates, tried):
             extra = {place: dim for place, dim, _ in trial}
             found = self.copies.observe(seen.counts, extra, compare=seen.compared)
             judged = [choice for choice in trial if _judged(choice[2], found)] or trial
-            tried.update((place, dim) for place, dim, _ in judged)
-            adopted = {place: item for place, _, item in judged if found.agrees(item)}
+            tried.update((_asked(item), place, dim) for place, dim, item in judged)
+            adopted = {
+                place: item
+                for place, _, item in judged
+                if found.agrees(item) and self._explains(place, item, extra, seen)
+            }
             self.attributes.update({place: dim for place, dim, _ in judged if place in adopted})
             for _ in range(CONFIRMATIONS if adopted else 0):
                 found = self.copies.replay(self.draws.draw(_axes_of(seen.wrong())))
@@ -114,17 +120,27 @@ class Remedies:
         return seen
 
     def _next_attributes(
-        self, seen: Observation, candidates: Callable[[Literal], Attributes], tried: set[tuple[Place, Dim]]
+        self, seen: Observation, candidates: Callable[[Literal], Attributes], tried: set[tuple[Asked, Place, Dim]]
     ) -> list[tuple[Place, Dim, Literal]]:
         """For each width that a module names wrongly, the first attribute not tried yet, and the literal it is for."""
-        trial: dict[tuple[str, Dim], tuple[Place, Dim, Literal]] = {}
+        trial: dict[Asked, tuple[Place, Dim, Literal]] = {}
         for item in seen.wrong():
             busy = {place for place, _, _ in trial.values()} | set(self.attributes)
-            options = ((p, d) for p, d in candidates(item) if (p, d) not in tried and p not in busy)
+            options = ((p, d) for p, d in candidates(item) if (_asked(item), p, d) not in tried and p not in busy)
             choice = next(options, None)
             if choice is not None:
-                trial.setdefault((owner(item.node), axes.resolve(item.dim)), (*choice, item))
+                trial.setdefault(_asked(item), (*choice, item))
         return list(trial.values())
+
+    def _explains(self, place: Place, item: Literal, trial: Mapping[Place, Dim], seen: Observation) -> bool:
+        """Whether a literal is as predicted by this attribute, and not by others of the same trial.
+
+        Taken for granted of what the module itself keeps that names the width.
+        """
+        if place.module == owner(item.node) or len(trial) == 1:
+            return True
+        others = {other: dim for other, dim in trial.items() if other != place}
+        return not self.copies.observe(seen.counts, others, compare=seen.compared).agrees(item)
 
     def try_ties(self, seen: Observation) -> Observation:
         """Try, for each module that names a wrong width, one tie after the other.
@@ -310,6 +326,10 @@ def _raise_minimum(axis: Axis, failed: Observation) -> None:
     axis.why_minimum = f"{why} [{failed.failing() or 'the model'}]"
     if axis.minimum == axis.size:
         axis.frozen = axis.why_minimum
+
+
+def _asked(item: Literal) -> Asked:
+    return owner(item.node), axes.resolve(item.dim)
 
 
 def _axes_of(items: Iterable[Literal]) -> set[Axis]:
