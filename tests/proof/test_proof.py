@@ -251,6 +251,49 @@ def test_a_shift_as_large_as_the_number_of_heads_stays_as_it_is() -> None:
     assert new_attributes(combed.plan({"a": [1]})) == {"num_heads": 1}
 
 
+class AreaAttention(nn.Module):
+    """Attention whose forward names one width of a head for queries, keys and values, and their sum in one view."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = heads, width // heads
+        self.all_head_dim = self.num_heads * self.head_dim
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        qkv = self.qkv(x).reshape(2 * b, n // 2, self.all_head_dim * 3)
+        qkv = qkv.view(2 * b, n // 2, self.num_heads, self.head_dim * 3).permute(0, 2, 3, 1)
+        q, k, v = qkv.split([self.head_dim, self.head_dim, self.head_dim], dim=2)
+        scores = (q * self.head_dim**-0.5).transpose(-2, -1) @ k
+        y = v @ scores.softmax(-1).transpose(-2, -1)
+        return x + self.proj(y.permute(0, 3, 1, 2).reshape(b, n, self.all_head_dim))
+
+
+def test_an_attribute_tried_in_vain_for_one_width_is_tried_for_the_others() -> None:
+    """Whose numbers the root holds too: what it keeps of its layers is no width, though it is as large as one."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(AreaAttention(32, 4) for _ in range(8))
+            self.save, self.steps = [4, 7], {"first": 2, "then": [4, 4], "more": [[4, 2, [2, 4]]]}
+            self.out = nn.Linear(64, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept: list[Tensor | None] = []
+            for index, layer in enumerate(self.layers):
+                x = layer(x)
+                kept.append(x if index in self.save else None)
+            return self.out(torch.cat([kept[4], x], -1))
+
+    combed = checked(Root(), torch.randn(1, 8, 32, dtype=torch.double))
+    assert len(combed.open) == 24
+    narrow = new_attributes(combed.plan({f"layers.0.qkv#{number}": range(6) for number in (2, 3)}))
+    assert narrow == {"layers.0.head_dim": 6, "layers.0.all_head_dim": 24}
+    assert all(place.module for place in combed.attributes)
+
+
 class Shared(nn.Module):
     """A child that two parents share, and that names its width."""
 
