@@ -169,7 +169,7 @@ def _running(quiet: bool, verbose: bool, debug: bool, given: Mapping[str, Any]) 
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
-        if debug:
+        if debug or isinstance(error, BrokenPipeError):  # who reads the output, as `head`, has enough: typer ends
             raise
         told, code = _ending(error, given)
         screen = Console(stderr=True)

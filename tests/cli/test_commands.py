@@ -294,6 +294,21 @@ def test_version_and_help(run: Any) -> None:
     assert all(command in run("--help").stdout for command in ("compress", "comb", "demo"))
 
 
+def test_a_reader_that_has_enough_ends_the_command_without_a_word() -> None:
+    """As `cpd env | head -1` does."""
+    command = [sys.executable, "-c", "from cpd.cli import app; print('here', flush=True); input(); app(['env'])"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert "not foreseen" not in process.stderr.read()
+    assert process.returncode == 1
+
+
 def test_env_says_what_a_report_of_a_fault_needs(run: Any) -> None:
     found = json.loads(run("env", "--json").stdout)
     assert found["torch"] == torch.__version__.partition("+")[0]
