@@ -220,6 +220,18 @@ TRAINED: Columns = {
     "epochs": lambda row: str(row["epochs"]),
 }
 COLUMNS: dict[str, Columns] = {
+    "yolo": {
+        "model": _model,
+        "parameters": lambda row: f"{row['parameters'] / 1e6:.2f} M",
+        "in open groups": _percent("open", share=True),
+        "error": _text("error"),
+        "asked": _times("asked", 1),
+        "measured": _times("speed-up"),
+        "parameters left": lambda row: f"{row['left'] / 1e6:.2f} M",
+        "trainer": _text("trainer"),
+        "exporter": _text("exporter"),
+        "seconds": _seconds,
+    },
     "one_shot_measured": ONE_SHOT,
     "oracles": ORACLES,
     "gpu_checks": {"step": _text("what"), "on the GPU": lambda row: str(row["found"]), "s": _seconds},

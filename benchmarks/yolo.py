@@ -1,7 +1,7 @@
 """YOLO models through the whole path, on shapes drawn on the spot: `python benchmarks/yolo.py [--json F] [MODEL …]`.
 
 Random weights, no network. Each is compressed to a measured speed-up with its own loss and data file, and handed back
-to ultralytics.
+to ultralytics. Rows of models that are not run again stay in the file.
 
 | column | what it is |
 |---|---|
@@ -93,8 +93,9 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows = []
-    for name in options.models or MODELS:
+    asked = options.models or MODELS
+    rows = [row for row in results.read(options.json) if row["model"] not in asked]
+    for name in asked:
         row: dict[str, Any] = {"model": name}
         try:
             row |= examine(name, options)
