@@ -172,8 +172,9 @@ class Pruner:
         check_ratios(self.comb, limits)
         self._common = common or Common()
         self._shares = self._is_shared = common is not None
-        self._trials = None if self.data is None else self._common.trials or Trials(
-            self.data, seed=self.config.seed, memory_gb=self.config.memory_gb, layers=self.config.compensation,
+        self._council = processes.Council(tried=partial(_tried, self))
+        self._trials = None if data is None else self._common.trials or Trials(
+            data, seed=self.config.seed, memory_gb=self.config.memory_gb, layers=self.config.compensation,
             read=comb.read,
         )  # fmt: skip
         self._common.trials = self._trials
@@ -338,7 +339,7 @@ class Pruner:
         if self.target.is_measured or self.normalization == "latency" or decider.removes_branches:
             ranks = repr([torch.argsort(scores[group.name], stable=True).tolist() for group in self.comb.open])
             processes.check_same(hashlib.sha256(ranks.encode()).hexdigest(), "ranking of the channels")
-            found = processes.from_first(lambda: decider.decide(scores, kept, share, scores.untrusted, gone))
+            found = self._council.decide(lambda: decider.decide(scores, kept, share, scores.untrusted, gone))
         else:
             found = decider.decide(scores, kept, share, scores.untrusted, gone)
         self._decided_on, self._noted = (scores, kept), list(self.notes)
@@ -448,17 +449,13 @@ class Pruner:
 
 @memory_reused()
 def _recover(pruner: Pruner, before: nn.Module, step: Plan) -> None:
-    """Make up for a shrink without training, as the first process does."""
-
-    def recovered() -> Recovery:
-        assert pruner._trials is not None
-        calibration = pruner._trials.calibration(before.to(device_of(pruner.model)), pruner._limit)
-        return recover(pruner.model, calibration, step)
-
+    """Make up for a shrink without training, as all processes do together."""
+    assert pruner._trials is not None
     with pruner._stage("recover"):
-        found = pruner.recovery = processes.from_first(recovered)
+        calibration = pruner._trials.calibration(before.to(device_of(pruner.model)), pruner._limit)
+        found = pruner.recovery = recover(pruner.model, calibration, step)
         processes.copy_from_first(named_tensors(pruner.model).values())
-    if pruner._trials is not None and not pruner._is_shared:
+    if not pruner._is_shared:
         pruner._trials.forget()
     if found.samples < pruner._asked.samples:
         pruner.note(pruner._asked.told(found.samples))
@@ -478,8 +475,23 @@ def _wanted(pruner: Pruner) -> tuple[Asked, int]:
 
 def _error_of(pruner: Pruner, plan: Plan, roughly: bool) -> float:
     """The error of the logits once a plan has been applied and recovered from, on a copy; or roughly that."""
+    return float(pruner._council.do("tried", dict(plan.groups), plan.removed, "roughly" if roughly else "well"))
+
+
+def _tried(pruner: Pruner, groups: Mapping[str, tuple[int, ...]], removed: Iterable[str], how: str) -> float:
+    """The error of the logits once a plan has been applied, as all processes find it.
+
+    Args:
+        pruner: of a model that is the same in all of them.
+        groups: what the plan keeps.
+        removed: the branches that it removes.
+        how: "well", "roughly", or "without": refitted where a branch was alone.
+    """
     assert pruner._trials is not None
-    return pruner._trials.error(pruner.model, plan.since(pruner.plan), pruner._limit, roughly=roughly)
+    plan = pruner.comb.plan(groups, remove=removed).since(pruner.plan)
+    if how == "without":
+        return pruner._trials.error_without(pruner.model, plan, pruner._limit)
+    return pruner._trials.error(pruner.model, plan, pruner._limit, roughly=how == "roughly")
 
 
 def _regularizer_of(pruner: Pruner) -> Regularizer | None:
@@ -505,11 +517,9 @@ def _regularize(pruner: Pruner) -> None:
 
 def _errors_without(pruner: Pruner, names: list[str]) -> dict[str, float]:
     """The error of the logits without each of some branches, the layers before it giving what it gave."""
-    assert pruner._trials is not None
-    found = {}
+    found, (groups, gone) = {}, (dict(pruner.plan.groups), pruner.plan.removed)
     with part("branches", len(names)) as progress:
         for name in names:
-            plan = pruner.comb.plan(pruner.plan.groups, remove=[*pruner.plan.removed, name]).since(pruner.plan)
-            found[name] = pruner._trials.error_without(pruner.model, plan, pruner._limit)
+            found[name] = float(pruner._council.do("tried", groups, (*gone, name), "without"))
             progress.advance()
     return found

@@ -16,9 +16,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 import cpd
 from cpd import processes
+from cpd.surgery.calibration import Calibration
+from cpd.surgery.compensation import refit
 from helpers.forks import ALONE, started
 from helpers.training import X, loader, net
 
@@ -167,6 +170,100 @@ def job_branches(folder: str) -> dict[str, object]:
     return {"removed": result.plan.removed, "digest": result.plan.digest}
 
 
+class Normed(nn.Module):
+    """With BatchNorm and residuals, so that every kind of refit is tried."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.norm = nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.inner = nn.Sequential(nn.Conv2d(12, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(), nn.Conv2d(24, 12, 1))
+        self.head = nn.Linear(12, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(self.stem(x)).relu()
+        return self.head((x + self.inner(x)).relu().mean((2, 3)))
+
+
+class Images(Dataset[tuple[torch.Tensor, int]]):
+    """48 images, and which of them were read."""
+
+    def __init__(self) -> None:
+        self.images, self.labels = (torch.cat(parts) for parts in zip(*loader(6), strict=True))
+        self.read = set[int]()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.read.add(index)
+        return self.images[index], int(self.labels[index])
+
+
+def job_refit(folder: str) -> dict[str, object]:
+    """Scores, plan and refits; each process sees and holds its own samples alone."""
+    processes.start()
+    size, images, found = 16 // processes.count(), Images(), {}
+    for kind, data in {"loader": DataLoader(images, size), "list": batches_of(size)}.items():
+        pruner = cpd.Pruner(
+            Normed(), X[:1], target_macs=0.4, steps=0, data=data, criterion="taylor", round_to=1
+        )  # fmt: skip
+        pruner.prune()
+        weights, recovery = pruner.model.state_dict(), pruner.recovery
+        processes.check_same(str([value.sum().item() for value in weights.values()]), "weights")
+        found[kind] = {
+            "digest": pruner.plan.digest, "chosen": recovery.chosen, "errors": recovery.errors,
+            "samples": recovery.samples, "agreements": recovery.agreements,
+            "weights": {name: value.tolist() for name, value in weights.items()},
+            "held": sum(part.call.samples for part in Calibration(Normed(), data, together=True).parts),
+        }  # fmt: skip
+    return {**found, "read": len(images.read)}
+
+
+def job_sparse(folder: str) -> dict[str, object]:
+    """Masks chosen by scores and weights that are refitted, in stages."""
+    processes.start()
+    model = Normed()
+    sparsifier = cpd.Sparsifier(model, 0.8, steps=0, data=batches_of(16 // processes.count()), criterion="taylor")
+    sparsifier.prune()
+    plain = cpd.Sparsifier(
+        Normed(), 0.5, steps=0, data=batches_of(16 // processes.count()), criterion="obs", compensation=False
+    )
+    plain.prune()  # whose masks are compared
+    return {
+        "masks": sparsifier.masks.digest, "errors": sparsifier.recovery.errors,
+        "weights": {name: value.tolist() for name, value in model.state_dict().items()},
+    }  # fmt: skip
+
+
+class Unlike(Normed):
+    """Goes another way on some data, from the second model on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.narrow and processes.rank() == 1:
+            raise ValueError("not on this machine")
+        return super().forward(x)
+
+
+def job_fail_on_second(folder: str) -> str | None:
+    """A narrower model that fails in one process alone is told of in all of them, and is not compensated."""
+    processes.start()
+    model, narrow = Unlike(), Unlike()
+    plan = cpd.comb(model, X[:1]).plan({"inner.0": range(12)})
+    calibration = Calibration(model, batches_of(8), together=True)
+    cpd.shrink(narrow, plan)
+    narrow.narrow = True
+    with pytest.raises(cpd.InputError) as failure:
+        refit(narrow, calibration, plan)
+    narrow.narrow = False
+    refit(narrow, calibration, plan)  # all are in step again
+    return str(failure.value)
+
+
 def job_disagree(folder: str) -> None:
     """Every rank with weights of its own."""
     processes.start()
@@ -234,6 +331,43 @@ def test_branches_are_chosen_alike_in_every_process(tmp_path: Path) -> None:
     assert found["one"] == found["again"]
     assert found["one"]["removed"]
     assert found["two"]["removed"] == found["one"]["removed"]  # which sees half of each batch
+
+
+def alike(found: dict[str, object], expected: dict[str, object], what: str) -> bool:
+    """Whether tensors by name are equal but for rounding."""
+    return all(
+        torch.allclose(torch.tensor(found[what][name]), torch.tensor(values), rtol=1e-3, atol=1e-4)
+        for name, values in expected[what].items()
+    )
+
+
+def test_refits_are_shared_and_come_out_as_those_of_one_process(tmp_path: Path) -> None:
+    one, _ = forked("job_refit", tmp_path / "one", 1)
+    two, _ = forked("job_refit", tmp_path / "two", 2)
+    assert (one["read"], two["read"]) == (48, 36)  # half to score, half to refit
+    for kind in ("loader", "list"):
+        found, expected = two[kind], one[kind]
+        assert (expected["held"], found["held"]) == (48, 24)  # of the first process
+        assert found["samples"] == expected["samples"] == 48
+        assert (found["digest"], found["chosen"]) == (expected["digest"], expected["chosen"])
+        assert "compensation" in found["chosen"]
+        for name in ("nothing", "compensation", "compensation with BatchNorm"):
+            assert found["errors"][name] == pytest.approx(expected["errors"][name], rel=1e-3), name
+            assert found["agreements"][name] == pytest.approx(expected["agreements"][name]), name
+        assert alike(found, expected, "weights")
+
+
+def test_masks_are_chosen_and_refitted_as_by_one_process(tmp_path: Path) -> None:
+    one, _ = forked("job_sparse", tmp_path / "one", 1)
+    two, _ = forked("job_sparse", tmp_path / "two", 2)
+    assert two["masks"] == one["masks"]
+    assert two["errors"] == pytest.approx(one["errors"], rel=1e-3)
+    assert alike(two, one, "weights")
+
+
+def test_what_fails_in_one_process_fails_in_all(tmp_path: Path) -> None:
+    found, said = forked("job_fail_on_second", tmp_path, 2)
+    assert "another process" in found, said
 
 
 def test_processes_that_disagree_are_named(tmp_path: Path) -> None:

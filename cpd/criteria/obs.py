@@ -18,6 +18,7 @@ cheap. What no layer reads (q and k) cannot be refitted: there the change is tha
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ def obs(setting: Setting) -> dict[str, Tensor]:
     assert alone is not None
     count, result = setting.sum_of(count), {}
     for moment in moments.values():
-        moment.pool(setting)
+        moment.pool(setting.total)
     for group in setting.comb.open:
         readable = [site for along in sites.read.values() for site in along if site.group == group.name]
         rows = min((sum(moments[site.tensor].rows) for site in readable), default=group.size)
@@ -151,10 +152,10 @@ class Moments:
 
         layer.output.register_hook(at_output)
 
-    def pool(self, setting: Setting) -> None:
+    def pool(self, total: Callable[[Tensor], Tensor]) -> None:
         """Sum over processes."""
-        self.second, self.first, self.gradient = map(setting.total, (self.second, self.first, self.gradient))
-        self.rows = [setting.sum_of(rows) for rows in self.rows]
+        self.second, self.first, self.gradient = map(total, (self.second, self.first, self.gradient))
+        self.rows = [int(rows) for rows in total(torch.tensor(self.rows))]
 
     def covariance(self) -> Tensor:
         """Of the input, [groups, features, features], drawn towards its diagonal.

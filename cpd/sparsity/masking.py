@@ -22,7 +22,7 @@ from cpd.sparsity.config import SPARSE, SparseConfig
 from cpd.sparsity.masks import Masks
 from cpd.sparsity.patterns import CHANNEL, Layer, prunable
 from cpd.sparsity.ratios import select
-from cpd.sparsity.scores import WeightSetting, unit_scores
+from cpd.sparsity.scores import Total, WeightSetting, alone, unit_scores
 from cpd.tasks.loss import LossFunction
 
 #: Options that choosing masks once has no use for.
@@ -96,10 +96,14 @@ def choose(
     share: float,
     data: Iterable[Any] | None = None,
     loss: LossFunction | None = None,
+    total: Total = alone,
 ) -> Masks:
-    """The masks of a share of zeros, of any pattern but whole channels."""
+    """The masks of a share of zeros, of any pattern but whole channels.
+
+    `total` sums a tensor over processes, each of which has a share of the batches.
+    """
     layers = fitting(model, settings)
-    setting = WeightSetting(model, layers, data, loss, settings.score_batches, settings.norm, settings.seed)
+    setting = WeightSetting(model, layers, data, loss, settings.score_batches, settings.norm, settings.seed, total)
     scores = unit_scores(setting, settings.layout, settings.criterion, criterion_name(settings.criterion))  # type: ignore[arg-type]
     kept = select(
         layers, scores, settings.layout, share, scope=settings.scope, ratios=settings.ratios, most=settings.max_ratio
@@ -131,8 +135,9 @@ def channel_plan(
     loss: LossFunction | None,
     combed: Comb | None,
     example_inputs: Any,
+    total: Total = alone,
 ) -> Plan:
-    """The plan of the pattern "channel"."""
+    """The plan of the pattern "channel"; `total` as for `choose`."""
     if combed is None:
         if example_inputs is None:
             raise InputError("pattern='channel' goes by the groups of a comb: pass example_inputs=, or comb=.")
@@ -140,7 +145,9 @@ def channel_plan(
     criterion: Any = settings.criterion
     if criterion == "magnitude" and settings.norm == 1:
         criterion = "magnitude-l1"
-    found = score(model, combed, data, loss, criterion=criterion, limit=settings.score_batches, seed=settings.seed)
+    found = score(
+        model, combed, data, loss, criterion=criterion, limit=settings.score_batches, seed=settings.seed, total=total
+    )
     return plan_of(combed, found.drawn(), share, settings.scope, min(settings.max_ratio, 0.999))
 
 

@@ -26,6 +26,13 @@ from cpd.trace.layer_calls import LayerCall, LayerCalls, from_matrix, matrix, se
 
 #: A criterion of one's own: the setting -> {parameter name: scores of its shape}.
 WeightCriterion = Callable[["WeightSetting"], Mapping[str, Tensor]]
+#: Sums a tensor over processes.
+Total = Callable[[Tensor], Tensor]
+
+
+def alone(tensor: Tensor) -> Tensor:
+    """The sum over one process."""
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,7 @@ class WeightSetting:
         limit: at most this many batches are read.
         norm: p of magnitudes.
         seed: of what is random.
+        total: sums a tensor over several processes, each of which has a part of every batch.
     """
 
     model: nn.Module
@@ -49,6 +57,11 @@ class WeightSetting:
     limit: int = 16
     norm: int = 1
     seed: int = 0
+    total: Total = alone
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of a tensor over processes: of a gradient, that of the batch whose parts they have."""
+        return self.total(tensor) / self.total(torch.ones(()))
 
 
 def magnitude(setting: WeightSetting) -> dict[str, Tensor]:
@@ -75,7 +88,7 @@ def taylor(setting: WeightSetting) -> dict[str, Tensor]:
             gradients = torch.autograd.grad(value, weights, allow_unused=True)
             for name, weight, gradient in zip(sums, weights, gradients, strict=True):
                 if gradient is not None:
-                    sums[name] += (weight.detach() * gradient).double().square()
+                    sums[name] += (weight.detach() * setting.mean(gradient)).double().square()
     return sums
 
 
@@ -98,7 +111,9 @@ def obs(setting: WeightSetting) -> dict[str, Tensor]:
             _backward(value, [layer.weight for layer in setting.layers.values()])
             count += samples
     found = magnitude(WeightSetting(setting.model, setting.layers, norm=2))
+    count = int(setting.total(torch.tensor(count)))
     for name, moment in moments.items():
+        moment.pool(setting.total)
         if moment.usable and not moment.folded:
             weight = setting.layers[name].weight.detach()
             errors = 1 / inverse_of(moment.covariance()).diagonal(dim1=1, dim2=2)

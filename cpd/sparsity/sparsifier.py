@@ -158,6 +158,7 @@ class Sparsifier:
         self.config = SparseConfig.of(config, named, "cpd.Sparsifier")
         self.model, self.loss = _unwrapped(model), loss
         self.data = None if data is None else processes.Share(data, self.config.score_batches)
+        self._batches = data
         self._share = self.config.share
         fitting(self.model, self.config)
         self.comb = self._comb_of(comb, example_inputs)
@@ -264,7 +265,7 @@ class Sparsifier:
         if self.comb is not None:
             with self._stage("score"):
                 self.plan = channel_plan(
-                    self.model, self.config, share, self.data, self.loss, self.comb, None
+                    self.model, self.config, share, self.data, self.loss, self.comb, None, processes.total
                 )  # fmt: skip
             masks = Masks(masks_of(self.plan, dict(self.model.named_parameters())), CHANNEL)
             if self.data is None or not self.config.compensation:
@@ -280,29 +281,24 @@ class Sparsifier:
     def _choose(self, model: nn.Module, share: float) -> Masks:
         scale = STAYING if self.config.regrow == "splice" and model is self.model else 1.0
         with self._keeper.weighed(self.masks, scale):
-            return choose(model, self.config, share, self.data, self.loss)
+            return choose(model, self.config, share, self.data, self.loss, processes.total)
 
     @memory_reused()
     def _refitted(self, choose: Callable[[nn.Module, float], Masks], shares: list[float]) -> Masks:
-        """The model made sparse by the closed form, as the first process does it."""
-
-        def made() -> tuple[dict[str, Tensor], Recovery]:
-            calibration = Calibration(
-                copy_of(self.model), self.data or (), limit=self.config.score_batches, seed=self.config.seed,
-                memory_gb=self.config.memory_gb, read=reader(self.config.outputs),
-            )  # fmt: skip
-            by_size = self.config.criterion == "magnitude" and self.comb is None
-            masks, found = sparsified(self.model, calibration, choose, shares, by_size=by_size)
-            return dict(masks.kept), found
-
+        """The model made sparse by the closed form, as all processes do it together."""
+        by_size = self.config.criterion == "magnitude" and self.comb is None
         with self._stage("recover"):
-            kept, found = processes.from_first(made)
+            calibration = Calibration(
+                copy_of(self.model), self._batches or (), limit=self.config.score_batches, seed=self.config.seed,
+                memory_gb=self.config.memory_gb, read=reader(self.config.outputs), together=True,
+            )  # fmt: skip
+            masks, found = sparsified(self.model, calibration, choose, shares, by_size=by_size)
             processes.copy_from_first(named_tensors(self.model).values())
         self.recovery = found
         self.note(str(found) if len(self._events) == 1 else f"Change {len(self.changes) + 1}: {found}")
         if found.failure is not None:
             self.note(f"Compensation was not possible: {found.failure}")
-        return Masks(kept, self.config.pattern)
+        return masks
 
     def _swapped(self, before: Masks) -> Masks:
         """RigL's masks: the smallest weights go, and as many come back where the gradient is largest."""

@@ -2,6 +2,9 @@
 
 The samples are cut into parts that fit into memory. One in four is held out: it is fitted on only when all that can be
 chosen has been chosen.
+
+Several processes share the samples out, four at a time, the last of which is held out, and add up what they find. Each
+holds its own alone; a process whose samples end before those of the others passes one again, and adds nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from cpd.errors import of_the_user
+from cpd import processes
+from cpd.errors import TrainingError, of_the_user
 from cpd.model.inputs import Call, batches, device_of, evaluating, joined, logits
 from cpd.model.memory_format import channels_last, takes_channels_last
 from cpd.model.outputs import whole
@@ -70,6 +74,7 @@ class Part:
     Attributes:
         call: of the samples.
         held: which of them are held out, [samples].
+        idle: whether nothing of it counts: other processes have samples left, and this one has none.
         shared: the layers whose input is the same for all samples.
         outputs: weight -> what the unpruned layer gave in the rows that are looked at, [rows, outputs].
         others: weight -> what its output is added to, in the same rows.
@@ -78,6 +83,7 @@ class Part:
 
     call: Call
     held: Tensor
+    idle: bool = False
     shared: frozenset[str] = frozenset()
     outputs: dict[str, Tensor] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
@@ -94,13 +100,15 @@ class Part:
             }
 
         rows = (cut(found) for found in (self.outputs, self.others, self.sums))
-        return Part(self.call.part(samples), self.held[:samples], self.shared, *rows)
+        return Part(self.call.part(samples), self.held[:samples], self.idle, self.shared, *rows)
 
 
 class Calibration:
     """Samples, and what the unpruned model makes of them.
 
     Attributes:
+        step: adds up what the processes find.
+        samples: of all processes.
         few: samples that run at once where nothing more is asked of them.
         tried: digest of a plan -> what compensation with BatchNorm chose for its layers on some samples, and how near
             it came, as `judge` tells it.
@@ -108,7 +116,8 @@ class Calibration:
     Args:
         original: the unpruned model; left as it was.
         data: batches as `cpd.model.inputs.as_batch` takes them; targets are not used.
-        limit: at most this many are read; all if None.
+        limit: at most this many are read, of each process; all if None.
+        together: whether all processes do this, each on its own samples of the data; else this one has all of them.
         seed: of the places where layers are looked at.
         memory_gb: GiB of activations that may be alive at a time.
         layers: whether layers will be refitted, so that what they give has to be noted.
@@ -130,12 +139,34 @@ class Calibration:
         memory_gb: float = MEMORY_GB,
         layers: bool = True,
         read: Callable[[Any], Any] = whole,
+        together: bool = False,
     ) -> None:
         self.seed, self.read = seed, read
-        self.device = device_of(original)
+        self.device, self.step = device_of(original), processes.InStep(alone=not together)
         self.tried: dict[str, tuple[Mapping[str, Any], tuple[float, float]]] = {}
-        calls = _alike([batch.call for batch in batches(data, limit, finite=True)])
-        self.samples = sum(call.samples for call in calls)
+        with self.step.together():
+            self._begin(original, _alike(list(self._calls(data, limit))), memory_gb, layers)
+
+    def _calls(self, data: Iterable[Any], limit: int | None) -> Iterator[Call]:
+        """What this process reads."""
+        if self.step.count == 1:
+            yield from (batch.call for batch in batches(data, limit, finite=True))
+            return
+        dealt = processes.Dealt(data, limit, HELD_OUT)
+        for batch in batches(dealt, finite=True):
+            mine = dealt.own(batch.call.samples)
+            if mine.any():
+                yield batch.call.chosen(mine)
+
+    def _begin(self, original: nn.Module, calls: list[Call], memory_gb: float, layers: bool) -> None:
+        """Look at what the unpruned model makes of the samples."""
+        own, read = sum(call.samples for call in calls), self.read
+        if self.step.most(int(not own)):
+            raise TrainingError(
+                f"There are too few samples for {self.step.count} processes, each of which takes {HELD_OUT} in turn: "
+                "give more, or start fewer processes."
+            )
+        self.samples = int(self.step.totals("samples", [torch.tensor(own)])[0])
         with evaluating(original), of_the_user("original", "on data"):
             if takes_channels_last(original, calls[0].to(self.device), read):
                 calls = [channels_last(call) for call in calls]
@@ -143,20 +174,27 @@ class Calibration:
             self.layers = probe.layers(self.samples) if layers else {}
             self.streams = {name: layer.stream for name, layer in self.layers.items() if layer.stream is not None}
             at_once = max(1, int(memory_gb * 2**30 / (ALIVE * probe.most_bytes)))
-            self.few = min(at_once, max(1, SMALL // probe.most_bytes))
+            self.few = -self.step.most(-min(at_once, max(1, SMALL // probe.most_bytes)))
             self.parts = list(_parts(calls, at_once))
             self.expected = [logits(read(call.on(original))) for call in self.held()]
-            self.spread = _spread(self.expected)
+            one = logits(read(calls[0].part(1).to(self.device).on(original)))[:0]
+            held = torch.tensor(sum(map(len, self.expected)))
+            self.judged = int(self.step.totals("held out", [held])[0])
+            self.spread = _spread(self.expected or [one], self.step)
             for part in self.parts if layers else []:
                 self._look(original, part)
 
     def first(self, samples: int | None) -> Iterator[Part]:
-        """The parts, up to so many samples; all if None."""
-        left = self.samples if samples is None else samples
+        """The parts, up to so many samples of all processes; all if None."""
+        left = self.samples if samples is None else self.step.own(samples, HELD_OUT)
+        found = list[Part]()
         for part in self.parts:
             if left > 0:
-                yield part if left >= len(part.held) else part.first(left)
+                found.append(part if left >= len(part.held) else part.first(left))
             left -= len(part.held)
+        yield from found
+        for _ in range(self.step.most(len(found)) - len(found)):
+            yield replace(self.parts[0].first(1), idle=True)
 
     def held(self) -> Iterator[Call]:
         """The samples that are held out, a few at a time; all where there are too few to hold any out."""
@@ -172,7 +210,8 @@ class Calibration:
 
     def _chosen(self, which: Callable[[Part], Tensor], at_once: int) -> Iterator[Call]:
         found = [part.call.chosen(which(part)) for part in self.parts if which(part).any()]
-        for call in found or [part.call for part in self.parts]:
+        every = [part.call for part in self.parts] if self.step.count == 1 else []
+        for call in found or every:
             for low, high in _pieces(call.samples, at_once):
                 yield call.slice(low, high).to(self.device)
 
@@ -233,18 +272,29 @@ class Calibration:
         Returns:
             The mean squared error of the logits, relative to their variance; and the share of equal classes.
         """
-        error = same = count = seen = 0.0
-        every = sum(map(len, self.expected))
-        with evaluating(model), of_the_user("The narrower model", "on data"):
-            for call, expected in zip(self.held(), self.expected, strict=True):
-                if samples is not None and seen >= samples:
-                    break
-                found, seen = logits(self.read(call.on(model))), seen + len(expected)
-                error += float((found - expected).double().square().sum())
-                if expected.dim() > 1:
-                    agree = found.argmax(1) == expected.argmax(1)
-                    same, count = same + float(agree.sum()), count + agree.numel()
-        return error / max(self.spread * seen / every, 1e-30), same / max(count, 1)
+        sums = torch.zeros(4, dtype=torch.double)  # squared error, equal classes, classes, samples
+        left = self._own_judged(samples)
+        with self.step.together():
+            with evaluating(model), of_the_user("The narrower model", "on data"):
+                for call, expected in zip(self.held(), self.expected, strict=True):
+                    if left <= 0:
+                        break
+                    expected = expected[:left]
+                    found, left = logits(self.read(call.part(len(expected)).on(model))), left - len(expected)
+                    sums[0] += float((found - expected).double().square().sum())
+                    if expected.dim() > 1:
+                        agree = found.argmax(1) == expected.argmax(1)
+                        sums[1] += float(agree.sum())
+                        sums[2] += agree.numel()
+                    sums[3] += len(expected)
+            error, same, count, seen = self.step.totals("judged", [sums])[0].tolist()
+        return error / max(self.spread * seen / self.judged, 1e-30), same / max(count, 1)
+
+    def _own_judged(self, samples: int | None) -> int:
+        """How many of the samples held out this process judges by, where about so many of all are wanted."""
+        wanted = self.judged if samples is None else min(samples, self.judged)
+        up_to = next(high for _, high in _pieces(self.judged, self.few) if high >= wanted)
+        return up_to if self.step.count == 1 else self.step.own(up_to, 1)
 
 
 class Others:
@@ -357,13 +407,17 @@ def _parts(calls: list[Call], at_once: int) -> Iterable[Part]:
         start += call.samples
 
 
-def _spread(outputs: list[Tensor]) -> float:
-    """The sum of squares of outputs, less their mean over samples."""
+def _spread(outputs: list[Tensor], step: processes.InStep) -> float:
+    """The sum of squares of outputs, less their mean over the samples of all processes."""
     alike: dict[torch.Size, list[Tensor]] = {}
     for output in outputs:
         alike.setdefault(output.shape[1:], []).append(output)
-    rows = (torch.cat(group).double() for group in alike.values())
-    return sum(float((row - row.mean(0)).square().sum()) for row in rows)
+    found = 0.0
+    for shape in sorted(alike):
+        rows = torch.cat(alike[shape]).double()
+        total, count = step.totals("mean of the outputs", [rows.sum(0), torch.tensor(len(rows))])
+        found += float(step.totals("spread of the outputs", [(rows - total / count.clamp_min(1)).square().sum()])[0])
+    return found
 
 
 def _pieces(samples: int, at_once: int) -> Iterator[tuple[int, int]]:

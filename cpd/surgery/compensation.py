@@ -15,13 +15,14 @@ it have lost. Between layer and sum there may be a BatchNorm or a scale, whose f
 No gradient step is taken. A first pass fits three samples in four and chooses for every layer, on the others, how
 much to damp and whether to refit it at all; no layer has seen those others by then, nor have the layers before it. A
 second pass fits all samples with what was chosen. Where memory does not hold all samples at once, a pass takes them
-part by part, and each layer's sums go on from one part to the next.
+part by part, and each layer's sums go on from one part to the next. Several processes pass each its own samples, and
+add up the sums of a layer before it is solved: each solves the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ from cpd.model.inputs import check_model, evaluating
 from cpd.model.tensors import named_tensors, restore, state_of
 from cpd.options import LIMIT, SEED, checked, number
 from cpd.plan import PLAN, Plan, removes
+from cpd.processes import InStep
 from cpd.surgery.calibration import HELD_OUT, MEMORY_GB, Calibration, Layer, Others, Part, flat
 from cpd.surgery.least_squares import Sums, best_damping
 from cpd.trace.layer_calls import LayerCall, LayerCalls, from_matrix, matrix, seen
@@ -162,7 +164,7 @@ def refit(
     """
     before = state_of(model)
     try:
-        with evaluating(model), of_the_user("The narrower model", "on data"):
+        with calibration.step.together(), evaluating(model), of_the_user("The narrower model", "on data"):
             found = _Pass(model, calibration, plan, chosen, norms, alone, support or {})
             for part in calibration.first(samples):
                 found.over(part)
@@ -189,10 +191,8 @@ class _Fit:
             given = given + self.bias.float().reshape(layer.groups, 1, -1)
         return _grouped(wanted, layer.groups) - given
 
-    def add(self, x: Tensor, lacking: Tensor, output: Tensor, held: Tensor) -> tuple[Sums, Sums]:
-        """Add rows to the sums; `held` says which are not fitted."""
-        fitted = Sums.of(x[:, ~held], lacking[:, ~held], output[~held])
-        others = Sums.of(x[:, held], lacking[:, held], output[held])
+    def add(self, fitted: Sums, others: Sums) -> tuple[Sums, Sums]:
+        """Add sums of rows, of those that are fitted and of the others; returns what there is by now."""
         self.fitted = fitted if self.fitted is None else self.fitted + fitted
         self.held = others if self.held is None else self.held + others
         return self.fitted, self.held
@@ -205,13 +205,19 @@ class _Moments:
         self.before, self.count = mean.clone(), 0
         self.mean, self.variance = torch.zeros_like(mean), torch.zeros_like(mean)
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, step: InStep) -> None:
         """Add an input, [samples, channels, ...], in some of its places where there are many."""
         if x.dim() > 2:
             x = x.movedim(1, -1).flatten(1, -2)
             x = x[:, :: max(1, x.shape[1] // PLACES)].flatten(0, 1)
-        variance, mean = torch.var_mean(x, 0, correction=0)
-        count = len(x)
+        if step.count == 1:
+            variance, mean = torch.var_mean(x, 0, correction=0)
+            count = len(x)
+        else:
+            total, rows = step.totals("mean of a norm", [x.double().sum(0), torch.tensor(len(x))])
+            count = int(rows)
+            squares = step.totals("variance of a norm", [(x - total / count).square().sum(0)])[0]
+            variance, mean = (squares / count).to(x.dtype), (total / count).to(x.dtype)
         share, apart = count / (self.count + count), mean - self.mean
         self.variance = self.variance * (1 - share) + variance * share + apart.square() * share * (1 - share)
         self.mean, self.count = self.mean + apart * share, self.count + count
@@ -262,7 +268,7 @@ class _Pass:
             self.fits[layer.weight] = _Fit(layer)
         fit = self.fits[layer.weight]
         lacking = fit.lacking(layer, x, output if wanted is None else wanted)
-        fitted, held = fit.add(x, lacking, output, self._held(x.shape[1], known.along is None))
+        fitted, held = fit.add(*self._sums(layer.weight, x, lacking, output, shared=known.along is None))
         support = self.support.get(layer.weight)
         if support is not None:
             support = matrix(layer.kind, support.to(x.device), layer.groups)
@@ -282,12 +288,26 @@ class _Pass:
         self.to_sum = None if wanted is None else found
         return found
 
+    def _sums(self, weight: str, x: Tensor, lacking: Tensor, output: Tensor, *, shared: bool) -> tuple[Sums, Sums]:
+        """Of the rows that are fitted, and of the others, of all processes."""
+        held = self._held(x.shape[1], shared).to(x.device)
+        found = [
+            Sums.of(x[:, which], lacking[:, which], output[which])
+            for which in (~held & (not self.part.idle), held & (not self.part.idle))
+        ]
+        step, each = self.calibration.step, len(fields(Sums))
+        if step.count > 1:
+            parts = [item.parts() for item in found if item is found[0] or self.chosen is None]
+            totals = step.totals(f"{weight} {self.chosen is None}", [part for item in parts for part in item])
+            found[: len(parts)] = [Sums.of_parts(totals[start : start + each]) for start in range(0, len(totals), each)]
+        return found[0], found[1]
+
     def _held(self, rows: int, shared: bool = False) -> Tensor:
         """Which rows are not fitted in this pass, of samples that lie one after the other, or of what all share."""
         if self.chosen is not None:
             return torch.zeros(rows, dtype=torch.bool)
         held = self.part.held
-        if shared or rows % len(held) or not held.any():
+        if shared or rows % len(held) or not (held.any() or self.calibration.step.count > 1):
             return torch.arange(rows) % HELD_OUT == HELD_OUT - 1
         return held.repeat_interleave(rows // len(held))
 
@@ -347,7 +367,8 @@ class _Pass:
         moments = self.moments[id(mean)]
         if self.norms and x is not self.to_sum:
             held = self._held(len(x))
-            moments.add(x[~held.to(x.device)] if held.any() and len(x) == len(held) else x)
+            rows = x[~held.to(x.device)] if held.any() and len(x) == len(held) else x
+            moments.add(rows[:0] if self.part.idle else rows, self.calibration.step)
             mean.copy_(moments.mean)
             variance.copy_(moments.variance)
         elif self.shifted is not None and x is self.shifted[0]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -28,7 +28,8 @@ class Sums:
         xx: [groups, features, features].
         lacking_x: [groups, outputs, features].
         squares: of all that is lacking.
-        spread: the sum of squares of the output as it was, less its mean: the scale of errors.
+        output: the sum of the output as it was, [all].
+        spread: the sum of squares of the output less its mean over the rows that were added at once.
     """
 
     rows: int
@@ -37,6 +38,7 @@ class Sums:
     xx: Tensor
     lacking_x: Tensor
     squares: float
+    output: Tensor
     spread: float
 
     @staticmethod
@@ -49,8 +51,24 @@ class Sums:
             (x.transpose(1, 2) @ x).double(),
             (lacking.transpose(1, 2) @ x).double(),
             float(lacking.square().sum()),
+            output.sum(0).double(),
             float((output - output.mean(0)).square().sum()) if len(output) else 0.0,
         )
+
+    def parts(self) -> list[Tensor]:
+        """Tensors that may be added to those of other rows, for `of_parts`."""
+        means = self.output.square().sum() / max(self.rows, 1)
+        return [
+            *(torch.as_tensor(getattr(self, item.name)) for item in fields(self)[:-1]),
+            torch.as_tensor(self.spread) + means.cpu(),
+        ]
+
+    @staticmethod
+    def of_parts(parts: Sequence[Tensor]) -> Sums:
+        """Of the rows of several, whose `parts` were added."""
+        rows, x, lacking, xx, lacking_x, squares, output, spread = parts
+        apart = float(spread) - float(output.square().sum()) / max(float(rows), 1.0)
+        return Sums(int(rows), x, lacking, xx, lacking_x, float(squares), output, max(apart, 0.0))
 
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))

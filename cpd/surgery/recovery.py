@@ -116,7 +116,7 @@ def recovered_error(model: nn.Module, calibration: Calibration, plan: Plan, *, r
     try:
         chosen = refit(model, calibration, plan, norms=True, samples=FEW if roughly else TRIED)
     except InputError:
-        recalibrate_batchnorm(model, _tried(calibration))
+        _recalibrate(model, calibration, _tried(calibration))
         return calibration.judge(model)[0]
     judged = calibration.judge(model)
     if not roughly:
@@ -168,8 +168,9 @@ class _Trial:
 
     def recalibrated(self) -> Callable[[], object]:
         """BatchNorm recalibrated."""
-        recalibrate_batchnorm(self.model, _tried(self.calibration))
-        return lambda: recalibrate_batchnorm(self.model, _batches(self.calibration.all(BATCH)))
+        model, calibration = self.model, self.calibration
+        _recalibrate(model, calibration, _tried(calibration))
+        return lambda: _recalibrate(model, calibration, _batches(calibration.all(BATCH)))
 
     def refitted(self, norms: bool) -> Callable[[], object]:
         """Compensated."""
@@ -188,9 +189,23 @@ class _Trial:
         return refit(self.model, self.calibration, self.plan, chosen, support=self.support, **options)
 
 
+def _recalibrate(model: nn.Module, calibration: Calibration, samples: list[Batch]) -> None:
+    """BatchNorm recalibrated; of several processes, each on its own batches, the mean over all of them."""
+    step = calibration.step
+    with step.together():
+        recalibrate_batchnorm(model, samples)
+        if step.count > 1:
+            norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+            found = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
+            number, *sums = step.totals("recalibration", [torch.tensor(len(samples)), *(t * len(samples) for t in found)])
+            for tensor, total in zip(found, sums, strict=True):
+                tensor.copy_(total / number.to(total.device))
+
+
 def _tried(calibration: Calibration) -> list[Batch]:
     """The samples that a variant is tried on."""
-    return _batches(islice(calibration.fitted(BATCH), TRIED // BATCH))
+    most = max(1, TRIED // BATCH // calibration.step.count)
+    return _batches(islice(calibration.fitted(BATCH), most))
 
 
 def _batches(calls: Iterable[Call]) -> list[Batch]:

@@ -17,7 +17,7 @@ from cpd.surgery.shrink import shrink
 
 
 class Trials:
-    """Plans tried on copies of a model.
+    """Plans tried on copies of a model; by all processes together, where there are several.
 
     Args:
         data: batches, as `cpd.model.inputs.as_batch` takes them.
@@ -30,7 +30,9 @@ class Trials:
     def __init__(
         self, data: Iterable[Any], *, seed: int, memory_gb: float, layers: bool, read: Callable[[Any], Any]
     ) -> None:
-        self._calibrated = partial(Calibration, data=data, seed=seed, memory_gb=memory_gb, layers=layers, read=read)
+        self._calibrated = partial(
+            Calibration, data=data, seed=seed, memory_gb=memory_gb, layers=layers, read=read, together=True
+        )
         self._calibration: Calibration | None = None
 
     def forget(self) -> None:

@@ -216,6 +216,10 @@ class TaskBatches:
         """Every batch."""
         return (self.task.batch(self.model, item) for item in self.data)
 
+    def over(self, data: Iterable[Any]) -> TaskBatches:
+        """The batches of another loader, read alike."""
+        return TaskBatches(self.task, self.model, data)
+
     def __len__(self) -> int:
         """How many there are; raises `TypeError` where the loader does not tell."""
         return len(self.data)  # type: ignore[arg-type]
