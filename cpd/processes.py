@@ -349,7 +349,7 @@ def _loader_of(data: Any, part: Callable[[Iterable[Any]], Any]) -> Iterable[Any]
     """
     if callable(over := getattr(data, "over", None)):
         inner = _loader_of(data.data, part)
-        return None if inner is None else over(inner)  # type: ignore[no-any-return]
+        return None if inner is None else over(inner)
     if count() == 1 or type(data) is not DataLoader or data.batch_sampler is None:
         return None
     if isinstance(data.dataset, IterableDataset):

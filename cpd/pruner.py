@@ -478,15 +478,8 @@ def _error_of(pruner: Pruner, plan: Plan, roughly: bool) -> float:
     return float(pruner._council.do("tried", dict(plan.groups), plan.removed, "roughly" if roughly else "well"))
 
 
-def _tried(pruner: Pruner, groups: Mapping[str, tuple[int, ...]], removed: Iterable[str], how: str) -> float:
-    """The error of the logits once a plan has been applied, as all processes find it.
-
-    Args:
-        pruner: of a model that is the same in all of them.
-        groups: what the plan keeps.
-        removed: the branches that it removes.
-        how: "well", "roughly", or "without": refitted where a branch was alone.
-    """
+def _tried(pruner: Pruner, groups: Mapping[str, tuple[int, ...]], removed: tuple[str, ...], how: str) -> float:
+    """The error of the logits that a plan leaves, as all processes find it: "well", "roughly", "without" branches."""
     assert pruner._trials is not None
     plan = pruner.comb.plan(groups, remove=removed).since(pruner.plan)
     if how == "without":

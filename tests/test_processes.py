@@ -361,7 +361,7 @@ def test_masks_are_chosen_and_refitted_as_by_one_process(tmp_path: Path) -> None
     one, _ = forked("job_sparse", tmp_path / "one", 1)
     two, _ = forked("job_sparse", tmp_path / "two", 2)
     assert two["masks"] == one["masks"]
-    assert two["errors"] == pytest.approx(one["errors"], rel=1e-3)
+    assert two["errors"] == pytest.approx(one["errors"], rel=1e-2)
     assert alike(two, one, "weights")
 
 

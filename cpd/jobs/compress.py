@@ -131,7 +131,8 @@ def compress(
             Known by itself for models of transformers, ultralytics and torchvision's detectors; for others, those
             that return logits. See `cpd.Task` for one of your own.
         data: batches of (input, target), or mappings as Hugging Face loaders give, in anything that can be iterated
-            more than once; or the name of data that the task reads, as "coco8.yaml" for ultralytics. Without data,
+            more than once; or samples, in a data set or in arrays (inputs, or inputs and targets), which may be mapped
+            into memory; or the name of data that the task reads, as "coco8.yaml" for ultralytics. Without data,
             channels are chosen by magnitude and nothing is trained back.
         calibration: batches like those of `data`, as the model meets them in use: without augmentation. Channels are
             scored, and layers refitted, on them; on `data` if None.

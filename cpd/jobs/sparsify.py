@@ -28,11 +28,12 @@ from cpd.jobs.outcome import call_record, environment_of, layer_rows, source_of
 from cpd.jobs.request import check_data, checkpoint_of, example_call, steps_an_epoch, training_settings
 from cpd.jobs.stages import Evaluate, Run, Stages
 from cpd.model.architecture import architecture_of, check_architecture
-from cpd.model.arguments import INPUTS, MODEL, REPEATED_DATA
+from cpd.model.arguments import INPUTS, MODEL, SAMPLES_OR_DATA
 from cpd.model.inputs import Call, check_model, evaluating, plain_attention
 from cpd.model.masks import masks_applied
 from cpd.model.progress import shown
 from cpd.model.randomness import random_states_kept, seeded
+from cpd.model.samples import as_batches
 from cpd.model.state import preserved
 from cpd.model.tensors import copy_of
 from cpd.options import EVALUATE, FLAG, LOSS, PATH, Check, checked, checks_of, choice, number, takes_options, text
@@ -123,7 +124,7 @@ class SparseResult:
 
 @takes_options(SparseConfig)
 @checked(
-    model=MODEL, **checks_of(SparseConfig, "sparsity"), data=REPEATED_DATA, calibration=REPEATED_DATA,
+    model=MODEL, **checks_of(SparseConfig, "sparsity"), data=SAMPLES_OR_DATA, calibration=SAMPLES_OR_DATA,
     example_inputs=INPUTS, loss=LOSS, evaluate=EVALUATE, **checks_of(DistillConfig, "epochs", "lr"), training=TRAINING,
     teacher=MODEL, rewind=_REWIND, plan=PLAN, output_dir=PATH, overwrite=FLAG, storage=choice(*STORAGES), resume=FLAG,
     checkpoint_minutes=_MINUTES, source=text("a name, as 'timm:resnet18'"), progress=FLAG, config=SPARSE,
@@ -220,6 +221,7 @@ def sparsify(
         "data": data, "calibration": calibration, "example_inputs": example_inputs, "loss": loss,
         "evaluate": evaluate, "teacher": teacher, "rewind": rewind,
     }  # fmt: skip
+    data, calibration = (None if item is None else as_batches(item) for item in (data, calibration))
     with preserved(model), shown(progress if processes.rank() == 0 else False):
         call = example_call(model, example_inputs, data)
         student = copy_of(model)

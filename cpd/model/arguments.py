@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from cpd.errors import InputError
 from cpd.model.inputs import Call, as_call, not_finite
+from cpd.model.samples import are_arrays
 from cpd.options import PATH, Check, instance
 
 MODEL = instance(nn.Module, "a torch.nn.Module: the model itself, rather than its state dict, its class or its name")
@@ -86,9 +87,15 @@ def is_name(value: object) -> bool:
     return isinstance(value, (str, os.PathLike)) and PATH.accepts(value)
 
 
-#: What is read several times, or the name of what a task reads (`cpd.Task.load`).
+#: What is read several times, or samples that are put into batches (`cpd.model.samples`).
+SAMPLES_OR_DATA = Check(
+    f"{DATA.wanted}; or samples, in a data set or in arrays",
+    lambda value: are_arrays(value) or _are_batches(value),
+    fault=lambda value: None if are_arrays(value) else _more_than_once(value),
+)
+#: The same, or the name of what a task reads (`cpd.Task.load`).
 NAMED_DATA = Check(
-    f"{DATA.wanted}; or the name of what the model's task reads",
-    lambda value: is_name(value) or _are_batches(value),
-    fault=lambda value: None if is_name(value) else _more_than_once(value),
+    f"{SAMPLES_OR_DATA.wanted}; or the name of what the model's task reads",
+    lambda value: is_name(value) or SAMPLES_OR_DATA.accepts(value),
+    fault=lambda value: None if is_name(value) or are_arrays(value) else _more_than_once(value),
 )

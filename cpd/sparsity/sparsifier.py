@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cpd import processes
 from cpd.coupling.comb import COMB, Comb

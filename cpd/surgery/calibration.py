@@ -3,6 +3,9 @@
 The samples are cut into parts that fit into memory. One in four is held out: it is fitted on only when all that can be
 chosen has been chosen.
 
+Samples of more than some hundred megabytes are kept in files that are mapped into memory, so that no more of them need
+be there than are used at a time.
+
 Several processes share the samples out, four at a time, the last of which is held out, and add up what they find. Each
 holds its own alone; a process whose samples end before those of the others passes one again, and adds nothing.
 """
@@ -10,6 +13,8 @@ holds its own alone; a process whose samples end before those of the others pass
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from cpd import processes
 from cpd.errors import TrainingError, of_the_user
@@ -30,6 +35,8 @@ from cpd.trace.streams import Stream, streams
 
 #: GiB of activations that may be alive at a time, about.
 MEMORY_GB = 4.0
+#: Inputs of more than this share of it are kept in a file that is mapped into memory.
+IN_MEMORY = 1 / 8
 #: As many tensors of the size of a layer's input and output are alive at a time, about.
 ALIVE = 2
 #: Layers with more features than this keep their weights: the solution would take too long.
@@ -145,7 +152,8 @@ class Calibration:
         self.device, self.step = device_of(original), processes.InStep(alone=not together)
         self.tried: dict[str, tuple[Mapping[str, Any], tuple[float, float]]] = {}
         with self.step.together():
-            self._begin(original, _alike(list(self._calls(data, limit))), memory_gb, layers)
+            calls = _alike(self._calls(data, limit), int(memory_gb * 2**30 * IN_MEMORY))
+            self._begin(original, calls, memory_gb, layers)
 
     def _calls(self, data: Iterable[Any], limit: int | None) -> Iterator[Call]:
         """What this process reads."""
@@ -169,7 +177,7 @@ class Calibration:
         self.samples = int(self.step.totals("samples", [torch.tensor(own)])[0])
         with evaluating(original), of_the_user("original", "on data"):
             if takes_channels_last(original, calls[0].to(self.device), read):
-                calls = [channels_last(call) for call in calls]
+                calls = [_kept(channels_last(call), int(memory_gb * 2**30 * IN_MEMORY)) for call in calls]
             probe = _Probe(original, calls[0].to(self.device))
             self.layers = probe.layers(self.samples) if layers else {}
             self.streams = {name: layer.stream for name, layer in self.layers.items() if layer.stream is not None}
@@ -209,9 +217,10 @@ class Calibration:
         return self._chosen(lambda part: torch.ones_like(part.held), at_once)
 
     def _chosen(self, which: Callable[[Part], Tensor], at_once: int) -> Iterator[Call]:
-        found = [part.call.chosen(which(part)) for part in self.parts if which(part).any()]
-        every = [part.call for part in self.parts] if self.step.count == 1 else []
-        for call in found or every:
+        found = [part for part in self.parts if which(part).any()]
+        every = self.parts if not found and self.step.count == 1 else []
+        for part in found or every:
+            call = part.call.chosen(which(part)) if found else part.call
             for low, high in _pieces(call.samples, at_once):
                 yield call.slice(low, high).to(self.device)
 
@@ -426,13 +435,46 @@ def _pieces(samples: int, at_once: int) -> Iterator[tuple[int, int]]:
     return pairwise(samples * i // count for i in range(count + 1))
 
 
-def _alike(calls: list[Call]) -> list[Call]:
-    """Calls joined where their samples have the same shapes."""
-    groups: dict[Any, list[Call]] = {}
+def _alike(calls: Iterable[Call], most: int) -> list[Call]:
+    """Calls joined where their samples have the same shapes, up to so many bytes at a time."""
+    groups, sizes, full = dict[Any, list[Call]](), Counter[Any](), list[Call]()
     for call in calls:
         key = tuple(tuple(leaf.shape[1:]) for leaf in tree_leaves(tuple(call)) if isinstance(leaf, Tensor))
         groups.setdefault(key, []).append(call)
-    return [joined(group) for group in groups.values()]
+        sizes[key] += _bytes(call)
+        if sizes[key] > most:
+            full.append(_kept(joined(groups.pop(key)), most))
+            sizes[key] = 0
+    return full + [joined(group) for group in groups.values()]
+
+
+def _bytes(call: Call) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tuple(call)) if isinstance(leaf, Tensor))
+
+
+def _kept(call: Call, most: int) -> Call:
+    """A call whose tensors lie in files without names, if it has more than so many bytes.
+
+    The system reads them when they are used, and takes their memory for something else when it needs it.
+    """
+    if _bytes(call) <= most or os.name == "nt":  # where a file that is open cannot be opened once more
+        return call
+
+    def mapped(leaf: Tensor) -> Tensor:
+        if leaf.device.type != "cpu" or not leaf.numel() or leaf.layout is not torch.strided:
+            return leaf
+        dense = leaf if leaf.is_contiguous(memory_format=_format(leaf)) else leaf.contiguous()
+        with tempfile.NamedTemporaryFile() as file:
+            file.truncate(dense.numel() * dense.element_size())
+            found = torch.from_file(file.name, shared=True, size=dense.numel(), dtype=dense.dtype)
+        return found.as_strided(dense.shape, dense.stride()).copy_(dense)
+
+    return Call(*tree_map_only(Tensor, mapped, tuple(call)))
+
+
+def _format(leaf: Tensor) -> torch.memory_format:
+    innermost = leaf.dim() == 4 and leaf.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if innermost else torch.contiguous_format
 
 
 def flat(value: Tensor) -> Tensor:

@@ -197,7 +197,9 @@ def _recalibrate(model: nn.Module, calibration: Calibration, samples: list[Batch
         if step.count > 1:
             norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
             found = [t for norm in norms for t in (norm.running_mean, norm.running_var) if t is not None]
-            number, *sums = step.totals("recalibration", [torch.tensor(len(samples)), *(t * len(samples) for t in found)])
+            number, *sums = step.totals(
+                "recalibration", [torch.tensor(len(samples)), *(t * len(samples) for t in found)]
+            )
             for tensor, total in zip(found, sums, strict=True):
                 tensor.copy_(total / number.to(total.device))
 

@@ -22,6 +22,7 @@ from cpd.errors import InputError
 from cpd.model import sources
 from cpd.model.inputs import Batch, Call, as_batch
 from cpd.model.outputs import Outputs
+from cpd.model.samples import as_batches
 from cpd.options import instance
 from cpd.tasks.metric import each_of, metric_name, named
 
@@ -125,7 +126,11 @@ class Task:
         return found._replace(learn=self.learn) if self._has_own("learn") else found
 
     def batches(self, model: nn.Module, data: Iterable[Any]) -> Iterable[Any]:
-        """A loader whose items are read by this task; `data` itself where the task has no way of its own."""
+        """A loader whose items are read by this task; `data` itself where the task has no way of its own.
+
+        Samples that lie in arrays or in a data set are put into batches (`cpd.model.samples`).
+        """
+        data = as_batches(data)
         own = any(map(self._has_own, ("read", "learn", "batch")))
         return data if not own or isinstance(data, TaskBatches) else TaskBatches(self, model, data)
 

@@ -238,6 +238,9 @@ def test_parts_that_fit_into_memory_give_nearly_what_all_at_once_does():
     assert (len(one.parts), one.samples) == (1, several.samples)
     assert len(several.parts) > 3
     assert sum(int(part.held.sum()) for part in several.parts) == one.samples // 4
+    images = [part.call.args[0] for part in several.parts]
+    assert all(image.is_shared() for image in images)  # in files that are mapped into memory
+    assert torch.equal(torch.cat(images), one.parts[0].call.args[0])
     compensate(narrow, model, plan, data)
     compensate(in_parts, model, plan, data, memory_gb=1e-4)
     assert logits_error(narrow, model, held_out) < 0.1 * error
