@@ -37,6 +37,10 @@ log = logging.getLogger("cpd")
 
 #: How long a process waits for another: as long as the first one may measure, which is longer than libraries wait.
 PATIENCE = timedelta(days=1)
+SAME = (
+    "Give all of them the same model, weights, teacher, loss, seed and example inputs, and data whose order depends on "
+    "nothing else."
+)
 
 
 def start() -> None:
@@ -246,8 +250,13 @@ def copy_from_first(tensors: Iterable[Tensor]) -> None:
             tensor.copy_(there)
 
 
-def check_same(value: str, what: str) -> None:
+def check_same(value: str, what: str, remedy: str = SAME) -> None:
     """Raise unless all processes hold the same text.
+
+    Args:
+        value: the text.
+        what: it is of, in words.
+        remedy: a sentence for where they differ.
 
     Raises:
         TrainingError: naming those that differ from the first.
@@ -259,10 +268,7 @@ def check_same(value: str, what: str) -> None:
     dist.all_gather(found, own)
     others = [index for index, item in enumerate(found) if not torch.equal(item, found[0])]
     if others:
-        raise TrainingError(
-            f"The processes of rank {others} differ from rank 0 in the {what}. Give all of them the same model, "
-            "weights, teacher, loss, seed and example inputs, and data whose order depends on nothing else."
-        )
+        raise TrainingError(f"The processes of rank {others} differ from rank 0 in the {what}. {remedy}")
 
 
 def share(data: Iterable[T]) -> Iterator[T]:

@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 
 import cpd
 from cpd import processes
+from cpd.files.checkpoint import Checkpoint
+from cpd.jobs.request import checkpoint_of
 from cpd.surgery.calibration import Calibration
 from cpd.surgery.compensation import refit
 from helpers.forks import ALONE, started
@@ -50,17 +52,23 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def launched(job: str, folder: Path, count: int, *, check: bool = True) -> tuple[object, str]:
-    """What a function of this file gives in so many processes of `accelerate launch`, and what they said."""
-    several = ["--multi_gpu"] if count > 1 else []  # the launcher's word for it; without GPUs gloo joins CPUs
-    command = [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(count),
-               "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
-               str(free_port()), str(folder / "job.py"), job, str(folder)]  # fmt: skip
+def launched(job: str, folder: Path, count: int) -> tuple[object, str]:
+    """What a function of this file gives in so many processes, each started by `accelerate launch` on its "machine"."""
     (folder / "job.py").write_text(SCRIPT)
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, **ALONE}, check=False
-    )
-    return told(done.stdout + done.stderr, done.returncode == 0 or not check)
+    several = ["--multi_gpu"] if count > 1 else []  # the launcher's word for it; without GPUs gloo joins CPUs
+    port = str(free_port())
+    machines = [
+        subprocess.Popen(
+            [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(count),
+             "--num_machines", str(count), "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
+             "--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no",
+             str(folder / "job.py"), job, str(folder)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **ALONE},
+        )
+        for rank in range(count)
+    ]  # fmt: skip
+    said = "".join(machine.communicate(timeout=300)[0] for machine in machines)
+    return told(said, not any(machine.returncode for machine in machines))
 
 
 def forked(job: str, folder: Path, count: int, *, check: bool = True) -> tuple[object, str]:
@@ -129,15 +137,27 @@ class Plain(nn.Module):
 
 
 def job_compress(folder: str) -> dict[str, object]:
-    """A run that shrinks three times while it is trained."""
+    """A run that shrinks three times while it is trained, two batches a step; in a folder named so, it ends early."""
     processes.start()
+    calls = []
+
+    def evaluate(model: nn.Module) -> float:
+        calls.append(model)
+        if Path(folder).name == "killed" and not Path(folder, "again").exists() and len(calls) == 4:
+            raise ValueError("power failure")
+        return 0.0
+
     result = cpd.compress(
-        Plain(), target_macs=0.5, data=batches_of(16 // processes.count()), example_inputs=X[:1], epochs=4, lr=0.02,
-        criterion="taylor", round_to=1, compensation=False, schedule=cpd.Schedule("linear", end=0.8, interval=3),
-        output_dir=Path(folder) / f"out{processes.count()}", training=cpd.DistillConfig(kd="mse", features=["body.2"]),
+        Plain(), target_macs=0.5, data=DataLoader(Images(), 8 // processes.count()), example_inputs=X[:1], epochs=4,
+        lr=0.02, criterion="taylor", round_to=1, schedule=cpd.Schedule("linear", end=0.8, interval=3),
+        output_dir=Path(folder) / f"out{processes.count()}", evaluate=evaluate, resume=True,
+        training=cpd.DistillConfig(kd="mse", features=["body.2"], accumulate=2, keep_best=False),
     )  # fmt: skip
-    processes.check_same(str([p.sum().item() for p in result.model.parameters()]), "student")
-    return {"digest": result.plan.digest, "loss": [row["loss"] for row in result.report.history]}
+    weights = {name: value.tolist() for name, value in result.model.state_dict().items()}
+    processes.check_same(str(weights), "student")
+    return {
+        "digest": result.plan.digest, "loss": [row["loss"] for row in result.report.history], "weights": weights,
+    }  # fmt: skip
 
 
 class Blocks(nn.Module):
@@ -313,15 +333,40 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
             assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4, (criterion, name)
 
 
-def test_two_processes_make_the_plan_of_one_and_one_of_them_writes(tmp_path: Path) -> None:
+def test_two_machines_make_the_plan_of_one_process_and_one_of_them_writes(tmp_path: Path) -> None:
     one, _ = forked("job_compress", tmp_path, 1)
     two, _ = launched("job_compress", tmp_path, 2)
     assert one["digest"] == two["digest"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    assert alike(two, one, "weights")
     assert {path.name for path in (tmp_path / "out2").iterdir()} == {
         path.name for path in (tmp_path / "out1").iterdir()
     }
     assert cpd.load(tmp_path / "out2", model=Plain()) is not None
+    _, said = forked("job_compress", tmp_path / "killed", 2, check=False)
+    assert "power failure" in said
+    assert (tmp_path / "killed" / "out2" / "checkpoint.safetensors").exists()
+    (tmp_path / "killed" / "again").touch()
+    again, said = forked("job_compress", tmp_path / "killed", 2)
+    assert (again["digest"], again["weights"]) == (two["digest"], two["weights"])
+
+
+def job_resume_apart(folder: str) -> None:
+    """Each process with a folder of its own, of which one holds a checkpoint."""
+    processes.start()
+    own = Path(folder) / f"machine{processes.rank()}"
+    checkpoint = Checkpoint(own, {})
+    if processes.rank() == 0:
+        own.mkdir()
+        checkpoint.write({})
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("cpd.jobs.request.Checkpoint", lambda *_: checkpoint)
+    checkpoint_of(own, True, 1, cpd.PruneConfig(target_macs=0.5), cpd.DistillConfig(), Plain(), {})
+
+
+def test_a_checkpoint_that_one_machine_alone_can_read_is_told(tmp_path: Path) -> None:
+    _, said = forked("job_resume_apart", tmp_path, 2, check=False)
+    assert "rank [1] differ from rank 0 in the checkpoint. Let output_dir be one folder" in said
 
 
 def test_branches_are_chosen_alike_in_every_process(tmp_path: Path) -> None:

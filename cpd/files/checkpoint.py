@@ -66,6 +66,7 @@ class Checkpoint:
         self.key: dict[str, Any] = json.loads(json.dumps(dict(key), default=str))
         self.usual: dict[str, Any] = json.loads(json.dumps(dict(usual or {}), default=str))
         self.state: dict[str, Any] | None = None
+        self.digest = ""  # of what was read
         self.extra: dict[str, Any] = {}
         self._written = time.monotonic()
 
@@ -140,7 +141,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} is of a run with other settings ({told}). Give those, or another folder."
             )
-        self.state, self.extra = state, extra
+        self.state, self.extra, self.digest = state, extra, digest_of(content)
         return state
 
     @contextlib.contextmanager

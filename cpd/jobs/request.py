@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cpd import processes
 from cpd.config import PruneConfig
 from cpd.coupling.comb import Comb
 from cpd.distillation.config import DistillConfig
@@ -223,6 +224,7 @@ def checkpoint_of(
 
     Raises:
         InputError: nowhere to resume from, or a checkpoint that would be overwritten.
+        TrainingError: a process that found another checkpoint than the first, or none.
     """
     if folder is None:
         if resume:
@@ -234,7 +236,9 @@ def checkpoint_of(
     del key["progress"]
     usual = {**type(config)().settings(), **vars(DistillConfig()), **given}
     checkpoint = Checkpoint(folder, key, minutes, usual)
-    if resume and checkpoint.read() is None:
+    found = checkpoint.read() if resume else None
+    processes.check_same(checkpoint.digest, "checkpoint", "Let output_dir be one folder that all machines can read.")
+    if resume and found is None:
         log.info("There is no checkpoint in %s yet: the run starts at its beginning.", folder)
     if not resume and checkpoint.path.exists():
         raise InputError(
