@@ -136,6 +136,14 @@ class Plain(nn.Module):
         return self.head(self.body(x).mean((2, 3)))
 
 
+def job_orders(folder: str) -> dict[str, object]:
+    """Scores by `obs` of samples that every process has, each of which orders some of the groups."""
+    processes.start()
+    model = net()
+    found = cpd.score(model, cpd.comb(model, X), batches_of(16), criterion="obs", total=processes.total)
+    return {name: value.tolist() for name, value in found.items()}
+
+
 def job_compress(folder: str) -> dict[str, object]:
     """A run that shrinks three times while it is trained, two batches a step; in a folder named so, it ends early."""
     processes.start()
@@ -331,6 +339,14 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
         for name, values in groups.items():
             found, expected = torch.tensor(two[criterion][name]), torch.tensor(values)
             assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4, (criterion, name)
+
+
+def test_groups_are_ordered_by_one_process_each(tmp_path: Path) -> None:
+    one, _ = forked("job_orders", tmp_path / "one", 1)
+    two, _ = forked("job_orders", tmp_path / "two", 2)
+    assert list(one) == list(two)
+    for name, values in one.items():
+        assert two[name] == pytest.approx(values, rel=1e-3), name
 
 
 def test_two_machines_make_the_plan_of_one_process_and_one_of_them_writes(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ class Setting:
         precision: the dtype of `torch.autocast`; None computes in the weights' own.
         total: sums a tensor over several processes, each of which has a share of every batch; a criterion that sums
             over batches calls it on its sums.
+        place: the rank of this process among those, and how many they are: what each finds of the sums of all may be
+            shared out.
         reliability: {group name: how far its scores are no noise, from 0 to 1}, which a criterion fills where its
             samples tell it; selection draws the scores of a group towards their mean by it.
         untrusted: {group name: why its scores say too little}, which a criterion fills; selection leaves these whole.
@@ -53,6 +55,7 @@ class Setting:
     training: bool = False
     precision: torch.dtype | None = None
     total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+    place: tuple[int, int] = (0, 1)
     reliability: dict[str, float] = field(default_factory=dict)
     untrusted: dict[str, str] = field(default_factory=dict)
 

@@ -81,7 +81,7 @@ def obs(setting: Setting) -> dict[str, Tensor]:
             sums += every[name].square().sum(0)
         count += batch.call.samples
     assert alone is not None
-    count, result = setting.sum_of(count), {}
+    count, result, ordered = setting.sum_of(count), dict[str, Tensor](), dict[str, list[Site]]()
     for moment in moments.values():
         moment.pool(setting.total)
     for group in setting.comb.open:
@@ -92,12 +92,38 @@ def obs(setting: Setting) -> dict[str, Tensor]:
                 f"it has {group.size} channels, and what they hold was seen only {rows} times; "
                 f"from {math.ceil(group.size / TRUSTED)} on it can be told which of them stand in for others"
             )
-        readers = [_Reader(moments[site.tensor], site, count) for site in readable if moments[site.tensor].usable]
-        if readers:
-            result[group.name] = _in_order(group.size, readers)
-        else:
+        ordered[group.name] = [site for site in readable if moments[site.tensor].usable]
+        if not ordered[group.name]:
             result[group.name] = (setting.total(alone[group.name]) / count).cpu()
-    return result
+    result |= _shared_out(setting, {name: sites for name, sites in ordered.items() if sites}, moments, count)
+    return {name: result[name] for name in ordered}
+
+
+def _shared_out(
+    setting: Setting, groups: dict[str, list[Site]], moments: dict[str, Moments], samples: int
+) -> dict[str, Tensor]:
+    """The scores of groups by the layers that read them; each process does some of the groups.
+
+    Args:
+        setting: what is scored, and by which processes.
+        groups: {group: where layers read it}.
+        moments: of those layers, over all processes.
+        samples: that those are sums over.
+    """
+    rank, count = setting.place
+    cost = {name: sum(moments[site.tensor].work for site in sites) for name, sites in groups.items()}
+    loads, own = [0] * count, set[str]()
+    for name in sorted(groups, key=lambda name: (-cost[name], name)):  # the longest first, to who has done least
+        least = loads.index(min(loads))
+        loads[least] += cost[name]
+        own |= {name} if least == rank else set()
+    found = {}
+    for name, sites in groups.items():
+        if name in own:
+            found[name] = _in_order(sites[0].size, [_Reader(moments[site.tensor], site, samples) for site in sites])
+        else:
+            found[name] = torch.zeros(sites[0].size, dtype=torch.double)
+    return {name: setting.total(scores) for name, scores in found.items()} if count > 1 else found
 
 
 class Moments:
@@ -124,6 +150,11 @@ class Moments:
         self.first = torch.zeros(2, layer.groups, features, **like)
         self.gradient = torch.zeros(layer.groups, outputs, outputs, **like)
         self.rows = [0, 0]
+
+    @property
+    def work(self) -> int:
+        """How long a layer takes that reads a group while its channels go, in no unit."""
+        return int(self.second.shape[1] * self.second.shape[2] ** 3)
 
     def add(self, layer: LayerCall, samples: int, along: int, generator: torch.Generator) -> None:
         """Add one call, and its gradient once that is known."""

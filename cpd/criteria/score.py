@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cpd import processes
 from cpd.coupling.comb import COMB, Comb
 from cpd.criteria import CRITERIA, Criterion, Setting
 from cpd.criteria.choice import criterion_name
@@ -114,7 +115,9 @@ def score(
     dtype = None if precision is None else PRECISIONS[precision]
     setting = Setting(model, comb, data, loss, limit, probes, seed, training, dtype)
     if total is not None:
-        setting = replace(setting, total=total)
+        together = total is processes.total
+        place = (processes.rank(), processes.count()) if together else setting.place
+        setting = replace(setting, total=total, place=place)
     with of_the_user(f"The criterion {criterion_name(criterion)}"):
         scores = function(setting)
     if not isinstance(scores, Mapping):
