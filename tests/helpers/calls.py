@@ -263,6 +263,11 @@ def _calls() -> dict[str, Valid]:
             {"model": lambda: model()[:3], "data": lambda: [(X, Y[:, None, None].expand(4, 1, 1))],
              "classes": lambda: 4},
         ),
+        "segmentation.class_iou": (
+            cpd.tasks.segmentation.class_iou,
+            {"model": lambda: model()[:3], "data": lambda: [(X, Y[:, None, None].expand(4, 1, 1))],
+             "classes": lambda: 4},
+        ),
         "segmentation.EncoderDecoder": (
             cpd.tasks.segmentation.EncoderDecoder, {"backbone": lambda: "test_resnet", "classes": lambda: 2},
         ),

@@ -22,7 +22,7 @@ from cpd.cli import app
 from cpd.errors import InputError
 from cpd.surgery.masked import masked_error
 from cpd.surgery.shrink import shrink
-from cpd.tasks.segmentation import EncoderDecoder, SegmentationFolder, mean_iou
+from cpd.tasks.segmentation import EncoderDecoder, SegmentationFolder, class_iou, mean_iou
 from helpers.zoo import comb, dense, random_plan
 
 
@@ -81,6 +81,18 @@ def test_the_metric_equals_the_formula() -> None:
 
     found = mean_iou(Fixed(), [(torch.zeros(1, 3, 2, 3), target)], 3)
     assert found == pytest.approx(100 * (1 / 3 + 2 / 4) / 2)  # class 2 occurs only where it is ignored
+    each = class_iou(Fixed(), [(torch.zeros(1, 3, 2, 3), target)], 3)
+    assert each[:2] == pytest.approx([100 / 3, 50])
+    assert np.isnan(each[2])
+
+
+def test_labels_below_the_first_class_are_of_none(tmp_path: Path) -> None:
+    root, plain = write(tmp_path), {"mean": [0.0] * 3, "std": [1.0] * 3}
+    for (_, labels), (_, shifted) in zip(
+        SegmentationFolder(root, 4, (12, 16), **plain), SegmentationFolder(root, 3, (12, 16), first=1, **plain),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.equal(shifted, (labels - 1).where(labels > 0, -100))
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "mobilenetv3_small_050"])
