@@ -182,7 +182,7 @@ def compressed(name: str, target: dict[str, float], epochs: float, options: argp
     return {
         "model": name, **target, "epochs": epochs, "seed": options.seed, "images": len(labels),
         "speedup": report.speedup, "macs": report.original.macs / report.result.macs,
-        "latency_ms": None if report.latency is None else report.latency.compressed.median_ms,
+        "latency_ms": report.result.latency_ms,
         "dense": report.original.metric, "metric": report.result.metric,
         "agreement": 100 * float((before == after).double().mean()),
     }  # fmt: skip
@@ -218,8 +218,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path)
 
 
-def main() -> int:
-    """Run what is asked for, print the table; rows that the JSON file holds are not run again."""
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="with train/ and val/")
     parser.add_argument("--models", nargs="+", default=["resnet50"], help="names of timm")
@@ -235,8 +235,13 @@ def main() -> int:
     parser.add_argument("--no-pretrained", dest="pretrained", action="store_false", help="random weights: a dry run")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    options = parser.parse_args()
-    targets = [{"target_speedup": value} for value in options.speedups]
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run what is asked for, print the table; rows that the JSON file holds are not run again."""
+    options = parsed()
+    targets: list[dict[str, float]] = [{"target_speedup": value} for value in options.speedups]
     targets += [{"target_macs": 1 / value} for value in options.fewer]
     rows = results.read(options.json)
     for name in options.models:
