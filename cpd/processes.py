@@ -129,7 +129,8 @@ class Council:
             try:
                 self.jobs[name](*given)
             except Exception as error:  # the first one has met the same, or was told of it, and says how it ends
-                log.debug("Rank %d, %s: %s", rank(), name, error)
+                if not getattr(error, "elsewhere", False):
+                    log.warning("Rank %d: %s: %s", rank(), type(error).__name__, error)
         found, failure = given
         if failure is not None:
             raise failure
@@ -228,7 +229,7 @@ def _meet(step: str, failed: int = 0) -> None:
             f"differs between them, seen at {step!r}."
         )
     if error is not None and not failed:
-        error.told_to_all = True  # type: ignore[attr-defined]
+        error.told_to_all = error.elsewhere = True  # type: ignore[attr-defined]
         raise error
 
 

@@ -56,18 +56,18 @@ def ade20k(root: Path) -> Path:
 
 def test_a_folder_of_imagenet_is_read_as_it_is_handed_out(tmp_path: Path, benchmark: ModuleType) -> None:
     folders = benchmark("image_folders")
-    data = folders.ImageNet(imagenet(tmp_path / "names", ("n01440764", "n01443537")), "test_resnet", 5)
+    data = folders.ImageNet(imagenet(tmp_path / "names", ("n01440764", "n01443537")), "test_efficientnet", 5)
     assert (data.classes, len(data.training.dataset), len(data.validation.dataset)) == (2, 12, 4)
     assert data.example.shape[:2] == (1, 3)
     torch.manual_seed(0)
     (first, labels), *_ = data.plain
     assert len(first) == 5
     assert set(labels.tolist()) <= {0, 1}
-    numbered = folders.ImageNet(imagenet(tmp_path / "numbers", ("007", "120")), "test_resnet", 4)
+    numbered = folders.ImageNet(imagenet(tmp_path / "numbers", ("007", "120")), "test_efficientnet", 4)
     assert numbered.classes == 121
     assert {label for _, label in numbered.validation.dataset.samples} == {7, 120}
     with pytest.raises(SystemExit, match="no val/"):
-        folders.ImageNet(tmp_path / "numbers" / "train" / "007" / "..", "test_resnet", 4)
+        folders.ImageNet(tmp_path / "numbers" / "train" / "007" / "..", "test_efficientnet", 4)
 
 
 def test_imagenet_is_compressed_by_command(
@@ -75,14 +75,14 @@ def test_imagenet_is_compressed_by_command(
 ) -> None:
     command = benchmark("imagenet")
     folder, file = imagenet(tmp_path / "data", ("a", "b")), tmp_path / "rows.json"
-    given = f"imagenet.py {folder} --models test_resnet --fewer 2 --batch 6 --no-pretrained --json {file}"
+    given = f"imagenet.py {folder} --models test_efficientnet --fewer 2 --batch 6 --no-pretrained --json {file}"
     monkeypatch.setattr(sys, "argv", given.split())
     assert command.main() == 0
     (row,) = json.loads(file.read_text())["rows"]
     assert row["macs"] >= 2
     assert row["images"] == 4
     assert {"dense", "metric", "agreement", "speedup"} <= row.keys()
-    assert "test_resnet" in capsys.readouterr().out
+    assert "test_efficientnet" in capsys.readouterr().out
     assert command.main() == 0  # what is there is not run again
     assert len(json.loads(file.read_text())["rows"]) == 1
 

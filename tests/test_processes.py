@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import cpd
 from cpd import processes
@@ -24,6 +24,7 @@ from cpd.files.checkpoint import Checkpoint
 from cpd.jobs.request import checkpoint_of
 from cpd.surgery.calibration import Calibration
 from cpd.surgery.compensation import refit
+from cpd.surgery.recovery import recover
 from helpers.forks import ALONE, started
 from helpers.training import X, loader, net
 
@@ -52,23 +53,23 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def launched(job: str, folder: Path, count: int) -> tuple[object, str]:
-    """What a function of this file gives in so many processes, each started by `accelerate launch` on its "machine"."""
+def launched(job: str, folder: Path, count: int, machines: int = 1) -> tuple[object, str]:
+    """What a function of this file gives in so many processes of `accelerate launch`, on so many "machines"."""
     (folder / "job.py").write_text(SCRIPT)
     several = ["--multi_gpu"] if count > 1 else []  # the launcher's word for it; without GPUs gloo joins CPUs
     port = str(free_port())
-    machines = [
+    launchers = [
         subprocess.Popen(
             [sys.executable, "-m", "accelerate.commands.launch", *several, "--num_processes", str(count),
-             "--num_machines", str(count), "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
+             "--num_machines", str(machines), "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1",
              "--main_process_port", port, "--mixed_precision", "no", "--dynamo_backend", "no",
              str(folder / "job.py"), job, str(folder)],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **ALONE},
         )
-        for rank in range(count)
+        for rank in range(machines)
     ]  # fmt: skip
-    said = "".join(machine.communicate(timeout=300)[0] for machine in machines)
-    return told(said, not any(machine.returncode for machine in machines))
+    said = "".join(launcher.communicate(timeout=300)[0] for launcher in launchers)
+    return told(said, not any(launcher.returncode for launcher in launchers))
 
 
 def forked(job: str, folder: Path, count: int, *, check: bool = True) -> tuple[object, str]:
@@ -264,6 +265,26 @@ def job_sparse(folder: str) -> dict[str, object]:
     }  # fmt: skip
 
 
+def job_uneven(folder: str) -> dict[str, object]:
+    """Processes with unlike numbers of samples, which do not fit into memory at once, in a random order."""
+    processes.start()
+    torch.manual_seed(processes.rank())  # what each has drawn before
+    images = torch.cat([Images().images, torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))])
+    data = DataLoader(TensorDataset(images, torch.zeros(52)), 13, shuffle=True)
+    model, narrow = Normed(), Normed()
+    plan = cpd.comb(model, X[:1]).plan({"inner.0": range(12)})
+    cpd.shrink(narrow, plan)
+    calibration = Calibration(model, data, together=True, memory_gb=2e-4)
+    found = recover(narrow, calibration, plan)
+    processes.check_same(str([value.sum().item() for value in narrow.state_dict().values()]), "weights")
+    mine = torch.cat([part.call.args[0] for part in calibration.parts])
+    return {
+        "parts": len(calibration.parts), "most": processes.most(len(calibration.parts)), "all": calibration.samples,
+        "errors": found.errors, "sum": float(processes.total(mine.double().sum())),
+        "expected": float(images.double().sum()),
+    }  # fmt: skip
+
+
 class Unlike(Normed):
     """Goes another way on some data, from the second model on."""
 
@@ -351,7 +372,7 @@ def test_groups_are_ordered_by_one_process_each(tmp_path: Path) -> None:
 
 def test_two_machines_make_the_plan_of_one_process_and_one_of_them_writes(tmp_path: Path) -> None:
     one, _ = forked("job_compress", tmp_path, 1)
-    two, _ = launched("job_compress", tmp_path, 2)
+    two, _ = launched("job_compress", tmp_path, 2, machines=2)
     assert one["digest"] == two["digest"]
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
     assert alike(two, one, "weights")
@@ -424,6 +445,14 @@ def test_masks_are_chosen_and_refitted_as_by_one_process(tmp_path: Path) -> None
     assert two["masks"] == one["masks"]
     assert two["errors"] == pytest.approx(one["errors"], rel=1e-2)
     assert alike(two, one, "weights")
+
+
+def test_processes_of_unlike_many_samples_wait_for_one_another(tmp_path: Path) -> None:
+    found, _ = forked("job_uneven", tmp_path, 2)
+    assert found["all"] == 52
+    assert found["sum"] == pytest.approx(found["expected"])  # each sample is one process's
+    assert found["parts"] == found["most"] > 3
+    assert found["errors"]["compensation"] < found["errors"]["nothing"]
 
 
 def test_what_fails_in_one_process_fails_in_all(tmp_path: Path) -> None:

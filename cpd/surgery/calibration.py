@@ -17,6 +17,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
@@ -30,6 +31,7 @@ from cpd.errors import TrainingError, of_the_user
 from cpd.model.inputs import Call, batches, device_of, evaluating, joined, logits
 from cpd.model.memory_format import channels_last, takes_channels_last
 from cpd.model.outputs import whole
+from cpd.model.randomness import random_states_kept, seeded
 from cpd.trace.layer_calls import LayerCall, LayerCalls, Step, matrix, seen
 from cpd.trace.streams import Stream, streams
 
@@ -152,8 +154,15 @@ class Calibration:
         self.device, self.step = device_of(original), processes.InStep(alone=not together)
         self.tried: dict[str, tuple[Mapping[str, Any], tuple[float, float]]] = {}
         with self.step.together():
-            calls = _alike(self._calls(data, limit), int(memory_gb * 2**30 * IN_MEMORY))
+            with self._drawn(data) if together else nullcontext():
+                calls = _alike(self._calls(data, limit), int(memory_gb * 2**30 * IN_MEMORY))
             self._begin(original, calls, memory_gb, layers)
+
+    @contextmanager
+    def _drawn(self, data: Iterable[Any]) -> Iterator[None]:
+        """The data in an order that is the same in all processes, whatever each has drawn before."""
+        with random_states_kept(), seeded(data, self.seed):
+            yield
 
     def _calls(self, data: Iterable[Any], limit: int | None) -> Iterator[Call]:
         """What this process reads."""
@@ -200,9 +209,9 @@ class Calibration:
             if left > 0:
                 found.append(part if left >= len(part.held) else part.first(left))
             left -= len(part.held)
-        yield from found
-        for _ in range(self.step.most(len(found)) - len(found)):
-            yield replace(self.parts[0].first(1), idle=True)
+        rounds = self.step.most(len(found))
+        idle = replace(self.parts[0].first(1), idle=True)
+        yield from found + [idle] * (rounds - len(found))
 
     def held(self) -> Iterator[Call]:
         """The samples that are held out, a few at a time; all where there are too few to hold any out."""
@@ -288,8 +297,9 @@ class Calibration:
                 for call, expected in zip(self.held(), self.expected, strict=True):
                     if left <= 0:
                         break
-                    expected = expected[:left]
-                    found, left = logits(self.read(call.part(len(expected)).on(model))), left - len(expected)
+                    if len(expected) > left:
+                        call, expected = call.part(left), expected[:left]
+                    found, left = logits(self.read(call.on(model))), left - len(expected)
                     sums[0] += float((found - expected).double().square().sum())
                     if expected.dim() > 1:
                         agree = found.argmax(1) == expected.argmax(1)
