@@ -21,11 +21,11 @@ BATCH = 64
 def are_arrays(value: object) -> bool:
     """Whether a value is an array of samples, or a pair of one of inputs and one of targets, of as many samples."""
     if (shape := _shape(value)) is not None:
-        return len(shape) > 1
+        return len(shape) > 1 and shape[0] > 0
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         return False
     inputs, targets = map(_shape, value)
-    if inputs is None or targets is None or len(inputs) < 2 or not targets:
+    if inputs is None or targets is None or len(inputs) < 2 or not targets or not inputs[0]:
         return False
     return inputs[0] == targets[0] and len(inputs) != len(targets)  # two alike are two batches of inputs
 
