@@ -98,6 +98,10 @@ class Task:
         """The parts of the output that matter, as `outputs=` of `cpd.comb`; None: all of it."""
         return None
 
+    def chosen(self, model: nn.Module, outputs: Outputs) -> Outputs:
+        """The parts that a user says matter, laid out as a loss takes them: of classes, those in dimension 1."""
+        return outputs
+
     def training(self, model: nn.Module) -> Mapping[str, Any]:
         """Options of `cpd.DistillConfig` that suit the model, which count where the user leaves the default."""
         return {}
