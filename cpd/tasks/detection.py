@@ -130,6 +130,7 @@ def _pooled(pool: Any, features: Mapping[str, Tensor], boxes: list[Tensor], size
 
     width = max(size[1] for size in sizes)
     levels = [features[name] for name in pool.featmap_names if name in features]
+    boxes = [places.to(levels[0].dtype) for places in boxes]
     each = [roi_align(level, boxes, pool.output_size, level.shape[-1] / width, pool.sampling_ratio) for level in levels]
     return torch.stack(each).mean(0)
 

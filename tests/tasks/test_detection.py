@@ -95,6 +95,14 @@ def test_losses_leave_norms_in_their_mode() -> None:
         task.batch(model, torch.zeros(1, 3, 8, 8))
 
 
+def test_a_second_stage_is_asked_in_the_type_of_the_model() -> None:
+    model, images = built("faster_rcnn"), padded(data()[0][0])
+    single = raw_predictions(model, images)
+    found = raw_predictions(model.double(), images.double())
+    assert found.dtype is torch.float64
+    assert torch.allclose(found.float(), single, atol=1e-4)
+
+
 def test_the_features_that_heads_read_are_found() -> None:
     assert feature_modules(built("ssd")) == ("backbone.levels.1",)  # the first goes through an activation
     assert padded([torch.ones(3, 4, 6), torch.ones(3, 5, 2)]).shape == (2, 3, 5, 6)
