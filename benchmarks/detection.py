@@ -37,7 +37,7 @@ from cpd.tasks.task import itself, task_of
 
 MODELS = (
     "fasterrcnn_resnet50_fpn_v2", "retinanet_resnet50_fpn_v2", "fcos_resnet50_fpn", "ssd300_vgg16",
-    "ssdlite320_mobilenet_v3_large", "maskrcnn_resnet50_fpn",
+    "ssdlite320_mobilenet_v3_large", "maskrcnn_resnet50_fpn", "keypointrcnn_resnet50_fpn",
 )  # fmt: skip
 SIDE = 96
 
@@ -70,6 +70,9 @@ def examine(name: str, share: float) -> dict[str, Any]:
         if "mask" in name:
             for target in targets:
                 target["masks"] = torch.zeros(len(target["boxes"]), SIDE, SIDE, dtype=torch.uint8)
+        if "keypoint" in name:
+            for target in targets:
+                target["keypoints"] = torch.ones(len(target["boxes"]), 17, 3)
         losses = narrow.train()(images, targets)
     assert all("boxes" in each for each in found)
     assert all(torch.is_tensor(value) for value in losses.values())
