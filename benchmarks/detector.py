@@ -1,7 +1,8 @@
 """A trained detector, faster: `python benchmarks/detector.py [--json F]`.
 
 A YOLO11n is trained on shapes with exact boxes, drawn on the spot (`shapes.py`); no network. `cpd.compress` and
-Torch-Pruning bring it to the same measured speed, and both are trained back for the same number of steps.
+Torch-Pruning bring it to the same measured speed, and both are trained back for the same number of steps. What comes of
+them is kept beside the weights, so that `--again` can measure its speed once more where the machine was busy.
 
 | column | what it is |
 |---|---|
@@ -90,17 +91,21 @@ class Detector:
         """mAP50-95 by ultralytics' validator, in per cent."""
         return validated(model, str(self.data), self.options.side, BATCH)
 
-    def judged(self, dense: nn.Module, model: nn.Module) -> dict[str, Any]:
+    def file(self, head: dict[str, Any]) -> Path:
+        """Where the ONNX file of a row is kept."""
+        return self.folder / "{by}-{asked:g}-{epochs}.onnx".format(**head)
+
+    def speed(self, head: dict[str, Any]) -> float:
+        """How many times as fast the kept model of a row is, as another process measures it."""
+        return separately(self.folder / f"{NAME}.onnx", self.file(head), threads=1)
+
+    def judged(self, dense: nn.Module, model: nn.Module, head: dict[str, Any]) -> dict[str, Any]:
         """What came of a model: its speed as another process measures it, its mAP and its size."""
-        with tempfile.TemporaryDirectory() as folder:
-            files = [
-                cpd.export_onnx(each, self.example, Path(folder, f"{name}.onnx"))
-                for name, each in {"dense": dense, "narrow": model}.items()
-            ]
-            speed = separately(*files, threads=1)
+        cpd.export_onnx(dense, self.example, self.folder / f"{NAME}.onnx")
+        cpd.export_onnx(model, self.example, self.file(head))
         call = as_call(self.example)
         return {
-            "speedup": speed,
+            "speedup": self.speed(head),
             "after": self.score(model),
             "macs_left": counted_macs(model, call) / counted_macs(dense, call),
             "parameters_left": parameters(model) / parameters(dense),
@@ -115,12 +120,18 @@ def parameters(model: nn.Module) -> int:
 # ---------------------------------------------------------------------------------- those who prune
 
 
-def ours(detector: Detector, dense: nn.Module, asked: float) -> dict[str, Any]:
+def ours(detector: Detector, dense: nn.Module, head: dict[str, Any]) -> dict[str, Any]:
     """`cpd.compress` with what it does by itself."""
     options = detector.options
     task = Yolo(batch_size=BATCH, imgsz=options.side)
     result = cpd.compress(
-        dense, target_speedup=asked, data=detector.data, task=task, epochs=options.recovery, threads=1, progress=False
+        dense,
+        target_speedup=head["asked"],
+        data=detector.data,
+        task=task,
+        epochs=options.recovery,
+        threads=1,
+        progress=False,
     )
     history = result.report.history
     return {
@@ -129,23 +140,24 @@ def ours(detector: Detector, dense: nn.Module, asked: float) -> dict[str, Any]:
         "history": [row["metric"] for row in history],
         "removed": len(result.plan.removed),
         "notes": list(result.report.notes),
-        **detector.judged(dense, result.model),
+        **detector.judged(dense, result.model, head),
     }
 
 
-def theirs(detector: Detector, dense: nn.Module, asked: float) -> dict[str, Any]:
+def theirs(detector: Detector, dense: nn.Module, head: dict[str, Any]) -> dict[str, Any]:
     """Torch-Pruning at the smallest ratio that is as fast, trained back by ultralytics."""
     for ratio in (step * STEP for step in range(1, round(0.95 / STEP))):
         narrow = torch_pruned(dense, detector.example, ratio)
-        if cpd.compare_latency(dense, narrow, detector.example, seconds=SECONDS, threads=1).speedup >= AS_FAST * asked:
+        speed = cpd.compare_latency(dense, narrow, detector.example, seconds=SECONDS, threads=1).speedup
+        if speed >= AS_FAST * head["asked"]:
             break
     found = {"pruned": detector.score(narrow), "ratio": ratio}
-    return {**found, **detector.judged(dense, detector.trained_on(narrow, detector.options.recovery))}
+    return {**found, **detector.judged(dense, detector.trained_on(narrow, detector.options.recovery), head)}
 
 
-def untouched(detector: Detector, dense: nn.Module, asked: float) -> dict[str, Any]:
+def untouched(detector: Detector, dense: nn.Module, head: dict[str, Any]) -> dict[str, Any]:
     """The model as it is, trained as long."""
-    return detector.judged(dense, detector.trained_on(copy.deepcopy(dense), detector.options.recovery))
+    return detector.judged(dense, detector.trained_on(copy.deepcopy(dense), detector.options.recovery), head)
 
 
 BY = {"unpruned": untouched, "cpd": ours, "Torch-Pruning": theirs}
@@ -264,6 +276,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=1024, help="to train on; half as many to validate on")
     parser.add_argument("--epochs", type=int, default=24, help="of the training of the unpruned model")
     parser.add_argument("--recovery", type=int, default=6, help="epochs that each result is trained back")
+    parser.add_argument("--again", action="store_true", help="measure the speed of kept results once more, and end")
     parser.add_argument("--cache", type=Path, default=platformdirs.user_cache_path("cpd") / "benchmarks")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
@@ -274,15 +287,20 @@ def main() -> int:
     options = parsed()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    detector = Detector(options)
+    detector, rows = Detector(options), results.read(options.json)
+    if options.again:
+        rows = [{**row, "speedup": detector.speed(row)} if detector.file(row).exists() else row for row in rows]
+        results.write(options.json, rows)
+        Console(width=160).print(table_of(rows))
+        return 0
     dense = detector.trained()
-    score, rows = detector.score(dense), results.read(options.json)
+    score = detector.score(dense)
     print(f"unpruned: {score:.2f}", file=sys.stderr, flush=True)
     with installed_peer("Torch-Pruning" in options.by, PEER) as peers:
         sys.path[:0] = [peers] if peers else []
         for head in list(missing(options, rows)):
             start = time.perf_counter()
-            found = BY[head["by"]](detector, copy.deepcopy(dense), head["asked"])
+            found = BY[head["by"]](detector, copy.deepcopy(dense), head)
             rows.append({**head, "dense": score, **found, "seconds": time.perf_counter() - start})
             print({key: value for key, value in rows[-1].items() if key != "notes"}, file=sys.stderr, flush=True)
             if options.json:
