@@ -279,7 +279,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure the speed of kept results once more, and end")
     parser.add_argument("--cache", type=Path, default=platformdirs.user_cache_path("cpd") / "benchmarks")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.again and options.json is None:
+        parser.error("--again measures the rows of --json F")
+    return options
 
 
 def main() -> int:
