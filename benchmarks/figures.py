@@ -219,6 +219,23 @@ TRAINED: Columns = {
     "after": _percent("metric", 2),
     "epochs": lambda row: str(row["epochs"]),
 }
+DETECTOR: Columns = {
+    "by": _text("by"),
+    "asked": lambda row: "-" if row["by"] == "unpruned" else f"{row['asked']:g}x",
+    "measured apart": _times("speedup"),
+    "unpruned": _percent("dense"),
+    "pruned": _percent("pruned"),
+    "trained back": _percent("after"),
+    "MACs left": _percent("macs_left", share=True),
+    "parameters left": _percent("parameters_left", share=True),
+}
+DETECTION: Columns = {
+    "detector": _text("model"),
+    "parameters": lambda row: f"{row['parameters'] / 1e6:.1f} M",
+    "in open groups": _percent("open", share=True),
+    "error": _text("error"),
+    "parameters left": _percent("left", share=True),
+}
 COLUMNS: dict[str, Columns] = {
     "yolo": {
         "model": _model,
@@ -232,6 +249,8 @@ COLUMNS: dict[str, Columns] = {
         "exporter": _text("exporter"),
         "seconds": _seconds,
     },
+    "detector": DETECTOR,
+    "detection": DETECTION,
     "one_shot_measured": ONE_SHOT,
     "oracles": ORACLES,
     "gpu_checks": {"step": _text("what"), "on the GPU": lambda row: str(row["found"]), "s": _seconds},

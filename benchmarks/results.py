@@ -61,8 +61,13 @@ def _content(path: Path) -> dict[str, Any]:
 
 def _call() -> str:
     """The command, folders of data named DATA_DIR, which are elsewhere on each machine."""
-    told = ["DATA_DIR" if Path(word).is_dir() else word for word in sys.argv[1:]]
+    told = ["DATA_DIR" if _is_data(Path(word)) else word for word in sys.argv[1:]]
     return shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *told])
+
+
+def _is_data(path: Path) -> bool:
+    """Whether an argument is a folder, and not the name of this package, which is a folder of a checkout."""
+    return path.is_dir() and not (path / "__init__.py").exists()
 
 
 def _commit() -> str:

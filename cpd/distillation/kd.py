@@ -104,6 +104,9 @@ class Distillation(nn.Module):
     def forward(self, student: Any, teacher: Any, target: Any = None) -> Tensor:
         """The loss, a scalar, of outputs that were made while `watching`.
 
+        Of several parts that matter, the first is compared by the loss that was chosen, the others by their mean
+        squared difference, relative to the teacher's: boxes, masks and embeddings are no classes.
+
         Args:
             student: the student's output, of which `cpd.model.inputs.logits` are taken.
             teacher: the teacher's.
@@ -113,7 +116,17 @@ class Distillation(nn.Module):
             each = [self._of_features(key, target) for key in self.pairs]
             return torch.stack(each).mean()
         function = channel_wise if self.kind == "cwd" else kl_divergence
-        return function(logits(self.read(student)), logits(self.read(teacher)), self.temperature)
+        found, wanted = self.read(student), self.read(teacher)
+        loss = function(logits(found), logits(wanted), self.temperature)
+        beside = [feature_error(*pair) for pair in self._beside(found, wanted)]
+        return loss + torch.stack(beside).mean() if beside else loss
+
+    def _beside(self, student: Any, teacher: Any) -> list[tuple[Tensor, Tensor]]:
+        """What matters of two outputs after the first part of each, where several parts were chosen."""
+        if self.read is whole or not isinstance(student, tuple) or not isinstance(teacher, tuple):
+            return []
+        pairs = [(a, b) for a, b in zip(student[1:], teacher[1:], strict=False) if isinstance(a, Tensor)]
+        return [(a, b) for a, b in pairs if isinstance(b, Tensor) and a.shape == b.shape and a.is_floating_point()]
 
     def _of_features(self, key: str, target: Any) -> Tensor:
         student, teacher = self.found[0].pop(key), self.found[1].pop(key)

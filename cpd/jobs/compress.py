@@ -61,7 +61,7 @@ from cpd.selection.common import Common
 from cpd.selection.schedule import Schedule
 from cpd.tasks.loss import LossFunction
 from cpd.tasks.metric import metric_name, told, written
-from cpd.tasks.task import TASK, DataName, Task, itself, on_itself
+from cpd.tasks.task import TASK, DataName, Task, check_whole, itself, on_itself
 
 log = logging.getLogger("cpd")
 
@@ -365,6 +365,7 @@ class _Run(Run):
         name, directly = metric_name(evaluate), list[float]()
 
         def pruned() -> None:
+            check_whole(self.model, self.student, self.call)
             if before is not None:
                 found = self.evaluated(evaluate, "directly after pruning")
                 assert found is not None

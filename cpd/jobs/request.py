@@ -55,8 +55,10 @@ class Given:
     source: str | None
 
     def completed(self, settings: PruneConfig) -> PruneConfig:
-        """The options of pruning with the outputs that matter to the task, where none are named."""
-        return settings if settings.outputs is not None else replace(settings, outputs=self.task.outputs(self.model))
+        """The options of pruning with the outputs that matter: those that are named, else those of the task."""
+        asked, task = settings.outputs, self.task
+        found = task.outputs(self.model) if asked is None else task.chosen(self.model, asked)
+        return replace(settings, outputs=found)
 
     def batches(self) -> tuple[Iterable[Any] | None, Iterable[Any] | None]:
         """Data and calibration, read by the task."""

@@ -24,6 +24,7 @@ from cpd.model.tensors import copy_of
 from cpd.surgery.recovery import Recovery
 from cpd.tasks.loss import LossFunction
 from cpd.tasks.metric import metric_name, told
+from cpd.tasks.task import check_whole
 
 log = logging.getLogger("cpd")
 
@@ -138,6 +139,7 @@ class Run:
                 self.pruner.prune()
             after = self.evaluated(evaluate, "after the training")
         self.student.eval()
+        check_whole(self.model, self.student, self.call)
         self.metrics = (before, after)
 
     def prune_at_once(self, evaluate: Evaluate | None, before: float | None) -> float | None:

@@ -24,6 +24,8 @@ from cpd.tasks.task import Task, as_itself
 
 #: Where classes of detectors, of their heads and of their proposals lie.
 _LIBRARY = "torchvision.models.detection"
+#: What second stages say of a box, as torchvision names their parts.
+STAGES = ("box", "mask", "keypoint")
 #: Boxes that a second stage is asked about, as shares of an image: the whole, its quarters, its middle.
 PLACES = (
     (0, 0, 1, 1),
@@ -36,7 +38,7 @@ PLACES = (
 
 
 class Detection(Task):
-    """Detectors of torchvision: Faster R-CNN, RetinaNet, FCOS, SSD.
+    """Detectors of torchvision: Faster R-CNN, Mask R-CNN, Keypoint R-CNN, RetinaNet, FCOS, SSD.
 
     Batches are (images, targets) as torchvision's references collate them: images `[3, H, W]` in a list, tuple or
     tensor, and a dict of "boxes" `[boxes, 4]` in pixels and "labels" `[boxes]` for each. Images of several sizes are
@@ -119,8 +121,13 @@ def raw_predictions(model: Any, images: Tensor) -> Tensor:
     if hasattr(model, "roi_heads"):
         heads, sizes = model.roi_heads, transformed.image_sizes
         boxes = [_boxes(height, width, images.device) for height, width in sizes]
-        given = heads.box_predictor(heads.box_head(_pooled(heads.box_roi_pool, features, boxes, sizes)))
-        found += [leaf.unflatten(0, (len(images), len(PLACES))) for leaf in _leaves(given)]
+        for kind in STAGES:
+            pool, head, predictor = (
+                getattr(heads, f"{kind}_{part}", None) for part in ("roi_pool", "head", "predictor")
+            )
+            if pool is not None and head is not None and predictor is not None:
+                given = predictor(head(_pooled(pool, features, boxes, sizes)))
+                found += [leaf.unflatten(0, (len(images), len(PLACES))) for leaf in _leaves(given)]
     return torch.cat([leaf.flatten(1) for leaf in found], 1)
 
 
@@ -130,6 +137,7 @@ def _pooled(pool: Any, features: Mapping[str, Tensor], boxes: list[Tensor], size
 
     width = max(size[1] for size in sizes)
     levels = [features[name] for name in pool.featmap_names if name in features]
+    boxes = [places.to(levels[0].dtype) for places in boxes]
     each = [roi_align(level, boxes, pool.output_size, level.shape[-1] / width, pool.sampling_ratio) for level in levels]
     return torch.stack(each).mean(0)
 

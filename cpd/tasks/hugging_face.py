@@ -18,20 +18,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from cpd.errors import InputError
-from cpd.model.inputs import Call, device_of, move
-from cpd.model.outputs import Outputs
+from cpd.model.inputs import Call, as_call, device_of, evaluating, move
+from cpd.model.outputs import Outputs, reader
 from cpd.options import Check, integer, is_function
 from cpd.tasks.task import Task, TaskBatches
 
 #: Arguments of a forward that are targets; what rows of a data set call the first of them.
 LABELS = ("labels", "mask_labels", "class_labels", "start_positions", "end_positions", "next_sentence_label")
 ALIASES = {"label": "labels", "label_ids": "labels"}
-#: What matters of an output, where it is there: the first is what a student mimics.
+#: What matters of an output, where it is there. The first is what a student mimics by the loss of a distillation.
 MATTER = (
     "logits", "predicted_depth", "class_queries_logits", "logits_per_image", "start_logits", "prediction_logits",
     "reconstruction", "pred_boxes", "pred_masks", "masks_queries_logits", "logits_per_text", "end_logits",
     "image_embeds", "text_embeds",
 )  # fmt: skip
+#: Those of them that hold classes, in the last of three dimensions.
+CLASSES = ("logits", "class_queries_logits", "prediction_logits")
+#: Outputs that are no classes of anything: they are mimicked as features are.
+EMBEDDINGS = ("image_embeds", "text_embeds", "last_hidden_state", "pooler_output")
 #: The main inputs of models, and how many dimensions one sample has.
 SAMPLES = {"pixel_values": 3, "pixel_values_videos": 4, "input_ids": 1}
 #: Tokens of an example input; pixels of its side where a configuration names none.
@@ -105,6 +109,24 @@ class HuggingFace(Task):
         """What is known to matter of an output, by its name; all of an output that has nothing of the kind."""
         return what_matters
 
+    def chosen(self, model: nn.Module, outputs: Outputs) -> Outputs:
+        """Parts that are named, those of classes with the classes in dimension 1; a function lays out by itself."""
+        if callable(outputs):
+            return outputs
+        pick = reader(outputs)
+
+        def chosen(output: Any) -> Any:
+            found = pick(output)
+            classes = [_field(output, name) for name in CLASSES]
+            each = [
+                with_classes_second(part) if any(part is item for item in classes) else part
+                for part in (found if isinstance(found, tuple) else (found,))
+            ]
+            return tuple(each) if isinstance(found, tuple) else each[0]
+
+        chosen.__qualname__ = str(outputs)  # as which a report tells it
+        return chosen
+
     def training(self, model: nn.Module) -> Mapping[str, Any]:
         """AdamW, which transformers are trained with; features instead of classes where there are none to compare."""
         config: Any = model.config
@@ -112,7 +134,39 @@ class HuggingFace(Task):
         chooses_queries = bool(getattr(config, "two_stage", False)) or hasattr(config, "learn_initial_query")
         if chooses_queries:  # by their scores: those of a student are others than the teacher's
             return {"optimizer": "adamw", "kd": "none"}
-        return {"optimizer": "adamw", "lr": 1e-4, **({"kd": "mse"} if "Depth" in kind else {})}
+        given = self._embedding_modules(model)
+        mimicked = {"kd": "mse", "features": given} if given else {"kd": "mse"} if "Depth" in kind else {}
+        return {"optimizer": "adamw", "lr": 1e-4, **mimicked}
+
+    def _embedding_modules(self, model: nn.Module) -> tuple[str, ...]:
+        """The modules that give a model's embeddings, if that is what it is for: the first that matters is one."""
+        inputs = self.example_inputs(model)
+        if inputs is None:
+            return ()
+        given: dict[int, str] = {}
+        kept: list[Any] = []  # so that no number is used twice
+
+        def note(name: str, output: Any) -> None:
+            kept.append(output)
+            given.setdefault(id(output), name)
+
+        handles = [
+            module.register_forward_hook(lambda _, __, output, name=name: note(name, output))
+            for name, module in model.named_modules()
+            if name
+        ]
+        try:
+            with torch.no_grad(), evaluating(model):
+                output = as_call(inputs).on(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+        first = next((name for name in (*MATTER, *EMBEDDINGS) if isinstance(_field(output, name), Tensor)), None)
+        if first not in EMBEDDINGS:
+            return ()
+        names = EMBEDDINGS[:2] if first in EMBEDDINGS[:2] else EMBEDDINGS[2:]
+        wanted = [_field(output, name) for name in names]
+        return tuple(given[id(part)] for part in wanted if isinstance(part, Tensor) and id(part) in given)
 
     def example_inputs(self, model: nn.Module) -> Any:
         """One image, or some tokens, as the configuration has them; None where it says too little."""
@@ -174,9 +228,14 @@ def what_matters(output: Any) -> Any:
     if not found:
         return output
     first, *others = found
-    if first.dim() == 3 and _field(output, "predicted_depth") is not first:  # [N, tokens or queries, classes]
-        first = first.movedim(-1, 1)
+    if any(_field(output, name) is first for name in CLASSES):
+        first = with_classes_second(first)
     return (first, *others) if others else first
+
+
+def with_classes_second(logits: Tensor) -> Tensor:
+    """Logits `[N, tokens or queries, classes]` as `[N, classes, tokens or queries]`; others as they are."""
+    return logits.movedim(-1, 1) if logits.dim() == 3 else logits
 
 
 def _field(output: Any, name: str) -> Any:

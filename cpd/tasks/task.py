@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any, ClassVar, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
-from cpd.errors import InputError
+from cpd.errors import InputError, ShrinkError, first_line
 from cpd.model import sources
-from cpd.model.inputs import Batch, Call, as_batch
+from cpd.model.inputs import Batch, Call, as_batch, evaluating
 from cpd.model.outputs import Outputs
 from cpd.model.samples import as_batches
 from cpd.options import instance
@@ -98,6 +99,10 @@ class Task:
     def outputs(self, model: nn.Module) -> Outputs | None:
         """The parts of the output that matter, as `outputs=` of `cpd.comb`; None: all of it."""
         return None
+
+    def chosen(self, model: nn.Module, outputs: Outputs) -> Outputs:
+        """The parts that a user says matter, laid out as a loss takes them: of classes, those in dimension 1."""
+        return outputs
 
     def training(self, model: nn.Module) -> Mapping[str, Any]:
         """Options of `cpd.DistillConfig` that suit the model, which count where the user leaves the default."""
@@ -182,6 +187,30 @@ def itself(model: nn.Module) -> nn.Module:
     """A copy of a model that was viewed by a task, as it is from now on."""
     model.__class__ = getattr(type(model), _VIEW, type(model))
     return model
+
+
+def check_whole(original: nn.Module, student: nn.Module, call: Call) -> None:
+    """See that a student runs as it is, where the original does, and not only in what its task mimics.
+
+    A layer that `mimicked` leaves out is not traced, and keeps its width where what it reads has become narrower.
+
+    Raises:
+        ShrinkError: if it does not.
+    """
+    if not hasattr(type(student), _VIEW):
+        return
+    for model in (original, student):
+        try:
+            with as_itself(model), evaluating(model), torch.no_grad():
+                call.on(model)
+        except Exception as error:  # of any forward
+            if model is original:  # it takes something else than what is mimicked does
+                return
+            raise ShrinkError(
+                f"What the task mimics of {type(student).__name__} runs when it is pruned, the model itself does not: "
+                f"{first_line(error)}. Its forward calls a layer that mimicked() leaves out, which was left as wide as "
+                "it was: let mimicked() give what that layer gives, too."
+            ) from error
 
 
 def on_itself(evaluate: Callable[[nn.Module], float] | None) -> Callable[[nn.Module], float] | None:

@@ -25,6 +25,7 @@ from cpd.errors import InputError, first_line
 from cpd.model.arguments import MODEL
 from cpd.model.inputs import Call, device_of
 from cpd.model.outputs import Outputs
+from cpd.model.randomness import random_states_kept
 from cpd.options import FLAG, PATH, checked, instance, integer
 from cpd.tasks.metric import named
 from cpd.tasks.task import DataName, Loaded, Task
@@ -262,7 +263,7 @@ def validated(model: nn.Module, data: str, imgsz: int = IMAGE_SIZE, batch: int =
         imgsz: side of the images in pixels.
         batch: images in a batch.
     """
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, _quiet(), random_states_kept():
         found = as_yolo(deepcopy(model).float()).val(
             data=data, imgsz=imgsz, batch=batch, plots=False, verbose=False, workers=0, project=folder, name="val",
             device=str(device_of(model)),
@@ -273,15 +274,16 @@ def validated(model: nn.Module, data: str, imgsz: int = IMAGE_SIZE, batch: int =
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tables and progress lines of ultralytics."""
+    """Without the tables and progress lines of ultralytics; and the threads of torch, which it sets, as they were."""
     from ultralytics.utils import LOGGER
 
-    level, shown = LOGGER.level, os.environ.get("YOLO_VERBOSE")
+    level, shown, threads = LOGGER.level, os.environ.get("YOLO_VERBOSE"), torch.get_num_threads()
     LOGGER.setLevel(logging.ERROR)
     try:
         yield
     finally:
         LOGGER.setLevel(level)
+        torch.set_num_threads(threads)
         if shown is not None:
             os.environ["YOLO_VERBOSE"] = shown
 

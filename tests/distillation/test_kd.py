@@ -16,6 +16,7 @@ from cpd.distillation.kd import Distillation, last_layer
 from cpd.distillation.losses import channel_wise, cross_image, feature_error, to_memory
 from cpd.errors import InputError
 from cpd.model.inputs import Call
+from cpd.model.outputs import reader
 from cpd.pruner import Pruner
 from cpd.selection.schedule import Schedule
 from helpers.teaching import CLASSES, Net, images, make
@@ -60,6 +61,18 @@ def test_channel_wise_equals_the_formula() -> None:
     assert float(channel_wise(teacher, teacher, heat)) == pytest.approx(0, abs=1e-12)
     with pytest.raises(InputError, match="kd='kl'"):
         channel_wise(maps(2, 3), maps(2, 3))
+
+
+def test_parts_that_were_chosen_beside_the_first_are_mimicked_by_their_error() -> None:
+    parts = [{"logits": maps(4, 3, seed=n), "boxes": maps(4, 5, seed=n + 2), "mask": maps(4, 2 + n)} for n in (0, 1)]
+    config = DistillConfig(kd="kl")
+    model = nn.Linear(1, 1)
+    alone, both, whole = (
+        Distillation(config, model, model, read=reader(chosen))(*parts)
+        for chosen in ("logits", ("logits", "boxes", "mask"), None)
+    )
+    assert float(whole) == float(alone)
+    assert float(both - alone) == pytest.approx(float(feature_error(parts[0]["boxes"], parts[1]["boxes"])))
 
 
 def test_cross_image_equals_the_formula() -> None:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import detection as library
 from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.ops import MultiScaleRoIAlign
 
 import cpd
 from cpd.tasks.detection import Detection, feature_modules, mean_average_precision, padded, raw_predictions
-from cpd.tasks.task import task_of
+from cpd.tasks.task import itself, task_of
 
 SIDE = 64
 
@@ -93,6 +94,32 @@ def test_losses_leave_norms_in_their_mode() -> None:
     assert torch.equal(output, raw_predictions(model, batch.call.args[0]))
     with pytest.raises(cpd.InputError, match=r"^A batch of a detector is \(images, targets\), in lists"):
         task.batch(model, torch.zeros(1, 3, 8, 8))
+
+
+def test_what_a_second_stage_says_of_masks_and_points_is_read() -> None:
+    """Its layers read features that become narrower: they were left as they are, and the result failed."""
+    model: Any = built("faster_rcnn")
+    pool = MultiScaleRoIAlign(["0", "1"], 14, 2)
+    heads = model.roi_heads
+    heads.mask_roi_pool, heads.mask_head = pool, library.mask_rcnn.MaskRCNNHeads(32, [16], 1)
+    heads.mask_predictor = library.mask_rcnn.MaskRCNNPredictor(16, 16, 4)
+    heads.keypoint_roi_pool, heads.keypoint_head = pool, library.keypoint_rcnn.KeypointRCNNHeads(32, [16])
+    heads.keypoint_predictor = library.keypoint_rcnn.KeypointRCNNPredictor(16, 5)
+    images = padded(data()[0][0])[:1]
+    with task_of(model).viewed(model):
+        comb = cpd.comb(model, images)
+        (stream,) = (group for group in comb.open if group.size == 32 and "mask_head.0.0.weight" in str(group))
+        small = itself(cpd.shrink(model, comb.plan({stream.name: range(20)})))
+    assert small.roi_heads.mask_head[0][0].in_channels == small.roi_heads.keypoint_head[0].in_channels == 20
+    assert {"masks", "keypoints"} <= small(list(images))[0].keys()
+
+
+def test_a_second_stage_is_asked_in_the_type_of_the_model() -> None:
+    model, images = built("faster_rcnn"), padded(data()[0][0])
+    single = raw_predictions(model, images)
+    found = raw_predictions(model.double(), images.double())
+    assert found.dtype is torch.float64
+    assert torch.allclose(found.float(), single, atol=1e-4)
 
 
 def test_the_features_that_heads_read_are_found() -> None:

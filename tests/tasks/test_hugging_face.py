@@ -13,6 +13,7 @@ import cpd
 from cpd.model import hf_models, sources
 from cpd.model.inputs import as_call
 from cpd.model.recorded import unsafe, why_not_by_name
+from cpd.options import plain
 from cpd.tasks.hugging_face import HuggingFace, stacked, what_matters
 from cpd.tasks.task import TaskBatches, task_of
 
@@ -98,6 +99,41 @@ def test_the_loss_is_the_models_own_and_almost_all_is_open(name: str, batch: dic
     comb = cpd.comb(model, as_call(task.example_inputs(model)), outputs=task.outputs(model))
     assert comb.open_share["parameters"] > 0.9
     assert comb.unknown == ()
+
+
+@pytest.mark.parametrize("outputs", ["logits", ("logits", "hidden_states.-1")])
+def test_classes_that_are_named_lie_in_dimension_1(outputs: Any) -> None:
+    model = built(LLAMA).eval()
+    pick = HuggingFace().chosen(model, outputs)
+    output = model(IDS, output_hidden_states=True)
+    found = pick(output)  # type: ignore[operator]
+    first = found[0] if isinstance(found, tuple) else found
+    assert torch.equal(first, output.logits.movedim(-1, 1))
+    assert not isinstance(found, tuple) or found[1] is output.hidden_states[-1]
+    assert plain(pick) == str(outputs)  # as a report tells it
+    assert HuggingFace().chosen(model, what_matters) is what_matters
+
+
+_TOWER = f"{SMALL},image_size=16,patch_size=8"
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "matter"),
+    [
+        (f"hf:CLIPVisionModelWithProjection,{_TOWER},projection_dim=8", ("visual_projection",), ("image_embeds",)),
+        (f"hf:ViTModel,{_TOWER}", ("layernorm", "pooler.activation"), ("last_hidden_state", "pooler_output")),
+    ],
+    ids=["tower", "headless"],
+)
+def test_embeddings_are_mimicked_as_features(name: str, features: Any, matter: tuple[str, ...]) -> None:
+    model, task = built(name).eval(), HuggingFace(batch_size=4)
+    assert task.training(model)["features"] == features
+    assert "features" not in task.training(built(VIT))
+    data = [{"pixel_values": row["pixel_values"]} for row in rows(4)]
+    result = cpd.compress(model, target_macs=0.8, data=data, task=task, epochs=1, branches=False, progress=False)
+    output, wide = (one(torch.randn(1, 3, 16, 16)) for one in (result.model, model))
+    assert [output[part].shape for part in matter] == [wide[part].shape for part in matter]
+    assert all(part in result.report.notes[0] for part in matter if len(wide) > len(matter))
 
 
 def test_a_language_model_goes_on_generating() -> None:

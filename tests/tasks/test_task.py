@@ -187,3 +187,24 @@ def test_a_model_by_its_name_and_options_that_the_user_sets_win() -> None:
     )  # fmt: skip
     assert result.report.call["training"] == {"kd": "none"}
     assert result.report.history[-1]["kd_loss"] is None
+
+
+class Painter(Counter):
+    """A counter with a second head, of which its task says nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.paint = nn.Conv2d(16, 3, 1)
+
+    def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
+        found = super().forward(images, targets)
+        return found if self.training else (found, self.paint(self.body(images)))
+
+
+@pytest.mark.parametrize("evaluate", [None, lambda model: float(len(model(IMAGES)))])
+def test_a_head_that_mimicked_leaves_out_is_told(evaluate: Any) -> None:
+    with pytest.raises(cpd.ShrinkError, match=r"the model itself does not: .*let mimicked\(\) give what that layer"):
+        cpd.compress(
+            Painter().eval(), target_macs=0.6, data=items(), task=Counting(), epochs=0, round_to=1, branches=False,
+            example_inputs=IMAGES[:1], evaluate=evaluate, progress=False, criterion="magnitude",
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,17 @@ def test_wrong_data_is_told_before_any_work(folder: Path, tmp_path: Path) -> Non
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert validated(model, str(folder / "boxes.yaml"), 64, 2) >= 0
     assert before.keys() == model.state_dict().keys()
+
+
+def test_validating_leaves_threads_and_random_numbers_as_they_were(folder: Path) -> None:
+    """Ultralytics sets how many threads torch has, and draws of Python's generator."""
+    before, model = torch.get_num_threads(), built(folder)
+    try:
+        torch.set_num_threads(3)
+        random.seed(1)
+        validated(model, str(folder / "boxes.yaml"), 64, 2)
+        found = torch.get_num_threads(), random.random()
+    finally:
+        torch.set_num_threads(before)
+    random.seed(1)
+    assert found == (3, random.random())
