@@ -300,7 +300,7 @@ def test_a_reader_that_has_enough_ends_the_command_without_a_word() -> None:
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        assert None not in (process.stdin, process.stdout, process.stderr)
         process.stdout.readline()
         process.stdout.close()
         process.stdin.write("\n")
