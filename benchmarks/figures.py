@@ -221,7 +221,7 @@ TRAINED: Columns = {
 }
 DETECTOR: Columns = {
     "by": _text("by"),
-    "asked": lambda row: "-" if row["by"] == "unpruned" else f"{row['asked']:g}x",
+    "asked": lambda row: "" if row["by"] == "unpruned" else f"{row['asked']:g}x",
     "measured apart": _times("speedup"),
     "unpruned": _percent("dense"),
     "pruned": _percent("pruned"),
