@@ -294,7 +294,7 @@ class _Run(Run):
         """The first change of the masks, before any training; the metric after it."""
         name, note = metric_name(evaluate), self.pruner.note
         if self.pruner.data is None:
-            note("No data given: nothing is refitted and nothing trained back. Pass data=loader to keep the accuracy.")
+            note("No data was given, so accuracy is not recovered. Pass data=loader to refit and train the weights.")
         self.pruner.prune()
         masks = self.pruner.masks
         assert masks is not None

@@ -225,7 +225,7 @@ def test_masks_of_torch_are_taken_up(model: nn.Module) -> None:
 def test_without_data(model: nn.Module) -> None:
     result = cpd.sparsify(model, 0.5, example_inputs=IMAGES[:1], progress=False)
     assert cpd.get_sparsity(result.model) == pytest.approx(0.5, abs=1e-3)
-    assert any("No data given" in note for note in result.report.notes)
+    assert any("No data was given" in note for note in result.report.notes)
     with pytest.raises(cpd.InputError, match="prunes during the training"):
         cpd.sparsify(model, 0.5, example_inputs=IMAGES[:1], schedule="cubic", progress=False)
 
