@@ -256,7 +256,7 @@ def _checked(settings: SparseConfig, model: nn.Module, plan: Plan | None, *, rew
     if plan is not None:
         wanted = plan.architecture and plan.architecture.narrowed(plan)
         remedy = "Give result.plan of the cpd.compress that made it."
-        check_architecture(model, wanted, InputError, "The plan is", remedy)
+        check_architecture(model, wanted, InputError, "The plan was made for", remedy)
         if settings.pattern == CHANNEL:
             raise InputError(
                 "pattern='channel' removes channels, and so did the plan: compress the model to its final widths at "
