@@ -89,11 +89,7 @@ class Family:
         found = next((member for member in self.members if member.asked == speedup), None)
         if found is None:
             there = ", ".join(f"{member.asked:g}" for member in self.members)
-            why = (
-                f" {speedup:g} was asked for but not reached: {self.missing[speedup]}"
-                if speedup in self.missing
-                else ""
-            )
+            why = f" It was out of reach: {self.missing[speedup]}" if speedup in self.missing else ""
             raise InputError(f"This family has no member {speedup:g}; it has {there}.{why}")
         return found
 

@@ -45,7 +45,7 @@ class Point:
     Attributes:
         group: Name of the group; the first one if several are tied.
         ratio: Share of the channels to be removed from each group.
-        kept: Number of channels that this group kept. More are kept than `ratio` says if a minimum or a tie requires it.
+        kept: Number of channels that this group kept: more than `ratio` says if a minimum or a tie requires it.
         size: Number of channels before.
         macs: Share of the model's MACs that is left.
         error: Mean squared change of the logits, relative to their variance.
@@ -149,7 +149,7 @@ class Sensitivity:
         try:
             drawing.savefig(target)
         except OSError as error:
-            raise InputError(f"The picture could not be written to {target}: {error}.") from error
+            raise InputError(f"The picture cannot be written to {target}: {error}.") from error
         return target
 
 

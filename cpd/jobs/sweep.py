@@ -66,7 +66,7 @@ class Sweep:
             for point in found.points
         ):
             raise ArtifactError(
-                "This is not a sweep written by cpd: it holds a speed-up that was reached, but not measured."
+                "This is not a sweep that cpd wrote: it says that a speed-up was reached, but not measured."
             )
         return found
 
@@ -122,7 +122,7 @@ class Sweep:
         try:
             figure.savefig(target)
         except OSError as error:
-            raise InputError(f"The picture could not be written to {target}: {error}.") from error
+            raise InputError(f"The picture cannot be written to {target}: {error}.") from error
         return target
 
 

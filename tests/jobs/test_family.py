@@ -156,7 +156,7 @@ def test_a_family_is_saved_as_slices_and_loaded(net: nn.Module, quick: None, tmp
     assert torch.equal(again.inputs[0], found.inputs[0])
     again.save(tmp_path)  # over what it wrote itself
     assert again[3] is again.members[1]
-    with pytest.raises(cpd.InputError, match=r"There is no member 100; there are 1\.5, 3\. It was asked for, but"):
+    with pytest.raises(cpd.InputError, match=r"This family has no member 100; it has 1\.5, 3\. It was out of reach: "):
         again[100]
 
     content = json.loads((tmp_path / "family.json").read_text())

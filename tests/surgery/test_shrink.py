@@ -226,7 +226,7 @@ def test_lint_refuses_a_plan_that_forgets_the_bias(plan: Plan) -> None:
     model = small()
     before = snapshot(model)
     kept = {name: dims for name, dims in plan.kept.items() if name != "fc.bias"}
-    with pytest.raises(ShrinkError, match=r"fc would have a weight of \[4, 6\] and a bias of \[6\]"):
+    with pytest.raises(ShrinkError, match=r"fc would have a weight of shape \[4, 6\] and a bias of \[6\]"):
         shrink(model, replace(plan, kept=kept))
     assert snapshot(model) == before
 
