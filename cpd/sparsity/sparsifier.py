@@ -349,7 +349,9 @@ class Sparsifier:
         except CheckpointError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, CPDError) as error:
-            raise CheckpointError(f"The state is not of this model: {type(error).__name__}: {error}.") from error
+            raise CheckpointError(
+                f"This state belongs to a different model: {type(error).__name__}: {error}."
+            ) from error
         self.masks, self.plan = masks, plan
         self.changes, self.notes = list(found["changes"]), list(found["notes"])
         self.steps_taken = found["steps_taken"]

@@ -279,7 +279,7 @@ def check_outputs(found: Sequence[Array], artifact: Artifact, runtime: str, prec
     if not difference <= limit:  # a NaN fails too
         raise ExportError(
             f"{runtime}'s outputs differ from {source}'s by {difference:.1e} of the largest value; at most "
-            f"{limit:.1e} was expected. {_advice(what, precision)}"
+            f"{limit:.1e} is allowed. {_advice(what, precision)}"
         )
     return difference
 
