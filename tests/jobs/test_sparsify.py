@@ -175,7 +175,7 @@ def test_a_narrow_model_becomes_sparse_and_is_loaded(model: nn.Module, tmp_path:
     assert len(narrower[0].weight) == len(masked[0].weight) - 2
     assert torch.allclose(narrower(IMAGES), masked(IMAGES), atol=1e-5)
     masks.narrowed(plan).pairs(narrower)
-    with pytest.raises(cpd.InputError, match=r"The plan was made for another model .* Give result\.plan"):
+    with pytest.raises(cpd.InputError, match=r"The plan was made for another model .* Pass result\.plan"):
         cpd.sparsify(model, 0.5, plan=narrow.plan, data=DATA, epochs=0)
     with pytest.raises(cpd.InputError, match="pattern='channel' removes channels, and so did the plan"):
         cpd.sparsify(dense, 0.5, plan=narrow.plan, pattern="channel", data=DATA, epochs=0)
