@@ -198,8 +198,8 @@ def check_parity(model: nn.Module, onnx_model: OnnxSource, call: Call, tolerance
     difference = onnx_parity(model, onnx_model, call)
     if not difference <= tolerance:  # a NaN fails too
         raise ExportError(
-            f"ONNX Runtime's outputs differ from PyTorch's by {difference:.1e} of the largest value; the tolerance is "
-            f"{tolerance:.1e}. Look for code in {type(model).__name__}.forward that branches on values or "
+            f"ONNX Runtime's outputs differ from PyTorch's by {difference:.1e} of the largest value; at most "
+            f"{tolerance:.1e} is allowed. Look for code in {type(model).__name__}.forward that branches on values or "
             "on tracing, or for outputs that are not finite. If the model is only ill-conditioned, raise `tolerance`."
         )
 
