@@ -36,7 +36,9 @@ def read_json(path: Path, *, finite: bool = True) -> Any:
     try:
         return parsed(path.read_bytes(), str(path), finite=finite)
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path} is missing: {path.parent} is no folder that result.save wrote.") from error
+        raise ArtifactError(
+            f"{path} is missing: {path.parent} is not a folder that cpd compress or result.save wrote."
+        ) from error
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror or error}.") from error
 

@@ -150,7 +150,7 @@ def test_comb_lists_groups(fakes: Fakes, run: Any) -> None:
     for text in ("open[1]", "5:", "layer2.weight dim 0", "and 2 more", "an output", "tied: heads"):
         assert text in result.stdout
     assert "layer3.weight" not in result.stdout
-    assert "1 of 2 groups are open: they hold 98.7% of the parameters and 50.0% of the MACs." in result.stdout
+    assert "1 of 2 groups can be pruned: they hold 98.7% of the parameters and 50.0% of the MACs." in result.stdout
     assert "It reads values (net.py:14)." in result.stdout
     run("comb", "torchvision:shufflenet_v2_x0_5", "--proof-copies", "7", "--proof-seconds", "2")
     assert [(call["proof_copies"], call["proof_seconds"]) for call in fakes.calls] == [(1000, None), (7, 2.0)]
@@ -227,7 +227,7 @@ def test_interrupted_runs_say_how_to_resume(
     fakes.error = KeyboardInterrupt()
     arguments = ["compress", "timm:resnet18", "--no-pretrained", "--output-dir", str(tmp_path / "my run")]
     result = run(*arguments)
-    assert (result.exit_code, result.stderr) == (130, "interrupted. There was no checkpoint yet: start it again.\n")
+    assert (result.exit_code, result.stderr) == (130, "interrupted. There was no checkpoint yet: start the command again.\n")
     (tmp_path / "my run").mkdir()
     (tmp_path / "my run" / "checkpoint.safetensors").write_bytes(b"")
     monkeypatch.setattr(sys, "argv", ["cpd", *arguments])
@@ -247,7 +247,7 @@ def test_report_is_written_anew_from_the_figures(report: Report, run: Any, tmp_p
     result = run("report", tmp_path)
     assert (result.exit_code, "truncated" in result.stderr) == (1, True)
     assert (tmp_path / "report.html").read_text() == before
-    assert "no folder that result.save wrote" in run("report", tmp_path / "none").stderr
+    assert "is not a folder that cpd compress or result.save wrote" in run("report", tmp_path / "none").stderr
 
 
 def test_report_of_a_sweep(report: Report, run: Any, tmp_path: Path) -> None:
@@ -348,6 +348,6 @@ def test_a_teacher_by_name(fakes: Fakes, run: Any, tmp_path: Path) -> None:
     assert (type(call["model"]).__name__, type(call["teacher"]).__name__) == ("ResNet", "VisionTransformer")
     assert not call["teacher"].training
     result = run("compress", "timm:test_resnet", "--no-pretrained", "--teacher", tmp_path)
-    assert (result.exit_code, "no folder that result.save wrote" in result.stderr) == (1, True)
+    assert (result.exit_code, "is not a folder that cpd compress or result.save wrote" in result.stderr) == (1, True)
     assert run("compress", "timm:test_resnet", "--no-pretrained", "--teacher", "timm:nothing").exit_code == 2
     assert len(fakes.calls) == 1

@@ -477,9 +477,9 @@ def test_command_line_plots_and_gives_reasons(
     arguments = ("comb", "torch.nn:Identity", "--input-size", "8", "--plot", tmp_path / "a.svg")
     result = run(*arguments)
     assert result.exit_code == 0, result.stderr
-    assert "picture written to" in result.stderr
+    assert "The picture was written to" in result.stderr
     assert MARK in (tmp_path / "a.svg").read_text()
-    sentence, table = result.stdout.index("groups are open"), result.stdout.index("What no open group reaches")
+    sentence, table = result.stdout.index("groups can be pruned"), result.stdout.index("What no open group reaches")
     assert sentence < table
     assert "Never used in the forward: 40 parameters (spare)." in result.stdout[sentence:table]
     assert "the model's output" in result.stdout[table:]
