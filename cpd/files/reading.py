@@ -135,7 +135,7 @@ def conform(value: Any, kind: type[T], what: str) -> T:
         path = "".join(f".{part}" if isinstance(part, str) else f"[{part}]" for part in reversed(error.path))
         place = f"at {path.lstrip('.')}, " if path else ""
         raise ArtifactError(
-            f"This is not {what} that cpd wrote: {place}{error}. It is truncated or foreign."
+            f"This is not {what} that cpd wrote: {place}{error}. It is truncated, or another program wrote it."
         ) from error
     return found
 

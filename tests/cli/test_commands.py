@@ -112,7 +112,7 @@ def test_profile_shows_where_the_time_goes(run: Any, monkeypatch: pytest.MonkeyP
     totals = [line for line in result.stdout.splitlines() if "total" in line]
     assert ["100.0%" in line for line in totals] == [True, True]  # of the layers, and of the operators
     assert "Conv" in result.stdout
-    assert "kernels are known on this machine" in result.stdout
+    assert "kernels on this machine are kept in" in result.stdout
     assert "of the MACs: predicted" in result.stdout
     found = json.loads(run("profile", SMALL, "--input-size", "32", "--json", "-q").stdout)
     for rows in (found["operators"], found["layers"]):
@@ -135,7 +135,7 @@ def test_sweep_then_quantize_then_latency(run: Any, tmp_path: Path) -> None:
     result = run("quantize", saved, *options.split())
     assert result.exit_code == 0, result.output
     assert "original int8" in result.stdout
-    assert "the same class in" in result.stdout
+    assert "the class is the same for" in result.stdout
     assert (saved / "model.int8.onnx").exists()
     result = run("latency", saved, saved / "model.int8.onnx", "--seconds", "0.2", "--json", "-q")
     assert result.exit_code == 0, result.output
@@ -227,7 +227,10 @@ def test_interrupted_runs_say_how_to_resume(
     fakes.error = KeyboardInterrupt()
     arguments = ["compress", "timm:resnet18", "--no-pretrained", "--output-dir", str(tmp_path / "my run")]
     result = run(*arguments)
-    assert (result.exit_code, result.stderr) == (130, "interrupted. There was no checkpoint yet: start the command again.\n")
+    assert (result.exit_code, result.stderr) == (
+        130,
+        "interrupted. There was no checkpoint yet: start the command again.\n",
+    )
     (tmp_path / "my run").mkdir()
     (tmp_path / "my run" / "checkpoint.safetensors").write_bytes(b"")
     monkeypatch.setattr(sys, "argv", ["cpd", *arguments])

@@ -203,7 +203,10 @@ def test_what_nobody_foresaw_ends_with_1_and_says_how_to_see_more(
     monkeypatch.setattr("cpd.deploy.model_profile.profile_model", broken)
     result = run("profile", MODEL, "--input-size", "32")
     assert result.exit_code == 1
-    assert result.stderr == "error: unexpected ZeroDivisionError: by zero. Run the command with --debug to see the traceback.\n"
+    assert (
+        result.stderr
+        == "error: unexpected ZeroDivisionError: by zero. Run the command with --debug to see the traceback.\n"
+    )
     assert isinstance(run("profile", MODEL, "--input-size", "32", "--debug").exception, ZeroDivisionError)
 
 

@@ -86,7 +86,9 @@ def test_a_package_that_is_missing_is_named_by_its_extra(name, monkeypatch):
 
 
 def test_an_export_that_computes_something_else_is_told_in_the_runtime():
-    with pytest.raises(cpd.ExportError, match=r"ONNX Runtime's outputs differ from PyTorch's by .* at most 1\.0e-03 is allowed"):
+    with pytest.raises(
+        cpd.ExportError, match=r"ONNX Runtime's outputs differ from PyTorch's by .* at most 1\.0e-03 is allowed"
+    ):
         cpd.compare_latency(BehavesOtherwiseWhenExported(), net(), torch.randn(2, 3, 32, 32))
     artifact = Artifact(net(), as_call(IMAGE))
     with pytest.raises(cpd.ExportError, match="pass data"):

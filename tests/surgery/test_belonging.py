@@ -234,7 +234,7 @@ def test_a_plan_of_another_stage_is_refused(made: tuple[Net, cpd.Comb, Plan]) ->
     assert cpd.score(narrow, later, criterion="magnitude")
     with pytest.raises(PlanError, match="unpruned"):
         later.plan({})
-    with pytest.raises(PlanError, match="different models"):
+    with pytest.raises(PlanError, match="two plans belong to different models"):
         plan.since(cpd.comb(Net(nn.ReLU()).eval(), IMAGES).plan({}))
     with pytest.raises(PlanError, match="another model than the comb"):
         cpd.comb(Net(nn.ReLU()).eval(), IMAGES).narrowed(narrow, plan)
