@@ -160,7 +160,7 @@ def test_outputs_that_matter_are_named(fakes: Fakes, run: Any) -> None:
     result = run("comb", "torch.nn:Identity", "--input-size", "8", "--outputs", "logits", "--outputs", "hidden.2")
     assert result.exit_code == 0, result.stderr
     assert fakes.calls[0]["outputs"] == ["logits", "hidden.2"]
-    assert "Outputs that matter, and so keep their width" in result.stdout
+    assert "These outputs keep their width" in result.stdout
     result = run("compress", "timm:resnet18", "--no-pretrained", "--outputs", "logits", "--outputs", "hidden.2")
     assert result.exit_code == 0, result.stderr
     assert fakes.calls[1]["config"].outputs == ("logits", "hidden.2")

@@ -474,7 +474,7 @@ def test_a_comb_of_a_shrunk_model_has_no_branches_to_offer() -> None:
     model = blocks("post-activation")
     combed = comb(model, IMAGE)
     cpd.shrink(model, combed.plan({"stem.0": range(6)}))
-    with pytest.raises(cpd.PlanError, match=r"Ask for comb\.branches before the model is shrunk"):
+    with pytest.raises(cpd.PlanError, match=r"Read comb\.branches before the model is shrunk"):
         _ = combed.branches
 
 

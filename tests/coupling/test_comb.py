@@ -685,5 +685,5 @@ class Opaque(Auxiliary):
 
 def test_a_forward_that_cannot_be_traced_in_train_mode_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     combed = cpd.comb(Opaque(), torch.randn(1, 3, 8, 8))
-    assert "layers that run only then stay as they are" in caplog.text
+    assert "layers that only run in train mode are not pruned" in caplog.text
     assert sizes(combed) == {"a": 8, "b": 6}

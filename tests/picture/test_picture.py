@@ -481,7 +481,7 @@ def test_command_line_plots_and_gives_reasons(
     assert MARK in (tmp_path / "a.svg").read_text()
     sentence, table = result.stdout.index("groups can be pruned"), result.stdout.index("What no open group reaches")
     assert sentence < table
-    assert "Never used in the forward: 40 parameters (spare)." in result.stdout[sentence:table]
+    assert "The forward never uses 40 parameters (spare)." in result.stdout[sentence:table]
     assert "the model's output" in result.stdout[table:]
     assert "1: linear in head, test_picture.py:" in result.stdout[table:]
     data = json.loads(run(*arguments, "--json").stdout)
