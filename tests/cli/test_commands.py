@@ -113,7 +113,7 @@ def test_profile_shows_where_the_time_goes(run: Any, monkeypatch: pytest.MonkeyP
     assert ["100.0%" in line for line in totals] == [True, True]  # of the layers, and of the operators
     assert "Conv" in result.stdout
     assert "kernels on this machine are kept in" in result.stdout
-    assert "of the MACs: predicted" in result.stdout
+    assert "of the MACs, the predicted speed-up is" in result.stdout
     found = json.loads(run("profile", SMALL, "--input-size", "32", "--json", "-q").stdout)
     for rows in (found["operators"], found["layers"]):
         assert sum(row["ms"] for row in rows) == pytest.approx(found["total_ms"])

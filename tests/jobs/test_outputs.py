@@ -84,9 +84,9 @@ def test_what_matters_keeps_its_width_and_the_rest_may_shrink(kind: str) -> None
     [
         ("logit", "has no part 'logit'; outputs can be: hidden.0, hidden.1, hidden.2, logits, beside.aux.0"),
         ("hidden.7", "has no part 'hidden.7'"),
-        ("beside.aux.1", "reads no tensor"),
+        ("beside.aux.1", "selects no tensor"),
         (lambda found: found["logits"], "The function outputs= fails on the model's output, a Found"),
-        (lambda found: None, "reads no tensor"),
+        (lambda found: None, "selects no tensor"),
     ],
 )
 def test_a_part_that_there_is_not_is_refused(outputs: Any, words: str) -> None:
