@@ -416,5 +416,5 @@ def _rewound(model: nn.Module, rewind: Mapping[str, Tensor] | str, seed: int) ->
     try:
         model.load_state_dict(dict(rewind))
     except RuntimeError as error:
-        raise InputError(f"rewind is no state dict of this model: {first_line(error)}.") from error
+        raise InputError(f"rewind is not a state dict of this model: {first_line(error)}.") from error
     return model

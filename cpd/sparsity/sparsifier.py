@@ -177,7 +177,7 @@ class Sparsifier:
         if self.config.pattern != CHANNEL:
             return None
         if comb is None and example_inputs is None:
-            raise InputError("pattern='channel' goes by the groups of a comb: pass example_inputs=, or comb=.")
+            raise InputError("pattern='channel' needs the groups of a comb: pass example_inputs=, or comb=.")
         found = (
             comb_model(skeleton(self.model, {}), example_inputs, outputs=self.config.outputs) if comb is None else comb
         )
@@ -218,7 +218,7 @@ class Sparsifier:
             InputError: there is no optimizer.
         """
         if self.optimizer is None:
-            raise InputError("The Sparsifier has no optimizer, so nothing would keep the zeros: set its optimizer.")
+            raise InputError("The Sparsifier has no optimizer, so the zeros would not be kept: set its optimizer.")
         if self.done:
             return False
         self.steps_taken += 1
@@ -254,7 +254,10 @@ class Sparsifier:
         self._keeper.take(masks, last=last)
         self.changes.append(Change(self.steps_taken, masks.sparsity, regrown, masks.digest))
         log.info(
-            "Masks %d of %d: %.1f%% of the weights are zero", len(self.changes), len(self._events), 100 * masks.sparsity
+            "Change %d of %d of the masks: %.1f%% of the weights are zero.",
+            len(self.changes),
+            len(self._events),
+            100 * masks.sparsity,
         )
         return self.changes[-1]
 
@@ -343,7 +346,9 @@ class Sparsifier:
             if masks is not None:
                 masks.pairs(self.model)
                 if masks.digest != found["changes"][-1].masks_hash or len(found["changes"]) > len(self._events):
-                    raise CheckpointError("The state is of another run: its masks, or their number, are not as noted.")
+                    raise CheckpointError(
+                        "This state belongs to another run: its masks do not match their checksum or their number."
+                    )
             groups = found["groups"]
             plan = None if groups is None or self.comb is None else self.comb.plan(dict(groups))
         except CheckpointError:
@@ -368,8 +373,8 @@ def events(config: SparseConfig, steps: int) -> list[tuple[int, float]]:
     span = config.interval or max(1, (last - first) // CHANGES)
     if steps and last - first < span:
         raise InputError(
-            f"regrow={config.regrow!r} has no room in a training of {steps} steps: train longer, let prune_until be "
-            "later, or take a shorter interval."
+            f"A training of {steps} steps is too short for regrow={config.regrow!r}: train longer, set a later "
+            "prune_until, or use a shorter interval."
         )
     return [*found, *((step, 1.0) for step in range(first + span, last + 1, span))]
 

@@ -251,7 +251,7 @@ def test_a_function_of_one_path_is_called_in_turn():
     "wrong", [lambda paths: 3.0, lambda paths: [1.0], lambda paths: [0.0] * len(paths), lambda paths: None]
 )
 def test_what_is_no_time_is_told(wrong):
-    with pytest.raises(cpd.InputError, match="must give one time in ms for each of 2 files"):
+    with pytest.raises(cpd.InputError, match="must return one time in ms above 0 for each of 2 files"):
         cpd.compare_latency(net(), net(8), IMAGE, runtime=wrong)
 
 

@@ -162,7 +162,7 @@ def test_a_family_is_saved_as_slices_and_loaded(net: nn.Module, quick: None, tmp
     content = json.loads((tmp_path / "family.json").read_text())
     del content["sha256"]
     for change, match in (
-        ({"format": "cpd-1"}, "no family that this version"), ({"plans": []}, "as many plans as members"),
+        ({"format": "cpd-1"}, "not a family that this version"), ({"plans": []}, "numbers of plans and members differ"),
         ({"weights_sha256": "0"}, "truncated"), ({"plans": content["plans"][::-1]}, "fit|shape|makes it|lacks"),
     ):  # fmt: skip
         (tmp_path / "family.json").write_text(json.dumps(signed({**content, **change})))

@@ -441,8 +441,8 @@ def test_bad_paths_are_refused(convnet: Comb, tmp_path: Path) -> None:
     (tmp_path / "mine.html").write_text("<p>mine</p>")
     (tmp_path / "file").write_text("")
     for name, message in (
-        ("a.png", "is an .svg or .html file"),
-        ("a", "is an .svg or .html file"),
+        ("a.png", "must be an .svg or .html file"),
+        ("a", "must be an .svg or .html file"),
         ("folder.svg", "is a folder"),
         ("no/such/a.svg", "does not exist"),
         ("file/a.svg", "does not exist"),

@@ -115,7 +115,7 @@ def test_ratios_by_name_and_the_rest_makes_up() -> None:
     assert masks.by_layer["0.weight"] == 0
     assert masks.by_layer["2.weight"] == 0.25
     assert masks.zeros == 400
-    with pytest.raises(cpd.InputError, match="'9' is no layer that can be sparse; there are"):
+    with pytest.raises(cpd.InputError, match="'9' matches no layer that can be sparse; these are"):
         cpd.mask(model, 0.5, ratios={"9": 0.5})
     with pytest.raises(cpd.InputError, match="cannot be reached"):
         cpd.mask(model, 0.9, ratios={"0": 0.0})
@@ -163,7 +163,7 @@ def test_shares_from_a_sensitivity() -> None:
     )
     shares = cpd.mask(model, 0.3, ratios=curves).by_layer
     assert shares["0.weight"] == pytest.approx(2 * shares["1.weight"], abs=0.01)
-    with pytest.raises(cpd.InputError, match="take that of the same model"):
+    with pytest.raises(cpd.InputError, match="pass the Sensitivity of the same model"):
         cpd.mask(model, 0.3, ratios=SimpleNamespace(by_group={"other": []}))
 
 
@@ -244,7 +244,7 @@ def test_a_criterion_of_ones_own() -> None:
         return {name: torch.arange(4.0).expand(4, 4) for name in setting.layers}
 
     assert cpd.mask(model, 0.5, criterion=columns).kept["weight"].tolist() == [[False, False, True, True]] * 4
-    with pytest.raises(cpd.InputError, match=r"gave \[2\] for weight"):
+    with pytest.raises(cpd.InputError, match=r"returned \[2\] for weight"):
         cpd.mask(model, 0.5, criterion=lambda setting: {"weight": torch.ones(2)})
     with pytest.raises(cpd.TrainingError, match="not finite"):
         cpd.mask(model, 0.5, criterion=lambda setting: {"weight": torch.full((4, 4), torch.nan)})

@@ -221,7 +221,7 @@ def test_a_state_of_another_run_is_refused() -> None:
         with pytest.raises(cpd.CheckpointError):
             fresh.load_state_dict(wrong)
     damaged = {**state, "bits": {name: bits ^ 1 for name, bits in state["bits"].items()}}
-    with pytest.raises(cpd.CheckpointError, match="not as noted"):
+    with pytest.raises(cpd.CheckpointError, match="masks do not match their checksum"):
         fresh.load_state_dict(damaged)
 
 

@@ -81,7 +81,7 @@ class Artifact:
             InputError: if the model is none.
         """
         if self.module is None:
-            raise InputError(f"The runtime {runtime!r} runs torch.nn.Modules; got {type(self.model).__name__}.")
+            raise InputError(f"The runtime {runtime!r} only runs torch.nn.Modules; got {type(self.model).__name__}.")
         return self.module
 
     @cached_property
