@@ -156,9 +156,7 @@ class Comb:
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """All branches: those that can be removed as a whole, and those that cannot, with the reason.
-
-        They are found, and each removal is tried on a copy, when this is first read.
+        """All branches, removable or not (with the reason). They are found, and tried on copies, when first read.
 
         Raises:
             PlanError: If the model has been shrunk since it was combed.
@@ -229,8 +227,7 @@ class Comb:
         """The comb of a model that was shrunk by `plan`, for scoring it without another trace or verification.
 
         Its groups and `dims` are those of the narrower model. Its operations and its cost are still those of the
-        unpruned model, so it makes no plans: plan with the comb of the unpruned model, and shrink the narrower model
-        by `plan.since(earlier)`.
+        unpruned model, so plan with the comb of that, and shrink the narrower model by `plan.since(earlier)`.
 
         Args:
             model: This comb's model after `cpd.shrink(model, plan)`.

@@ -330,9 +330,9 @@ class _Run:
                 values = self.reduced(parts)
                 if not math.isfinite(values["loss"]):
                     raise TrainingError(
-                        f"The loss is not finite at {where} ({values}). The student has its weights from the start of "
-                        f"the epoch, or from the last pruning step, again. Check the batch for NaN, or use a lower lr "
-                        f"than {self.config.peak_lr:g} (or another mixed_precision, if one is set)."
+                        f"The loss is not finite at {where} ({values}). The student has its weights from the epoch's "
+                        f"start or the last pruning step again. Check the batch for NaN, or use a lower lr than "
+                        f"{self.config.peak_lr:g} (or another mixed_precision, if one is set)."
                     )
                 self.accelerator.backward(parts["loss"] / len(group))
             for name, value in values.items():
@@ -369,7 +369,7 @@ class _Run:
             parts["loss"] = config.weight_of_kd * parts["kd"] + parts.get("loss", 0)
         if "loss" not in parts:
             raise InputError(
-                "A batch has no target, and kd is 'none', so there is no loss. Pass loss=, targets, or kd='kl'."
+                "A batch has no target and kd is 'none': there is no loss. Pass targets, loss= or kd='kl'."
             )
         if not parts["loss"].requires_grad:
             raise InputError("The loss has no gradient: compute it from the model's output, without detaching it.")
