@@ -368,9 +368,7 @@ class _Run:
             self.add_projections()
             parts["loss"] = config.weight_of_kd * parts["kd"] + parts.get("loss", 0)
         if "loss" not in parts:
-            raise InputError(
-                "A batch has no target and kd is 'none': there is no loss. Pass targets, loss= or kd='kl'."
-            )
+            raise InputError("A batch has no target and kd is 'none': pass targets, loss= or kd='kl' to have a loss.")
         if not parts["loss"].requires_grad:
             raise InputError("The loss has no gradient: compute it from the model's output, without detaching it.")
         return parts
