@@ -277,11 +277,7 @@ class Pruner:
 
     @checked(between=function("between()"))
     def prune(self, between: Callable[[], None] | None = None) -> Shrink:
-        """Do the next pruning step now.
-
-        Args:
-            between: A function that is called after channels are removed and before the rest is refitted.
-        """
+        """Do the next pruning step now; call `between` after channels are removed and before the rest is refitted."""
         share = self._events[len(self.shrinks)][1]
         self._is_shared = self._shares and not self.shrinks and not self.steps_taken
         if self._trials is not None and not self._is_shared:
