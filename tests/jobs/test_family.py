@@ -237,7 +237,7 @@ def test_what_a_family_does_not_take(net: nn.Module) -> None:
     for options, match in (
         ({"target_macs": 0.5}, "family takes its targets from speedups"), ({"resume": True}, "no checkpoint"),
         ({"schedule": "cubic"}, "one-shot"), ({"round_two": 1}, "cpd.family has no option round_two"),
-        ({"training": cpd.DistillConfig(kd="mse"), "together": True, "data": data()}, "logits alone"),
+        ({"training": cpd.DistillConfig(kd="mse"), "together": True, "data": data()}, "only logits"),
         ({"training": cpd.DistillConfig(mixup=0.1), "together": True, "data": data()}, "mixup"),
     ):  # fmt: skip
         with pytest.raises(cpd.InputError, match=match):

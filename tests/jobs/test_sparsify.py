@@ -206,7 +206,7 @@ def test_a_lottery_ticket_and_from_scratch(model: nn.Module) -> None:
     weights = [item.model.state_dict() for item in (scratch, again)]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert not torch.equal(weights[0]["0.weight"], masks.apply(deepcopy(model)).state_dict()["0.weight"])
-    with pytest.raises(cpd.InputError, match="no state dict of this model"):
+    with pytest.raises(cpd.InputError, match="not a state dict of this model"):
         cpd.sparsify(model, 0.5, data=DATA, epochs=0, rewind={"a": torch.ones(1)}, progress=False)
     with pytest.raises(cpd.InputError, match="masks that are chosen once"):
         cpd.sparsify(model, 0.5, data=DATA, epochs=1, rewind="init", schedule="cubic", progress=False)
