@@ -49,12 +49,12 @@ def _criteria() -> Collection[str]:
     return CRITERIA
 
 
-_AMOUNT = number("above 0: a share up to 1, or an amount", lambda value: value > 0)
+_AMOUNT = number("above 0: a share up to 1, or an absolute amount", lambda value: value > 0)
 _ABOVE_ZERO = number("above 0", lambda value: value > 0)
-_SPEEDUP = number("of at least 1 (original over result: for half the latency, 2)", lambda value: value >= 1)
+_SPEEDUP = number("of at least 1 (2 means half the latency)", lambda value: value >= 1)
 _INSIDE = number("between 0 and 1", lambda value: 0 < value < 1)
 _CRITERION = Check(
-    "a name in cpd.criteria.CRITERIA, or a function of a cpd.criteria.Setting",
+    "a name in cpd.criteria.CRITERIA, or a function that takes a cpd.criteria.Setting",
     lambda value: is_function(value) or (isinstance(value, str) and value in _criteria()),
     names=lambda: _criteria(),
 )
@@ -67,148 +67,162 @@ _INPUTS = Check("a sequence of inputs or shapes", lambda value: isinstance(value
 @with_help
 @dataclass(frozen=True, kw_only=True)
 class PruneConfig(Scheduled):
-    """Every option of pruning, checked on construction.
+    """All options of pruning. They are checked when the config is made.
 
-    Functions take them by name; a config holds them together, to be used several times or changed:
+    Functions take these options by name. A config holds them together, so that they can be reused or changed:
 
         config = cpd.PruneConfig(round_to=16, max_ratio=0.8)
         cpd.compress(model, target_speedup=2, data=loader, config=config)
 
     Options:
-        Each may be read as an attribute.
+        Each can be read as an attribute.
 
     Raises:
-        InputError: if a value is out of range (the message gives the range), or there are two targets.
+        InputError: If a value is out of range (the message gives the range), or if there are two targets.
     """
 
     target_speedup: float | None = option(
         None, _SPEEDUP,
-        "Latency of the original over that of the result, measured in the runtime on this machine; at least 1.",
+        "Latency of the original divided by that of the result, measured in the runtime on this machine; at least 1.",
     )  # fmt: skip
     target_latency_ms: float | None = option(
         None,
         _ABOVE_ZERO,
-        "Latency of the result in ms for one run, measured in the runtime.",
+        "Latency of the result in milliseconds per run, measured in the runtime on this machine.",
     )
     target_macs: float | None = option(
-        None, _AMOUNT, "Multiply-accumulates that are kept: a share up to 1, or a number of them."
+        None, _AMOUNT, "Multiply-accumulate operations (MACs) to keep: a share up to 1, or an absolute number."
     )
-    target_params: float | None = option(
-        None, _AMOUNT, "Parameters that are kept: a share up to 1, or a number of them."
-    )
+    target_params: float | None = option(None, _AMOUNT, "Parameters to keep: a share up to 1, or an absolute number.")
     target_memory: float | None = option(
-        None, _AMOUNT, "Elements of all intermediate tensors that are kept: a share up to 1, or a number of them."
+        None, _AMOUNT, "Elements of all intermediate tensors to keep: a share up to 1, or an absolute number."
     )
     max_file_mb: float | None = option(
         None, _ABOVE_ZERO,
-        "Beside the target: most MB (10^6 bytes) of the file that is run, the ONNX model in the runtime's precision.",
+        "Limit beside the target: size in MB (10^6 bytes) of the file that is run, the ONNX model in the runtime's "
+        "precision.",
     )  # fmt: skip
     max_memory_mb: float | None = option(
         None, _ABOVE_ZERO,
-        "Beside the target: most MB (10^6 bytes) of weights and tensors alive at once while the example inputs run.",
+        "Limit beside the target: MB (10^6 bytes) of weights and of tensors in memory at once while the example inputs "
+        "run.",
     )  # fmt: skip
     criterion: str | Criterion | None = option(
         None, _CRITERION,
-        "Importance of a channel: a name in cpd.criteria.CRITERIA (Python: or a callable). Default: obs with data, "
-        "magnitude without; taylor for a Pruner without data, from the training's own gradients.",
+        "How the importance of a channel is estimated: a name in cpd.criteria.CRITERIA (in Python also a callable). "
+        "Default: obs with data and magnitude without; a Pruner without data uses taylor, on the gradients of the "
+        "training.",
     )  # fmt: skip
     normalization: Normalization | None = option(
         None, choice(*NORMALIZATIONS),
-        "What a removed channel saves, by which its score is divided: memory, macs, parameters, latency (predicted "
-        "for this machine) or none. Default: macs for scores from data; else latency for measured targets, none for "
-        "others.",
+        "What scores are divided by, so that channels that save more are removed first: the memory, macs, parameters "
+        "or latency (predicted for this machine) that a channel costs, or none. Default: macs for scores from data. "
+        "For scores from weights: latency if the target is measured, else none.",
     )  # fmt: skip
     exponent: float = option(
-        1.0, number("of at least 0", lambda value: value >= 0), "Scores are divided by the saving to this power."
+        1.0,
+        number("of at least 0", lambda value: value >= 0),
+        "Power to which the saving of the option normalization is raised before scores are divided by it.",
     )
     scope: Scope | None = option(
         None, choice(*SCOPES),
-        "Among which channels scores are compared: global, isomorphic (groups of one structure) or group. Default: "
-        "global; for measured targets with data, group is tried too and the better one is kept.",
+        "Which channels compete with each other: global (all), isomorphic (those of groups with the same structure) or "
+        "group (those of one group). Default: global. For measured targets with data, group is tried as well and the "
+        "better result is kept.",
     )  # fmt: skip
     compensation: bool = option(
-        True, flag(), "Refit the layers that read removed channels, in closed form, where there is data."
+        True, flag(), "Whether layers that read removed channels are refitted, in closed form. This needs data."
     )
     score_batches: int | None = option(
         None, integer(1),
-        "Batches of the data that scores, compensation and recalibration use at most. Default: 16, and more where they "
-        "hold fewer images than the widest layer asks for: one for eight channels behind a pooling.",
+        "Largest number of batches used for scores, compensation and recalibration. Default: 16, or more if those hold "
+        "too few images for the widest layer (behind a global pooling it needs one image for eight channels).",
     )  # fmt: skip
     memory_gb: float = option(
         4.0, _ABOVE_ZERO,
-        "GiB of activations that may be alive at a time, about, while layers are refitted: samples are taken in parts "
-        "that fit.",
+        "Approximate limit, in GiB, of the activations held in memory while layers are refitted. Samples are processed "
+        "in parts that fit.",
     )  # fmt: skip
     schedule: str | Schedule = option(
         "one-shot", SCHEDULE,
-        "When channels are removed: one-shot (all at once, before the training), or gradually during the training: "
-        "linear or cubic (Python: or a Schedule).",
+        "When channels are removed: one-shot (all at once, before the training), or linear or cubic (gradually, during "
+        "the training). In Python also a cpd.Schedule.",
     )  # fmt: skip
     prune_from: float = option(0.0, FRACTION, "Fraction of the training before the first pruning step.")
     prune_until: float = option(
-        0.5, FRACTION, "Fraction of the training at which pruning is complete, of a gradual schedule."
+        0.5, FRACTION, "Fraction of the training at which a gradual schedule completes pruning."
     )
     interval: int | None = option(
-        None, integer(1), "Optimizer steps between two pruning steps of a gradual schedule. Default: ten pruning steps."
+        None,
+        integer(1),
+        "Optimizer steps from one pruning step of a gradual schedule to the next. Default: what gives ten of them.",
     )
     regularization: str | None = option(
         None, choice("group-lasso", "growing", "batchnorm"),
-        "Sparse learning, in the training before and between shrinks: group-lasso (the norm of each channel over its "
-        "group), growing (weight decay that grows, most for small channels), or batchnorm (L1 of the scales of "
-        "BatchNorm). With schedule one-shot, prune_from says how long. Default: none.",
+        "Penalty that makes channels small while the model trains, before and between pruning steps: group-lasso (on "
+        "the norm of each channel over its group), growing (a weight decay that increases, most for small channels), "
+        "or batchnorm (L1 on the scales of BatchNorm). With schedule one-shot, prune_from sets how long it acts. "
+        "Default: no penalty.",
     )  # fmt: skip
     regularization_strength: float | None = option(
         None, _ABOVE_ZERO,
-        "Its strength: the share of the mean norm that a channel loses in a unit of learning rate (0.05); of growing "
-        "the weight decay of the smallest channel at the last shrink (1).",
+        "Strength of the regularization. For growing: the weight decay of the smallest channel at the last pruning "
+        "step (default 1). For the others: the share of the mean norm that a channel loses per unit of learning rate "
+        "(default 0.05).",
     )  # fmt: skip
     round_to: int | None = option(
-        None, integer(1), "Widths are kept to multiples of this. Default: what is fast in the runtime, 8 or 16."
+        None, integer(1), "Widths are multiples of this. Default: what is fast in the runtime, 8 or 16."
     )
     max_ratio: float = option(0.9, _INSIDE, "Largest share of a group that may be removed.")
     min_width: int = option(1, integer(1), "Fewest channels that a group keeps.")
     ratios: Mapping[str, float] | None = option(
         None, _RATIOS,
-        "Groups that you decide on: the share that is removed, by a shell pattern of group names; 0 keeps all, and "
-        "branches that are named like this too. On the command line PATTERN=SHARE, any number of times.",
+        "Shares of channels to remove that you set yourself, by shell pattern of the group's name. A share of 0 keeps "
+        "every channel of the group, and branches whose names match. On the command line: PATTERN=SHARE, any number of "
+        "times.",
     )  # fmt: skip
     branches: bool | None = option(
         None, flag(),
-        "Whether whole branches may be removed, such as residual blocks, beside channels. Default: with data; without, "
-        "what a branch is worth is not known.",
+        "Whether whole branches, such as residual blocks, may be removed as well as channels. Default: yes with data; "
+        "no without, because the importance of a branch cannot be estimated then.",
     )  # fmt: skip
     max_removed: float = option(0.75, FRACTION, "Largest share of the branches that may be removed.")
     outputs: Outputs | None = option(
         None, OUTPUTS,
-        "The parts of the model's output that matter, where it returns more than is read (hidden states, lists of "
-        "features): a key, an attribute or a position, as in a.b or 1.0 inside another, several of them (Python: or a "
-        "function of the output). These keep their width, the others may become narrower. Default: all matter.",
+        "The parts of the model's output that you use, if it returns more than those (hidden states, lists of "
+        "features). Each part is a key, an attribute or an index; dots lead into nested outputs, as in a.b or 1.0 (in "
+        "Python also a function of the output). These parts keep their width; others may become narrower. Default: all "
+        "parts.",
     )  # fmt: skip
     masks: str = option(
         "keep", choice("keep", "permanent"),
-        "Masks of torch.nn.utils.prune: keep (they are narrowed with their weights), or permanent (multiplied into "
-        "the weights and taken off before anything else).",
+        "What happens to masks of torch.nn.utils.prune: keep (they are narrowed with their weights), or permanent "
+        "(they are first multiplied into the weights and then removed).",
     )  # fmt: skip
     proof_copies: int = option(
         1000, integer(1),
-        "Narrower copies of the model that are tried to prove what can be removed; what is not proved by then stays.",
+        "Largest number of narrower copies of the model tried to verify what can be removed. Groups not verified by "
+        "then are kept.",
     )  # fmt: skip
     proof_seconds: float | None = option(
         None,
         _ABOVE_ZERO,
-        "Seconds after which what is not proved stays. Default: no limit, so that the same model gives the same plan.",
+        "Time limit of that verification in seconds. Groups not verified by then are kept. Default: no limit, so that "
+        "the same model always gives the same plan.",
     )
-    tolerance: float = option(0.05, _INSIDE, "Relative distance from a measured target at which the search may end.")
+    tolerance: float = option(
+        0.05, _INSIDE, "Relative distance from a measured target within which the search may end."
+    )
     runtime: Any = option(
         DEFAULT, RUNTIME,
-        f"What latency is measured in: {', '.join(RUNTIMES)}; several with commas between, or in a list, of which the "
-        "slowest counts (Python: also a function measure(paths) -> [ms] for a device of your own).",
+        f"Where latency is measured: {', '.join(RUNTIMES)}. Give several with commas between them, or in a list; the "
+        "slowest decides. In Python also a function measure(paths) -> [ms], for a device of your own.",
     )  # fmt: skip
-    threads: int = option(1, THREADS, "Threads of the runtime when latency is measured.")
+    threads: int = option(1, THREADS, "Threads that the runtime uses when latency is measured.")
     latency_inputs: Sequence[Any] = option(
         (), _INPUTS,
-        "Further inputs (other batch or image sizes) for which a measured target must hold: the slowest counts. "
-        "Inputs, or their shapes; on the command line shapes as 8x3x224x224, any number of times.",
+        "More inputs (other batch or image sizes) for which a measured target must hold; the slowest decides. Give "
+        "inputs or their shapes. On the command line: shapes such as 8x3x224x224, any number of times.",
     )  # fmt: skip
     seed: int = option(0, SEED, "Seed of every random choice.")
 
@@ -218,11 +232,14 @@ class PruneConfig(Scheduled):
         if len(self._targets) > 1:
             raise InputError(f"Give exactly one target; got {', '.join(item.name for item in self._targets)}.")
         if self.regularization is None and self.regularization_strength is not None:
-            raise InputError("regularization_strength is that of a regularization: pass regularization='group-lasso'.")
+            raise InputError(
+                "regularization_strength has no effect without a regularization: pass regularization='group-lasso', "
+                "or leave it out."
+            )
         if self.regularization is not None and self.schedule == "one-shot" and not self.prune_from:
             raise InputError(
-                f"regularization={self.regularization!r} acts on a training before and between shrinks: pass "
-                "prune_from=0.3 (for the first three tenths of it), or take schedule='cubic'."
+                f"regularization={self.regularization!r} acts on the training before and between pruning steps: pass "
+                "prune_from=0.3 (to apply it in the first 30 % of the training), or use schedule='cubic'."
             )
 
     @property
@@ -232,10 +249,10 @@ class PruneConfig(Scheduled):
 
     @property
     def target(self) -> Target:
-        """The target.
+        """The one target that is set.
 
         Raises:
-            InputError: if none is given.
+            InputError: If no target is set.
         """
         if not self._targets:
             raise InputError(f"Give exactly one target of {', '.join(TARGETS)}; got none.")
@@ -243,12 +260,12 @@ class PruneConfig(Scheduled):
 
     @property
     def measures(self) -> bool:
-        """Whether pruning takes latencies, for its target or for what a channel saves."""
+        """Whether pruning needs latencies, for its target or to normalize scores."""
         return self.normalization == "latency" or any(target.is_measured for target in self._targets)
 
     @property
     def limits(self) -> Limits:
-        """What a selection may do to a group."""
+        """How much may be removed from a group, and to which multiples."""
         return Limits(
             self.round_to or grain_of(self.runtime),
             self.max_ratio,
@@ -259,11 +276,11 @@ class PruneConfig(Scheduled):
 
     @property
     def combing(self) -> dict[str, Any]:
-        """The options of `cpd.comb`."""
+        """The options that `cpd.comb` takes."""
         return {name: getattr(self, name) for name in ("outputs", "proof_copies", "proof_seconds")}
 
     def settings(self) -> dict[str, Any]:
-        """All options as JSON types but for the inputs, as a checkpoint keeps them."""
+        """All options but `latency_inputs`, as JSON types, which a checkpoint keeps."""
         found = super().settings()
         del found["latency_inputs"]
         return {**found, "runtime": ",".join(names_of(self.runtime))}

@@ -1,7 +1,7 @@
-"""Every error that `cpd` raises on purpose: one base class, one subclass a stage.
+"""The errors that `cpd` raises: one base class, and one subclass for each stage.
 
-A message says what was found, what was expected, and what to do about it. Errors are raised before
-anything of the user's is changed.
+A message says what was found, what was expected, and what to do about it. Errors are raised before any model or file
+of yours is changed.
 """
 
 from __future__ import annotations
@@ -17,43 +17,43 @@ class CPDError(Exception):
 
 
 class InputError(CPDError, ValueError):
-    """An argument is unusable: a model that is no module, example inputs of the wrong shape, a bad target."""
+    """An argument cannot be used: for example, example inputs have the wrong shape, or an option is out of range."""
 
 
 class TraceError(CPDError):
-    """`torch.export` could not trace the model; the message names the line."""
+    """`torch.export` could not trace the model. The message names the line."""
 
 
 class PlanError(CPDError):
-    """A plan names an unknown or frozen group, empties a group, or cannot satisfy a tie."""
+    """A plan names an unknown or frozen group, removes all channels of a group, or cannot satisfy a tie."""
 
 
 class ShrinkError(CPDError):
-    """A plan does not fit the model it is applied to; the model is left as it was."""
+    """A plan does not fit the model to which it is applied. The model is unchanged."""
 
 
 class NothingToPruneError(CPDError):
-    """No group of the model can be pruned; the message gives the reason of each."""
+    """No group of the model can be pruned. The message gives the reason for each group."""
 
 
 class TargetError(CPDError):
-    """The target cannot be reached; the message gives the best reachable figure and what stands in the way."""
+    """The target cannot be reached. The message gives the best figure that can, and what prevents a better one."""
 
 
 class TrainingError(CPDError):
-    """Training or scoring failed: an empty loader, a loss that is not finite."""
+    """Training or scoring failed: for example, the loader is empty, or a loss is not finite."""
 
 
 class CheckpointError(CPDError):
-    """A checkpoint cannot be written, read, or used with this model; the message says what is safe."""
+    """A checkpoint cannot be written, read, or used with this model. The message says which files are intact."""
 
 
 class ExportError(CPDError):
-    """The ONNX export failed, or its outputs differ from PyTorch's."""
+    """The ONNX export failed, or its outputs differ from those of PyTorch."""
 
 
 class ArtifactError(CPDError):
-    """A saved result is missing, truncated, foreign, or cannot be written."""
+    """A saved result is missing, truncated or not written by cpd, or a result cannot be written."""
 
 
 @contextmanager
@@ -67,7 +67,7 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise InputError(
-            f'{what} needs {error.name or "a package"}, which is not installed: pip install "cpd[{extra}]".'
+            f'{what} needs {error.name or "a package"}, which is not installed. Run: pip install "cpd[{extra}]".'
         ) from error
 
 

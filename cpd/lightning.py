@@ -40,7 +40,7 @@ class PrunerCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Comb the model."""
         if trainer.world_size > 1 or len(trainer.optimizers) != 1:
-            raise InputError("PrunerCallback takes one process and one optimizer; otherwise use cpd.compress.")
+            raise InputError("PrunerCallback supports one process and one optimizer: for others, use cpd.compress.")
         model = pl_module if self.part is None else pl_module.get_submodule(self.part)
         steps = int(trainer.estimated_stepping_batches)
         self.pruner = Pruner(model, self.example_inputs, steps=steps, optimizer=trainer.optimizers[0], **self.options)

@@ -266,19 +266,20 @@ class _Saved(TypedDict):
 
 @dataclass(frozen=True, repr=False)
 class Plan:
-    """What is kept of a model.
+    """Which channels of a model are kept, and everything else that changes with them. A plan cannot be changed.
 
     Attributes:
-        kept: {parameter or buffer name: {dim: LongTensor of kept indices, ascending}}; only what changes.
+        kept: {parameter or buffer name: {dim: LongTensor of kept indices, ascending}}, for the tensors that change.
         groups: {group name: kept channels}, for every group.
-        shapes: shape in the unpruned model of every tensor in `kept`.
-        attributes: module attributes that change with the widths.
-        rescales: rows whose scale changes so that the function does not.
-        adjusted: one sentence for each group that keeps more than was asked, because a tie demands it.
-        caches: attributes that hold what a forward computed at the old widths, to be emptied.
-        architecture: what the plan can be applied to; None in one that was written before plans told.
-        removed: names of the branches that go as a whole.
-        replacements: what takes the place of modules that go.
+        shapes: Shape in the unpruned model of every tensor in `kept`.
+        attributes: Module attributes that change with the widths.
+        rescales: Rows of parameters that are multiplied by a factor, so that constants that depend on a width keep
+            their effect.
+        adjusted: One sentence for each group that keeps more channels than asked for, because a tie requires it.
+        caches: Attributes in which the forward stored values at the old widths. They are emptied.
+        architecture: The architecture to which the plan can be applied; None in plans of early versions of cpd.
+        removed: Names of the branches that are removed as a whole.
+        replacements: The modules that are removed with branches, and what replaces each.
     """
 
     kept: Mapping[str, Mapping[int, Tensor]]
@@ -299,7 +300,7 @@ class Plan:
         object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
 
     def __repr__(self) -> str:
-        """How much it changes; the channels themselves are in `groups` and `kept`."""
+        """A summary of what changes; the channels themselves are in `groups` and `kept`."""
         count = len(self.removed)
         removed = f"{count} branch{'es' * (count > 1)} removed, " if count else ""
         told = f"{len(self.kept)} tensors narrower, {len(self.groups)} groups, {len(self.attributes)} attributes"
@@ -307,25 +308,28 @@ class Plan:
 
     @property
     def changes(self) -> bool:
-        """Whether anything goes."""
+        """Whether the plan removes anything."""
         return bool(self.kept or self.replacements)
 
     def since(self, earlier: Plan) -> Plan:
-        """What is left to do of this plan on a model that `earlier`, a plan of the same model, was applied to.
+        """The plan that leads from a model already shrunk by `earlier` to the result of this plan.
+
+        Args:
+            earlier: A plan of the same original model, which keeps everything that this plan keeps.
 
         Raises:
-            PlanError: if this plan keeps what the earlier one has removed, or is of another architecture.
+            PlanError: If this plan keeps what the earlier one removes, or if it belongs to another architecture.
         """
         PLAN.demand("earlier", earlier)
         if self.architecture and earlier.architecture:
             found = earlier.architecture.difference(self.architecture)
             if found is not None:
                 raise PlanError(
-                    f"The two plans are of different models: in this one, {found}. Make both with one comb."
+                    f"The two plans belong to different models: in this one, {found}. Make both with the same comb."
                 )
         back = sorted(set(earlier.removed) - set(self.removed))
         if back:
-            raise PlanError(f"This plan keeps {back[0]}, which the earlier one has removed.")
+            raise PlanError(f"This plan keeps {back[0]}, which the earlier one removes.")
         kept, shapes = dict[str, dict[int, Tensor]](), dict[str, tuple[int, ...]]()
         for name in (name for name in {**earlier.kept, **self.kept} if not removes(self.replacements, name)):
             before, now = earlier.kept.get(name, {}), self.kept.get(name, {})
@@ -382,14 +386,14 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of every channel kept: equal for plans that make the same model."""
+        """SHA-256 of all kept channels. It is equal for plans that make the same model."""
         made = {
             key: value for key, value in self.to_dict().items() if key not in ("adjusted", "caches", "architecture")
         }
         return hashlib.sha256(json.dumps(made | {"adjusted": []}, sort_keys=True).encode()).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types. Each list of kept indices is stored once, however many tensors share it."""
+        """The plan as plain JSON types. A list of kept indices that several tensors share is stored once."""
         table: dict[tuple[int, ...], int] = {}
 
         def number(indices: Tensor) -> int:
@@ -413,13 +417,13 @@ class Plan:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Plan:
-        """The plan that `to_dict` wrote.
+        """Rebuild a plan from the dict that `to_dict` returned.
 
         Raises:
-            ArtifactError: if `data` is no plan, or of another format.
+            ArtifactError: If `data` is not a plan, or has another format.
         """
         if isinstance(data, Mapping) and data.get("format", FORMAT) != FORMAT:
-            raise ArtifactError(f"The plan is of format {data['format']!r}; this version of cpd reads {FORMAT}.")
+            raise ArtifactError(f"The plan has format {data['format']!r}, but this version of cpd reads {FORMAT}.")
         found = conform(data, _Saved, "a plan")
         if fault := _fault(found):
             raise ArtifactError(f"This is not a plan that cpd wrote: {fault}.")
@@ -469,7 +473,7 @@ def _fault(found: _Saved) -> str | None:
     return None
 
 
-PLAN = instance(Plan, "a plan, as comb.plan({group: channels}) gives it")
+PLAN = instance(Plan, "a plan: the result of comb.plan({group: channels})")
 
 
 def _within(left: Tensor, kept: Tensor, what: str) -> Tensor:
@@ -480,5 +484,5 @@ def _within(left: Tensor, kept: Tensor, what: str) -> Tensor:
     """
     index = torch.searchsorted(left, kept).clamp_max(len(left) - 1)
     if not torch.equal(left[index], kept):
-        raise PlanError(f"This plan keeps channels of {what} that the earlier one has removed.")
+        raise PlanError(f"This plan keeps channels of {what} that the earlier one removes.")
     return index

@@ -81,38 +81,38 @@ def _entered(stage: Stage, name: str) -> Iterator[None]:
 
 @takes_options(PruneConfig)
 class Pruner:
-    """Shrinks a model in place, on a schedule, while it is trained.
+    """Prunes a model in place, on a schedule, while your own loop trains it.
 
-    Parameters stay the same objects and the optimizer's state is sliced with them, so that training goes on. Under
-    `torch.distributed` every process makes a `Pruner` of the unwrapped model and calls it alike; after a shrink drop
-    the `DistributedDataParallel` (`del`, `gc.collect()`) and wrap the model anew, for it knows the old shapes.
+    Parameters stay the same objects, and the optimizer's state is sliced with them, so training can continue. With
+    `torch.distributed`, every process makes a `Pruner` of the unwrapped model and calls it in the same way. After a
+    pruning step, delete the `DistributedDataParallel` (`del`, `gc.collect()`) and wrap the model again.
 
     Args:
-        model: the model that is trained; shrunk in place.
-        example_inputs: a tensor, a tuple, or (tuple, dict), as for `cpd.comb`.
-        steps: optimizer steps of the whole training, of which the schedule takes its shares.
-        optimizer: whose state is sliced; None if there is none yet.
-        data: batches that scores and compensation are taken over; None: scores are read off the gradients that the
-            training leaves in `parameter.grad` (so call `step` before `zero_grad`), and nothing is compensated.
-        loss: `loss(output, target) -> scalar`, for scores; cross-entropy is inferred for class targets.
-        config: options; those that are given by name replace its own.
-        comb: the comb of `model`, if there is one already; what it takes for outputs holds.
-        stage: a context manager for each stage by name, to time or show it.
-        common: what pruners of this model to other targets have found, with the same data and options, and will find.
-        options: those of `cpd.PruneConfig`, by name; exactly one target is needed.
+        model: The model that is trained. It is pruned in place.
+        example_inputs: A tensor, a tuple, or (tuple, dict), as for `cpd.comb`.
+        steps: Number of optimizer steps of the whole training. The schedule is given in fractions of it.
+        optimizer: The optimizer whose state is sliced. It can be set later (`pruner.optimizer`).
+        data: Batches for scores and compensation. Without data, scores come from the gradients that the training
+            leaves in `parameter.grad` (so call `step` before `zero_grad`), and nothing is refitted.
+        loss: `loss(output, target) -> scalar`, for scores. Default: cross-entropy if the targets are classes.
+        config: Options held together. Options given by name replace those in it.
+        comb: The comb of `model`, if it was made already. The outputs that it was made for apply.
+        stage: A function that takes the name of a stage and returns a context manager, to time or show the stage.
+        common: Results shared with pruners of the same model for other targets, with the same data and options.
+        options: The options of `cpd.PruneConfig`, by name. Give exactly one target:
 
     Attributes:
-        plan: what is kept of the model as it was given, so far.
-        shrinks: what has been done.
-        comb: the comb of the model as it was given.
-        config: every option.
-        steps_taken: calls of `step` so far.
-        notes: what a user should know of it, sentence by sentence.
+        plan: What is kept of the original model so far.
+        shrinks: One `Shrink` for each pruning step so far.
+        comb: The comb of the original model.
+        config: All options.
+        steps_taken: Number of calls of `step` so far.
+        notes: Sentences that explain what was done.
 
     Raises:
-        InputError: an unusable argument.
-        TraceError: the model cannot be exported.
-        NothingToPruneError: no group can be pruned; the message says why, group by group.
+        InputError: An argument cannot be used.
+        TraceError: The model cannot be exported.
+        NothingToPruneError: No group can be pruned. The message gives the reason for each group.
 
     Examples:
         >>> from torch import nn
@@ -207,59 +207,62 @@ class Pruner:
 
     @property
     def criterion_name(self) -> str:
-        """What the scores are."""
+        """The name of the criterion that scores channels."""
         return criterion_name(self.criterion)
 
     @property
     def normalization(self) -> Normalization:
-        """What scores are divided by what is saved of."""
+        """What scores are divided by: the name of the figure that a removed channel saves."""
         return self._decider.normalization
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """What could be removed as a whole; none where nothing of the kind was asked for."""
+        """The branches that may be removed as a whole; empty if branches are not removed."""
         return self.comb.branches if self._decider.removes_branches else ()
 
     @property
     def search(self) -> list[dict[str, Any]]:
-        """One dict a measured candidate (scope, macs_ratio, predicted, speedup)."""
+        """One dict for each candidate that was timed (scope, macs_ratio, predicted, speedup)."""
         return self._decider.search
 
     @property
     def probe(self) -> LatencyProbe | None:
-        """Times candidates beside the unpruned model; None until something is timed."""
+        """The object that times candidates beside the unpruned model; None until something is timed."""
         return self._decider.probe
 
     @property
     def is_bound(self) -> bool:
-        """Whether a bound rather than the target decided how wide it is by now."""
+        """Whether a limit (`max_file_mb`, `max_memory_mb`), rather than the target, decided the widths so far."""
         comb, counts = self.comb.without(self.plan.removed), self._decider.counts(self.plan.groups)
         return self._decider.bounds.decided(comb, counts)
 
     @property
     def bounds(self) -> Bounds:
-        """What the model may take beside the target."""
+        """The limits on file size and memory that apply beside the target."""
         return self._decider.bounds
 
     # ------------------------------------------------------------------------------ when
 
     @property
     def done(self) -> bool:
-        """Whether the last shrink is behind."""
+        """Whether all pruning steps are done."""
         return len(self.shrinks) == len(self._events)
 
     @property
     def due(self) -> bool:
-        """Whether a shrink is due after the steps taken so far."""
+        """Whether a pruning step is due after the optimizer steps taken so far."""
         return not self.done and self._events[len(self.shrinks)][0] <= self.steps_taken
 
     def step(self) -> bool:
-        """Note one optimizer step, with the gradients it was taken on; shrink if it is time. True if it shrank.
+        """Count one optimizer step, and prune the model if a pruning step is due.
+
+        Returns:
+            Whether the model was pruned.
 
         Raises:
-            TargetError: the target is out of reach.
-            TrainingError: scores are not finite, the optimizer's state cannot be sliced, or processes disagree.
-                The model is then as it was.
+            TargetError: The target is out of reach.
+            TrainingError: Scores are not finite, the optimizer's state cannot be sliced, or processes disagree. The
+                model is then unchanged.
         """
         if self.done:
             return False
@@ -274,11 +277,7 @@ class Pruner:
 
     @checked(between=function("between()"))
     def prune(self, between: Callable[[], None] | None = None) -> Shrink:
-        """Make the next shrink now.
-
-        Args:
-            between: called between the shrink and what makes up for it.
-        """
+        """Do the next pruning step now; call `between` after channels are removed and before the rest is refitted."""
         share = self._events[len(self.shrinks)][1]
         self._is_shared = self._shares and not self.shrinks and not self.steps_taken
         if self._trials is not None and not self._is_shared:
@@ -297,7 +296,7 @@ class Pruner:
             self._shrink(plan, between)
         self.shrinks.append(Shrink(self.steps_taken, share, left.macs, left.parameters, plan.digest))
         log.info(
-            "Shrink %d of %d: %s MACs and %s parameters left",
+            "Pruning step %d of %d: %s MACs and %s parameters are left.",
             len(self.shrinks), len(self._events), f"{left.macs:,}", f"{left.parameters:,}",
         )  # fmt: skip
         if self.done and (left_alone := self.comb.left_alone(plan)):
@@ -321,8 +320,7 @@ class Pruner:
         found = None if self._accumulated is None else self._accumulated.scores()
         if found is None and self._accumulated is not None and self.data is None:
             raise InputError(
-                "Nothing is known of the gradients yet: call step() after backward() and before zero_grad(), or "
-                "pass data=loader."
+                "No gradients were seen yet: call step() after backward() and before zero_grad(), or pass data=loader."
             )
         untrusted = dict[str, str]()
         if found is None:
@@ -350,13 +348,11 @@ class Pruner:
 
     @checked(model=MODEL, found=COMPARISON)
     def start_over(self, model: nn.Module, found: LatencyComparison) -> None:
-        """Take a fresh copy of the unpruned model, for `prune` to go on with the search from a timing of this one.
-
-        Scores are not taken again.
+        """Begin again on a fresh copy of the unpruned model, with the same scores, so that `prune` goes on searching.
 
         Args:
-            model: the copy.
-            found: how fast the pruned model turned out to be.
+            model: The copy.
+            found: The measured latency of the model pruned before.
         """
         self._decider.saw(self.plan, found)
         self.model, self.plan, self.shrinks, self.notes = model, self.comb.plan({}), [], self._noted
@@ -364,7 +360,7 @@ class Pruner:
 
     @checked(found=COMPARISON)
     def would_meet(self, found: LatencyComparison) -> Plan | None:
-        """The plan that should be on target, given how fast this one turned out to be; None where none is in reach."""
+        """The plan that should meet the target, given a timing of the current one; None if none is in reach."""
         if self._decided_on is None:
             return None
         self._decider.saw(self.plan, found)
@@ -401,14 +397,14 @@ class Pruner:
 
     @checked(text=text("a sentence"))
     def note(self, text: str) -> None:
-        """Say something to the user, now and in the report."""
+        """Add a sentence to `notes`, and log it."""
         self.notes.append(text)
         log.info(text)
 
     # ------------------------------------------------------------------------------ state
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on: plain types and tensors, as `cpd.files.checkpoint` writes them."""
+        """The state of the pruner, from which `load_state_dict` continues: plain types and tensors."""
         return {
             "plan": {name: list(channels) for name, channels in self.plan.groups.items()},
             "digest": self.plan.digest,
@@ -425,17 +421,20 @@ class Pruner:
             **({"sums": [], "count": 0} if self._accumulated is None else self._accumulated.state_dict()),
         }
 
-    @checked(state=Check("a mapping, as state_dict() gives it", lambda value: isinstance(value, Mapping)))
+    @checked(state=Check("a mapping, such as the result of state_dict()", lambda value: isinstance(value, Mapping)))
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state: the model, as it was given, is shrunk to what it says. Weights are not in it.
+        """Continue from a saved state: the unpruned model is shrunk to the widths in it.
 
-        Load the weights of model and optimizer after it.
+        The state holds no weights. Load those of the model and of the optimizer after this.
+
+        Args:
+            state: The result of `state_dict`.
 
         Raises:
-            CheckpointError: if the state is of another model or version, or the model has been shrunk already.
+            CheckpointError: If the state belongs to another model or version, or if the model was already shrunk.
         """
         if self.shrinks:
-            raise CheckpointError("This pruner has shrunk its model already: make a new one of the unpruned model.")
+            raise CheckpointError("This pruner has already shrunk its model: make a new Pruner of the unpruned model.")
         found = state_of(state, self.comb)
         shrink(self.model, found.plan)
         self.plan, self.shrinks, self.steps_taken = found.plan, found.shrinks, found.steps_taken
@@ -459,7 +458,7 @@ def _recover(pruner: Pruner, before: nn.Module, step: Plan) -> None:
         pruner._trials.forget()
     if found.samples < pruner._asked.samples:
         pruner.note(pruner._asked.told(found.samples))
-    pruner.note(str(found) if len(pruner._events) == 1 else f"Shrink {len(pruner.shrinks) + 1}: {found}")
+    pruner.note(str(found) if len(pruner._events) == 1 else f"Pruning step {len(pruner.shrinks) + 1}: {found}")
     if found.failure is not None:
         pruner.note(f"Compensation was not possible: {found.failure}")
 
@@ -502,7 +501,7 @@ def _regularize(pruner: Pruner) -> None:
     if pruner._regularizer is None:
         return
     if pruner.optimizer is None:
-        raise InputError("regularization goes by the learning rate: set the pruner's optimizer.")
+        raise InputError("regularization needs the learning rate: pass optimizer= to the pruner.")
     last = pruner._events[-1][0]
     rate = float(pruner.optimizer.param_groups[0]["lr"])
     pruner._regularizer.step(pruner.model, rate, min(1.0, pruner.steps_taken / max(last, 1)))

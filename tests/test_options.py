@@ -146,7 +146,7 @@ def test_a_name_that_there_is_not_is_refused() -> None:
         cpd.Pruner(model, inputs, target_macs=0.5, steps=1, epochs=3)
     with pytest.raises(cpd.InputError, match=r"config must be a cpd\.PruneConfig, or None; got dict"):
         cpd.compress(model, target_macs=0.5, example_inputs=inputs, config={"round_to": 8})
-    with pytest.raises(cpd.InputError, match="sweep takes its targets from speedups; leave target_macs out"):
+    with pytest.raises(cpd.InputError, match="sweep takes its targets from speedups: leave target_macs out"):
         cpd.sweep(model, [2], target_macs=0.5)
 
 

@@ -147,7 +147,9 @@ EARLY: dict[str, tuple[type[Exception], str, dict[str, Any]]] = {
         {"training": cpd.DistillConfig(kd="mse", features=["layer"])},
     ),
     "a loss of maps on vectors": (cpd.InputError, "maps", {"training": cpd.DistillConfig(kd="cwd")}),
-    "a teacher of another task": (cpd.InputError, "of one shape", {"teacher": nn.Sequential(maps(), nn.Flatten())}),
+    "a teacher of another task": (
+        cpd.InputError, "of the same shape", {"teacher": nn.Sequential(maps(), nn.Flatten())},
+    ),
     "a teacher of other inputs": (
         cpd.InputError, "^The teacher raised RuntimeError on the first batch", {"teacher": nn.Linear(5, 4)},
     ),

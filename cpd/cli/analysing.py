@@ -52,7 +52,9 @@ from cpd.options import checks_of
 
 log = logging.getLogger("cpd.cli")
 
-Drawing = Annotated[Path | None, typer.Option("--plot", help="Also draw the grouped graph, to an .svg or .html file.")]
+Drawing = Annotated[
+    Path | None, typer.Option("--plot", help="Also draw the graph with its groups, to an .svg or .html file.")
+]
 
 
 def comb(
@@ -61,19 +63,20 @@ def comb(
     plot: Drawing = None,
     outputs: Annotated[
         list[str] | None,
-        typer.Option("--outputs", help="A part of the output that matters, by name or position; any number of times."),
+        typer.Option("--outputs", help="A part of the output that you use, by name or index; any number of times."),
     ] = None,
     proof_copies: Annotated[
-        int, typer.Option(min=1, help="Narrower copies that are tried to prove what can be removed.")
+        int, typer.Option(min=1, help="Largest number of narrower copies tried to verify what can be removed.")
     ] = 1000,
     proof_seconds: Annotated[
-        float | None, typer.Option(help="Seconds after which what is not proved is frozen.", show_default="no limit")
+        float | None,
+        typer.Option(help="Seconds after which groups not yet verified are frozen.", show_default="no limit"),
     ] = None,
     branches: Annotated[
-        bool, typer.Option(help="Also what can be removed as a whole, such as residual blocks.")
+        bool, typer.Option(help="Also list what can be removed as a whole, such as residual blocks.")
     ] = True,
 ) -> Output:
-    """List a model's coupling groups (members, exact, frozen and why), its branches, and what the frozen ones hold."""
+    """List which channels of a model must be removed together, which cannot be removed and why, and its branches."""
     if plot is not None:
         from cpd.picture import check_path
 
@@ -93,9 +96,9 @@ def comb(
     if plot is not None:
         from cpd.picture import draw
 
-        log.info("picture written to %s", draw(combed, plot))
+        log.info("The picture was written to %s.", draw(combed, plot))
     sentence = (
-        f"{len(combed.open)} of {len(combed.groups)} groups are open: they hold {share['parameters']:.1%} of the "
+        f"{len(combed.open)} of {len(combed.groups)} groups can be pruned: they hold {share['parameters']:.1%} of the "
         f"parameters and {share['macs']:.1%} of the MACs."
     )
     data = {
@@ -120,11 +123,13 @@ def sensitivity(
     model: Model,
     data: NeededData,
     plot: Plot = None,
-    criterion: Annotated[str, typer.Option(help="Which channels go: a name in cpd.criteria.CRITERIA.")] = "magnitude",
+    criterion: Annotated[
+        str, typer.Option(help="Criterion that decides which channels are removed: a name in cpd.criteria.CRITERIA.")
+    ] = "magnitude",
     batch_size: BatchSize = 64,
-    limit: Annotated[int, typer.Option(min=1, help="Batches of training images used.")] = 4,
+    limit: Annotated[int, typer.Option(min=1, help="Number of batches of training images to use.")] = 4,
     workers: Workers = WORKERS,
-    accuracy: Annotated[bool, typer.Option(help="Also the accuracy on val/ at every point.")] = False,
+    accuracy: Annotated[bool, typer.Option(help="Also measure the accuracy on val/ at every point.")] = False,
     mean: Mean = None,
     std: Std = None,
     seed: Seed = 0,
@@ -132,7 +137,7 @@ def sensitivity(
     input_size: InputSize = None,
     progress: bool | None = None,
 ) -> Output:
-    """Prune each group alone, 10 to 90 % of it, and show what that does to the loss."""
+    """Prune each group alone, by 10 to 90 %, and show how the loss changes."""
     if plot is not None:
         from cpd.jobs.sensitivity import check_plot
 
@@ -155,7 +160,7 @@ def sensitivity(
         progress=progress,
     )  # fmt: skip
     if plot is not None:
-        log.info("picture written to %s", found.plot(plot))
+        log.info("The picture was written to %s.", found.plot(plot))
     return Output({"model": model, **found.to_dict()}, (sensitivity_table(found),))
 
 
@@ -164,13 +169,15 @@ def profile(
     runtime: Runtime = DEFAULT,
     threads: Threads = 1,
     plot: Drawing = None,
-    check: Annotated[int, typer.Option(min=0, help="Narrower copies to export, time and compare with.")] = 0,
+    check: Annotated[
+        int, typer.Option(min=0, help="Number of narrower copies to export and time, to check the predictions.")
+    ] = 0,
     seed: Seed = 0,
     input_size: InputSize = None,
 ) -> Output:
-    """Learn how long this machine takes for the model's kernels at any width, and show where its time goes.
+    """Measure the model's kernels on this machine, so that latency can be predicted, and show where the time goes.
 
-    With --plot each group of the picture tells its milliseconds.
+    With --plot, the picture shows the milliseconds of each group.
     """
     if plot is not None:
         from cpd.picture import check_path
@@ -186,22 +193,23 @@ def profile(
         from cpd.picture import draw
 
         drawn = draw(cpd.comb(built, example_inputs), plot, milliseconds=found.groups)
-        log.info("picture written to %s", drawn)
+        log.info("The picture was written to %s.", drawn)
     tables = (layer_times_table(found), operator_times_table(found))
     return Output({"model": model, **found.to_dict()}, (*tables, *found.summary()))
 
 
 def latency(
     models: Annotated[
-        list[str], typer.Argument(help="ONNX files, folders that cpd compress wrote, or models as elsewhere.")
+        list[str],
+        typer.Argument(help="ONNX files, folders that cpd compress wrote, or models, named as for cpd compress."),
     ],
     runtime: Runtime = DEFAULT,
     threads: Threads = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a run, for models that are exported now.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per run, for models that are not ONNX files yet.")] = 1,
     seconds: Seconds = 20.0,
     input_size: InputSize = None,
 ) -> Output:
-    """Time several models in turn, in one run: medians, and ratios with their 95 % confidence intervals."""
+    """Time several models alternately: medians, and speed-ups with their 95 % confidence intervals."""
     found, inputs = {}, None
     for name in models:
         found[name], inputs = opened(name, input_size, inputs)
@@ -221,7 +229,7 @@ def report(
         typer.Argument(parser=folder_path, metavar="FOLDER", help="A folder that cpd compress, sweep or family wrote."),
     ],
 ) -> Output:
-    """Write report.html anew from the figures that were saved, and print them."""
+    """Write report.html again from the saved figures, and print them."""
     from cpd.files.folder import reading
     from cpd.jobs.sweep import Sweep, read_sweep
     from cpd.report.artifacts import FAMILY_SHEET, PAGE, SWEEP, add_files, read_report
@@ -239,7 +247,7 @@ def report(
 
 
 def env() -> Output:
-    """Print what a report of a fault should say: versions of Python and of packages, the processor, GPUs."""
+    """Print what to include in a bug report: versions of Python and of packages, the processor, GPUs."""
     from cpd.deploy.machine import installation
 
     found = installation()

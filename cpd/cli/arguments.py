@@ -21,33 +21,33 @@ if TYPE_CHECKING:
 Model = Annotated[
     str,
     typer.Argument(
-        help="timm:NAME, torchvision:NAME, hf:NAME_OR_FOLDER, ultralytics:NAME or package.module:factory; arguments of "
-        "the builder after commas, as in timm:resnet18,num_classes=10."
+        help="The model: timm:NAME, torchvision:NAME, hf:NAME_OR_FOLDER, ultralytics:NAME or package.module:factory. "
+        "Arguments follow after commas, as in timm:resnet18,num_classes=10."
     ),
 ]
 Data = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of images in one folder a class, or images/ and labels/ (label maps), or of train/ and val/ "
-        "that hold such folders. For models of ultralytics a data file of theirs, as coco8.yaml."
+        help="Folder of images: one folder for each class, or images/ and labels/ (label maps), or train/ and val/ "
+        "that hold such folders. For models of ultralytics: one of their data files, such as coco8.yaml."
     ),
 ]
-NeededData = Annotated[Path, typer.Option(help="Folder of images, as cpd compress takes it.")]
+NeededData = Annotated[Path, typer.Option(help="Folder of images, as for cpd compress.")]
 InputSize = Annotated[
-    str | None, typer.Option("--input-size", metavar="H[,W]", help="Image size in pixels, where none is known.")
+    str | None, typer.Option("--input-size", metavar="H[,W]", help="Image size in pixels, if the model's is not known.")
 ]
 
 
 def folder_path(text: str | Path) -> Path:
     """A folder that is named on the command line; an empty text names none, though Python takes it for the current."""
     if not str(text).strip():
-        raise typer.BadParameter("an empty text is no folder; the current one is '.'.")
+        raise typer.BadParameter("an empty text is not a folder; use '.' for the current folder.")
     return Path(text)
 
 
 OutputDir = Annotated[
     Path | None,
-    typer.Option("--output-dir", parser=folder_path, metavar="FOLDER", help="Where the artifacts are written."),
+    typer.Option("--output-dir", parser=folder_path, metavar="FOLDER", help="Folder to which the result is written."),
 ]
 Overwrite = Annotated[
     bool,
@@ -59,61 +59,69 @@ Saved = Annotated[Path, typer.Argument(parser=folder_path, metavar="FOLDER", hel
 TrustSource = Annotated[
     bool,
     typer.Option(
-        "--trust-source", help="Import the package.module:factory that the folder names, which runs its code."
+        "--trust-source", help="Import and call the package.module:factory that FOLDER names, which runs its code."
     ),
 ]
 TrustTeacher = Annotated[
     bool,
     typer.Option(
         "--trust-source",
-        help="Import the package.module:factory that the folder of --teacher names, which runs its code.",
+        help="Import and call the package.module:factory that the folder of --teacher names, which runs its code.",
         rich_help_panel="Training",
     ),
 ]
-Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw a picture: .svg, .png.")]
-Pretrained = Annotated[bool, typer.Option(help="Start from the library's own weights (downloads them).")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images a step.")]
-Threads = Annotated[int, typer.Option(min=1, help="Threads of the runtime that latency is measured on.")]
+Plot = Annotated[Path | None, typer.Option("--plot", help="Also draw a picture, to an .svg or .png file.")]
+Pretrained = Annotated[bool, typer.Option(help="Start from the library's pretrained weights, which are downloaded.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images in a batch.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads that the runtime uses when latency is measured.")]
 Runtime = Annotated[
-    str, typer.Option(help=f"What runs the models: any of {', '.join(RUNTIMES)}; commas between several.")
+    str, typer.Option(help=f"Where the models run: {', '.join(RUNTIMES)}; several with commas between them.")
 ]
-Seconds = Annotated[float, typer.Option(min=0, help="The timing ends after so long.")]
+Seconds = Annotated[float, typer.Option(min=0, help="Longest time that the timing takes.")]
 Teacher = Annotated[
     str | None,
     typer.Option(
-        help="What the student learns from instead of the unpruned model: a model named like MODEL, or a folder that "
-        "cpd compress wrote.",
+        help="A teacher other than the unpruned model: a model named like MODEL, or a folder that cpd compress wrote.",
         rich_help_panel="Training",
     ),
 ]
 AutoAugment = Annotated[
-    str | None, typer.Option(help="timm's policy of augmentation, as rand-m9-mstd0.5.", rich_help_panel="Training")
+    str | None, typer.Option(help="Augmentation policy of timm, such as rand-m9-mstd0.5.", rich_help_panel="Training")
 ]
 RandomErasing = Annotated[
-    float, typer.Option(min=0, max=1, help="Chance that a patch of an image is erased.", rich_help_panel="Training")
+    float,
+    typer.Option(min=0, max=1, help="Probability that a patch of an image is erased.", rich_help_panel="Training"),
 ]
 Augment = Annotated[
     str,
     typer.Option(
-        help="What training images go through: none; light (crops of at least 70 % of an image, mirrored); imagenet "
-        "(crops from 8 % on, mirrored, colours changed). Channels are scored on plain images whatever it is.",
+        help="Augmentation of training images: none; light (crops of at least 70 % of an image, mirroring); or "
+        "imagenet (crops of at least 8 %, mirroring, colour changes). Channels are always scored on plain images.",
         rich_help_panel="Training",
     ),
 ]
 Mean = Annotated[
     str | None,
     typer.Option(
-        "--mean", metavar="R,G,B", help="Mean that images are normalised by.", show_default="the model's, or ImageNet's"
+        "--mean",
+        metavar="R,G,B",
+        help="Mean for the normalisation of images.",
+        show_default="the model's, or ImageNet's",
     ),
 ]
 Std = Annotated[
     str | None,
-    typer.Option("--std", metavar="R,G,B", help="Their standard deviation.", show_default="the model's, or ImageNet's"),
+    typer.Option(
+        "--std",
+        metavar="R,G,B",
+        help="Standard deviation for the normalisation of images.",
+        show_default="the model's, or ImageNet's",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
 WORKERS = min(4, os.cpu_count() or 1)
 Workers = Annotated[
-    int, typer.Option("--workers", min=0, help="Processes that load images.", show_default="one a core, at most 4")
+    int, typer.Option("--workers", min=0, help="Processes that load images.", show_default="one per core, at most 4")
 ]
 
 
@@ -145,7 +153,7 @@ def parse_numbers(text: str, option: str = "") -> list[float]:
         found = []
     if not found or not all(map(math.isfinite, found)):
         where = f" for {option}" if option else ""
-        raise InputError(f"Numbers with commas between are wanted{where}, as in 1.5,2,3; got {text!r}.")
+        raise InputError(f"Give numbers with commas between them{where}, as in 1.5,2,3; got {text!r}.")
     return found
 
 
@@ -181,7 +189,7 @@ def example_inputs_of(model: nn.Module, name: str, input_size: str | None, sourc
 
         inputs = task_of(model).example_inputs(model)
     if inputs is None:
-        raise InputError(f"The input of {name} is not known: give its image size in pixels, --input-size H[,W].")
+        raise InputError(f"The input of {name} is not known: pass its image size in pixels, --input-size H[,W].")
     return inputs
 
 
@@ -223,7 +231,7 @@ def _built(source: ModelSource, pretrained: bool) -> nn.Module:
         except Exception as error:
             raise InputError(
                 f"{source} raised {type(error).__name__}: {first_line(error)}. It is called with the arguments that "
-                "follow its name after commas, and must give the model."
+                "follow its name after commas, and must return the model."
             ) from error
 
 
@@ -234,8 +242,8 @@ def result_folder(folder: Path) -> Path:
         InputError: if it is not, or is a file.
     """
     if not folder.is_dir():
-        found = "it is a file" if folder.exists() else "it is not there"
-        raise InputError(f"{folder} is no folder that result.save wrote or cpd compress: {found}.")
+        found = "it is a file" if folder.exists() else "it does not exist"
+        raise InputError(f"{folder} is not a folder that cpd compress or result.save wrote: {found}.")
     return folder
 
 
@@ -248,9 +256,9 @@ def opened(name: str, input_size: str | None, inputs: Any) -> tuple[Any, Any]:
         with reading(path) as files:
             path = files.file("model.onnx")
         if not path.is_file():
-            raise InputError(f"{name} holds no model.onnx: it is no folder that cpd compress wrote.")
+            raise InputError(f"{name} holds no model.onnx: it is not a folder that cpd compress wrote.")
     if path.suffix == ".onnx" and not path.is_file():
-        raise InputError(f"{name} is not there: give an ONNX file, a folder that cpd compress wrote, or a model.")
+        raise InputError(f"{name} does not exist: pass an ONNX file, a folder that cpd compress wrote, or a model.")
     if path.suffix == ".onnx":
         if inputs is None:
             from cpd.deploy.export import random_inputs

@@ -53,7 +53,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise typer.BadParameter(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(found, Mapping):
-        raise typer.BadParameter(f"{path} holds no options: lines such as `target_speedup: 2` are wanted.")
+        raise typer.BadParameter(f"{path} holds no options: write lines such as `target_speedup: 2`.")
     options = {str(key).replace("-", "_"): value for key, value in found.items()}
     try:
         check_names(options, names, f"{path}: {context.command.name}")
@@ -67,7 +67,7 @@ Config = Annotated[
     Path | None,
     typer.Option(
         "--config", metavar="FILE.yaml", is_eager=True, callback=_read_config,
-        help="Options by name; those of the command line come first.",
+        help="File with options by name. Options on the command line replace those in the file.",
     ),
 ]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -191,7 +191,7 @@ def _ending(error: BaseException, given: Mapping[str, Any]) -> tuple[str, int]:
             text = text.strip().rpartition(f"{type(error).__name__}: ")[2]
         return f"error: {in_options(text, given)}", exit_code(error)
     told = f"{type(error).__name__}: {first_line(error)}"
-    return f"error: not foreseen: {told}. With --debug the traceback is shown.", FAILED
+    return f"error: unexpected {told}. Run the command with --debug to see the traceback.", FAILED
 
 
 def _how_to_resume(given: Mapping[str, Any]) -> str:
@@ -202,7 +202,7 @@ def _how_to_resume(given: Mapping[str, Any]) -> str:
         return "Nothing was written."
     path = Path(given["output_dir"]) / NAME
     if not path.exists():
-        return "There was no checkpoint yet: start it again."
+        return "There was no checkpoint yet: start the command again."
     command = shlex.join(["cpd", *(part for part in sys.argv[1:] if part != "--resume"), "--resume"])
     return f"The checkpoint {path} is intact; resume with: {command}"
 
@@ -213,7 +213,7 @@ def _write_recipe(context: typer.Context, folder: Path) -> None:
 
     start, place = "# cpd ", folder / RECIPE
     if place.exists() and not context.params.get("overwrite") and not place.read_bytes().startswith(start.encode()):
-        logging.getLogger("cpd").warning("%s was not written by cpd: it is left as it is.", place)
+        logging.getLogger("cpd").warning("%s was not written by cpd, so it was not replaced.", place)
         return
     options = {name: value for name, value in context.params.items() if name not in (*SHOWN, *ONCE)}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}

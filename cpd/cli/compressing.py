@@ -59,14 +59,16 @@ def compress(
     max_drop: Annotated[
         float | None,
         typer.Option(
-            help="Instead of a target: as fast as the validation metric loses at most so many points.",
+            help="Instead of a target: the fastest model whose validation metric falls by at most this many points.",
             rich_help_panel=PRUNE,
         ),
     ] = None,
-    confidence: Annotated[float, typer.Option(help="That --max-drop holds, one-sided.", rich_help_panel=PRUNE)] = 0.95,
+    confidence: Annotated[
+        float, typer.Option(help="One-sided confidence that --max-drop holds.", rich_help_panel=PRUNE)
+    ] = 0.95,
     **options: Any,
 ) -> Output:
-    """Make a model faster, train it back, measure it, and write what came of it. Without a target: twice as fast."""
+    """Make a model faster: prune, train, measure and save it. Without a target, it is made twice as fast."""
     if max_drop is None and not any(options[name] for name in TARGETS):
         options["target_speedup"] = DEFAULT_SPEEDUP
     images = work.images(options["seed"])
@@ -88,11 +90,13 @@ def compress(
 @works
 def sweep(
     work: Work,
-    speedups: Annotated[str, typer.Option(help="Latency in the runtime, original over result; commas between.")],
+    speedups: Annotated[
+        str, typer.Option(help="Speed-ups to reach (latency of the original divided by the result's), such as 1.5,2,3.")
+    ],
     plot: Plot = None,
     **options: Any,
 ) -> Output:
-    """Compress a model to several speed-ups: one table, and one picture of accuracy against measured latency."""
+    """Compress a model to several speed-ups; print a table and draw accuracy against measured latency."""
     return _points(work, _at_speedups("sweep", work, speedups, plot, options), plot)
 
 
@@ -100,14 +104,16 @@ def sweep(
 @works
 def family(
     work: Work,
-    speedups: Annotated[str, typer.Option(help="Latency in the runtime, original over member; commas between.")],
+    speedups: Annotated[
+        str, typer.Option(help="Speed-ups to reach (latency of the original divided by a member's), such as 1.5,2,3.")
+    ],
     together: Annotated[
         bool, typer.Option("--together", help="Train all members at once, as slices of one set of weights.")
     ] = False,
     plot: Plot = None,
     **options: Any,
 ) -> Output:
-    """Make a model of each of several speeds in one run, each a slice of the next larger: one file of weights."""
+    """Make models at several speed-ups in one run, each a slice of the next larger, with one file of weights."""
     return _points(work, _at_speedups("family", work, speedups, plot, options, together=together).figures, plot)
 
 
@@ -121,7 +127,7 @@ def _at_speedups(job: str, work: Work, speedups: str, plot: Path | None, options
 
         check_plot(plot)
     source, given = work.prepared(images)
-    work.say_what_is_lost(f"No model will be written: without --output-dir a {job} gives its table alone.")
+    work.say_what_is_lost(f"No model will be written: without --output-dir, a {job} only prints its table.")
 
     import cpd
 
@@ -134,7 +140,7 @@ def _at_speedups(job: str, work: Work, speedups: str, plot: Path | None, options
 def _points(work: Work, found: Sweep, plot: Path | None) -> Output:
     """The table of models at several speeds, and their picture, if it is asked for."""
     if plot is not None:
-        log.info("picture written to %s", found.plot(plot))
+        log.info("The picture was written to %s.", found.plot(plot))
     return Output({"model": work.model, **found.to_dict()}, (sweep_table(found),))
 
 
@@ -146,30 +152,35 @@ def _speedups(text: str) -> list[float]:
     """
     asked = parse_numbers(text, "--speedups")
     if min(asked) < 1:
-        raise InputError(
-            f"--speedups must each be at least 1 (original over result: for half the latency, 2); got {text}."
-        )
+        raise InputError(f"--speedups must each be at least 1 (2 means half the latency); got {text}.")
     return asked
 
 
 def quantize(
     folder: Saved,
     data: NeededData,
-    output: Annotated[Path | None, typer.Option(help="Where the INT8 model goes (FOLDER/model.int8.onnx).")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="File for the INT8 model. Default: FOLDER/model.int8.onnx.")
+    ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="The original model, as cpd compress takes it, if the folder names none."),
+        typer.Option("--model", help="The original model, named as for cpd compress. Needed if FOLDER names none."),
     ] = None,
     trust_source: TrustSource = False,
-    calibration: Annotated[str, typer.Option(help="minmax, entropy or percentile.")] = "minmax",
+    calibration: Annotated[
+        str, typer.Option(help="How ranges of activations are chosen: minmax, entropy or percentile.")
+    ] = "minmax",
     dynamic: Annotated[
-        bool, typer.Option("--dynamic", help="Matrix products alone, ranges of activations taken while it runs.")
+        bool,
+        typer.Option("--dynamic", help="Quantize matrix products only, with ranges of activations taken at run time."),
     ] = False,
     exclude: Annotated[
         list[str] | None,
-        typer.Option(help="ONNX node that stays in float, any number of times; auto: those that 8 bits cost most."),
+        typer.Option(
+            help="ONNX node that stays in float; any number of times. auto: the nodes to which 8 bits add most noise."
+        ),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Batches of images used.")] = 4,
+    limit: Annotated[int, typer.Option(min=1, help="Number of batches of images to use.")] = 4,
     batch_size: BatchSize = 32,
     workers: Workers = WORKERS,
     threads: Threads = 1,
@@ -179,7 +190,7 @@ def quantize(
     seed: Seed = 0,
     input_size: InputSize = None,
 ) -> Output:
-    """Bring a compressed model to INT8, compare it with the float one, and time pruning, quantization and both."""
+    """Quantize a compressed model to INT8, compare it with the float model, and time pruning, quantization and both."""
     import cpd
     from cpd.deploy.int8 import CALIBRATIONS
     from cpd.model.recorded import rebuilt
@@ -211,7 +222,7 @@ def quantize(
 def demo(
     output_dir: OutputDir = None, overwrite: Overwrite = False, seed: Seed = 0, progress: bool | None = None
 ) -> Output:
-    """Train a small CNN on scikit-learn's digits and make it twice as fast: offline, in a few minutes."""
+    """Train a small CNN on scikit-learn's digits and make it twice as fast. Takes a few minutes, offline."""
     from cpd.demo import run_demo
 
     result = run_demo(output_dir=output_dir, overwrite=overwrite, seed=seed, progress=progress)

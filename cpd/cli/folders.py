@@ -38,7 +38,9 @@ def image_folders(root: Path) -> tuple[Path, Path | None]:
         InputError: if `root` is no folder, or holds no folder of images a class.
     """
     if not root.is_dir():
-        raise InputError(f"--data {root} is not a folder. Give one that holds train/ and val/, or a folder a class.")
+        raise InputError(
+            f"--data {root} is not a folder. Pass one that holds train/ and val/, or one folder for each class."
+        )
     train = next((root / name for name in TRAIN_FOLDERS if (root / name).is_dir()), None)
     validation = next((root / name for name in VALIDATION_FOLDERS if (root / name).is_dir()), None)
     if train is None and validation is not None:
@@ -46,7 +48,7 @@ def image_folders(root: Path) -> tuple[Path, Path | None]:
     if train is None:
         train = root
     if not any(item.is_dir() for item in train.iterdir()):
-        raise InputError(f"--data: {train} holds no folders, one a class, of images, nor images/ and labels/.")
+        raise InputError(f"--data: {train} holds no folders of images (one for each class, or images/ and labels/).")
     return train, validation
 
 
@@ -100,16 +102,20 @@ class Images:
         if self.augment not in AUGMENTATIONS:
             raise InputError(f"--augment must be one of {', '.join(AUGMENTATIONS)}; got {self.augment!r}.")
         if self.augment == "none" and self._more:
-            raise InputError("--auto-augment and --random-erasing augment further: take --augment light or imagenet.")
+            raise InputError(
+                "--auto-augment and --random-erasing add to an augmentation: use --augment light or imagenet."
+            )
         if (self.mean is None) != (self.std is None):
-            raise InputError("--mean and --std belong together: give both, or neither for the model's own.")
+            raise InputError("--mean and --std belong together: pass both, or neither to use the model's own.")
         for name in ("mean", "std"):
             numbers = self._numbers(name)
             if numbers is not None and (len(numbers) not in (1, 3) or (name == "std" and min(numbers) <= 0)):
-                wanted = "one number, or three with commas between" + ", above 0" * (name == "std")
+                wanted = "one number, or three with commas between them" + ", above 0" * (name == "std")
                 raise InputError(f"--{name} takes {wanted}, as in 0.485,0.456,0.406; got {getattr(self, name)!r}.")
         if self.by_name and (self._more or self.mean is not None):
-            raise InputError("--auto-augment, --random-erasing, --mean and --std are not for models of ultralytics.")
+            raise InputError(
+                "--auto-augment, --random-erasing, --mean and --std do not apply to models of ultralytics."
+            )
         if self.folder is not None and not self.by_name:
             image_folders(self.folder)
 
@@ -147,7 +153,7 @@ class Images:
             return self._read_by_task(model, example_inputs)
         if not isinstance(example_inputs, torch.Tensor) or example_inputs.dim() != 4:
             raise InputError(
-                f"--data reads folders of images; {type(model).__name__} takes something else. "
+                f"--data reads folders of images, but {type(model).__name__} takes other inputs. "
                 "Call cpd.compress(model, data=your_loader, loss=…) from Python."
             )
         folders, config = image_folders(self.folder), self._preprocessing(model, example_inputs)
@@ -174,7 +180,7 @@ class Images:
 
         _, channels, height, width = example_inputs.shape
         if channels not in (1, 3):
-            raise InputError(f"Image files have 1 or 3 channels, the model takes {channels}.")
+            raise InputError(f"Image files have 1 or 3 channels, but the model takes {channels}.")
         config: dict[str, Any] = resolve_data_config({"input_size": (channels, height, width)}, model=model)
         own = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
         whose = "the model's own" if "mean" in own else "ImageNet's"
@@ -183,7 +189,7 @@ class Images:
             if given is not None:
                 whose = "as given"
                 if len(given) > channels:
-                    raise InputError(f"--{name} holds {len(given)} numbers, the model takes {channels} channel.")
+                    raise InputError(f"--{name} holds {len(given)} numbers, but the model takes {channels} channel.")
                 config[name] = tuple(given * channels)[:channels]
             elif channels == 1 and len(config[name]) == 3:
                 config[name] = (sum(config[name]) / 3,)
@@ -204,7 +210,7 @@ class Images:
         _check_classes(model, folders[0], augmented.classes, example_inputs)
         validation = None if folders[1] is None else read_classes(folders[1], plain, mode)
         if validation is not None and validation.classes != augmented.classes:
-            raise InputError(f"{folders[0]} and {folders[1]} hold different classes (folder names).")
+            raise InputError(f"{folders[0]} and {folders[1]} hold different classes: their folders' names differ.")
         return augmented, replace(augmented, transform=plain), validation, accuracy
 
     def _augmentation(self) -> dict[str, Any]:
@@ -224,11 +230,16 @@ class Images:
         from cpd.tasks.segmentation import SCALES, SegmentationFolder
 
         if self._more:
-            raise InputError("--auto-augment and --random-erasing are for folders of classes, not for label maps.")
+            raise InputError(
+                "--auto-augment and --random-erasing apply to folders of classes, not to label maps: leave them out."
+            )
         with torch.no_grad(), evaluating(model):
             shape = logits(model(example_inputs)).shape
         if len(shape) != 4:
-            raise InputError(f"{folders[0]} holds label maps, but the model gives {list(shape)}, no map of classes.")
+            raise InputError(
+                f"{folders[0]} holds label maps, but the output of the model is not a map of classes: its shape is "
+                f"{list(shape)}."
+            )
         size = (int(example_inputs.shape[2]), int(example_inputs.shape[3]))
 
         def maps(folder: Path, augment: str) -> SegmentationFolder:
@@ -298,8 +309,8 @@ def read_classes(folder: Path, transform: Callable[[Any], Tensor], mode: str) ->
         raise InputError(f"{folder} holds no images that can be read: {error}") from error
     if len(reader.class_to_idx) < 2:
         raise InputError(
-            f"{folder} holds images of one class alone ({', '.join(reader.class_to_idx)}/): one folder a class is "
-            "wanted, and at least two of them."
+            f"{folder} holds images of only one class ({', '.join(reader.class_to_idx)}/): it must hold one folder for "
+            "each class, and at least two classes."
         )
     return ClassFolder(tuple(reader.samples), dict(reader.class_to_idx), transform, mode)
 
@@ -315,7 +326,7 @@ def _check_classes(model: nn.Module, folder: Path, found: Mapping[str, int], exa
     classes = len(found)
     if classes != outputs:
         raise InputError(
-            f"{folder} holds {classes} classes (folders), the model has {outputs} outputs. Give a model trained on "
+            f"{folder} holds {classes} classes (folders), but the model has {outputs} outputs. Pass a model trained on "
             "these classes, as package.module:factory."
         )
 

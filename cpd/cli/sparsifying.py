@@ -25,7 +25,7 @@ def sparsify(
     checkpoint_minutes: CheckpointMinutes = 10.0,
     **options: Any,
 ) -> Output:
-    """Make weights of a model zero, refit and train the others, and write what came of it. It becomes no faster."""
+    """Set weights of a model to zero, refit and train the others, and save the result. It does not become faster."""
     images = work.images(options["seed"])
     config, training = SparseConfig(**values(SparseConfig, options)), training_of(options, images)
     _ = config.share

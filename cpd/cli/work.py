@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 TRAIN = "Training"
 #: Options of the training that are shared with pruning, or are none of a command.
 SHARED = ("seed", "progress")
-KD_BY_DATA = "kl; cwd for label maps"
+KD_BY_DATA = "kl, or cwd for label maps"
 
-LOST = "Nothing will be written: without --output-dir the result is measured and shown, then lost."
+LOST = "Nothing will be written: without --output-dir, the result is measured and shown, but not saved."
 
 log = logging.getLogger("cpd.cli")
 
@@ -54,13 +54,13 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Resume from the checkpoint in --output-dir.", rich_help_panel=TRAIN)
 ]
 CheckpointMinutes = Annotated[
-    float, typer.Option(help="Minutes between two checkpoints at most.", rich_help_panel=TRAIN)
+    float, typer.Option(help="Longest time between two checkpoints, in minutes.", rich_help_panel=TRAIN)
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What is pruned and trained, on what, and where it is written.
+    """The model, its data and settings of a command that prunes and trains, and where the result is written.
 
     Attributes are those options of the command line; the types say what they are there.
     """

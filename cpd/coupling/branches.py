@@ -40,21 +40,22 @@ _LAYERS = {"linear", "conv1d", "conv2d", "conv3d"}
 
 @dataclass(frozen=True)
 class Branch:
-    """Operations that can be removed together: those that alone make up an operand.
+    """A part of the model that can be removed as a whole: the operations that only compute one operand.
 
-    Without it a sum is its other operand, a concatenation is narrower, a product is what it multiplies.
+    Without the branch, a sum becomes its other operand, a concatenation becomes narrower, and a product becomes its
+    other factor.
 
     Attributes:
-        name: the module that they are in, with a number where it holds several.
-        start: the operations that it reads, by their nodes in `Comb.graph`.
-        end: the operation that gives the operand.
-        modules: the largest modules that go with it.
-        groups: the groups of channels that lie in it alone.
-        parameters: how many go with it.
-        macs: multiply-accumulates of the example inputs that go with it.
-        frozen: None if it can be removed, else the reason why not.
-        rivals: sets of other branches; if all of one go, this one must stay: the other operands of a sum or a
-            concatenation.
+        name: Name of the module that holds the operations, followed by a number if it holds several branches.
+        start: The operations whose results the branch reads, by their nodes in `Comb.graph`.
+        end: The operation that computes the operand.
+        modules: The largest modules that are removed with the branch.
+        groups: The groups whose channels are only inside the branch.
+        parameters: Number of parameters that are removed with the branch.
+        macs: Multiply-accumulates (MACs) on the example inputs that are removed with it.
+        frozen: None if the branch can be removed, else the reason why it cannot.
+        rivals: Sets of other branches, such as the other operands of a sum or a concatenation. If all branches of one
+            set are removed, this one must be kept.
     """
 
     name: str

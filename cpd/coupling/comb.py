@@ -60,27 +60,27 @@ def _are_widths(value: Any) -> bool:
 
 
 NAMES = Check(
-    "names of branches, as ['layer1.1']",
+    "a list of names of branches, such as ['layer1.1']",
     lambda value: isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value),
 )
-KEEP = Check("a mapping from names of groups to the channels that are kept, as {'layer1.0.conv1': [0, 2]}", _are_widths)
+KEEP = Check("a mapping from names of groups to the channels to keep, such as {'layer1.0.conv1': [0, 2]}", _are_widths)
 
 
 @dataclass(frozen=True, repr=False)
 class Comb:
-    """The coupling groups of a model, and all that is needed to plan over them.
+    """The coupling groups of a model, from which plans are made.
 
     Attributes:
-        groups: every group in the order of the model's operations, prunable or frozen.
-        graph: the operations as a `networkx.DiGraph`, each node with `op`, `module`, `shape`, `line` and `groups`.
-        unknown: ATen ops without a rule; what they touch is frozen.
-        unread: integers that equal a width and do not follow it, each with the widths that it equals.
-        model: the model that was combed.
-        architecture: what another model must be for this comb, and plans of it, to hold for it.
-        frame: a copy of the model without values, as it was: its integers are those that plans change.
-        read: gives the parts of the model's output that matter; `outputs` names them.
-        applied: the plan that `model` has gone through, where this is the comb of a narrower one.
-        removed: names of branches that every plan removes; the cost is that of what is left.
+        groups: All groups, prunable or frozen, in the order of the model's operations.
+        graph: The operations as a `networkx.DiGraph`. Each node has `op`, `module`, `shape`, `line` and `groups`.
+        unknown: ATen operations for which cpd has no rule. Every width that they touch is frozen.
+        unread: Integer attributes that equal a width but do not change with it, each with the widths that it equals.
+        model: The model that was combed.
+        architecture: What must be the same in another model for this comb and its plans to be valid for it.
+        frame: A copy of the combed model without its weights. Plans change the integer attributes that it holds.
+        read: A function that takes the model's output and returns the parts that matter; `outputs` names them.
+        applied: The plan that was applied to `model`, if this is the comb of a narrower model.
+        removed: Names of branches that every plan of this comb removes. `cost` is the cost of what is left.
     """
 
     groups: tuple[Group, ...]
@@ -100,7 +100,7 @@ class Comb:
     _found: list[Removable] = field(default_factory=list, repr=False)  # once it is asked for
 
     def __repr__(self) -> str:
-        """How many groups there are; `groups` lists them."""
+        """The number of groups, and how many of them can be pruned."""
         return f"Comb({type(self.model).__name__}: {len(self.groups)} groups, {len(self.open)} of them open)"
 
     @property
@@ -111,25 +111,25 @@ class Comb:
 
     @property
     def ties(self) -> tuple[Tie, ...]:
-        """Pairs of dimensions that must keep equally many channels."""
+        """Pairs of dimensions that must keep the same number of channels."""
         removal = self._removal(self.removed).groups
         gone = {group.axis for group in self.groups if group.name in removal}
         return tuple(tie for tie in self.context.ties if gone.isdisjoint(tie.axes))
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The tensors that the model returns and that matter, by name; "" for a single one. They keep their width."""
+        """Names of the returned tensors that matter and so keep their width; "" if the model returns one tensor."""
         chosen = self.operations.chosen
         return tuple(name for place, name in self.operations.output_names.items() if chosen is None or place in chosen)
 
     @property
     def unknown(self) -> tuple[str, ...]:
-        """ATen ops without a rule."""
+        """ATen operations for which cpd has no rule. Every width that they touch is frozen."""
         return tuple(self.context.unknown)
 
     @cached_property
     def graph(self) -> nx.DiGraph:
-        """The operations, each with the names of the groups that its result carries."""
+        """The operations as a graph, each with the names of the groups along which its result has channels."""
         graph = self.operations.digraph()
         names = {group.axis: group.name for group in self.groups}
         for node in self.operations.nodes:
@@ -140,7 +140,7 @@ class Comb:
 
     @cached_property
     def cost(self) -> Cost:
-        """MACs, parameters and activations of any widths, from the graph's shapes alone."""
+        """A function from widths to MACs, parameters and activations, computed from the shapes of the graph."""
         left = self._removal(self.removed).cost
         return Cost(self.context, self.dims, every_tensor(self.model)) if left is None else left
 
@@ -148,18 +148,18 @@ class Comb:
     def _removable(self) -> Removable:
         if not self._found:
             check_architecture(
-                self.model, self.architecture, PlanError, "The comb is",
-                "Ask for comb.branches before the model is shrunk, or comb it anew.",
+                self.model, self.architecture, PlanError, "The comb was made for",
+                "Read comb.branches before the model is shrunk, or call cpd.comb on it again.",
             )  # fmt: skip
             self._found.append(Removable(self.context, self.model, self.dims, self.attributes, self.groups, self.cost))
         return self._found[0]
 
     @property
     def branches(self) -> tuple[Branch, ...]:
-        """What can be removed as a whole, and what cannot with the reason: found, and tried, when first asked for.
+        """All branches, removable or not (with the reason). They are found, and tried on copies, when first read.
 
         Raises:
-            PlanError: if the model has been shrunk since.
+            PlanError: If the model has been shrunk since it was combed.
 
         Examples:
             >>> from torchvision.models import resnet18
@@ -176,43 +176,43 @@ class Comb:
 
     @checked(names=NAMES)
     def removal(self, names: Collection[str]) -> Removal:
-        """What goes when some branches do: operations, modules, groups, and the cost of what is left.
+        """The operations, modules and groups that are removed with some branches, and the cost of what is left.
 
         Raises:
-            PlanError: a branch is unknown or frozen, or both operands of a sum would go.
+            PlanError: If a branch is unknown or frozen, or if both operands of a sum would be removed.
         """
         return self._removal(frozenset(names))
 
     @checked(names=NAMES)
     def without(self, names: Collection[str]) -> Comb:
-        """The same comb, of which every plan removes these branches.
+        """A comb of the same model whose plans all remove these branches, given by name.
 
         Raises:
-            PlanError: as `removal`.
+            PlanError: If a branch is unknown or frozen, or if both operands of a sum would be removed.
         """
         found = replace(self, removed=self._removal(self.removed | frozenset(names)).names)
         return found if found.removed != self.removed else self
 
     @cached_property
     def open_share(self) -> dict[str, float]:
-        """The share of the parameters that the forward uses, and of MACs, that lie in at least one open group."""
+        """The shares of MACs, and of the parameters that the forward uses, that lie in at least one open group."""
         return self.cost.open_share()
 
     @property
     def unused(self) -> Mapping[str, int]:
-        """Elements of each parameter that the forward never uses: left as they are, and in no share."""
+        """Elements of each parameter that the forward never uses. They are not changed and count in no share."""
         return self.cost.unused
 
     @cached_property
     def frozen_share(self) -> tuple[FrozenShare, ...]:
-        """The rest of `open_share` by reason, most costly first."""
+        """The shares that lie in no open group, by the reason why they are frozen, the largest first."""
         return self.cost.frozen_share()
 
     @checked(plan=PLAN)
     def left_alone(self, plan: Plan) -> tuple[str, ...]:
-        """The integers that a plan leaves as they are though they equal a width that it changes: `block.dim = 64`.
+        """Integer attributes that a plan does not change although they equal a width that it changes: `block.dim = 64`.
 
-        The forward does not ask for them; another method that does may need the new width.
+        The forward does not read them. If another method of the model does, it may need the new width.
         """
         counts = {group.axis: len(plan.groups[group.name]) for group in self.groups}
         return tuple(
@@ -224,21 +224,25 @@ class Comb:
 
     @checked(model=MODEL, plan=PLAN)
     def narrowed(self, model: nn.Module, plan: Plan) -> Comb:
-        """The groups of `model`, this comb's model with `plan` applied to it, for scoring: no trace, no proof.
+        """The comb of a model that was shrunk by `plan`, for scoring it without another trace or verification.
 
-        Its groups and `dims` are those of the narrower model; its operations, and with them its cost and what it
-        plans, remain those of the unpruned one: plan with the comb of that, and apply `plan.since(earlier)`.
+        Its groups and `dims` are those of the narrower model. Its operations and its cost are still those of the
+        unpruned model, so plan with the comb of that, and shrink the narrower model by `plan.since(earlier)`.
+
+        Args:
+            model: This comb's model after `cpd.shrink(model, plan)`.
+            plan: The plan that was applied to it.
 
         Raises:
-            PlanError: if `plan` is of another model, or `model` is not what it makes of this comb's.
+            PlanError: If `plan` belongs to another model, or if `model` is not the result of applying it.
         """
         found = plan.architecture and self.architecture.difference(plan.architecture)
         if found:
-            raise PlanError(f"The plan is of another model than the comb: {found}. Make it with this comb.")
+            raise PlanError(f"The plan belongs to another model than the comb: {found}. Make the plan with this comb.")
         narrower = self.architecture.narrowed(plan)
         check_architecture(
-            model, narrower, PlanError, "The comb and the plan are",
-            "Give the model that this plan, and nothing else, was applied to.",
+            model, narrower, PlanError, "The comb and the plan were made for",
+            "Pass the model to which only this plan was applied.",
         )  # fmt: skip
         sizes = {group.axis: len(plan.groups[group.name]) for group in self.groups}
         others = {axis: Axis(size) for axis, size in sizes.items() if size < axis.size}
@@ -264,17 +268,18 @@ class Comb:
 
     @checked(keep=KEEP, remove=NAMES, strict=FLAG)
     def plan(self, keep: Mapping[str, Any], *, remove: Collection[str] = (), strict: bool = False) -> Plan:
-        """Make a plan that keeps the given channels, and removes the given branches.
+        """Make a plan that keeps the given channels and removes the given branches.
 
         Args:
-            keep: {group name: channels kept, as indices}; groups not named keep everything.
-            remove: names of branches that go as a whole.
-            strict: raise where a tie or a minimum demands that more is kept, rather than keeping more.
+            keep: {group name: indices of the channels to keep}. Groups that are not named keep all channels.
+            remove: Names of branches to remove as a whole.
+            strict: Whether to raise an error if a tie or a minimum width requires more channels than `keep` gives. By
+                default more are kept, and `plan.adjusted` says which.
 
         Raises:
-            PlanError: a group or a branch is unknown or frozen, a group is emptied, a channel is out of range, both
-                operands of a sum are removed, or, if `strict`, a tie or a minimum is broken; or this is the comb of a
-                narrower model (`narrowed`), for scoring alone.
+            PlanError: If a group or a branch is unknown or frozen, a group would lose all its channels, a channel is
+                out of range, or both operands of a sum would be removed; if `strict`, when a tie or a minimum width
+                requires more channels; or if this is the comb of a narrower model (`narrowed`).
 
         Examples:
             >>> from torch import nn
@@ -288,8 +293,8 @@ class Comb:
         """
         if self.applied is not None and self.applied.changes:
             raise PlanError(
-                "This comb is of a model that was shrunk since, and good for scores alone: plan with the comb of the "
-                "unpruned model, and shrink by what is new of it, plan.since(earlier)."
+                "This comb belongs to a model that was already shrunk and can only be used for scores. Make the plan "
+                "with the comb of the unpruned model, and shrink the model by plan.since(earlier)."
             )
         if remove:
             return self.without(remove).plan(keep, strict=strict)
@@ -301,7 +306,7 @@ class Comb:
         }
         unknown = sorted(set(keep) - set(named))
         if unknown:
-            raise PlanError(f"Unknown groups {unknown}; comb.groups lists the names.")
+            raise PlanError(f"There are no groups named {unknown}; comb.groups lists the names.")
         masks, adjusted = self._honour_ties(masks, strict)
         masks.update((axis, np.zeros(axis.size, dtype=np.bool_)) for axis in removal.empty)
         return self._build(masks, adjusted, removal)
@@ -318,9 +323,9 @@ class Comb:
                 continue
             group = names[axis]
             why = axis.why_minimum if counts[axis] < axis.minimum else group.ties[0]
-            sentence = f"{group.name} keeps {count} of {group.size} rather than {counts[axis]}: {why}"
+            sentence = f"{group.name} keeps {count} of {group.size} channels instead of {counts[axis]}: {why}"
             if strict:
-                raise PlanError(f"{sentence}. Leave strict=False to keep more.")
+                raise PlanError(f"{sentence}. Pass strict=False to keep more channels than asked for.")
             mask = masks[axis].copy()
             mask[np.flatnonzero(~mask)[: count - counts[axis]]] = True
             masks[axis] = mask
@@ -370,7 +375,7 @@ class Comb:
         )
 
 
-COMB = instance(Comb, "a comb, as cpd.comb(model, example_inputs) gives it")
+COMB = instance(Comb, "a comb: the result of cpd.comb(model, example_inputs)")
 
 
 def _mask(named: Mapping[str, Group], name: str, positions: Any) -> Mask:
@@ -378,7 +383,7 @@ def _mask(named: Mapping[str, Group], name: str, positions: Any) -> Mask:
     group = named[name]
     index = np.array(positions.tolist() if isinstance(positions, Tensor) else list(positions), ndmin=1)
     if index.size == 0:
-        raise PlanError(f"The plan empties {name}; keep at least one of its {group.size} channels.")
+        raise PlanError(f"The plan removes all channels of {name}: keep at least one of its {group.size} channels.")
     if index.dtype.kind not in "iu" or index.min() < 0 or index.max() >= group.size:
         raise PlanError(f"Channels of {name} must be integers from 0 to {group.size - 1}; got {index.tolist()[:8]}.")
     mask = np.zeros(group.size, dtype=np.bool_)
@@ -393,25 +398,28 @@ def comb(
     model: nn.Module, example_inputs: Any, *, outputs: Outputs | None = None, proof_copies: int = MAX_COPIES,
     proof_seconds: float | None = None,
 ) -> Comb:  # fmt: skip
-    """Find the coupling groups of `model`; the model is never changed.
+    """Find which channels of a model must be removed together, and which cannot be removed.
+
+    The model is traced by `torch.export`, and every group is verified on narrower copies. The model is not changed.
 
     Args:
-        model: any module that `torch.export` can trace in eval mode; of one that `torch.compile` gave, the module
-            within.
-        example_inputs: a tensor, a tuple, or `(tuple, dict)`.
-        outputs: the parts of the model's output that matter, where it returns more than is read: a key, an attribute
-            or a position (`a.b` or `1.0` inside another), several of them, or a function of the output. These keep
-            their width, the others may become narrower; None: all matter.
-        proof_copies: how many narrower copies are tried, at least 1; what is not proved by then is frozen.
-        proof_seconds: after how long the same happens; None: never, so that the same model gives the same groups.
+        model: Any module that `torch.export` can trace in eval mode. A model that `torch.compile` returned is
+            unwrapped.
+        example_inputs: A tensor, a tuple, or `(tuple, dict)` on which the model runs.
+        outputs: The parts of the model's output that you use, if it returns more than those: a key, an attribute or an
+            index (`a.b` or `1.0` for nested outputs), several of them, or a function of the output. These parts keep
+            their width; others may become narrower. Default: all parts.
+        proof_copies: Largest number of narrower copies to try, at least 1. Groups not verified by then are frozen.
+        proof_seconds: Time limit of the verification in seconds. Groups not verified by then are frozen. Default: no
+            limit, so that the same model always gives the same groups.
 
     Returns:
-        A `Comb`: `groups`, `graph`, and `plan(...)`.
+        A `Comb` with `groups`, `graph` and `plan(...)`.
 
     Raises:
-        InputError: if `model` is no module, or fails on `example_inputs`; if its output has no such parts; if a bound
-            is not above 0.
-        TraceError: if the model cannot be exported.
+        InputError: If `model` is not a module or fails on `example_inputs`, if its output has no such parts, or if a
+            limit is not above 0.
+        TraceError: If the model cannot be exported.
 
     Examples:
         >>> from torch import nn

@@ -271,7 +271,7 @@ def _parameter_terms(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, 
 def unused_sentence(unused: Mapping[str, int]) -> str:
     """What to say of parameters that the forward never uses, given the elements of each."""
     modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in unused))
-    return f"Never used in the forward: {sum(unused.values()):,} parameters ({some(modules, _NAMED)})."
+    return f"The forward never uses {sum(unused.values()):,} parameters ({some(modules, _NAMED)})."
 
 
 def _other_parameters(dims: Mapping[str, tuple[Dim, ...]], tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -15,12 +15,12 @@ from cpd.rules.contraction import KERNEL
 
 @dataclass(frozen=True)
 class Member:
-    """A dimension of a parameter or buffer that a group lies along.
+    """A dimension of a parameter or buffer along which a group has its channels.
 
     Attributes:
-        tensor: name of the parameter or buffer.
-        dim: which of its dimensions.
-        contracted: whether an op sums over it (the consumer's side), rather than giving it.
+        tensor: Name of the parameter or buffer.
+        dim: Index of the dimension.
+        contracted: Whether an operation sums over this dimension (it reads the channels) rather than producing it.
     """
 
     tensor: str
@@ -33,17 +33,17 @@ class Member:
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that are removed together from every member.
+    """Channels that are removed together from several tensors.
 
     Attributes:
-        name: the layer that gives the channels, with a number where it gives several groups.
-        size: number of channels.
-        minimum: how many channels must stay.
-        frozen: None if prunable, else the reason why not.
-        exact: whether removing a channel gives what zeroing it gives in the unpruned model.
-        inexact: if not exact, the op that mixes over the group.
-        members: every dimension of a tensor that the group lies along.
-        ties: for each count tie that the group takes part in, its reason.
+        name: Name of the layer that produces the channels, followed by a number if it produces several groups.
+        size: Number of channels.
+        minimum: Smallest number of channels that can be kept.
+        frozen: None if the group can be pruned, else the reason why it cannot.
+        exact: Whether removing a channel gives the same outputs as setting it to zero in the unpruned model.
+        inexact: The operation that mixes values over the group, if it is not exact.
+        members: Every dimension of a tensor along which the group has its channels.
+        ties: The reasons of all conditions that tie the group's width to other widths.
     """
 
     name: str

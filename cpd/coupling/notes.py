@@ -23,4 +23,7 @@ def notes_of(comb: Comb) -> list[str]:
 
 def left_alone_sentence(places: tuple[str, ...]) -> str:
     """What a plan leaves as it is though it equals an old width."""
-    return f"Integers equal to an old width, which nothing ties to it, stay as they are: {some(places, NAMED)}."
+    return (
+        "These integer attributes equal a former width, but are not changed, because the forward does not read them: "
+        f"{some(places, NAMED)}."
+    )

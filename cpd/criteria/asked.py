@@ -38,8 +38,8 @@ class Asked(NamedTuple):
     def told(self, used: int) -> str:
         """That fewer were used, in a sentence."""
         return (
-            f"{self.group} has {self.size} channels that are seen too seldom: it asks for {self.samples} images to "
-            f"score and recover on, and {used} were used."
+            f"There are few images for the {self.size} channels of {self.group}: scores and recovery need "
+            f"{self.samples} images for it, and {used} were used."
         )
 
 

@@ -23,16 +23,16 @@ def choose_criterion(
         InputError: one that needs data or targets that are not given.
     """
     if criterion is None and data is None:
-        return FROM_TRAINING, "read off the gradients of the training"
+        return FROM_TRAINING, "computed from the gradients of the training"
     if criterion is None:
         return "obs", "the default with data: estimated change of the logits after the remaining channels are refitted"
     if criterion in DATA_FREE or criterion == FROM_TRAINING or (data is None and callable(criterion)):
-        return criterion, "as asked for"
+        return criterion, "as requested"
     if data is None:
-        raise InputError(f"criterion={criterion!r} needs data: pass data=loader, or take {FROM_TRAINING!r}.")
+        raise InputError(f"criterion={criterion!r} needs data: pass data=loader, or use {FROM_TRAINING!r}.")
     if criterion not in TARGET_FREE and loss is None and next(batches(data, 1)).target is None:
-        raise InputError(f"criterion={criterion!r} needs targets or a loss, and the data has none: pass loss=….")
-    return criterion, "as asked for"
+        raise InputError(f"criterion={criterion!r} needs targets or a loss, but the data has no targets: pass loss=….")
+    return criterion, "as requested"
 
 
 def criterion_name(criterion: str | Criterion) -> str:

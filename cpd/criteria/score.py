@@ -26,18 +26,19 @@ from cpd.plan import Plan
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 _CRITERION = Check(
-    "a name in cpd.criteria.CRITERIA, or a function of a cpd.criteria.Setting",
+    "a name in cpd.criteria.CRITERIA, or a function that takes a cpd.criteria.Setting",
     lambda value: is_function(value) or (isinstance(value, str) and value in CRITERIA),
     names=lambda: CRITERIA,
 )
 
 
 class Scores(dict[str, Tensor]):
-    """{group name: Tensor[size]}.
+    """A dict {group name: Tensor[size]} with the score of every channel.
 
     Attributes:
-        untrusted: {group name: why its scores say too little}: selection leaves these groups whole.
-        reliability: {group name: how far its scores are no noise, from 0 to 1}, where the samples tell it.
+        untrusted: {group name: why its scores cannot be relied on}. Selection keeps these groups whole.
+        reliability: {group name: share of the variation of its scores that is not noise, from 0 to 1}, for groups where
+            it can be estimated from the samples.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class Scores(dict[str, Tensor]):
         self.untrusted, self.reliability = dict(untrusted), dict(reliability)
 
     def drawn(self) -> dict[str, Tensor]:
-        """The scores of each group drawn towards their mean by their reliability, as selection compares them."""
+        """The scores as selection compares them: each group's scores are shrunk to their mean by their reliability."""
         return {name: drawn(score, self.reliability.get(name, 1.0)) for name, score in self.items()}
 
 
@@ -69,30 +70,35 @@ def score(
     precision: str | None = None,
     total: Callable[[Tensor], Tensor] | None = None,
 ) -> Scores:
-    """Score every channel of every open group; `cpd.selection.selector` weighs scores against what a channel saves.
+    """Score every channel of every open group: estimate what its removal costs.
+
+    Selection divides these scores by what a channel saves (the option `normalization` of `cpd.PruneConfig`).
 
     Args:
-        model: the unpruned model; left as it was.
-        comb: its comb.
-        data: batches of (input, target), mappings, or None for criteria that need none.
-        loss: `loss(output, target) -> scalar`, the mean over the batch; None infers cross-entropy for class targets.
-        criterion: a name in `cpd.criteria.CRITERIA`, or a callable of a `cpd.criteria.Setting` that returns
+        model: The unpruned model. It is not changed.
+        comb: The comb of the model.
+        data: Batches of (input, target), or mappings. Criteria that look only at the weights need no data.
+        loss: `loss(output, target) -> scalar`, the mean over the batch. Default: cross-entropy if the targets are
+            classes.
+        criterion: A name in `cpd.criteria.CRITERIA`, or a function that takes a `cpd.criteria.Setting` and returns
             {group name: Tensor[size]}.
-        limit: at most this many batches are read.
-        probes: random vectors a batch, for `hessian`.
-        seed: for those, and for dropout in train mode.
-        training: whether the model runs in train mode; its buffers are as before at the end.
-        total: sums a tensor over several processes, each of which has a share of the batches (`cpd.processes.total`).
-        precision: "bf16" or "fp16" for mixed precision (`torch.autocast`); None computes in the weights' dtype.
+        limit: Largest number of batches to read.
+        probes: Random vectors for each batch, for `hessian`.
+        seed: Seed of those vectors, and of dropout in train mode.
+        training: Whether the model runs in train mode. Its buffers are restored at the end.
+        total: A function that sums a tensor over several processes, each with its share of the batches
+            (`cpd.processes.total`).
+        precision: "bf16" or "fp16" for mixed precision (`torch.autocast`). Default: the dtype of the weights.
 
     Returns:
-        {group name: Tensor[size]} on the CPU, float64, with the attributes `untrusted`: {group name: why its scores say
-        too little of it to remove channels by}, and `reliability`: {group name: how far they are no noise}; `drawn()`
-        gives them as selection compares them.
+        {group name: Tensor[size]}, float64 on the CPU. The attribute `untrusted` is {group name: why its scores cannot
+        be relied on}; `reliability` is {group name: share of their variation that is not noise}; `drawn()` returns the
+        scores as selection compares them.
 
     Raises:
-        InputError: an unknown criterion or precision, one that does not score every group, or a comb of another model.
-        TrainingError: no data where it is needed, no batch, or a loss that is not finite.
+        InputError: The criterion or the precision is unknown, the criterion does not score every group, or the comb
+            belongs to another model.
+        TrainingError: Data is needed but missing or empty, or a loss is not finite.
 
     Examples:
         >>> from torch import nn
@@ -108,8 +114,8 @@ def score(
     """
     model = check_model(model)
     check_architecture(
-        model, comb.architecture, InputError, "The comb is",
-        "Comb this model, or, if it was shrunk by a plan, score it with comb.narrowed(model, plan).",
+        model, comb.architecture, InputError, "The comb was made for",
+        "Call cpd.comb on this model, or, if it was shrunk by a plan, score it with comb.narrowed(model, plan).",
     )  # fmt: skip
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     dtype = None if precision is None else PRECISIONS[precision]
@@ -121,15 +127,15 @@ def score(
     with of_the_user(f"The criterion {criterion_name(criterion)}"):
         scores = function(setting)
     if not isinstance(scores, Mapping):
-        raise InputError(f"The criterion must return {{group name: tensor}}, not {shown(scores)}.")
+        raise InputError(f"The criterion must return {{group name: tensor}}; it returned {shown(scores)}.")
     result = {}
     for group in comb.open:
         value = scores.get(group.name)
         if not isinstance(value, Tensor) or tuple(value.shape) != (group.size,):
-            found = list(value.shape) if isinstance(value, Tensor) else "no score"
+            found = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else "no score"
             raise InputError(
-                f"The criterion gave {found} for {group.name}; it must "
-                f"return a tensor of {group.size} numbers for it, as for every group of comb.open."
+                f"The criterion returned {found} for {group.name}; it must return a tensor with one number for each of "
+                f"its {group.size} channels, and the same for every group of comb.open."
             )
         value = value.detach().to("cpu", torch.float64)
         if not bool(torch.isfinite(value).all()):

@@ -90,26 +90,26 @@ def export_onnx(
     check: bool = True,
     tolerance: float = 1e-3,
 ) -> Path | bytes:
-    """Export `model` in eval mode to ONNX, weights inside, and compare ONNX Runtime with PyTorch.
+    """Export a model in eval mode to ONNX, with its weights, and compare ONNX Runtime with PyTorch.
 
-    The model is left as found: the training mode of every submodule, the grad flags, the weights. The file
-    appears whole or not at all, and only after the comparison has passed.
+    The model is not changed: its weights, its gradient flags and the training mode of every submodule stay. The file
+    is written completely or not at all, and only after the comparison has passed.
 
     Args:
-        model: the model to export, on any device.
-        example_inputs: a tensor, a tuple, or (tuple, dict), as in `torch.onnx.export`. Their shapes, batch
-            size included, are those of the exported model. Random values test more than zeros do.
-        path: where to write. A model too large for one protobuf (2 GB; the exporter draws the line at
-            1.5 GB) gets its weights in `<path>.data` beside it. None: nothing is written.
-        check: whether to compare the outputs on `example_inputs` (`onnx_parity`).
-        tolerance: the largest relative difference that passes the check.
+        model: The model to export, on any device.
+        example_inputs: A tensor, a tuple, or (tuple, dict), as for `torch.onnx.export`. The exported model takes
+            exactly these shapes, batch size included. Random values test more than zeros.
+        path: The file to write. A model too large for one protobuf (2 GB; the exporter's limit is 1.5 GB) gets its
+            weights in `<path>.data` beside it. Default: no file is written.
+        check: Whether to compare the outputs on `example_inputs`.
+        tolerance: Largest relative difference of the outputs that passes the check.
 
     Returns:
         The path of the file, or the serialised model if `path` is None.
 
     Raises:
-        InputError: if `path` cannot be written, or an argument is unusable. Raised before the export.
-        ExportError: if the export fails, or the outputs differ by more than `tolerance`.
+        InputError: If `path` cannot be written, or an argument cannot be used. This is raised before the export.
+        ExportError: If the export fails, or the outputs differ by more than `tolerance`.
 
     Examples:
         >>> from torch import nn
@@ -147,8 +147,8 @@ def export_bytes(model: nn.Module, call: Call) -> bytes:
     size = sum(tensor.nbytes for tensor in weights.values())
     if size >= PROTOBUF_LIMIT:
         raise ExportError(
-            f"{type(model).__name__} has {size / 1e9:.1f} GB of weights; in memory an ONNX model holds 2 GB. "
-            "Export it to a file with export_onnx(model, example_inputs, path), and pass the path on."
+            f"{type(model).__name__} has {size / 1e9:.1f} GB of weights, but an ONNX model in memory can hold 2 GB. "
+            "Export it to a file with export_onnx(model, example_inputs, path), and pass that path."
         )
     serialised: bytes = _export(model, call).model_proto.SerializeToString()
     return serialised
@@ -186,7 +186,7 @@ def onnx_parity(model: nn.Module, onnx_model: OnnxSource, example_inputs: Any) -
     found_shapes = [array.shape for array in found]
     if expected_shapes != found_shapes:
         raise ExportError(
-            f"The ONNX model gives outputs of shapes {found_shapes}, PyTorch {expected_shapes}. "
+            f"The ONNX model returns outputs of shapes {found_shapes}, but PyTorch returns {expected_shapes}. "
             f"Check that the file was exported from this {type(model).__name__}, at these input shapes."
         )
     differences = [relative_difference(array_of(a), b) for a, b in zip(expected, found, strict=True)]
@@ -199,9 +199,8 @@ def check_parity(model: nn.Module, onnx_model: OnnxSource, call: Call, tolerance
     if not difference <= tolerance:  # a NaN fails too
         raise ExportError(
             f"ONNX Runtime's outputs differ from PyTorch's by {difference:.1e} of the largest value; at most "
-            f"{tolerance:.1e} was expected. Look for code in {type(model).__name__}.forward that branches on "
-            "values or on tracing, or for outputs that are not finite; if the model is merely "
-            "ill-conditioned, raise `tolerance`."
+            f"{tolerance:.1e} is allowed. Look for code in {type(model).__name__}.forward that branches on values or "
+            "on tracing, or for outputs that are not finite. If the model is only ill-conditioned, raise `tolerance`."
         )
 
 
@@ -240,7 +239,7 @@ def open_session(
         name = "the serialised model" if isinstance(source, bytes) else repr(source)
         raise InputError(
             f"ONNX Runtime cannot open {name}: {first_line(error)}. Pass the path or the bytes of an ONNX "
-            "model with standard operators, as export_onnx writes them."
+            "model with standard operators, such as export_onnx writes."
         ) from error
 
 
@@ -262,7 +261,8 @@ def check_runs(model: nn.Module, call: Call) -> None:
         raise InputError(
             f"ONNX Runtime cannot run {type(model).__name__} in {', '.join(unusual)}, so its latency cannot be "
             f"measured: {first_line(error.__cause__ or error)}. Compress it in float32 (model.float(), with inputs of "
-            "that type) and convert the result, or take a computed target: target_macs, target_params or target_memory."
+            "that type) and convert the result, or use a target that is not measured: target_macs, target_params or "
+            "target_memory."
         ) from error
 
 
@@ -281,8 +281,8 @@ def feed(session: Any, call: Call) -> dict[str, np.ndarray[Any, Any]]:
     free = [name for name in inputs if name not in named]
     if len(free) != len(tensors):
         raise InputError(
-            f"The ONNX model takes {len(inputs)} inputs ({', '.join(inputs)}); example_inputs hold "
-            f"{len(named) + len(tensors)} tensors. Pass the example inputs that it was exported with."
+            f"The ONNX model takes {len(inputs)} inputs ({', '.join(inputs)}), but example_inputs hold "
+            f"{len(named) + len(tensors)} tensors. Pass the example inputs with which it was exported."
         )
     arrays = {name: array_of(tensor) for name, tensor in (*named.items(), *zip(free, tensors, strict=True))}
     for name, array in arrays.items():
@@ -320,7 +320,7 @@ def run_session(session: Any, arrays: dict[str, np.ndarray[Any, Any]]) -> list[n
     except _RUNTIME_ERRORS as error:
         raise InputError(
             f"ONNX Runtime cannot run the model on these inputs: {first_line(error)}. "
-            "Pass example inputs of the types and shapes that it was exported with."
+            "Pass example inputs of the types and shapes with which it was exported."
         ) from error
 
 
@@ -336,7 +336,7 @@ def _export(model: nn.Module, call: Call) -> Any:
     except Exception as error:  # whatever the exporter or the traced forward raises; chained, not hidden
         raise ExportError(
             f"torch.onnx.export failed on {type(model).__name__}: {_shown(error)} "
-            "Targets other than latency (target_macs, target_params) need no export."
+            "Targets that are not measured (target_macs, target_params) need no export."
         ) from error
     for node in program.model.graph.all_nodes():
         node.metadata_props.clear()
@@ -351,13 +351,13 @@ def _shown(error: BaseException) -> str:
     for cause in causes:
         if found := _UNTRANSLATED.search(str(cause)):
             return (
-                f"the operator {found[1]} has no ONNX counterpart there. Write it with operators that have one, or "
-                "compress a part of the model without it and export the whole with torch.onnx.export's "
-                "custom_translation_table."
+                f"it cannot translate the operator {found[1]} to ONNX. Replace it by operators that can be translated, "
+                "or compress a part of the model without it and export the whole with the custom_translation_table of "
+                "torch.onnx.export."
             )
     return (
         f"{first_line(error.__cause__ or error)}. Check that model(*args, **kwargs) runs on the example inputs, and "
-        "that its forward does not branch on tensor values; the cause is above."
+        "that its forward does not branch on tensor values. The traceback above shows the cause."
     )
 
 
@@ -393,11 +393,11 @@ def writable(path: str | os.PathLike[str]) -> Path:
     """`path` as a `Path`; raises `InputError` unless a file can be put there."""
     target = Path(path)
     if target.is_dir():
-        raise InputError(f"{str(target)!r} is a directory; give the path of the file, such as 'model.onnx' in it.")
+        raise InputError(f"{str(target)!r} is a directory: pass the path of a file, such as 'model.onnx' in it.")
     if not target.parent.is_dir():
-        raise InputError(f"The folder {str(target.parent)!r} of {target.name!r} does not exist; create it first.")
+        raise InputError(f"The folder {str(target.parent)!r} of {target.name!r} does not exist: create it first.")
     if not os.access(target.parent, os.W_OK | os.X_OK):
-        raise InputError(f"The folder {str(target.parent)!r} is not writable; choose another path.")
+        raise InputError(f"The folder {str(target.parent)!r} is not writable: choose another path.")
     return target
 
 
@@ -415,8 +415,8 @@ def _check_shape(name: str, expected: list[int | str | None], found: tuple[int, 
     )
     if not fits:
         raise InputError(
-            f"The ONNX model's input {name!r} has shape {list(expected)}; the example "
-            f"input has {list(found)}. Pass example inputs of the exported shape, or export again."
+            f"The input {name!r} of the ONNX model has shape {list(expected)}, but the example input has "
+            f"{list(found)}. Pass example inputs of the exported shape, or export the model again."
         )
 
 

@@ -140,7 +140,7 @@ def _converted(content: bytes, convert: Callable[[Path, Path], None]) -> bytes:
             open_session(result)
         except Exception as error:  # its tools raise anything
             raise ExportError(
-                f"ONNX Runtime cannot quantize the model: {first_line(error)}. Name the nodes that it stumbles over in "
+                f"ONNX Runtime cannot quantize the model: {first_line(error)}. Name the nodes that cause this in "
                 "exclude=[…], or deploy the float model."
             ) from error
     return result

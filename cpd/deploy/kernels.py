@@ -363,7 +363,7 @@ def _read(path: Path) -> dict[str, float]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        log.warning("The kernel times in %s cannot be read (%s): they are measured again.", path, error)
+        log.warning("The kernel times in %s cannot be read (%s), so they are measured again.", path, error)
         return {}
 
 
@@ -376,7 +376,7 @@ def _write(path: Path, known: dict[str, float]) -> dict[str, float]:
         draft.write_text(json.dumps({"machine": environment(), "kernels": known}, indent=0), encoding="utf-8")
         os.replace(draft, path)
     except OSError as error:
-        log.warning("The kernel times cannot be kept in %s: %s.", path, error)
+        log.warning("The kernel times cannot be saved in %s: %s.", path, error)
         with contextlib.suppress(OSError):
             draft.unlink()
     return known

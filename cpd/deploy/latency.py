@@ -29,25 +29,24 @@ from cpd.options import SECONDS, THREADS, Check, checked, choice, instance, inte
 
 @dataclass(frozen=True)
 class LatencyComparison:
-    """The latency of a candidate beside the original's; times in ms a run, on the example inputs.
+    """The latency of a candidate compared with that of an original. Times are in milliseconds per run.
 
     Attributes:
-        speedup: the median over the pairs of original time / candidate time; above 1 the candidate is faster.
-        original_ms: the original's median.
-        candidate_ms: the candidate's median.
-        speedup_low: lower end of the 95 % confidence interval of the median ratio, read off the sorted
-            ratios (order statistics; the ranks are exact binomial quantiles), with no assumption on their
-            distribution but that the pairs are independent.
-        speedup_high: its upper end.
-        original_p90_ms: 90th percentile of the original's samples. A sample is one run; of models
-            faster than 20 ms it is the mean over a block of runs.
+        speedup: Median of (original time / candidate time) over all pairs of runs. Above 1, the candidate is faster.
+        original_ms: Median time of the original.
+        candidate_ms: Median time of the candidate.
+        speedup_low: Lower end of the 95 % confidence interval of that median ratio. It comes from the sorted ratios
+            (order statistics, whose ranks are exact binomial quantiles) and assumes only that pairs are independent.
+        speedup_high: Upper end of that interval.
+        original_p90_ms: 90th percentile of the original's samples. A sample is one run or, for models faster than
+            20 ms, the mean over a block of runs.
         candidate_p90_ms: 90th percentile of the candidate's samples.
-        runs: the number of pairs.
-        threads: the runtime's threads.
-        environment: `cpu`, `cores`, `platform`, `onnxruntime` and `torch`, and another runtime with its version.
-        runtime: what ran both.
-        difference: how far the candidate's outputs are from PyTorch's there, relative to the largest; None where it was
-            given as an ONNX model, or its outputs are not seen.
+        runs: Number of pairs.
+        threads: Threads that the runtime used.
+        environment: `cpu`, `cores`, `platform`, `onnxruntime` and `torch`; for another runtime also its version.
+        runtime: Name of the runtime that ran both models.
+        difference: Largest difference of the candidate's outputs in the runtime from those of PyTorch, relative to the
+            largest output. None if the candidate was given as an ONNX model, or if its outputs are not visible.
     """
 
     speedup: float
@@ -64,12 +63,12 @@ class LatencyComparison:
     difference: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for `json.dumps`."""
+        """All fields as plain types for `json.dumps`."""
         return asdict(self)
 
 
 COMPARISON = instance(LatencyComparison, "a cpd.LatencyComparison")
-_PRECISION = number("above 0 (0.02 is +-2 %)", lambda value: value > 0)
+_PRECISION = number("above 0 (0.02 means +-2 %)", lambda value: value > 0)
 _TIMING = {"threads": THREADS, "seconds": SECONDS, "min_runs": integer(MIN_PAIRS), "precision": _PRECISION}
 
 
@@ -90,30 +89,36 @@ def compare_latency(
     runtime: Any = DEFAULT,
     calibration: Iterable[Any] | None = None,
 ) -> LatencyComparison:
-    """Time two models in turn, in ONNX Runtime on the CPU or in another runtime.
+    """Measure how much faster a candidate is than an original, in ONNX Runtime on the CPU or in another runtime.
 
-    Modules are exported in eval mode, left as found, and each is checked against PyTorch in the runtime itself.
+    The two are timed alternately, so that whatever slows the machine slows both. Modules are exported in eval mode, and
+    their outputs in the runtime are checked against PyTorch. They are not changed.
 
     Args:
-        original: an `nn.Module`, or an ONNX model: a path, bytes or an `onnx.ModelProto`.
-        candidate: likewise; it takes the same inputs.
-        example_inputs: a tensor, a tuple, or (tuple, dict): the batch that is timed.
-        threads: intra-op threads.
-        seconds: the timing ends after this time (export and warm-up not counted), once `min_runs` pairs
-            are in.
-        min_runs: the least number of pairs, at least 6.
-        precision: the timing ends sooner where the 95 % confidence interval of the speed-up lies
-            within +-precision of it, as a fraction.
-        tolerance: the largest relative difference between a module's outputs in the runtime and in PyTorch; lower
-            precisions than float32 are allowed more.
-        runtime: what runs both: a name in `cpd.deploy.runtimes.catalogue.RUNTIMES`, such as "onnxruntime:int8" or
-            "openvino", or a function for a device of one's own (docs/runtimes.md). Of several the slowest counts.
-        calibration: batches of the task, which give the ranges of 8-bit integers; without, the example inputs do.
+        original: An `nn.Module`, or an ONNX model: a path, bytes or an `onnx.ModelProto`.
+        candidate: Another one, which takes the same inputs.
+        example_inputs: A tensor, a tuple, or (tuple, dict): the batch that is timed.
+        threads: Threads that the runtime uses within one operator.
+        seconds: Longest time that the timing takes, provided that `min_runs` pairs are done. Export and warm-up are not
+            included.
+        min_runs: Smallest number of pairs, at least 6.
+        precision: The timing ends early once the 95 % confidence interval of the speed-up lies within +-precision of
+            it, as a fraction.
+        tolerance: Largest relative difference between a module's outputs in the runtime and in PyTorch. Runtimes of
+            lower precision than float32 are allowed more.
+        runtime: Where both models run: a name in `cpd.deploy.runtimes.catalogue.RUNTIMES`, such as "onnxruntime:int8"
+            or "openvino", or a function for a device of your own (docs/runtimes.md). Of several runtimes, the slowest
+            decides.
+        calibration: Batches of the task, from which the ranges for 8-bit integers are taken. Default: the example
+            inputs.
+
+    Returns:
+        A `LatencyComparison` with `speedup` and its confidence interval.
 
     Raises:
-        InputError: if an argument is unusable, a package is missing, or an ONNX model does not open or take these
-            inputs.
-        ExportError: if a module cannot be exported, or its outputs differ from PyTorch's.
+        InputError: If an argument cannot be used, a package is missing, or an ONNX model cannot be opened or does not
+            take these inputs.
+        ExportError: If a module cannot be exported, or its outputs differ from those of PyTorch.
 
     Examples:
         >>> from torch import nn
@@ -131,16 +136,16 @@ def compare_latency(
 
 @dataclass(frozen=True)
 class Timing:
-    """The latency of one of several models that were timed in one run; times in ms a run.
+    """The latency of one model in one runtime. Times are in milliseconds per run.
 
     Attributes:
-        name: the model's.
-        runtime: what ran it.
-        median_ms: the median of its samples.
-        p90_ms: their 90th percentile.
-        speedup: the median over the rounds of the first model's time / this one's.
-        speedup_low: lower end of the 95 % confidence interval of that median.
-        speedup_high: its upper end.
+        name: Name of the model.
+        runtime: Name of the runtime.
+        median_ms: Median of the samples.
+        p90_ms: 90th percentile of the samples.
+        speedup: Median of (time of the first model / time of this one) over all rounds.
+        speedup_low: Lower end of the 95 % confidence interval of that median.
+        speedup_high: Upper end of that interval.
     """
 
     name: str
@@ -154,13 +159,13 @@ class Timing:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Latencies of several models, timed in turn in one run.
+    """The latencies of several models that were timed alternately.
 
     Attributes:
-        rows: one a model and runtime; speed-ups are against the first.
-        runs: the number of rounds.
-        threads: intra-op threads.
-        samples: the batch size.
+        rows: One `Timing` for each model and runtime. Speed-ups are relative to the first.
+        runs: Number of rounds.
+        threads: Threads that a runtime used within one operator.
+        samples: Batch size.
         environment: `cpu`, `cores`, `platform`, `onnxruntime` and `torch`.
     """
 
@@ -171,21 +176,21 @@ class LatencyTable:
     environment: dict[str, str]
 
     def __getitem__(self, name: str) -> Timing:
-        """The first row of a model.
+        """The first row of a model, by its name.
 
         Raises:
-            InputError: if there is none.
+            InputError: If there is no model of that name.
         """
         choice(*dict.fromkeys(row.name for row in self.rows)).demand("name", name)
         return next(row for row in self.rows if row.name == name)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for `json.dumps`."""
+        """All fields as plain types for `json.dumps`."""
         return asdict(self)
 
 
 _MODELS = Check(
-    "{name: model} of at least one model",
+    "a mapping {name: model} with at least one model",
     lambda value: isinstance(value, Mapping) and bool(value) and all(isinstance(name, str) for name in value),
 )
 
@@ -205,28 +210,36 @@ def measure_latency(
     precision: float = 0.02,
     calibration: Iterable[Any] | None = None,
 ) -> LatencyTable:
-    """Time any number of models in turn, in one run, so that whatever slows the machine slows all.
+    """Measure the latency of any number of models, in one or several runtimes.
 
-    Modules are exported where a runtime needs it, in eval mode, and each is checked against PyTorch in the runtime.
+    The models are timed alternately, so that whatever slows the machine slows all of them. Modules are exported in eval
+    mode if a runtime needs it, and their outputs in the runtime are checked against PyTorch.
 
     Args:
-        models: {name: an `nn.Module`, or an ONNX model: a path, bytes or an `onnx.ModelProto`}. All take the same
-            inputs; speed-ups are against the first.
-        example_inputs: a tensor, a tuple, or (tuple, dict): the batch that is timed.
-        runtime: what runs them, one or a list: names in `cpd.deploy.runtimes.catalogue.RUNTIMES` ("onnxruntime",
-            "onnxruntime:int8", "openvino", "torch", …), functions `measure(paths) -> [ms]` for a device of one's own,
-            or objects as `cpd.deploy.runtimes.base.Runtime` describes them.
-        threads: of the runtimes given by name.
-        batch_size: the samples of `example_inputs` are repeated, or cut, to so many.
-        seconds: the timing ends after this time (export and warm-up not counted), once `min_runs` rounds are in.
-        min_runs: the least number of rounds, at least 6.
-        precision: the timing ends sooner where the 95 % confidence interval of every speed-up lies within
-            +-precision of it, as a fraction.
-        calibration: batches of the task, which give the ranges of 8-bit integers; without, the example inputs do.
+        models: {name: model}, where a model is an `nn.Module`, or an ONNX model: a path, bytes or an
+            `onnx.ModelProto`. All must take the same inputs. Speed-ups are relative to the first.
+        example_inputs: A tensor, a tuple, or (tuple, dict): the batch that is timed.
+        runtime: Where the models run; one runtime or a list. Each is a name in
+            `cpd.deploy.runtimes.catalogue.RUNTIMES` ("onnxruntime", "onnxruntime:int8", "openvino", "torch", …), a
+            function `measure(paths) -> [ms]` for a device of your own, or an object that implements
+            `cpd.deploy.runtimes.base.Runtime`.
+        threads: Threads that each runtime given by name uses.
+        batch_size: Number of samples to time; those of `example_inputs` are repeated or cut to it. Default: all of
+            them, once.
+        seconds: Longest time that the timing takes, provided that `min_runs` rounds are done. Export and warm-up are
+            not included.
+        min_runs: Smallest number of rounds, at least 6.
+        precision: The timing ends early once the 95 % confidence interval of every speed-up lies within +-precision of
+            it, as a fraction.
+        calibration: Batches of the task, from which the ranges for 8-bit integers are taken. Default: the example
+            inputs.
+
+    Returns:
+        A `LatencyTable` with one row for each model and runtime.
 
     Raises:
-        InputError: if an argument is unusable, a package is missing, or a runtime cannot open or run a model.
-        ExportError: if a module cannot be exported, or its outputs differ from PyTorch's.
+        InputError: If an argument cannot be used, a package is missing, or a runtime cannot open or run a model.
+        ExportError: If a module cannot be exported, or its outputs differ from those of PyTorch.
 
     Examples:
         >>> from torch import nn

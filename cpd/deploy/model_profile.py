@@ -24,13 +24,13 @@ from cpd.surgery.shrink import shrink
 
 @dataclass(frozen=True)
 class OperatorTime:
-    """The time of all nodes of one operator, or of several that could not be told apart.
+    """The time of all nodes of one operator, or of several operators that cannot be distinguished.
 
     Attributes:
-        op: the runtime's operator.
-        nodes: how many nodes.
-        ms: their time in the unpruned model.
-        half_ms: their predicted time where every group keeps half.
+        op: Name of the operator in the runtime.
+        nodes: Number of nodes.
+        ms: Their time in the unpruned model, in milliseconds.
+        half_ms: Their predicted time if every group keeps half of its channels.
     """
 
     op: str
@@ -41,13 +41,13 @@ class OperatorTime:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """The time of one layer's convolutions or matrix products, or of all nodes of an operator that is neither.
+    """The time of the convolutions or matrix products of one layer, or of all nodes of another operator.
 
     Attributes:
-        name: the module's; "" of an operator that is in no layer with a width of its own.
-        op: the runtime's operator.
-        ms: its time in the unpruned model; layers whose kernels are alike share theirs equally.
-        half_ms: its predicted time where every group keeps half.
+        name: Name of the module; "" for an operator outside of such layers.
+        op: Name of the operator in the runtime.
+        ms: Its time in the unpruned model, in milliseconds. Layers with equal kernels share their time equally.
+        half_ms: Its predicted time if every group keeps half of its channels.
     """
 
     name: str
@@ -58,12 +58,12 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class Checked:
-    """A narrower copy that was exported and timed, to see how good the prediction is.
+    """A narrower copy that was exported and timed, to check the prediction.
 
     Attributes:
-        macs_left: its share of the MACs.
-        predicted: the speed-up predicted before.
-        measured: the speed-up measured.
+        macs_left: Share of the MACs that is left in the copy.
+        predicted: The predicted speed-up.
+        measured: The measured speed-up.
     """
 
     macs_left: float
@@ -73,20 +73,20 @@ class Checked:
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """Where a model's time goes on this machine.
+    """The result of `cpd.profile_model`: where a model's time goes on this machine.
 
     Attributes:
-        total_ms: the time of all nodes.
-        threads: the runtime's threads.
-        operators: the most costly first.
-        kernels: how many kernels are known on this machine, and in what file.
-        file: that file.
-        checks: narrower copies that were timed.
-        runtime: what was profiled.
-        layers: those with convolutions or matrix products, and the other operators, the most costly first; they add up
-            to `total_ms`.
-        groups: {name of an open group: ms of the convolutions and matrix products with its channels}; one with those of
-            two groups counts for both.
+        total_ms: The time of all nodes, in milliseconds.
+        threads: Threads that the runtime used.
+        operators: One `OperatorTime` for each operator, the most costly first.
+        kernels: Number of kernels whose times are known on this machine.
+        file: The file in which these times are kept.
+        checks: The narrower copies that were timed.
+        runtime: Name of the runtime that was profiled.
+        layers: One `LayerTime` for each layer with convolutions or matrix products, and for each other operator, the
+            most costly first. They add up to `total_ms`.
+        groups: {name of an open group: milliseconds of the convolutions and matrix products with its channels}. A layer
+            with channels of two groups counts for both.
     """
 
     total_ms: float
@@ -100,14 +100,14 @@ class ModelProfile:
     groups: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for `json.dumps`."""
+        """All fields as plain types for `json.dumps`."""
         return asdict(self)
 
     def summary(self) -> list[str]:
-        """What a table does not say, sentence by sentence."""
-        found = [f"{self.kernels} kernels are known on this machine: {self.file}"]
+        """Sentences on the checks, and on the file of kernel times."""
+        found = [f"The times of {self.kernels} kernels on this machine are kept in {self.file}"]
         found += [
-            f"At {item.macs_left:.1%} of the MACs: predicted {item.predicted:.2f} times as fast, measured "
+            f"At {item.macs_left:.1%} of the MACs, the predicted speed-up is {item.predicted:.2f} and the measured one "
             f"{item.measured:.2f} ({item.predicted / item.measured - 1:+.1%})."
             for item in self.checks
         ]
@@ -129,22 +129,29 @@ def profile_model(
     seed: int = 0,
     calibration: Iterable[Any] | None = None,
 ) -> ModelProfile:
-    """Measure what predictions for a model need, keep it for later, and say where its time goes.
+    """Show where a model's time goes on this machine, and measure the kernel times from which latency is predicted.
+
+    The kernel times are kept in a file and reused later.
 
     Args:
-        model: left as it was.
-        example_inputs: a tensor, a tuple, or (tuple, dict).
-        runtime: what runs it, as for `cpd.compare_latency`; the profile of one that has none is ONNX Runtime's.
-        threads: of a runtime given by name.
-        check: narrower copies, every group of random width, that are exported, timed and compared with the prediction.
-        seconds: how long each of them is timed.
-        seed: of those widths.
-        calibration: batches of the task, which give the ranges of 8-bit integers; without, the example inputs do.
+        model: The model. It is not changed.
+        example_inputs: A tensor, a tuple, or (tuple, dict).
+        runtime: Where the model runs, as for `cpd.compare_latency`. For a runtime that cannot be profiled, ONNX Runtime
+            is profiled instead.
+        threads: Threads that a runtime given by name uses.
+        check: Number of narrower copies, with random widths, that are exported, timed and compared with the prediction.
+        seconds: Time for which each copy is timed.
+        seed: Seed of those widths.
+        calibration: Batches of the task, from which the ranges for 8-bit integers are taken. Default: the example
+            inputs.
+
+    Returns:
+        A `ModelProfile` with the times by operator, by layer and by group.
 
     Raises:
-        InputError: an unusable argument, or a package that is missing.
-        TraceError: the model cannot be exported by torch.
-        ExportError: the model cannot be exported to ONNX, or differs there.
+        InputError: An argument cannot be used, or a package is missing.
+        TraceError: The model cannot be exported by torch.
+        ExportError: The model cannot be exported to ONNX, or its outputs differ there.
 
     Examples:
         >>> from torch import nn

@@ -46,20 +46,20 @@ log = logging.getLogger("cpd")
 
 @dataclass(frozen=True)
 class Quantized:
-    """An INT8 model and how it compares with the float one.
+    """The result of `cpd.quantize_onnx`: an INT8 model, compared with the float model.
 
     Attributes:
-        path: the file.
-        parity: the largest difference of the outputs on the calibration data, relative to the largest output.
-        agreement: the share of calibration samples whose largest logit is the same class; None where the first output
-            is no `[N, classes, …]`.
-        metric: `evaluate` of the INT8 model, and of the float one; None without `evaluate`.
-        metric_float: that of the float one.
-        latency: medians and ratios of "original", "original int8" (where the original was given), "float" and "int8";
-            dynamic quantization has "int8 dynamic" in its place.
-        bytes: the size of the file, and of the float model.
-        bytes_float: that of the float one.
-        metric_name: what `evaluate` gives, with its unit in brackets.
+        path: The file of the INT8 model.
+        parity: Largest difference of the outputs on the calibration data, relative to the largest output.
+        agreement: Share of calibration samples for which both models predict the same class; None if the first output
+            is not of the form `[N, classes, …]`.
+        metric: The value of `evaluate` for the INT8 model; None without `evaluate`.
+        metric_float: The value of `evaluate` for the float model.
+        latency: Latencies and speed-ups of "original" and "original int8" (if the original was passed), "float" and
+            "int8" (for dynamic quantization "int8 dynamic").
+        bytes: Size of the INT8 model in bytes.
+        bytes_float: Size of the float model in bytes.
+        metric_name: Name of the metric, with its unit in brackets.
     """
 
     path: Path
@@ -73,12 +73,12 @@ class Quantized:
     metric_name: str = UNNAMED
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for `json.dumps`."""
+        """All fields as plain types for `json.dumps`."""
         return {**asdict(self), "path": str(self.path)}
 
     def summary(self) -> str:
-        """Parity, agreement, metrics and size in a sentence."""
-        agreement = "" if self.agreement is None else f", the same class in {self.agreement:.1%} of the samples"
+        """A sentence with parity, agreement, metrics and size."""
+        agreement = "" if self.agreement is None else f"; the class is the same for {self.agreement:.1%} of the samples"
         metric = ""
         if self.metric is not None and self.metric_float is not None:
             metric = f"; {told(self.metric_name, self.metric)} (float {written(self.metric_name, self.metric_float)})"
@@ -122,32 +122,36 @@ def quantize_onnx(
     seconds: float = 20.0,
     dynamic: bool = False,
 ) -> Quantized:
-    """Quantize weights and activations of an ONNX model to 8 bits, in QDQ format.
+    """Quantize the weights and activations of an ONNX model to 8 bits, in QDQ format, and compare and time the result.
 
-    Dynamic quantization is of matrix products alone, and takes the ranges of activations anew in every run: for models
-    of linear layers, such as transformers, whose ranges differ from input to input.
+    Dynamic quantization applies to matrix products only, and computes the ranges of activations again in every run. It
+    suits models made of linear layers, such as transformers, whose ranges differ from input to input.
 
     Args:
-        model: the float model: a path, bytes or an `onnx.ModelProto`; its shapes may be fixed, batch size included.
-        data: batches as `cpd.compress` takes them; what the ranges of activations are taken over.
-        path: where the INT8 model is written; the file appears whole or not at all.
-        original: the unpruned model, for the latency table: it is quantized too, so that pruning alone, quantization
-            alone and both stand beside each other.
-        evaluate: `evaluate(model) -> float`, as `cpd.compress` takes it; called with modules that run the ONNX models.
-        calibration: how ranges are taken: the least and largest value, or ONNX Runtime's entropy or percentile method.
-        per_channel: one scale for each output channel of a weight rather than one for all.
-        limit: batches of `data` that are used at most.
-        exclude: names of ONNX nodes that stay in float; "auto": those in which rounding adds most noise, by a closed
-            form (`cpd.deploy.noise`), of each model its own.
-        threads: ONNX Runtime's threads when timing.
-        seconds: the timing ends after this time.
-        dynamic: whether ranges are taken while the model runs; `data` is then what the models are compared on, and
-            `calibration` does not matter. In the table the rows are called "int8 dynamic".
+        model: The float model: a path, bytes or an `onnx.ModelProto`. Its shapes may be fixed, batch size included.
+        data: Batches, as for `cpd.compress`, from which the ranges of activations are taken.
+        path: The file for the INT8 model. It is written completely or not at all.
+        original: The unpruned model, for the latency table. It is quantized as well, so that the table compares pruning
+            alone, quantization alone, and both.
+        evaluate: `evaluate(model) -> float`, as for `cpd.compress`. It is called with modules that run the ONNX models.
+        calibration: How ranges are chosen: "minmax" (the smallest and largest value), or the method "entropy" or
+            "percentile" of ONNX Runtime.
+        per_channel: Whether each output channel of a weight has its own scale.
+        limit: Largest number of batches of `data` to use.
+        exclude: Names of ONNX nodes that stay in float, or "auto" for those to which rounding adds most noise, by a
+            closed form (`cpd.deploy.noise`), in each model separately.
+        threads: Threads that ONNX Runtime uses for the timing.
+        seconds: Longest time that the timing takes.
+        dynamic: Whether ranges are computed while the model runs. `data` is then only used to compare the models, and
+            `calibration` has no effect. The rows in the table are named "int8 dynamic".
+
+    Returns:
+        A `Quantized` with the file, the comparison with the float model and the latencies.
 
     Raises:
-        InputError: if `path` cannot be written, or the data does not fit the model.
-        TrainingError: if there is no batch.
-        ExportError: if ONNX Runtime cannot quantize the model, or cannot run what it made.
+        InputError: If `path` cannot be written, or the data does not fit the model.
+        TrainingError: If there is no batch.
+        ExportError: If ONNX Runtime cannot quantize the model, or cannot run the result.
 
     Examples:
         >>> from torch import nn
@@ -203,11 +207,11 @@ def quantize_onnx(
 
 
 class OnnxModule(nn.Module):
-    """An ONNX model as a module, for `evaluate`: it takes batches of any size and runs them in parts of its own.
+    """An ONNX model as a PyTorch module, for `evaluate`. It takes batches of any size and splits them as needed.
 
     Args:
-        model: a path, bytes or an `onnx.ModelProto`.
-        threads: ONNX Runtime's threads; None: one a core.
+        model: A path, bytes or an `onnx.ModelProto`.
+        threads: Threads that ONNX Runtime uses. Default: one for each core.
     """
 
     @checked(model=ONNX_MODEL, threads=THREADS)
@@ -216,7 +220,7 @@ class OnnxModule(nn.Module):
         self._session = open_session(model, threads or os.cpu_count() or 1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The outputs on a batch: one tensor, or a tuple of them."""
+        """Run the model on a batch and return its outputs: one tensor, or a tuple of tensors."""
         call = Call(args, kwargs)
         found = [run_session(self._session, feed(self._session, part)) for part in parts(self._session, call)]
         outputs = tuple(torch.from_numpy(np.concatenate(arrays)[: call.samples]) for arrays in zip(*found, strict=True))
@@ -236,7 +240,9 @@ def _compared(session: Any, int8: bytes, samples: list[Arrays]) -> tuple[float, 
             same.append((expected[0].argmax(1) == found[0].argmax(1)).reshape(-1))
     parity = worst / largest if largest else float("inf")
     if not np.isfinite(parity):
-        raise ExportError("The INT8 model's outputs are not finite. Try calibration='percentile', or exclude nodes.")
+        raise ExportError(
+            "The outputs of the INT8 model are not finite. Try calibration='percentile', or exclude nodes."
+        )
     return parity, float(np.concatenate(same).mean()) if same else None
 
 

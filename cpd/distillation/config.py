@@ -44,29 +44,29 @@ _FEATURES = Check(
 @with_help
 @dataclass(frozen=True)
 class DistillConfig:
-    """How a student is trained; every value is checked on construction.
+    """All options of the training. They are checked when the config is made.
 
     Options:
-        Each may be read as an attribute.
+        Each can be read as an attribute.
 
     Raises:
-        InputError: if a value is out of range (the message gives the range), or the optimizer cannot be made.
+        InputError: If a value is out of range (the message gives the range), or if the optimizer cannot be made.
     """
 
     epochs: float = option(
         10, number("from 0 to 100000", lambda value: 0 <= value <= 100_000),
-        "Passes over the data; 0 prunes without a gradient step. A fraction (0.5, 2.5) ends within the last pass and "
+        "Passes over the data. 0 prunes without a gradient step. A fraction (0.5, 2.5) stops within the last pass and "
         "needs data with a length.",
     )  # fmt: skip
     optimizer: str = option(
-        "sgd", _OPTIMIZER, "A name of timm.optim.list_optimizers(), as sgd (with Nesterov momentum) or adamw."
+        "sgd", _OPTIMIZER, "Any name in timm.optim.list_optimizers(), such as sgd (with Nesterov momentum) or adamw."
     )
     lr: float | None = option(
-        None, _POSITIVE, "Peak learning rate. Default: 0.01 for sgd, 5e-4 for adamw; other optimizers need it given."
+        None, _POSITIVE, "Peak learning rate. Default: 0.01 for sgd, 5e-4 for adamw; other optimizers have no default."
     )
-    momentum: float = option(0.9, _BELOW_1, "Momentum of the optimizers that have one.")
+    momentum: float = option(0.9, _BELOW_1, "Momentum, for optimizers that have one.")
     weight_decay: float = option(
-        1e-4, _AT_LEAST_0, "Weight decay; biases and norm weights (all 1-d parameters) are left out, as timm does."
+        1e-4, _AT_LEAST_0, "Weight decay. As in timm, it is not applied to biases and normalization weights (1-d)."
     )
     warmup: float = option(
         0.05, _BELOW_1, "Fraction of the training in which the learning rate rises linearly from zero to its peak."
@@ -78,53 +78,59 @@ class DistillConfig:
     )  # fmt: skip
     kd: str = option(
         "kl", choice(*KD_LOSSES, "none"),
-        "Distillation loss: kl (of the logits), cwd (channel-wise, for label maps), cirkd (cross-image relations of "
-        "pixels), mse (of features), or none.",
+        "Distillation loss: kl (Kullback-Leibler divergence of the logits), cwd (channel-wise, for segmentation), "
+        "cirkd (relations between pixels across images), mse (mean squared error of features), or none.",
     )  # fmt: skip
     task_weight: float = option(
-        1.0, _AT_LEAST_0, "Weight of the task's loss; 0 learns from the teacher alone, which is best with few images."
+        1.0, _AT_LEAST_0, "Weight of the task's loss. 0 trains on the teacher alone, which is best with few images."
     )
     kd_weight: float | None = option(
-        None, _AT_LEAST_0, "Weight of the distillation loss beside the task's. Default: what is usual for the loss."
+        None, _AT_LEAST_0, "Weight of the distillation loss. Default: the usual value for that loss."
     )
     temperature: float | None = option(
-        None, _POSITIVE, "Distillation temperature. Default: what is usual for the loss."
+        None, _POSITIVE, "Temperature of the distillation loss. Default: the usual value for that loss."
     )
     features: Sequence[str] | Mapping[str, str] = option(
         (), _FEATURES,
-        "Modules whose outputs the distillation loss compares (Python: or {the student's: the teacher's}), through a "
-        "learned linear map where the student's is narrower. Default: the logits; for cirkd what the last layer "
-        "reads; for mse the residual stream at the end of each stage, or, where there is none, what the last layer "
-        "reads.",
+        "Names of modules whose outputs the distillation loss compares (in Python also {student's module: teacher's}). "
+        "Where the student is narrower, a learned linear map is put between. Default: the logits; for cirkd the input "
+        "of the last layer; for mse the residual stream at the end of each stage or, if there is none, the input of "
+        "the last layer.",
     )  # fmt: skip
     ema: float | None = option(
         None, number("between 0 and 1", lambda value: 0 < value < 1),
-        "Decay of an average of the weights that takes the student's place at the end, and in evaluation.",
+        "Decay of an exponential moving average of the weights. The average is what is evaluated, and what the student "
+        "has at the end. Default: no average.",
     )  # fmt: skip
-    mixup: float = option(0.0, _AT_LEAST_0, "Alpha of mixup (Zhang et al. 2018), for class targets.")
+    mixup: float = option(0.0, _AT_LEAST_0, "Alpha of mixup (Zhang et al. 2018), for targets that are classes.")
     cutmix: float = option(
-        0.0, _AT_LEAST_0, "Alpha of CutMix (Yun et al. 2019); with mixup too, each batch gets one of them."
+        0.0, _AT_LEAST_0, "Alpha of CutMix (Yun et al. 2019). If mixup is set as well, each batch gets one of the two."
     )
     mixed_precision: str = option(
-        "no", choice("no", "fp16", "bf16"), "Mixed precision: no, bf16, or fp16 (with loss scaling; not on a CPU)."
+        "no", choice("no", "fp16", "bf16"), "Mixed precision: no, bf16, or fp16 (with loss scaling, not on a CPU)."
     )
-    accumulate: int = option(1, integer(1), "Batches whose gradients are averaged for one step.")
+    accumulate: int = option(1, integer(1), "Batches whose gradients are averaged for one optimizer step.")
     max_grad_norm: float | None = option(
-        5.0, _POSITIVE, "L2 norm to which the gradient of all parameters is clipped; None: no clipping.", optional=True
+        5.0,
+        _POSITIVE,
+        "L2 norm to which the gradient of all parameters is clipped; None for no clipping.",
+        optional=True,
     )
     keep_best: bool = option(
         True, flag(),
-        "Keep the weights that do best by `evaluate`, of those before the training and after each epoch (once all "
-        "pruning is done); otherwise, and without `evaluate`, the last.",
+        "Whether to keep the weights with the best value of `evaluate`, of those before the training and after each "
+        "epoch (once pruning is complete). Otherwise, and without `evaluate`, the last weights are kept.",
     )  # fmt: skip
-    seed: int = option(0, SEED, "Seed of the training; global random states are as before after it.")
-    progress: bool | None = option(None, flag(), "Whether a progress line is shown. Default: if stderr is a terminal.")
+    seed: int = option(0, SEED, "Seed of the training. Global random states are restored after it.")
+    progress: bool | None = option(
+        None, flag(), "Whether to show a progress line. Default: shown if stderr is a terminal."
+    )
 
     def __post_init__(self) -> None:
         """Check every field."""
         check_options(self)
         if self.lr is None and self.optimizer not in DEFAULT_LR:
-            raise InputError(f"lr must be given for the optimizer {self.optimizer!r}.")
+            raise InputError(f"lr must be given: the optimizer {self.optimizer!r} has no default learning rate.")
         if self.optimizer not in DEFAULT_LR:  # those two can always be made
             from torch import nn  # seconds to import, and the command line shows these options in its help
 
@@ -139,7 +145,7 @@ class DistillConfig:
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether the distillation loss counts."""
+        """Whether there is a distillation loss with a weight above 0."""
         return self.kd != "none" and self.weight_of_kd > 0
 
     @property
@@ -154,7 +160,7 @@ class DistillConfig:
 
     @property
     def feature_pairs(self) -> dict[str, str]:
-        """{the student's module: the teacher's} whose outputs the distillation loss compares."""
+        """{student's module: teacher's module} whose outputs the distillation loss compares."""
         given = self.features
         return dict(given) if isinstance(given, Mapping) else {name: name for name in given}
 
@@ -164,17 +170,18 @@ TRAINING = instance(DistillConfig, "a cpd.DistillConfig")
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch of `distill` gave; losses are means over its batches.
+    """The figures of one epoch of `distill`. Losses are means over its batches.
 
     Attributes:
-        epoch: counted from 1.
-        loss: the whole loss that was minimised.
-        task_loss: its task part; None if there was no target.
-        kd_loss: its distillation part before weighting; None without one.
-        lr: the learning rate at the last step.
-        steps_per_second: optimizer steps a second; evaluation, shrinks and checkpoints are not counted.
-        metric: what `evaluate` returned; None without it.
-        kept: whether the student has the weights after this epoch now.
+        epoch: Number of the epoch, counted from 1.
+        loss: The whole loss that was minimised.
+        task_loss: Its task part; None if there were no targets.
+        kd_loss: Its distillation part, before weighting; None without distillation.
+        lr: The learning rate at the last step.
+        steps_per_second: Optimizer steps per second. The time for evaluation, pruning steps and checkpoints is left
+            out.
+        metric: The value of `evaluate`; None without it.
+        kept: Whether the student ends with the weights from after this epoch.
     """
 
     epoch: int

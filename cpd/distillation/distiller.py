@@ -100,41 +100,42 @@ def distill(
     outputs: Outputs | None = None,
     before: float | None = None,
 ) -> list[EpochRecord]:
-    """Train `student` in place against `teacher`: `task_loss + kd_weight * kd_loss`.
+    """Train `student` in place to imitate `teacher`, by the loss `task_loss + kd_weight * kd_loss`.
 
-    Runs wherever `accelerate` puts it: on the GPU if there is one, on several under `accelerate launch`,
-    where each process takes its share of the batches. Afterwards devices, training flags and
-    `requires_grad` of both models, the global random states and accelerate's global state are as before;
-    the student's gradients are cleared. The same seed and data give the same weights on a CPU; on a GPU
-    as far as its kernels are deterministic.
+    The training runs on the device that `accelerate` chooses: a GPU if there is one, or several GPUs under `accelerate
+    launch`, where each process trains on its share of the batches. Afterwards the devices, training flags and
+    `requires_grad` of both models, the global random states and the global state of accelerate are restored; the
+    student's gradients are cleared. On a CPU, the same seed and data give the same weights; on a GPU, as far as its
+    kernels are deterministic.
 
     Args:
-        student: the model to train: its parameters with `requires_grad`.
-        teacher: a model with the same logits; not changed. May be None if `config` has no distillation loss.
-        data: batches as `cpd.model.inputs.as_batch` takes them, in any iterable that can be iterated once an
-            epoch. Without a length, the learning rate stands still in its first epoch.
-        loss: the task's loss; inferred by `task_loss` if None.
-        evaluate: called before the training and after each epoch, without gradients, on the student in evaluation
-            mode on the training device (under DDP in every process); its number becomes `EpochRecord.metric`, and
-            decides which weights the student has in the end (`keep_best`).
-        config: the settings; `DistillConfig()` if None.
-        pruner: of the student, which it shrinks on its schedule meanwhile; its optimizer is set.
-        checkpoint: written at the start, at every shrink, every few minutes and at the end. If it has been read
-            (`Checkpoint.read`), the training goes on from there: `student` and `pruner` are then as they were before
-            its first shrink, and the data must come in the same order (it does, if that depends on the global random
-            generators, on the loader's or on `set_epoch`, all of which are seeded at each epoch).
-        outputs: the parts of the output that the models are compared by, and an inferred loss is taken of, as in
-            `cpd.comb`; None: its logits.
-        before: what `evaluate` gives of the student as it is, where that is known.
+        student: The model to train. Its parameters with `requires_grad` are trained.
+        teacher: A model that returns the same logits; it is not changed. None if `config` has no distillation loss.
+        data: Batches of (input, target), or mappings, in any iterable that can be iterated once for each epoch. If it
+            has no length, the learning rate is constant in the first epoch.
+        loss: The task's loss, `loss(output, target) -> scalar`. Default: cross-entropy if the targets are classes.
+        evaluate: `evaluate(model) -> float`, where higher is better. It is called before the training and after each
+            epoch, without gradients, on the student in eval mode on the training device (under DDP in every process).
+            The number is stored in `EpochRecord.metric` and decides which weights are kept (`keep_best`).
+        config: The settings. Default: `DistillConfig()`.
+        pruner: A `cpd.Pruner` of the student, which prunes it on its schedule during the training. Its optimizer is
+            set.
+        checkpoint: Written at the start, at every pruning step, every few minutes and at the end. If it was read
+            (`Checkpoint.read`), the training continues from it. `student` and `pruner` must then be in the state from
+            before the first pruning step, and the data must come in the same order. It does if the order depends on
+            the global random generators, on the loader's own or on `set_epoch`: all of these are seeded in each epoch.
+        outputs: The parts of the output that are compared and to which an inferred loss applies, as for `cpd.comb`.
+            Default: the logits.
+        before: The value of `evaluate` for the student before the training, if it is known.
 
     Returns:
-        One record an epoch, `kept` that whose weights the student has; empty for `epochs=0`, where nothing is read or
-        changed.
+        One `EpochRecord` for each epoch; `kept` marks the one whose weights the student has. The list is empty for
+        `epochs=0`, which reads and changes nothing.
 
     Raises:
-        InputError: if models, targets and outputs do not fit each other, or the machine not the config.
-        TrainingError: if the data is empty, cannot be iterated again, or the loss or a weight is not
-            finite. The student then has the weights from the start of that epoch.
+        InputError: If models, targets and outputs do not fit each other, or the config does not fit the machine.
+        TrainingError: If the data is empty or cannot be iterated again, or if the loss or a weight is not finite. The
+            student then has the weights from the start of that epoch.
 
     Examples:
         >>> from copy import deepcopy
@@ -143,7 +144,7 @@ def distill(
         >>> comb = cpd.comb(model, torch.randn(1, 3, 8, 8))
         >>> data = [torch.randn(32, 3, 8, 8)]
         >>> student = cpd.shrink(deepcopy(model), comb.plan({"0": range(8)}))
-        >>> config = cpd.DistillConfig(epochs=5, task_weight=0)  # to learn from the teacher alone takes no labels
+        >>> config = cpd.DistillConfig(epochs=5, task_weight=0)  # the teacher alone, without labels
         >>> epochs = cpd.distill(student, model, data, config=config)
         >>> epochs[-1].kd_loss < epochs[0].kd_loss
         True
@@ -296,9 +297,9 @@ class _Run:
             if self.epoch == 0:
                 raise
             raise TrainingError(
-                f"The data gave batches in epoch 1 but none in epoch {self.epoch + 1}: it can be iterated once "
-                "only. Pass a DataLoader, a list, or an object whose __iter__ starts afresh. The student keeps "
-                "what it learned in the epochs before."
+                f"The data gave batches in epoch 1 but none in epoch {self.epoch + 1}: it can be iterated only "
+                "once. Pass a DataLoader, a list, or an object whose __iter__ starts again from the beginning. The "
+                "student keeps what it learned in the earlier epochs."
             ) from error
 
     def shrunk(self) -> None:
@@ -329,9 +330,9 @@ class _Run:
                 values = self.reduced(parts)
                 if not math.isfinite(values["loss"]):
                     raise TrainingError(
-                        f"The loss is not finite at {where} ({values}); the student is back at its weights "
-                        f"from the start of the epoch or the last shrink. Check the batch for NaN, or take a lower lr "
-                        f"than {self.config.peak_lr:g} (or another mixed_precision, if any is set)."
+                        f"The loss is not finite at {where} ({values}). The student has its weights from the epoch's "
+                        f"start or the last pruning step again. Check the batch for NaN, or use a lower lr than "
+                        f"{self.config.peak_lr:g} (or another mixed_precision, if one is set)."
                     )
                 self.accelerator.backward(parts["loss"] / len(group))
             for name, value in values.items():
@@ -367,9 +368,9 @@ class _Run:
             self.add_projections()
             parts["loss"] = config.weight_of_kd * parts["kd"] + parts.get("loss", 0)
         if "loss" not in parts:
-            raise InputError("A batch has no target and kd is 'none': pass loss=, targets, or kd='kl'.")
+            raise InputError("A batch has no target and kd is 'none': pass targets, loss= or kd='kl' to have a loss.")
         if not parts["loss"].requires_grad:
-            raise InputError("The loss has no gradient: compute it from the output, without detaching it.")
+            raise InputError("The loss has no gradient: compute it from the model's output, without detaching it.")
         return parts
 
     def reduced(self, parts: dict[str, Tensor]) -> dict[str, float]:
@@ -479,7 +480,7 @@ class _Run:
                 self.accelerator.scaler.load_state_dict(state["scaler"])
             with random_states_kept():  # they are set where the data goes on
                 set_random_states(state["random"])
-        log.info("Resumed in epoch %d after %d steps.", self.epoch + 1, self.done)
+        log.info("The training continues in epoch %d, after step %d.", self.epoch + 1, self.done)
         return state
 
 
@@ -495,7 +496,8 @@ def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     tensors = named_tensors(model)
     wrong = [name for name, found in tensors.items() if name not in state or state[name].shape != found.shape]
     if wrong or len(state) != len(tensors):
-        raise CheckpointError(f"The checkpoint is of another model: {(wrong or sorted(set(state) - set(tensors)))[0]}.")
+        differs = (wrong or sorted(set(state) - set(tensors)))[0]
+        raise CheckpointError(f"The checkpoint belongs to a different model: {differs} differs.")
     restore(model, state)
 
 
@@ -505,6 +507,6 @@ def _check_weights(student: nn.Module, kept: dict[str, Tensor], epoch: int) -> N
     for name, tensor in named_tensors(student).items():
         if bool((kept[name].isfinite() & ~tensor.isfinite()).any()):
             raise TrainingError(
-                f"{name!r} holds values that are not finite after epoch {epoch + 1}; the student is back at "
-                "its weights from the start of the epoch. Take a lower lr, or set max_grad_norm."
+                f"{name!r} holds values that are not finite after epoch {epoch + 1}. The student has its weights from "
+                "the start of the epoch again. Use a lower lr, or set max_grad_norm."
             )

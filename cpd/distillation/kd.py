@@ -276,7 +276,7 @@ def last_layer(model: nn.Module, call: Call) -> str:
         for handle in handles:
             handle.remove()
     if not order:
-        raise InputError("No layer's input can be taken for embeddings: name modules, features=….")
+        raise InputError("There is no layer whose input can serve as embeddings: name modules, features=….")
     return order[-1]
 
 
@@ -287,8 +287,8 @@ def _channel_dim(student: Tensor, teacher: Tensor, key: str) -> int:
         if student.dim() == teacher.dim() and others[0] == others[1]:
             return dim
     raise InputError(
-        f"The features of {key!r} are {list(student.shape)} in the student and {list(teacher.shape)} in the teacher: "
-        "they may differ in channels only. Name other modules, features=…."
+        f"The features of {key!r} have shape {list(student.shape)} in the student and {list(teacher.shape)} in the "
+        "teacher, but they may only differ in channels. Name other modules, features=…."
     )
 
 

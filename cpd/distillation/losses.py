@@ -30,9 +30,9 @@ def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, temperature: f
     shape = list(student_logits.shape)
     if student_logits.shape != teacher_logits.shape or len(shape) < 2 or shape[1] < 2:
         raise InputError(
-            "The KL divergence needs logits [N, C, ...] of one shape and two classes at least; the student's "
-            f"are {shape}, the teacher's {list(teacher_logits.shape)}. Give a teacher of the same task, "
-            "or kd='none' with a loss."
+            "The KL divergence needs logits [N, C, ...] of the same shape, with at least two classes; those of the "
+            f"student have shape {shape}, those of the teacher {list(teacher_logits.shape)}. Pass a teacher for the "
+            "same task, or kd='none' with a loss."
         )
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     student = F.log_softmax(student_logits.to(dtype) / temperature, dim=1)
@@ -61,8 +61,8 @@ def channel_wise(student: Tensor, teacher: Tensor, temperature: float = 4.0) -> 
     shape = list(student.shape)
     if student.shape != teacher.shape or len(shape) < 3 or math.prod(shape[2:]) < 2:
         raise InputError(
-            "Channel-wise distillation needs maps [N, C, positions ...] of one shape; the student's are "
-            f"{shape}, the teacher's {list(teacher.shape)}. For class logits without positions take kd='kl'."
+            "Channel-wise distillation needs maps [N, C, positions ...] of the same shape; those of the student have "
+            f"shape {shape}, those of the teacher {list(teacher.shape)}. For class logits, use kd='kl'."
         )
     dtype = torch.promote_types(student.dtype, torch.float32)
     found, wanted = (F.log_softmax(maps.to(dtype).flatten(2) / temperature, dim=2) for maps in (student, teacher))

@@ -28,10 +28,12 @@ def make_optimizer(
     except Exception as error:  # whatever an optimizer raises for what it lacks: a GPU, a package, a momentum
         raise InputError(
             f"The optimizer {name!r} cannot be made here (lr={lr:g}, weight_decay={weight_decay:g}, "
-            f"momentum={momentum:g}): {error} Take another one, as 'sgd' or 'adamw'."
+            f"momentum={momentum:g}): {error} Use another one, such as 'sgd' or 'adamw'."
         ) from error
     if getattr(made, "is_second_order", False):  # as timm marks those that differentiate the gradient once more
-        raise InputError(f"The optimizer {name!r} needs second derivatives, which this training does not give it.")
+        raise InputError(
+            f"The optimizer {name!r} needs second derivatives, which this training does not compute: use another one."
+        )
     return made
 
 

@@ -36,7 +36,7 @@ def check_models(student: nn.Module, teacher: nn.Module | None, config: DistillC
     """Raise `InputError` unless the student can be trained and the teacher, if needed, is another model."""
     trained = {id(p): name for name, p in student.named_parameters() if p.requires_grad}
     if not trained:
-        raise InputError("No parameter of the student has requires_grad: set it on those to be trained.")
+        raise InputError("No parameter of the student has requires_grad: set it on those that should be trained.")
     if not config.needs_teacher:
         return
     if teacher is None:
@@ -44,8 +44,8 @@ def check_models(student: nn.Module, teacher: nn.Module | None, config: DistillC
     shared = [trained[id(p)] for p in teacher.parameters() if id(p) in trained]
     if shared:
         raise InputError(
-            f"Student and teacher share the parameter {shared[0]!r}, so the teacher would change with the "
-            "student. Pass as teacher a copy.deepcopy(model) made before pruning."
+            f"Student and teacher share the parameter {shared[0]!r}, so the teacher would change with the student. "
+            "Pass a copy.deepcopy(model) made before pruning as teacher."
         )
 
 
@@ -53,11 +53,11 @@ def check_data(data: Iterable[Any], config: DistillConfig) -> None:
     """Raise before anything is read if the data cannot last as many epochs as are asked for."""
     if isinstance(data, (GeneratorType, map, filter, zip)) and config.epochs > 1:
         raise TrainingError(
-            f"The data is a {type(data).__name__}, which can be iterated once only, but epochs is "
-            f"{config.epochs:g}. Pass a DataLoader, a list, or an object whose __iter__ starts afresh."
+            f"The data is a {type(data).__name__}, which can be iterated only once, but epochs is {config.epochs:g}. "
+            "Pass a DataLoader, a list, or an object whose __iter__ starts again from the beginning."
         )
     if config.epochs < 1 and length_of(data) is None:
-        raise InputError("A fraction of an epoch needs data with a length (__len__); use epochs=1.")
+        raise InputError("A fraction of an epoch needs data with a length (__len__): use epochs=1.")
 
 
 def check_distillation(
@@ -74,7 +74,7 @@ def check_distillation(
         kd = Distillation(config, student, teacher, few.call.part(1), read).to(device_of(student))
         with kd.watching():
             reference, output = few.on(teacher, "The teacher"), few.on(student)
-        with of_the_user(f"kd={config.kd!r}", "on what the models give on the first batch of data"):
+        with of_the_user(f"kd={config.kd!r}", "on the outputs of the models for the first batch of data"):
             value = kd(output, reference)
     if not bool(torch.isfinite(value)):
         raise InputError(f"The distillation loss kd={config.kd!r} is {float(value)} on the first batch of data.")

@@ -140,11 +140,11 @@ def check_together(config: DistillConfig) -> None:
     """Raise `InputError` where models that share weights cannot be trained as a config says."""
     if config.kd not in ("kl", "cwd", "none") or config.features:
         raise InputError(
-            f"together=True compares logits alone: kd must be 'kl', 'cwd' or 'none', without features; got kd="
-            f"{config.kd!r}. Or train each member by itself: together=False."
+            f"together=True compares only logits: kd must be 'kl', 'cwd' or 'none', without features; got kd="
+            f"{config.kd!r}. Change it, or train each member by itself: together=False."
         )
     if config.mixup or config.cutmix:
-        raise InputError("together=True takes no mixup and cutmix: all members learn of the same images.")
+        raise InputError("together=True does not support mixup and cutmix: leave them out, or pass together=False.")
 
 
 def distill_together(

@@ -126,7 +126,9 @@ class Checkpoint:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             found = conform(parsed(text, "its header", finite=False), _Content, "a header")
             if found["format"] not in (1, FORMAT):
-                raise CheckpointError(f"{self.path} is of format {found['format']}; this version reads 1 and {FORMAT}.")
+                raise CheckpointError(
+                    f"{self.path} has format {found['format']}, but this version of cpd reads 1 and {FORMAT}."
+                )
             content = {"key": found["key"], "state": found["state"]}
             if "sha256" in found and digest_of(content) != found["sha256"]:
                 raise ArtifactError("its header is not the one that was written")
@@ -139,7 +141,7 @@ class Checkpoint:
         if other:
             told = "; ".join(f"{key}: {then.get(key)!r} then, {self.key.get(key)!r} now" for key in other)
             raise CheckpointError(
-                f"{self.path} is of a run with other settings ({told}). Give those, or another folder."
+                f"{self.path} belongs to a run with other settings ({told}). Pass those settings, or another folder."
             )
         self.state, self.extra, self.digest = state, extra, digest_of(content)
         return state
@@ -162,8 +164,8 @@ class Checkpoint:
             if isinstance(error, CPDError) and not isinstance(error, ArtifactError):
                 raise
             raise CheckpointError(
-                f"{self.path} is no checkpoint that cpd wrote ({type(error).__name__}: {first_line(error)}). "
-                "It is left as it is."
+                f"{self.path} is not a checkpoint that cpd wrote ({type(error).__name__}: {first_line(error)}). "
+                "It was not changed."
             ) from error
 
     def _tidy(self) -> None:

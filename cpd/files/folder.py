@@ -101,7 +101,9 @@ def write_files(path: Path, files: Mapping[str, bytes], gone: Collection[str] = 
         path.mkdir(parents=True, exist_ok=True)
         for name in (*files, *gone):
             if (path / name).is_dir():
-                raise ArtifactError(f"{path / name} is a folder, and no file can be put in its place: move it.")
+                raise ArtifactError(
+                    f"{path / name} is a folder, so no file of that name can be written: move the folder."
+                )
         with _locked(path, alone=True):
             _finish(path)
             _decide(path, files, gone)
@@ -167,14 +169,12 @@ def _read_journal(path: Path) -> _Journal | None:
     pairs = [(name, _BESIDE.fullmatch(entry.beside)) for name, entry in journal.files.items()]
     plain = all(name == Path(name).name != "" and name != JOURNAL for name in (*journal.files, *journal.gone))
     if journal.format != _FORMAT or not plain or any(found is None or found["name"] != name for name, found in pairs):
-        raise ArtifactError(
-            f"{place} is no journal of a save by this version of cpd. Delete it to do without that save."
-        )
+        raise ArtifactError(f"{place} is not a journal written by this version of cpd. Delete it to discard that save.")
     for entry in journal.files.values():
         file = path / entry.beside
         if file.is_file() and sha256_of(file) != entry.sha256:
             raise ArtifactError(
-                f"{file}, of a save that was not finished, is damaged. Delete {place} to do without it."
+                f"{file}, from a save that was interrupted, is damaged. Delete {place} to discard that save."
             )
     return journal
 

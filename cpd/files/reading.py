@@ -36,7 +36,9 @@ def read_json(path: Path, *, finite: bool = True) -> Any:
     try:
         return parsed(path.read_bytes(), str(path), finite=finite)
     except FileNotFoundError as error:
-        raise ArtifactError(f"{path} is missing: {path.parent} is no folder that result.save wrote.") from error
+        raise ArtifactError(
+            f"{path} is missing: {path.parent} is not a folder that cpd compress or result.save wrote."
+        ) from error
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error.strerror or error}.") from error
 
@@ -133,7 +135,7 @@ def conform(value: Any, kind: type[T], what: str) -> T:
         path = "".join(f".{part}" if isinstance(part, str) else f"[{part}]" for part in reversed(error.path))
         place = f"at {path.lstrip('.')}, " if path else ""
         raise ArtifactError(
-            f"This is not {what} that cpd wrote: {place}{error}. It is truncated or foreign."
+            f"This is not {what} that cpd wrote: {place}{error}. It is truncated, or another program wrote it."
         ) from error
     return found
 

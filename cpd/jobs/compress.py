@@ -115,69 +115,73 @@ def compress(
     config: PruneConfig | None = None,
     **options: Any,
 ) -> Result:
-    """Make a model faster: comb, prune, distill, and measure.
+    """Make a trained model faster: find what can be pruned, prune it, distill the result and measure its speed-up.
 
     Args:
-        model: a trained model; left as it was, a copy is compressed. Of one that `torch.compile` gave, the module
-            within; compile the result anew. Or the name of one, as "timm:resnet18", "hf:microsoft/resnet-18" or
-            "ultralytics:yolo11n.pt", which is built with its pretrained weights.
-        target_speedup: the first of the options below; exactly one target is needed, or `max_drop`.
-        max_drop: what the metric may lose, in its own unit (points of a percentage): the result is as fast as can be
-            within it. Speeds are searched with recovery, and the last few with training where there are `epochs`; each
-            is judged by `evaluate`, which should use data that nothing else here does.
-        confidence: that `max_drop` holds, one-sided, where `evaluate` has an attribute `each`: a function of a model
-            that gives one number for each sample, of whose mean the metric is (`cpd.demo.accuracy` has one).
-        task: what the model is for: how its batches are read, which loss it has, what the student mimics, its metric.
-            Known by itself for models of transformers, ultralytics and torchvision's detectors; for others, those
-            that return logits. See `cpd.Task` for one of your own.
-        data: batches of (input, target), or mappings as Hugging Face loaders give, in anything that can be iterated
+        model: The trained model. It is not changed: a copy is compressed. A model that `torch.compile` returned is
+            unwrapped; compile the result again. A name, such as "timm:resnet18", "hf:microsoft/resnet-18" or
+            "ultralytics:yolo11n.pt", builds that model with its pretrained weights.
+        target_speedup: The first of the options below. Give exactly one target, or `max_drop`.
+        max_drop: How much the metric may fall, in its own unit (percentage points for a percentage). The result is
+            the fastest model found that stays within it. Speeds are tried without training and, if `epochs` is above
+            0, the last few with training. Each is judged by `evaluate`, so let it use data that no other argument has.
+        confidence: One-sided confidence that `max_drop` holds. It applies where `evaluate` has an attribute `each`: a
+            function that takes a model and returns one number per sample, whose mean is the metric (`cpd.demo.accuracy`
+            has one).
+        task: What kind of model it is: how its batches are read, its loss, what the student imitates, its metric.
+            Found automatically for models of transformers and ultralytics and for torchvision's detectors; any other
+            model is taken to return logits. See `cpd.Task` to write your own.
+        data: Batches of (input, target), or mappings as loaders of Hugging Face give, in anything that can be iterated
             more than once; or samples, in a data set or in arrays (inputs, or inputs and targets), which may be mapped
-            into memory; or the name of data that the task reads, as "coco8.yaml" for ultralytics. Without data,
-            channels are chosen by magnitude and nothing is trained back.
-        calibration: batches like those of `data`, as the model meets them in use: without augmentation. Channels are
-            scored, and layers refitted, on them; on `data` if None.
-        example_inputs: a tensor, a tuple, or (tuple, dict), the batch that latency is measured on; taken from `data`
-            (one sample), or known for timm and torchvision models, if None.
-        loss: `loss(output, target) -> scalar`; the model's own where its task has one, else cross-entropy is inferred
-            for class targets.
-        evaluate: `evaluate(model) -> float`, higher is better; reported before, between and after. The weights are
-            kept that do best by it, of those before the training and after each epoch. It is called in reports by its
-            name, or by its attribute `metric`, with the unit in brackets: `evaluate.metric = "top-1 accuracy [%]"`.
-        epochs: passes over `data` that the student is trained; 0: one-shot, no gradient step. None: those of
-            `training`, 10 if it says nothing.
-        lr: peak learning rate; None: that of `training`, or the optimizer's default.
-        training: all other settings of the training; its seed is the one below.
-        teacher: what the student learns from; the unpruned model if None.
-        output_dir: where the artifacts are written, and during the training a checkpoint; None writes none.
-        overwrite: whether files may be replaced there that have the names of artifacts, but that cpd did not write, or
-            that were changed since; a former result always may.
-        resume: go on from the checkpoint in `output_dir`, if there is one: to the same plan and, on the same machine,
-            the same weights.
-        checkpoint_minutes: between two checkpoints at most; there is one after every shrink anyhow.
-        source: how a fresh model is built by name ("timm:resnet18"); found out for timm and torchvision models.
-        progress: False shows no progress line; else there is one where stderr is a terminal.
-        config: options; those that are given by name replace its own.
-        options: those of `cpd.PruneConfig`, by name:
+            into memory; or the name of data that the task can read, such as "coco8.yaml" for ultralytics. Without data,
+            channels are chosen by magnitude, and accuracy is not recovered.
+        calibration: Batches without augmentation, as the model sees them in use. Channels are scored and layers
+            refitted on these. Default: `data`.
+        example_inputs: A tensor, a tuple, or (tuple, dict): the batch on which latency is measured. Default: one sample
+            of `data`; without data, the known input of models of timm and torchvision.
+        loss: `loss(output, target) -> scalar`. Default: the loss of the model's task, or else cross-entropy if the
+            targets are classes.
+        evaluate: `evaluate(model) -> float`, where higher is better. It is reported before, between and after the
+            steps, and decides which weights are kept: the best of those before the training and after each epoch.
+            Reports show its function name, or its attribute `metric`, with the unit in brackets:
+            `evaluate.metric = "top-1 accuracy [%]"`.
+        epochs: Passes over `data` for which the student is trained; 0 prunes one-shot, without a gradient step.
+            Default: the epochs of `training`, which are 10 unless set.
+        lr: Peak learning rate. Default: the one of `training`, or else the optimizer's default.
+        training: All other settings of the training. Its seed is replaced by `seed` below.
+        teacher: The model that the student learns from. Default: the unpruned model.
+        output_dir: The folder to which the result is written and, during the training, a checkpoint. Default: nothing
+            is written.
+        overwrite: Whether to replace files in `output_dir` that have the name of a result's file, but were not written
+            by cpd or were changed since. An unchanged earlier result is always replaced.
+        resume: Continue from the checkpoint in `output_dir`, if there is one. The run ends with the same plan and, on
+            the same machine, with the same weights as an uninterrupted one.
+        checkpoint_minutes: Longest time between two checkpoints. One is written after every pruning step as well.
+        source: The name from which a fresh model can be built ("timm:resnet18"). Default: found automatically for
+            models of timm and torchvision.
+        progress: False shows no progress line. Default: shown if stderr is a terminal.
+        config: Options held together. Options given by name replace those in it.
+        options: The options of `cpd.PruneConfig`, by name:
 
     Returns:
-        A `Result`: `model`, `speedup`, `report`, `save(dir)`.
+        A `Result` with `model`, `speedup`, `report` and `save(dir)`.
 
     Raises:
-        InputError: an unusable argument; raised before any work. For `max_drop`: `evaluate` is missing, or too few
-            samples are evaluated to tell anything.
-        TraceError: the model cannot be exported.
-        NothingToPruneError: no group can be pruned; the message says why, group by group.
-        TargetError: the target is out of reach; the message gives the best figure and what stands in the way.
-        TrainingError: an empty loader, or a loss that is not finite.
-        ExportError: the ONNX export fails or differs from PyTorch.
-        CheckpointError: the checkpoint cannot be written or read, or is of a run of other settings.
+        InputError: An argument cannot be used. This is raised before any work. With `max_drop`: `evaluate` is missing,
+            or too few samples are evaluated for the drop to be known at that confidence.
+        TraceError: The model cannot be exported.
+        NothingToPruneError: No group can be pruned. The message gives the reason for each group.
+        TargetError: The target is out of reach. The message gives the best figure and what prevents a better one.
+        TrainingError: The loader is empty, or a loss is not finite.
+        ExportError: The ONNX export fails, or its outputs differ from those of PyTorch.
+        CheckpointError: The checkpoint cannot be written or read, or belongs to a run with other settings.
 
     Examples:
         >>> from torch import nn
         >>> model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
         >>> data = [(torch.randn(32, 3, 8, 8), torch.randint(10, (32,)))]  # or a DataLoader
         >>> result = cpd.compress(model, target_macs=0.5, data=data, epochs=0)  # epochs=10 trains it, too
-        >>> result.model[0], model[0]  # the same class, narrower; the model given is as it was
+        >>> result.model[0], model[0]  # the same class, narrower; the original is unchanged
         (Conv2d(3, 8, kernel_size=(3, 3), stride=(1, 1)), Conv2d(3, 16, kernel_size=(3, 3), stride=(1, 1)))
         >>> result.report.result.macs / result.report.original.macs
         0.5
@@ -356,8 +360,8 @@ class _Run(Run):
         log.info("Criterion: %s (%s).", self.pruner.criterion_name, self.pruner.why)
         if self.pruner.data is None:
             self.pruner.note(
-                "No data given: channels are chosen by the size of their weights and nothing is trained back, so most "
-                "of the accuracy is lost. Pass data=loader to keep it."
+                "No data was given: channels are chosen by the magnitude of their weights and accuracy is not "
+                "recovered, so most of it is lost. Pass data=loader to keep it."
             )
 
     def prune_at_once(self, evaluate: Evaluate | None, before: float | None) -> float | None:
@@ -370,7 +374,8 @@ class _Run(Run):
                 found = self.evaluated(evaluate, "directly after pruning")
                 assert found is not None
                 directly.append(found)
-                self.pruner.note(f"Before pruning: {told(name, before)}; directly after it {written(name, found)}.")
+                after = written(name, found)
+                self.pruner.note(f"Before pruning: {told(name, before)}; directly after pruning: {after}.")
 
         self.pruner.prune(pruned)
         return self.untrained(evaluate, "Recovered, before any training", before, directly[0] if directly else None)
@@ -422,7 +427,7 @@ class _Run(Run):
             if trained or missed(pruner.target, deployed.latency, tolerance, pruner.is_bound) is None:
                 break
             former = pruner.plan
-            log.info("The last timing found %.2f times as fast: the search goes on.", deployed.latency.speedup)
+            log.info("The final timing gave a speed-up of %.2f: the search continues.", deployed.latency.speedup)
             self.student, self.history = copy_of(self.model), []
             pruner.start_over(self.student, deployed.latency)
             after = self.prune_at_once(evaluate, before)
@@ -447,8 +452,8 @@ class _Run(Run):
         name = metric_name(evaluate)
         in_float = ["not known" if value is None else written(name, value) for value in self.metrics]
         self.pruner.note(
-            f"The metrics are those of the INT8 models; in float the unpruned model has {in_float[0]}, the compressed "
-            f"one {in_float[1]}."
+            f"The metrics are those of the INT8 models. In float, the unpruned model has {in_float[0]} and the "
+            f"compressed model {in_float[1]}."
         )
         return before, after
 

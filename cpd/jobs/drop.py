@@ -112,8 +112,8 @@ class Fastest(Generic[A]):
         if best is None:
             tried = "; ".join(_sentence(row) for row in self.tried)
             raise TargetError(
-                f"max_drop={self.within.limit:g}: no speed-up was found that holds it. Tried: {tried}. Allow more, "
-                "evaluate on more samples (or with less confidence), train (epochs), or train for longer."
+                f"max_drop={self.within.limit:g}: no speed-up was found within it. Tried: {tried}. Allow a larger "
+                "drop, evaluate on more samples (or with less confidence), train (epochs), or train for longer."
             )
         best.pruner.note(self._told(before))
         return best
@@ -129,15 +129,15 @@ class Fastest(Generic[A]):
         limit, confidence = self.within.limit, self.within.confidence
         if 0 < (whole := float(np.mean(values))) <= limit:
             raise InputError(
-                f"max_drop={limit:g} allows all to be lost: the metric of the unpruned model is {whole:.4g}. max_drop "
-                f"is in the metric's own unit; {0.01 * whole:.2g} is one per cent of it."
+                f"max_drop={limit:g} would allow the whole metric to be lost, which is {whole:.4g} for the unpruned "
+                f"model. max_drop is in the unit of the metric; {0.01 * whole:.2g} is one per cent of it."
             )
         needed = samples_needed(limit, max(max(values) - min(values), self.within.span), confidence)
         if 1 < len(values) < needed:
             raise InputError(
-                f"evaluate takes its metric over {len(values)} samples, on which not even an unchanged model could be "
-                f"told to lose at most {limit:g} with a confidence of {confidence:.0%}: that takes {needed}. Evaluate "
-                "on more, raise max_drop, or lower confidence."
+                f"evaluate uses {len(values)} samples, with which not even an unchanged model could be shown to lose "
+                f"at most {limit:g} at a confidence of {confidence:.0%}: that takes {needed}. Evaluate on more "
+                "samples, raise max_drop, or lower confidence."
             )
         return values
 
@@ -161,14 +161,14 @@ class Fastest(Generic[A]):
         row["macs_left"] = pruner.shrinks[-1].macs / max(pruner.comb.cost({}).macs, 1)
         row["metric"], row["drop"], row["upper"] = found.metrics[1], drop.value, drop.upper
         row["confidence"], row["holds"] = drop.confidence, drop.holds
-        log.info("Tried %s.", _sentence(row))
+        log.info("Tried: %s.", _sentence(row))
         return found if drop.holds else None
 
     def _drop(self, before: Sequence[float], after: Sequence[float]) -> Drop:
         if len(before) != len(after):
             raise InputError(
-                f"evaluate.each gave {len(before)} values of the original and {len(after)} of a pruned model: it must "
-                "give one for each sample, of the same samples in the same order."
+                f"evaluate.each returned {len(before)} values for the original and {len(after)} for a pruned model: it "
+                "must return one for each sample, for the same samples in the same order."
             )
         return drop_of(before, after, self.within.limit, self.within.confidence, self.within.span)
 
@@ -183,10 +183,10 @@ class Fastest(Generic[A]):
         chance = (
             f"at most {row['upper']:.3g} with a confidence of {self.within.confidence:.0%}, by {len(before):,} samples"
             if row["upper"] is not None
-            else "evaluate gives one number, so how far chance moves it is not known: give it an attribute each"
+            else "evaluate returns one number, so its variation by chance is not known: give it an attribute each"
         )
-        tries = f"The fastest of {len(self.tried)} that were tried for max_drop={self.within.limit:g}"
-        return f"{tries}: {name} loses {row['drop']:.3g} ({chance})."
+        tries = f"The result is the fastest of {len(self.tried)} models tried for max_drop={self.within.limit:g}"
+        return f"{tries}: {name} falls by {row['drop']:.3g} ({chance})."
 
 
 def searched(
@@ -208,7 +208,7 @@ def searched(
         raise InputError(f"Give max_drop or one target; got both max_drop and {', '.join(given)}.")
     if evaluate is None:
         raise InputError(
-            "max_drop needs evaluate(model) -> float, a metric on data that nothing else is taken from. On the command "
+            "max_drop needs evaluate(model) -> float, a metric on data that is used for nothing else. On the command "
             "line: a folder with validation images."
         )
     if resume:
@@ -247,7 +247,7 @@ def _values_of(evaluate: Callable[[nn.Module], float], model: nn.Module, when: s
         values = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values, dtype=float)
     if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all():
         raise InputError(
-            f"evaluate.each must give one finite number for each sample, {when} it gave an array of shape "
+            f"evaluate.each must return one finite number for each sample; {when} it returned an array of shape "
             f"{list(values.shape)}."
         )
     return [float(value) for value in values]

@@ -58,29 +58,31 @@ def family(
     overwrite: bool = False,
     **options: Any,
 ) -> Family:
-    """Make a model of each of several speeds, in one run.
+    """Make one model for each of several speed-ups, in one run.
 
-    Groups, scores, what the model makes of the data, and the latency of its kernels are found once. Plans are nested:
-    no member keeps a channel that a larger one has removed, so each is a slice of the next larger. Each has BatchNorm
-    statistics, and a refit, of its own.
+    Groups, scores, the model's responses to the data, and the latency of its kernels are computed once. Plans are
+    nested: no member keeps a channel that a larger one has removed, so each member is a slice of the next larger one.
+    Each member has its own BatchNorm statistics and its own refit.
 
     Args:
-        model: a trained model, left as it was; or the name of one, as for `cpd.compress`.
-        speedups: measured latency of the original over each member's, each at least 1.
-        together: whether the members are trained all at once, as slices of one set of weights (the sandwich rule, with
-            distillation in place), rather than each by itself. It takes about as long as one or two trainings, and all
-            but the widest member's norms lie in one file's weights.
-        output_dir: where the family is written, as `Family.save` does; None writes nothing.
-        overwrite: as for `Family.save`.
-        options: all other arguments of `cpd.compress` but for its targets, `resume` and `checkpoint_minutes`, those of
-            `cpd.PruneConfig` among them:
+        model: The trained model, which is not changed, or the name of one, as for `cpd.compress`.
+        speedups: For each member, the latency of the original divided by that of the member; each at least 1.
+        together: Whether to train all members at once, as slices of one set of weights (the sandwich rule with in-place
+            distillation), rather than each by itself. This takes about as long as one or two trainings. All members
+            then share one file of weights, apart from the normalization layers of the narrower ones.
+        output_dir: The folder to which the family is written, as by `Family.save`. Default: nothing is written.
+        overwrite: Whether to replace files that cpd did not write or that were changed since, as for `Family.save`.
+        options: All other arguments of `cpd.compress` except its targets, `resume` and `checkpoint_minutes`. They
+            include the options of `cpd.PruneConfig`:
 
     Returns:
-        A `Family`: `members`, `family[2]`, `pick(latency_ms=8)`, `save(dir)`.
+        A `Family` with `members`, `family[2]`, `pick(latency_ms=8)` and `save(dir)`.
 
     Raises:
-        InputError: no speed-up, a schedule other than one-shot, or what `cpd.compress` raises for an unusable argument.
-        TargetError: no speed-up is in reach. One of several that is not is no error: `Family.missing` says so.
+        InputError: No speed-up is given, the schedule is not one-shot, or an argument cannot be used, as for
+            `cpd.compress`.
+        TargetError: None of the speed-ups is in reach. If only some are out of reach, `Family.missing` gives the
+            reasons.
 
     Examples:
         >>> from torch import nn
@@ -98,11 +100,11 @@ def family(
     given, pruning = parted(options, "family")
     for name in _NOT_TAKEN:
         if given.pop(name, None):
-            raise InputError(f"family leaves no checkpoint to go on from; leave {name} out.")
+            raise InputError(f"cpd.family writes no checkpoint that a run could continue from: leave {name} out.")
     settings = PruneConfig.of(given.get("config"), pruning, "cpd.family")
     if settings.schedule != "one-shot":
         raise InputError(
-            f"A family is chosen before any training: schedule must be 'one-shot'; got {settings.schedule!r}."
+            f"A family is pruned before any training: schedule must be 'one-shot'; got {settings.schedule!r}."
         )
     folder = None if output_dir is None else check_output_dir(output_dir, FAMILY, overwrite=overwrite)
     processes.start()
@@ -140,7 +142,7 @@ class _Job:
         call = example_call(read.model, self.given.get("example_inputs"), read.batches()[0], read.task)
         common, results, missing = Common(), dict[float, Result](), dict[float, str]()
         for number, speedup in enumerate(self.asked, 1):
-            log.info("Family: %g times as fast (member %d of %d)", speedup, number, len(self.asked))
+            log.info("Family: speed-up %g (member %d of %d)", speedup, number, len(self.asked))
             try:
                 with part(f"member {number} of {len(self.asked)}: {speedup:g}x"):
                     results[speedup] = self._member(speedup, common, 0 if trains else self.given.get("epochs"))
@@ -199,8 +201,8 @@ def _with_training(found: Result, evaluate: Any, history: Iterable[dict[str, Any
     model = itself(found.model).eval()
     metric = None if evaluate is None else evaluated(evaluate, model, "after the training")
     note = (
-        f"Trained together with {count - 1} other members, as slices of one set of weights; the metric of an epoch is "
-        f"the mean of {metric_name(evaluate)} over them. BatchNorm statistics were then taken anew."
+        f"Trained together with {count - 1} other members, as slices of one set of weights. The metric of an epoch is "
+        f"the mean of {metric_name(evaluate)} over the members. BatchNorm statistics were recalibrated afterwards."
     )
     report = replace(
         found.report, result=replace(found.report.result, metric=metric), notes=(*found.report.notes, note),

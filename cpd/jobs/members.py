@@ -22,7 +22,7 @@ from cpd.report.families import FamilyRecord, read_family, save_family
 from cpd.report.records import Figures, SweepPoint
 from cpd.report.report import Report
 
-_MILLISECONDS = number("above 0, in ms for one run", lambda value: value > 0)
+_MILLISECONDS = number("above 0, in milliseconds per run", lambda value: value > 0)
 _ASKED = number("a speed-up that a member was asked for", lambda value: value >= 1)
 
 
@@ -31,12 +31,12 @@ class Member:
     """One model of a family.
 
     Attributes:
-        asked: the speed-up that it was made for.
-        speedup: the one measured where it was made.
-        model: of the original's class, in eval mode.
-        plan: what it keeps of the original; nothing that a larger member has removed.
-        figures: its cost, latency and metric, as measured where it was made.
-        report: every figure of how it was made; None in a family that was loaded.
+        asked: The speed-up that was asked for.
+        speedup: The speed-up that was measured, on the machine where the family was made.
+        model: The model, in eval mode. Its class is that of the original.
+        plan: What it keeps of the original. It keeps no channel that a larger member has removed.
+        figures: Its cost, latency and metric, from the machine where the family was made.
+        report: All figures of how it was made; None in a family that was loaded.
     """
 
     asked: float
@@ -53,16 +53,16 @@ class Member:
 
 @dataclass(frozen=True, repr=False)
 class Family:
-    """What `cpd.family` gives.
+    """The result of `cpd.family`: models at several speeds, each a slice of the next larger one.
 
     Attributes:
-        members: the widest first.
-        original: figures of the unpruned model.
-        metric_name: what was evaluated, with its unit in brackets.
-        missing: {speed-up that is out of reach: why}.
-        source: how a fresh model is built by name, if it is known.
-        model_class: the class of the model.
-        inputs: what latency was measured on, where those were plain tensors.
+        members: The members, the widest first.
+        original: Figures of the unpruned model.
+        metric_name: Name of the metric, with its unit in brackets.
+        missing: {speed-up that is out of reach: the reason}.
+        source: The name from which a fresh model can be built, if it is known.
+        model_class: The class of the model.
+        inputs: The inputs on which latency was measured, if they are plain tensors.
     """
 
     members: tuple[Member, ...]
@@ -84,18 +84,18 @@ class Family:
         """The member that was made for a speed-up.
 
         Raises:
-            InputError: if there is none; the message says which there are.
+            InputError: If there is no such member. The message lists those that exist.
         """
         found = next((member for member in self.members if member.asked == speedup), None)
         if found is None:
             there = ", ".join(f"{member.asked:g}" for member in self.members)
-            why = f" It was asked for, but: {self.missing[speedup]}" if speedup in self.missing else ""
-            raise InputError(f"There is no member {speedup:g}; there are {there}.{why}")
+            why = f" It was out of reach: {self.missing[speedup]}" if speedup in self.missing else ""
+            raise InputError(f"This family has no member {speedup:g}; it has {there}.{why}")
         return found
 
     @property
     def figures(self) -> Sweep:
-        """The figures of all members, as those of a sweep: `to_html()`, `plot(path)`."""
+        """The figures of all members as a `cpd.Sweep`, with `to_html()` and `plot(path)`."""
         return Sweep(self.original, self._points, self.metric_name)
 
     @property
@@ -114,30 +114,30 @@ class Family:
         threads: int = 1,
         seconds: float = 60.0,
     ) -> Member:
-        """The best member that takes at most so long on this machine.
+        """Return the best member that runs within a given time on this machine.
 
-        All members are timed here, in turn, once for each runtime; a second call takes the same times. The best is the
-        one with the highest metric, or, where none was evaluated, the widest.
+        All members are timed here, in turn, once for each runtime; later calls reuse these times. The best member is
+        the one with the highest metric or, if no metric was evaluated, the widest.
 
         Args:
-            latency_ms: the longest time for one run, in ms.
-            example_inputs: the batch that is timed: a tensor, a tuple, or (tuple, dict); None: what the family was
-                measured on.
-            runtime: what runs the models, as for `cpd.compare_latency`; of several the slowest counts.
-            threads: of the runtimes given by name.
-            seconds: the timing ends after this time, export not counted.
+            latency_ms: The longest allowed time for one run, in milliseconds.
+            example_inputs: The batch that is timed: a tensor, a tuple, or (tuple, dict). Default: the inputs on which
+                the family was measured.
+            runtime: Where the models run, as for `cpd.compare_latency`. Of several runtimes, the slowest decides.
+            threads: Threads that each runtime uses.
+            seconds: Longest time that the timing takes. Export is not included.
 
         Raises:
-            InputError: an unusable argument, or no example inputs known.
-            TargetError: no member is as fast; the message gives the fastest one's time.
+            InputError: If an argument cannot be used, or if no example inputs are known.
+            TargetError: If no member is fast enough. The message gives the time of the fastest.
         """
         times = self._times(example_inputs, runtime, threads, seconds)
         fast = [member for member in self.members if times[member.asked] <= latency_ms]
         if not fast:
             asked = min(times, key=lambda name: times[name])
             raise TargetError(
-                f"No member takes at most {latency_ms:g} ms here: the fastest, {asked:g}x, takes {times[asked]:.3g} "
-                f"ms. Ask for {times[asked]:.3g}, or make a family with a larger speed-up."
+                f"No member runs within {latency_ms:g} ms on this machine: the fastest, {asked:g}x, takes "
+                f"{times[asked]:.3g} ms. Ask for {times[asked]:.3g}, or make a family with a larger speed-up."
             )
         return max(fast, key=lambda member: (member.figures.metric or 0.0, member.figures.macs))
 
@@ -145,7 +145,7 @@ class Family:
         """The time of each member on this machine, in ms, by the speed-up that it was made for."""
         inputs = self.inputs if example_inputs is None else example_inputs
         if example_inputs is None and not self.inputs:
-            raise InputError("What this family was timed on was not saved: pass example_inputs=.")
+            raise InputError("The inputs on which this family was timed were not saved: pass example_inputs=.")
         key = ",".join(names_of(runtime)), threads
         table = self._timed.get(key) if example_inputs is None else None
         if table is None:
@@ -160,17 +160,23 @@ class Family:
 
     @checked(directory=PATH, overwrite=FLAG)
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write one file of weights, the plans and figures, and a page, to a folder that `Family.load` reads.
+        """Write weights, plans, figures and a page to a folder that `Family.load` reads.
 
-        Of every member but the widest only what is no slice of the widest is written.
+        The weights of all members are in one file: those of the widest in full, and of the others only the tensors
+        that are not slices of the widest.
 
         Args:
-            directory: the folder; made if there is none.
-            overwrite: whether files may be replaced that cpd did not write, or that were changed since.
+            directory: The folder. It is created if it does not exist.
+            overwrite: Whether to replace files that have the name of one of these files, but were not written by cpd
+                or were changed since.
+
+        Returns:
+            The path of the folder.
 
         Raises:
-            InputError: if `directory` is no folder, cannot be written to, or holds such files.
-            ArtifactError: if a file cannot be written; the folder is then as it was.
+            InputError: If `directory` is not a folder, cannot be written to, or holds such files and `overwrite` is
+                False.
+            ArtifactError: If a file cannot be written. The folder is then unchanged.
         """
         target = check_output_dir(directory, FAMILY, overwrite=overwrite)
         save_family(
@@ -187,17 +193,17 @@ class Family:
     def load(
         directory: str | os.PathLike[str], model: nn.Module | None = None, *, trust_source: bool = False
     ) -> Family:
-        """Rebuild a family from its folder. No code of the folder is run, and nothing is downloaded.
+        """Rebuild a family from its folder. No code in the folder is run, and nothing is downloaded.
 
         Args:
-            directory: what `save` wrote.
-            model: a fresh model of the original architecture, left as it is; None builds one by the name in timm or
-                torchvision that was saved.
-            trust_source: whether a `package.module:factory` that was saved is imported and called, which runs its code.
+            directory: The folder that `save` wrote.
+            model: A fresh model of the original architecture; it is not changed. Default: one built from the saved
+                name in timm or torchvision.
+            trust_source: Whether to import and call a saved `package.module:factory`, which runs its code.
 
         Raises:
-            ArtifactError: if a file is missing, truncated, changed or foreign, or no name was saved that is built here
-                and no model given.
+            ArtifactError: If a file is missing, truncated, changed or not written by cpd; or if no model is given and
+                none can be built from a saved name.
         """
         found = read_family(Path(directory), model, trust_source=trust_source)
         reached = sorted((item for item in found.points if item.figures is not None), key=lambda item: item.asked)

@@ -37,12 +37,12 @@ NAMED = 8
 
 @dataclass(frozen=True, repr=False)
 class Result:
-    """What `compress` gives.
+    """The result of `cpd.compress`.
 
     Attributes:
-        model: the compressed model, of the same class as the one given, in eval mode.
-        report: the numbers of every stage.
-        plan: what was kept of the original.
+        model: The compressed model, in eval mode. Its class is that of the original.
+        report: The figures of every stage.
+        plan: Which channels of the original were kept.
     """
 
     model: nn.Module
@@ -52,28 +52,33 @@ class Result:
     _int8: bytes | None = field(default=None)
 
     def __repr__(self) -> str:
-        """The figures before and after."""
+        """The figures before and after compression."""
         return repr(self.report).replace(type(self.report).__name__, type(self).__name__, 1)
 
     @property
     def speedup(self) -> float | None:
-        """Measured latency of the original over the result's in the runtime; None where it was not exported."""
+        """Measured latency of the original divided by that of the result; None if the result was not exported."""
         return self.report.speedup
 
     @checked(directory=PATH, overwrite=FLAG)
     def save(self, directory: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
         """Write weights, plan, ONNX model, report and model card to a folder that `cpd.load` reads.
 
-        All files are there at once, in the place of those of a former result: whatever happens meanwhile, the folder
-        holds either that or this.
+        All files appear at once and replace those of an earlier result. If writing is interrupted, the folder holds
+        the earlier result in full, or the new one in full.
 
         Args:
-            directory: the folder; made if there is none. It may hold other files under other names.
-            overwrite: whether files may be replaced that cpd did not write, or that were changed since.
+            directory: The folder. It is created if it does not exist, and may hold other files with other names.
+            overwrite: Whether to replace files that have the name of one of these files, but were not written by cpd
+                or were changed since.
+
+        Returns:
+            The path of the folder.
 
         Raises:
-            InputError: if `directory` is no folder, cannot be written to, or holds such files.
-            ArtifactError: if a file cannot be written; the folder is then as it was.
+            InputError: If `directory` is not a folder, cannot be written to, or holds such files and `overwrite` is
+                False.
+            ArtifactError: If a file cannot be written. The folder is then unchanged.
         """
         target = check_output_dir(directory, overwrite=overwrite)
         save_result(target, self.model, self.plan, self.report, self._onnx, self._int8)
@@ -84,12 +89,16 @@ class Result:
         """Write `config.json`, `model.safetensors` and a model card to a folder that `cpd.from_pretrained` reads.
 
         Args:
-            directory: as for `save`.
-            overwrite: as for `save`; a model card that was edited is such a file.
+            directory: The folder, as for `save`.
+            overwrite: Whether to replace files that cpd did not write or that were changed since, as for `save`. A
+                model card that you edited counts as changed.
+
+        Returns:
+            The path of the folder.
 
         Raises:
-            InputError: as for `save`.
-            ArtifactError: as for `save`.
+            InputError: As for `save`.
+            ArtifactError: As for `save`.
         """
         target = check_output_dir(directory, PRETRAINED, overwrite=overwrite)
         save_pretrained(target, self.model, self.plan, self.report)
@@ -150,8 +159,8 @@ class Deployed:
             return []
         original, result = map(len, self.in_float)
         return [
-            f"Left in float, since rounding to 8 bits adds most noise there: {original} nodes of the original's INT8 "
-            f"model, {result} of the result's."
+            f"The nodes to which rounding to 8 bits adds most noise stay in float: {original} in the original's INT8 "
+            f"model, {result} in that of the result."
         ]
 
 
@@ -265,11 +274,11 @@ def kept_weights(records: Sequence[EpochRecord], metric: str, before: float | No
         if kept is records[-1] or kept.metric is None:
             return kept.metric, None
         best = told(metric, kept.metric)
-        return kept.metric, f"The weights after epoch {kept.epoch} of {len(records)} are kept, the best: {best}."
+        return kept.metric, f"The weights after epoch {kept.epoch} of {len(records)} did best and are kept: {best}."
     if not records or before is None:
         return before, None
     return before, (
-        f"No epoch made the model better: the weights before the training are kept ({told(metric, before)}). A lower "
+        f"No epoch improved the model, so the weights before the training are kept ({told(metric, before)}). A lower "
         "lr, more epochs or less augmentation may help."
     )
 
@@ -281,9 +290,10 @@ def missed(target: Target, found: LatencyComparison, tolerance: float, bound: bo
     if bound and target.attained(found) > 1:
         return None
     return (
-        f"Asked for {target.name}={target.value:g}, the last timing found {found.speedup:.2f} times as fast "
-        f"({found.candidate_ms:.3g} ms in {found.runtime}), more than {tolerance:.0%} from it: widths go in steps, "
-        "and other work on this machine moves the figures. Time both again on a quiet one (cpd latency)."
+        f"The target was {target.name}={target.value:g}; the final timing gave a speed-up of {found.speedup:.2f} "
+        f"({found.candidate_ms:.3g} ms in {found.runtime}), which is more than {tolerance:.0%} from it. Widths change "
+        "in steps, and other work on this machine disturbs timings. Time both models again on an idle machine "
+        "(cpd latency)."
     )
 
 
@@ -294,8 +304,8 @@ def would_meet(pruner: Pruner, plan: Plan) -> str:
     moved = [name for name, channels in groups.items() if len(channels) != len(pruner.plan.groups[name])]
     widths = some((f"{name} {len(groups[name])}" for name in moved), NAMED)
     return (
-        f"By the last timing, {left / max(comb.cost({}).macs, 1):.1%} of the MACs would meet the target; widths that "
-        f"differ: {widths or 'none'}."
+        f"By the final timing, a model with {left / max(comb.cost({}).macs, 1):.1%} of the MACs would meet the target. "
+        f"These widths would differ: {widths or 'none'}."
     )
 
 

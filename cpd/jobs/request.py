@@ -111,7 +111,7 @@ def example_call(model: nn.Module, example_inputs: Any, data: Iterable[Any] | No
         example_inputs = (task or Task()).example_inputs(model)
     if example_inputs is None:
         raise InputError(
-            f"The input of {type(model).__name__} is not known: pass example_inputs=, a tensor (with its batch "
+            f"The input of {type(model).__name__} is not known: pass example_inputs=, a tensor (with a batch "
             "dimension), a tuple, or (tuple, dict)."
         )
     return as_call(example_inputs).to(device_of(model))
@@ -143,8 +143,8 @@ def check_data(
         )
     if learns and value is not None and not value.requires_grad and any(p.requires_grad for p in model.parameters()):
         raise InputError(
-            "What loss returns has no gradient, so nothing can be learned of it: compute it from the output by "
-            "functions of torch, without detach(), item() or no_grad()."
+            "The value that loss returns has no gradient, so the model cannot learn from it: compute it from the "
+            "output with torch, without detach(), item() or no_grad()."
         )
     if training.epochs and training.needs_teacher:
         check_distillation(model, copy_of(model) if teacher is None else teacher, batch, training, reader(outputs))
@@ -194,7 +194,7 @@ def steps_an_epoch(config: PruneConfig | SparseConfig, training: DistillConfig, 
     if (gradual or learned is not None) and (data is None or not training.epochs):
         during = f"schedule={config.schedule!r} prunes" if gradual else f"regularization={learned!r} acts"
         other = "schedule='one-shot'" if learned is None else "schedule='one-shot' without regularization"
-        raise InputError(f"{during} during the training: pass data=loader and epochs above 0, or take {other}.")
+        raise InputError(f"{during} during the training: pass data=loader and epochs above 0, or use {other}.")
     if data is None:
         return 0
     found = steps_per_epoch(data, training.accumulate)
@@ -230,7 +230,7 @@ def checkpoint_of(
     """
     if folder is None:
         if resume:
-            raise InputError("resume=True needs the output_dir of the run that is to go on.")
+            raise InputError("resume=True needs output_dir: pass the folder of the run that should continue.")
         return None
     shapes = sorted((name, *tensor.shape) for name, tensor in model.state_dict().items())
     model_key = hashlib.sha256(repr(shapes).encode()).hexdigest()[:16]
@@ -241,10 +241,10 @@ def checkpoint_of(
     found = checkpoint.read() if resume else None
     processes.check_same(checkpoint.digest, "checkpoint", "Let output_dir be one folder that all machines can read.")
     if resume and found is None:
-        log.info("There is no checkpoint in %s yet: the run starts at its beginning.", folder)
+        log.info("There is no checkpoint in %s yet, so the run starts from the beginning.", folder)
     if not resume and checkpoint.path.exists():
         raise InputError(
-            f"{checkpoint.path} is of a run that did not end. Pass resume=True to go on with it, or delete it to start "
-            "again."
+            f"{checkpoint.path} belongs to a run that was interrupted. Pass resume=True to continue that run, or "
+            "delete the file to start again."
         )
     return checkpoint

@@ -40,18 +40,18 @@ RATIOS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True)
 class Point:
-    """One group pruned alone, or all groups that are tied to one another.
+    """One group pruned alone, or several groups whose widths are tied to each other.
 
     Attributes:
-        group: the name of the group; of several, of the first.
-        ratio: the share of each that was to go.
-        kept: how many channels of the first stayed: more than were to where a minimum or a tie demands it.
-        size: how many there were.
-        macs: share of the model's MACs left.
-        error: mean squared change of the logits, relative to their variance.
-        loss: of the task; None without targets.
-        metric: what `evaluate` gave; None without it.
-        tied: the names of the others that went with it.
+        group: Name of the group; the first one if several are tied.
+        ratio: Share of the channels to be removed from each group.
+        kept: Number of channels that this group kept: more than `ratio` says if a minimum or a tie requires it.
+        size: Number of channels before.
+        macs: Share of the model's MACs that is left.
+        error: Mean squared change of the logits, relative to their variance.
+        loss: The task's loss; None without targets.
+        metric: The value of `evaluate`; None without it.
+        tied: Names of the other groups that were pruned with this one.
     """
 
     group: str
@@ -66,20 +66,20 @@ class Point:
 
     @property
     def label(self) -> str:
-        """What went, for a table: "a", "a with b", "a with 24 tied to it"."""
+        """A name for tables: "a", "a with b" or "a with 24 tied to it"."""
         others = self.tied[0] if len(self.tied) == 1 else f"{len(self.tied)} tied to it"
         return f"{self.group} with {others}" if self.tied else self.group
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What pruning each group alone does.
+    """The result of `cpd.sensitivity`: the effect of pruning each group alone.
 
     Attributes:
-        points: one for each group, or set of tied groups, and ratio.
-        loss: of the unpruned model.
-        metric: of the unpruned model.
-        metric_name: what `evaluate` gives, with its unit in brackets.
+        points: One `Point` for each group (or set of tied groups) and each ratio.
+        loss: The loss of the unpruned model; None without targets.
+        metric: The metric of the unpruned model; None without `evaluate`.
+        metric_name: Name of the metric, with its unit in brackets.
     """
 
     points: tuple[Point, ...]
@@ -88,13 +88,13 @@ class Sensitivity:
     metric_name: str = UNNAMED
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
+        """All fields as plain JSON types."""
         own = {"loss": self.loss, "metric": self.metric, "metric_name": self.metric_name}
         return {**own, "points": [asdict(point) for point in self.points]}
 
     @property
     def by_group(self) -> dict[str, list[Point]]:
-        """The points of each group, or of the first of each set of tied ones, the least that went first."""
+        """{group: its points, the smallest ratio first}; tied groups are listed under the first of them."""
         found: dict[str, list[Point]] = {}
         for point in self.points:
             found.setdefault(point.group, []).append(point)
@@ -102,27 +102,33 @@ class Sensitivity:
 
     @property
     def shown(self) -> str:
-        """Which figure of the points is shown: "metric" where there is one, else "loss", else "error"."""
+        """Which figure is shown: "metric" if there is one, else "loss" if there is one, else "error"."""
         return "metric" if self.metric is not None else "loss" if self.loss is not None else "error"
 
     @checked(state=text("a word for the unpruned model"))
     def heading(self, state: str) -> str:
-        """What is shown, and what it is of the unpruned model, which is called `state`."""
+        """A heading: the figure's name with its value for the unpruned model, which is called `state`."""
         name, before = self.shown, getattr(self, self.shown, None)
         called = title(self.metric_name) if name == "metric" else name
         return called if before is None else f"{called} ({state} {self.value(before)})"
 
     @checked(found=NUMBER)
     def value(self, found: float) -> str:
-        """A figure of what is shown, for reading."""
+        """A value of the figure that is shown, as text."""
         return written(self.metric_name, found) if self.shown == "metric" else f"{found:.4g}"
 
     @checked(path=PATH)
     def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw a map, groups by ratios, to a file of any format that matplotlib knows: metric, else loss, else error.
+        """Draw a map of groups by ratios, coloured by the metric, or else by the loss, or else by the error.
+
+        Args:
+            path: The picture's file. Its ending names the format, which can be any that matplotlib writes.
+
+        Returns:
+            The path of the file.
 
         Raises:
-            InputError: if the file's ending names no format, or it cannot be written.
+            InputError: If the ending names no known format, or the file cannot be written.
         """
         with needs_extra("plot", "A picture"):
             from matplotlib.figure import Figure
@@ -138,7 +144,7 @@ class Sensitivity:
         area.set_xticks(range(len(ratios)), [f"{ratio:.0%}" for ratio in ratios])
         labels = [f"{points[0].label} ({points[0].size})" for points in groups.values()]
         area.set_yticks(range(len(groups)), labels, fontsize=7)
-        area.set_xlabel("share of the group that goes, alone")
+        area.set_xlabel("share of the group that is removed")
         drawing.colorbar(image, label=self.heading("unpruned"))
         try:
             drawing.savefig(target)
@@ -158,14 +164,14 @@ def check_plot(path: str | os.PathLike[str]) -> Path:
 
     target, known = Path(path), FigureCanvasBase.get_supported_filetypes()
     if target.suffix.lstrip(".").lower() not in known:
-        raise InputError(f"{target}: the ending must name a format, one of {', '.join(sorted(known))}.")
+        raise InputError(f"The ending of {target} must name a picture format: one of {', '.join(sorted(known))}.")
     return target
 
 
 _RATIO = number("between 0 and 1", lambda value: 0 < value < 1)
 _RATIOS = several(_RATIO.accepts, "a list of numbers between 0 and 1")
 _SCORES = Check(
-    "a mapping from names of groups to tensors of scores, as cpd.score gives it",
+    "a mapping from names of groups to tensors of scores, such as the result of cpd.score",
     lambda value: isinstance(value, Mapping) and all(isinstance(item, Tensor) for item in value.values()),
 )
 
@@ -186,25 +192,27 @@ def sensitivity(
     limit: int = 4,
     progress: bool | None = None,
 ) -> Sensitivity:
-    """Prune each open group alone, tied ones together, at several ratios, and see what it does.
+    """Measure how much each open group matters: prune it alone at several ratios, and measure the effect.
+
+    Groups whose widths are tied to each other are pruned together. Nothing is refitted or trained.
 
     Args:
-        model: the unpruned model; left as it was.
-        comb: its comb.
-        data: batches, of which the first few are used.
-        loss: `loss(output, target) -> scalar`; None infers one.
-        evaluate: `evaluate(model) -> float`, higher is better; run once a point.
-        scores: which channels go; "magnitude" if None.
-        ratios: shares of a group that go.
-        limit: batches used.
-        progress: whether a bar is shown on stderr; None: if it is a terminal.
+        model: The unpruned model. It is not changed.
+        comb: The comb of the model.
+        data: Batches, of which the first `limit` are used.
+        loss: `loss(output, target) -> scalar`. Default: cross-entropy if the targets are classes.
+        evaluate: `evaluate(model) -> float`, where higher is better. It is called once for each point.
+        scores: Scores that decide which channels are removed. Default: those of the criterion "magnitude".
+        ratios: Shares of a group to remove, each between 0 and 1.
+        limit: Number of batches to use.
+        progress: Whether to show a progress line on stderr. Default: shown if stderr is a terminal.
 
     Returns:
-        A `Sensitivity`: points, `to_dict()`, `plot(path)`.
+        A `Sensitivity` with `points`, `to_dict()` and `plot(path)`.
 
     Raises:
-        InputError: a ratio out of range, a comb of another model, or no loss can be inferred.
-        TrainingError: if there is no data.
+        InputError: A ratio is out of range, the comb belongs to another model, or no loss can be inferred.
+        TrainingError: There is no data.
 
     Examples:
         >>> from torch import nn
@@ -221,13 +229,13 @@ def sensitivity(
         True
     """
     model = check_model(model)
-    check_architecture(model, comb.architecture, InputError, "The comb is", "Comb this model.")
+    check_architecture(model, comb.architecture, InputError, "The comb was made for", "Call cpd.comb on this model.")
     kept = list(batches(data, limit, finite=True))
     scores = score(model, comb, criterion="magnitude") if scores is None else scores
     for group in comb.open:
         if group.name not in scores or tuple(scores[group.name].shape) != (group.size,):
             raise InputError(
-                f"scores must hold a tensor of {group.size} numbers for {group.name}, as for every open group."
+                f"scores must hold a tensor of {group.size} numbers for {group.name}, and one for every open group."
             )
     ratios = [float(ratio) for ratio in ratios]
     selector, full = Selector(comb, scores, Limits(round_to=1)), comb.cost({}).macs

@@ -61,8 +61,9 @@ GENTLY = 0.1
 #: How the weights are written.
 STORAGES = ("plain", "packed", "packed-int8")
 NOT_FASTER = (
-    "Zeros do not make the model faster: ONNX Runtime multiplies by them. They make a packed file smaller, and on GPUs "
-    "that know 2:4 a runtime made for it faster. For speed, remove channels: cpd compress."
+    "Zeros do not make the model faster, because ONNX Runtime multiplies by them. They make a packed file smaller, and "
+    "on GPUs that support 2:4 sparsity they make a runtime built for it faster. For speed, remove channels: cpd "
+    "compress."
 )
 INIT = "init"
 
@@ -75,13 +76,15 @@ _REWIND = Check(
 
 @dataclass(frozen=True, repr=False)
 class SparseResult:
-    """What `sparsify` gives.
+    """The result of `cpd.sparsify`.
 
     Attributes:
-        model: the sparse model, of the same class as the one given, in eval mode; for the pattern "channel" narrower.
-        report: the numbers of every stage.
-        masks: which weights stay, of the model that was given.
-        plan: what is kept of the shape of the original: all, but for the pattern "channel"; or the plan that was given.
+        model: The sparse model, in eval mode. Its class is that of the original; with the pattern "channel" it is
+            narrower.
+        report: The figures of every stage.
+        masks: Which weights of the original model are kept.
+        plan: What is kept of the original's shapes: everything, except with the pattern "channel"; or the plan that was
+            passed.
     """
 
     model: nn.Module
@@ -91,7 +94,7 @@ class SparseResult:
     _onnx: bytes | None = field(default=None)
 
     def __repr__(self) -> str:
-        """The figures before and after."""
+        """The figures before and after sparsification."""
         return repr(self.report).replace(type(self.report).__name__, type(self).__name__, 1)
 
     @property
@@ -104,14 +107,20 @@ class SparseResult:
         """Write weights, masks, plan, ONNX model, report and model card to a folder that `cpd.load` reads.
 
         Args:
-            directory: the folder; made if there is none. It may hold other files under other names.
-            overwrite: whether files may be replaced that cpd did not write, or that were changed since.
-            storage: how the weights are written: "plain" (`model.safetensors`, for any reader); "packed" (a bitmap and
-                the values, exactly); "packed-int8" (the values rounded to 8 bits, a scale for each output).
+            directory: The folder. It is created if it does not exist, and may hold other files with other names.
+            overwrite: Whether to replace files that have the name of one of these files, but were not written by cpd
+                or were changed since.
+            storage: How the weights are written: "plain" (`model.safetensors`, which any reader takes), "packed" (a
+                bitmap and the exact values), or "packed-int8" (the values rounded to 8 bits, with one scale for each
+                output).
+
+        Returns:
+            The path of the folder.
 
         Raises:
-            InputError: if `directory` is no folder, cannot be written to, or holds such files.
-            ArtifactError: if a file cannot be written; the folder is then as it was.
+            InputError: If `directory` is not a folder, cannot be written to, or holds such files and `overwrite` is
+                False.
+            ArtifactError: If a file cannot be written. The folder is then unchanged.
         """
         target = check_output_dir(directory, FILES, overwrite=overwrite)
         packed = None
@@ -154,46 +163,50 @@ def sparsify(
     config: SparseConfig | None = None,
     **options: Any,
 ) -> SparseResult:
-    """Make weights of a model zero: choose, refit in closed form, distill, and measure.
+    """Set weights of a model to zero: choose them, refit the others in closed form, distill, and measure.
 
     Args:
-        model: a trained model; left as it was, a copy is made sparse. Masks of `torch.nn.utils.prune` on it are
-            multiplied into the weights of the copy.
-        sparsity: the first of the options below.
-        data: batches of (input, target), or mappings as Hugging Face loaders give, in anything that can be iterated
-            more than once. Without data nothing is refitted and nothing trained.
-        calibration: batches like those of `data`, without augmentation, for scores and refits; `data` if None.
-        example_inputs: a tensor, a tuple, or (tuple, dict), as for `cpd.compress`; one sample of `data` if None.
-        loss: `loss(output, target) -> scalar`; cross-entropy is inferred for class targets.
-        evaluate: `evaluate(model) -> float`, higher is better; reported before, between and after. The weights are
-            kept that do best by it, of those before the training and after each epoch at the final sparsity.
-        epochs: passes over `data` that the sparse model is trained; 0: no gradient step. None: those of `training`,
-            10 if it says nothing.
-        lr: peak learning rate; None: that of `training`, or a tenth of the optimizer's default.
-        training: all other settings of the training; its seed is the one below.
-        teacher: what the model learns from; the dense model if None.
-        rewind: what the weights that stay go back to before they are trained: a state dict of the model (an earlier one
-            of its training: a lottery ticket, Frankle and Carbin 2019, arXiv 1803.03635), or "init": anew, from
-            scratch. Nothing is refitted then.
-        plan: of a model that `cpd.compress` made, the plan of its result: the folder then holds it, and `cpd.load`
-            takes a fresh model of the original class.
-        output_dir: where the artifacts are written, and during the training a checkpoint; None writes none.
-        overwrite: whether files may be replaced there that cpd did not write, or that were changed since.
-        storage: how the weights are written, as for `SparseResult.save`.
-        resume: go on from the checkpoint in `output_dir`, if there is one.
-        checkpoint_minutes: between two checkpoints at most; there is one after every change of the masks anyhow.
-        source: how a fresh model is built by name ("timm:resnet18"); found out for timm and torchvision models.
-        progress: False shows no progress line; else there is one where stderr is a terminal.
-        config: options; those that are given by name replace its own.
-        options: those of `cpd.SparseConfig`, by name:
+        model: The trained model. It is not changed: a copy is made sparse. If it has masks of `torch.nn.utils.prune`,
+            they are multiplied into the weights of the copy.
+        sparsity: The first of the options below.
+        data: Batches of (input, target), or mappings as loaders of Hugging Face give, in anything that can be iterated
+            more than once. Without data, nothing is refitted or trained.
+        calibration: Batches without augmentation, for scores and refits. Default: `data`.
+        example_inputs: A tensor, a tuple, or (tuple, dict), as for `cpd.compress`. Default: one sample of `data`.
+        loss: `loss(output, target) -> scalar`. Default: cross-entropy if the targets are classes.
+        evaluate: `evaluate(model) -> float`, where higher is better. It is reported before, between and after the
+            steps, and decides which weights are kept: the best of those before the training and after each epoch at
+            the final sparsity.
+        epochs: Passes over `data` for which the sparse model is trained; 0 takes no gradient step. Default: the epochs
+            of `training`, which are 10 unless set.
+        lr: Peak learning rate. Default: the one of `training`, or else a tenth of the optimizer's default.
+        training: All other settings of the training. Its seed is replaced by `seed` below.
+        teacher: The model that the sparse one learns from. Default: the dense model.
+        rewind: The values to which the kept weights are reset before the training: a state dict of the model from
+            earlier in its training (a lottery ticket, Frankle and Carbin 2019, arXiv 1803.03635), or "init" for new
+            random values. Nothing is refitted then.
+        plan: For a model that `cpd.compress` made: the plan of its result. It is saved in the folder, so that
+            `cpd.load` can start from a fresh model of the original class.
+        output_dir: The folder to which the result is written and, during the training, a checkpoint. Default: nothing
+            is written.
+        overwrite: Whether to replace files in `output_dir` that cpd did not write or that were changed since.
+        storage: How the weights are written, as for `SparseResult.save`.
+        resume: Continue from the checkpoint in `output_dir`, if there is one.
+        checkpoint_minutes: Longest time between two checkpoints. One is written after every change of the masks as
+            well.
+        source: The name from which a fresh model can be built ("timm:resnet18"). Default: found automatically for
+            models of timm and torchvision.
+        progress: False shows no progress line. Default: shown if stderr is a terminal.
+        config: Options held together. Options given by name replace those in it.
+        options: The options of `cpd.SparseConfig`, by name:
 
     Returns:
-        A `SparseResult`: `model`, `masks`, `sparsity`, `report`, `save(dir)`.
+        A `SparseResult` with `model`, `masks`, `sparsity`, `report` and `save(dir)`.
 
     Raises:
-        InputError: an unusable argument; raised before any work.
-        TrainingError: an empty loader, or a loss that is not finite.
-        CheckpointError: the checkpoint cannot be written or read, or is of a run of other settings.
+        InputError: An argument cannot be used. This is raised before any work.
+        TrainingError: The loader is empty, or a loss is not finite.
+        CheckpointError: The checkpoint cannot be written or read, or belongs to a run with other settings.
 
     Examples:
         >>> from torch import nn
@@ -202,7 +215,7 @@ def sparsify(
         >>> result = cpd.sparsify(model, 0.75, data=data, epochs=0)  # epochs=10 trains it, too
         >>> result.masks
         Masks(unstructured: 4,644 of 6,192 weights in 2 layers are zero, 75.0%)
-        >>> cpd.get_sparsity(result.model), cpd.get_sparsity(model)  # the model given is as it was
+        >>> cpd.get_sparsity(result.model), cpd.get_sparsity(model)  # the original is unchanged
         (0.75, 0.0)
         >>> sorted(file.name for file in result.save("out").iterdir())  # doctest: +NORMALIZE_WHITESPACE
         ['README.md', 'masks.safetensors', 'model.onnx', 'model.safetensors', 'plan.json', 'report.html',
@@ -255,15 +268,15 @@ def _checked(settings: SparseConfig, model: nn.Module, plan: Plan | None, *, rew
     _ = settings.share
     if plan is not None:
         wanted = plan.architecture and plan.architecture.narrowed(plan)
-        remedy = "Give result.plan of the cpd.compress that made it."
-        check_architecture(model, wanted, InputError, "The plan is", remedy)
+        remedy = "Pass result.plan of the cpd.compress that made this model."
+        check_architecture(model, wanted, InputError, "The plan was made for", remedy)
         if settings.pattern == CHANNEL:
             raise InputError(
-                "pattern='channel' removes channels, and so did the plan: compress the model to its final widths at "
-                "once, or leave plan out."
+                "pattern='channel' removes channels, and so did the plan: compress the model to its final widths in "
+                "one step, or leave plan out."
             )
     if rewinds and (settings.schedule != "one-shot" or settings.regrow is not None):
-        raise InputError("rewind goes with masks that are chosen once: take schedule='one-shot', and no regrow.")
+        raise InputError("rewind needs masks that are chosen once: use schedule='one-shot', and leave regrow out.")
     return replace(settings, compensation=False) if rewinds else settings
 
 
@@ -294,7 +307,7 @@ class _Run(Run):
         """The first change of the masks, before any training; the metric after it."""
         name, note = metric_name(evaluate), self.pruner.note
         if self.pruner.data is None:
-            note("No data given: nothing is refitted and nothing trained back. Pass data=loader to keep the accuracy.")
+            note("No data was given, so accuracy is not recovered. Pass data=loader to refit and train the weights.")
         self.pruner.prune()
         masks = self.pruner.masks
         assert masks is not None
@@ -403,5 +416,5 @@ def _rewound(model: nn.Module, rewind: Mapping[str, Tensor] | str, seed: int) ->
     try:
         model.load_state_dict(dict(rewind))
     except RuntimeError as error:
-        raise InputError(f"rewind is no state dict of this model: {first_line(error)}.") from error
+        raise InputError(f"rewind is not a state dict of this model: {first_line(error)}.") from error
     return model

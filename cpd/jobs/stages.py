@@ -133,7 +133,8 @@ class Run:
             after = self.trained(records, evaluate, after)
         if not self.pruner.done:  # the data was shorter than its length
             self.pruner.note(
-                "The data ran out before the pruning schedule finished; the rest was pruned after the training."
+                "The data ran out before the pruning schedule was complete; the remaining channels were removed after "
+                "the training."
             )
             while not self.pruner.done:
                 self.pruner.prune()
@@ -193,4 +194,4 @@ class Run:
     def note_source(self, source: str | None) -> None:
         """Say so where `cpd.load` does not build the model by the name of its source."""
         if source is not None and (fault := why_not_by_name(source)):
-            self.pruner.note(f"cpd.load does not build {source} by itself ({fault}): pass it a fresh model.")
+            self.pruner.note(f"cpd.load cannot build {source} itself ({fault}): pass it a fresh model.")

@@ -37,12 +37,12 @@ log = logging.getLogger("cpd")
 
 @dataclass(frozen=True)
 class Sweep:
-    """Results of one model at several speed-ups.
+    """The figures of one model at several speed-ups.
 
     Attributes:
-        original: figures of the unpruned model.
-        points: one a speed-up, in the order asked.
-        metric_name: what was evaluated, with its unit in brackets.
+        original: Figures of the unpruned model.
+        points: One `SweepPoint` for each speed-up, in the order given.
+        metric_name: Name of the metric, with its unit in brackets.
     """
 
     original: Figures | None
@@ -50,34 +50,42 @@ class Sweep:
     metric_name: str = UNNAMED
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain JSON types, NaN and infinity None; the name of the metric only where it has one."""
+        """All fields as plain JSON types. NaN and infinity become None; an unnamed metric is left out."""
         return {name: value for name, value in plain_fields(self).items() if (name, value) != ("metric_name", UNNAMED)}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Sweep:
-        """The sweep that `to_dict` wrote.
+        """Rebuild a sweep from the dict that `to_dict` returned.
 
         Raises:
-            ArtifactError: if a field is missing or is not what `to_dict` writes.
+            ArtifactError: If a field is missing or has another form than `to_dict` writes.
         """
         found = conform(data, cls, "a sweep")
         if any(
             point.figures is not None and (point.speedup is None or not point.figures.latency_ms)
             for point in found.points
         ):
-            raise ArtifactError("This is not a sweep that cpd wrote: a speed-up was reached, but not measured.")
+            raise ArtifactError(
+                "This is not a sweep that cpd wrote: it says that a speed-up was reached, but not measured."
+            )
         return found
 
     def to_html(self) -> str:
-        """Accuracy against measured latency as one self-contained page, with links to the reports in the folders."""
+        """A self-contained page of accuracy against measured latency, with links to the reports in the folders."""
         return sweep_page(self.original, self.points, self.metric_name)
 
     @checked(path=PATH)
     def plot(self, path: str | os.PathLike[str]) -> Path:
-        """Draw accuracy (or the share of MACs that is left, where none was evaluated) against measured latency.
+        """Draw accuracy against measured latency, or the share of MACs that is left if no metric was evaluated.
+
+        Args:
+            path: The picture's file. Its ending names the format, such as `.png`.
+
+        Returns:
+            The path of the file.
 
         Raises:
-            InputError: if the file's ending names no format, it cannot be written, or no point was reached.
+            InputError: If the ending names no known format, the file cannot be written, or no speed-up was reached.
         """
         with needs_extra("plot", "A picture"):
             from matplotlib.figure import Figure
@@ -85,7 +93,7 @@ class Sweep:
         target = check_plot(path)
         reached = [(point, point.figures) for point in self.points if point.figures is not None]
         if self.original is None or not reached:
-            raise InputError("No speed-up of the sweep was reached: there is nothing to draw.")
+            raise InputError("No speed-up of this sweep was reached, so there is nothing to draw.")
         original, metric = self.original, Metric.of(self.metric_name, self.original.metric)
         measured = all(figures.metric is not None for figures in (original, *(found for _, found in reached)))
         every = [(original, "original"), *((found, f"{p.asked:g}x ({p.speedup:.2f}x)") for p, found in reached)]
@@ -140,7 +148,7 @@ def parted(options: Mapping[str, Any], job: str) -> tuple[dict[str, Any], dict[s
     """
     for name in (*TARGETS, "max_drop"):
         if options.get(name) is not None:
-            raise InputError(f"{job} takes its targets from speedups; leave {name} out.")
+            raise InputError(f"{job} takes its targets from speedups: leave {name} out.")
     own = inspect.signature(compressed).parameters
     given = {name: value for name, value in options.items() if name in own}
     pruning = {name: value for name, value in options.items() if name not in own and name not in TARGETS}
@@ -150,7 +158,7 @@ def parted(options: Mapping[str, Any], job: str) -> tuple[dict[str, Any], dict[s
 
 _SPEEDUP = number("", lambda value: value >= 1)
 SPEEDUPS = several(
-    _SPEEDUP.accepts, "a list of at least one speed-up, each a number of at least 1, as [1.5, 2, 3]"
+    _SPEEDUP.accepts, "a list of at least one speed-up, each a number of at least 1, such as [1.5, 2, 3]"
 )  # fmt: skip
 
 
@@ -166,20 +174,25 @@ def sweep(
 ) -> Sweep:
     """Compress a model to each of several speed-ups.
 
-    What does not depend on the target is found once: groups, scores, what the model makes of the data, the latency of
-    its kernels. `cpd.family` gives models of which each is a slice of the next larger.
+    Everything that does not depend on the target is computed once: groups, scores, the model's responses to the data,
+    and the latency of its kernels. With `cpd.family`, each result is a slice of the next larger one.
 
     Args:
-        model: a trained model, left as it was; or the name of one, as for `cpd.compress`.
-        speedups: measured latency of the original over each result's, each at least 1.
-        output_dir: each result goes into a folder of its own here, such as `1.5x`, and the figures of all into
-            `sweep.json` and `report.html`; None writes nothing.
-        overwrite: as for `cpd.compress`, of all these folders.
-        options: all other arguments of `cpd.compress` but for its targets, those of `cpd.PruneConfig` among them:
+        model: The trained model, which is not changed, or the name of one, as for `cpd.compress`.
+        speedups: For each result, the latency of the original divided by that of the result; each at least 1.
+        output_dir: The folder in which each result gets its own folder, such as `1.5x`, beside `sweep.json` and
+            `report.html` with the figures of all. Default: nothing is written.
+        overwrite: Whether to replace files that cpd did not write or that were changed since, as for `cpd.compress`,
+            in all these folders.
+        options: All other arguments of `cpd.compress` except its targets. They include the options of
+            `cpd.PruneConfig`:
+
+    Returns:
+        A `Sweep` with `points`, `to_html()` and `plot(path)`.
 
     Raises:
-        InputError: no speed-up, or what `cpd.compress` raises for an unusable argument. A speed-up that is out of
-            reach is no error here: its point says so.
+        InputError: No speed-up is given, or an argument cannot be used, as for `cpd.compress`. A speed-up that is out
+            of reach raises no error: its point holds the message.
 
     Examples:
         >>> from torch import nn
@@ -205,7 +218,7 @@ def sweep(
         for speedup in asked:
             place = None if folder is None else folder / f"{speedup:g}x"
             which = f"target {len(points) + 1} of {len(asked)}"
-            log.info("Sweep: %g times as fast (%s)", speedup, which)
+            log.info("Sweep: speed-up %g (%s)", speedup, which)
             try:
                 with part(f"{which}: {speedup:g}x"):
                     result = compressed(

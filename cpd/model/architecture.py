@@ -59,12 +59,12 @@ def check_architecture(
         model: the model.
         wanted: the architecture; None, where it is not known, fits all.
         error: what is raised.
-        what: what was made of that architecture, as the beginning of a sentence.
+        what: the beginning of the sentence, such as "The plan was made for".
         remedy: what to do, as a sentence.
     """
     found = None if wanted is None else wanted.difference(architecture_of(model))
     if found is not None:
-        raise error(f"{what} of another model than this {type(model).__name__}: {found}. {remedy}")
+        raise error(f"{what} another model than this {type(model).__name__}: {found}. {remedy}")
 
 
 def _form(module: nn.Module, read: frozenset[str], written: frozenset[str]) -> Form:

@@ -170,7 +170,7 @@ def check_model(model: object) -> nn.Module:
         found = found.get_submodule("_orig_mod")
     if isinstance(found, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         raise InputError(
-            f"{type(found).__name__} knows the widths that the model had when it was wrapped: pass the model in it, "
+            f"{type(found).__name__} keeps the widths that the model had when it was wrapped: pass the inner model, "
             "model.module, and wrap the result."
         )
     for path, module in found.named_modules():
@@ -247,7 +247,7 @@ def metric_of(found: Any, when: str) -> float:
         value = math.nan
     if math.isfinite(value):
         return value
-    raise InputError(f"evaluate must return one finite number, the higher the better; {when} it gave {shown(found)}.")
+    raise InputError(f"evaluate must return one finite number, where higher is better; {when} it gave {shown(found)}.")
 
 
 @contextmanager
@@ -340,9 +340,9 @@ def of_shape(given: Any, like: Call) -> Call:
     shape = "x".join(map(str, given))
     first = like.args[0] if len(like.args) == 1 and not like.kwargs else None
     if not isinstance(first, Tensor) or not first.is_floating_point():
-        raise InputError(f"The shape {shape} says too little of this model's inputs: give the inputs themselves.")
+        raise InputError(f"The shape {shape} does not describe all inputs of this model: pass the inputs themselves.")
     if len(given) != first.dim() or min(given) < 1:
-        raise InputError(f"The shape {shape} must have {first.dim()} sizes above 0, as {list(first.shape)} has.")
+        raise InputError(f"The shape {shape} must have {first.dim()} sizes above 0, like {list(first.shape)}.")
     values = torch.randn(*given, generator=torch.Generator().manual_seed(0))
     return Call((values.to(first.device, first.dtype),), {})
 
@@ -368,7 +368,7 @@ def as_batch(batch: Any) -> Batch:
     if isinstance(batch, Tensor):
         return Batch(as_call(batch), None)
     raise InputError(
-        f"A batch must be (input, target), a mapping or a tensor; the loader gave {type(batch).__name__}. "
+        f"A batch must be (input, target), a mapping or a tensor, but the loader gave {type(batch).__name__}. "
         "Wrap the loader so that it yields pairs."
     )
 
@@ -392,7 +392,9 @@ def batches(data: Iterable[Any], limit: int | None = None, *, finite: bool = Fal
         with of_the_user("data", f"when batch {number} was taken from it"):
             item = next(items, _END)
         if item is _END and number == 1:
-            raise TrainingError("The data loader gave no batch: check its dataset, and that it can be iterated twice.")
+            raise TrainingError(
+                "The data loader gave no batch: check its dataset, and that it can be iterated more than once."
+            )
         if item is _END:
             return
         found = as_batch(item)._replace(number=number)
@@ -434,4 +436,4 @@ def logits(output: Any) -> Tensor:
         return logits(output.logits)
     if isinstance(output, (tuple, list)) and output:
         return logits(output[0])
-    raise InputError(f"The model's output ({type(output).__name__}) holds no tensor to take a loss of.")
+    raise InputError(f"The model's output ({type(output).__name__}) holds no tensor from which a loss can be computed.")

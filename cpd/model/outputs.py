@@ -73,7 +73,7 @@ def _part(output: Any, name: Part) -> Any:
             found = _child(found, key)
         except (AttributeError, IndexError, KeyError, TypeError):
             known = ", ".join(names_of(output).values()) or "nothing by name"
-            raise InputError(f"The output has no part {name!r}; outputs takes: {known}.") from None
+            raise InputError(f"The output has no part {name!r}; outputs can be: {known}.") from None
     return found
 
 
@@ -115,7 +115,7 @@ def _each(items: Mapping[Any, Any], path: str) -> Iterator[tuple[str, Tensor]]:
 
 def outputs_sentence(names: Sequence[str]) -> str:
     """What to say of a model of which these outputs matter."""
-    return f"Outputs that matter, and so keep their width: {', '.join(names)}. The others may become narrower."
+    return f"These outputs keep their width: {', '.join(names)}. The others may become narrower."
 
 
 def read_by(outputs: Outputs, output: Any) -> frozenset[int]:
@@ -125,7 +125,7 @@ def read_by(outputs: Outputs, output: Any) -> frozenset[int]:
         InputError: if the output has no such parts, or the function fails on it or reads nothing of it.
     """
     if isinstance(output, Tensor):
-        raise InputError("The model returns a single tensor, which matters: leave outputs out.")
+        raise InputError("The model returns a single tensor, so there are no parts to choose from: leave outputs out.")
     with _Watching(output) as watching:
         try:
             watching.note((outputs if callable(outputs) else reader(outputs))(output))
@@ -134,10 +134,10 @@ def read_by(outputs: Outputs, output: Any) -> frozenset[int]:
         except Exception as error:  # the user's function may raise anything
             raise InputError(
                 f"The function outputs= fails on the model's output, a {type(output).__name__}: {first_line(error)}. "
-                "It is given the output with tensors that hold no values, and returns the part that matters."
+                "It receives the output, with tensors that hold no values, and must return the part that you use."
             ) from error
     if not watching.places:
-        raise InputError("outputs= reads no tensor of the model's output: nothing of the model would matter then.")
+        raise InputError("outputs= selects no tensor of the model's output: select the parts that you use.")
     return frozenset(watching.places)
 
 

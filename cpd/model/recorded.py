@@ -74,7 +74,7 @@ def rebuilt(source: str | None, model_class: str, *, trust: bool) -> nn.Module:
     by_name = source is not None and source.startswith(BY_NAME)
     if source is None or not (by_name or trust):
         told = "" if source is None else f", only as {shown}, whose code is run with trust_source=True alone"
-        raise ArtifactError(f"This model of class {model_class} is known by no name of a library{told}. {REMEDY}")
+        raise ArtifactError(f"No library is known to build this model of class {model_class} by a name{told}. {REMEDY}")
     try:
         found = resolve(source)
         if found.by_name and (fault := unsafe(found)):

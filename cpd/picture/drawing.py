@@ -68,11 +68,11 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     """
     target = Path(path)
     if target.suffix.lower() not in SUFFIXES:
-        raise InputError(f"A picture is an .svg or .html file; got {target}.")
+        raise InputError(f"A picture must be an .svg or .html file; got {target}.")
     if target.is_dir():
-        raise InputError(f"{target} is a folder; name a file for the picture.")
+        raise InputError(f"{target} is a folder: pass a file for the picture.")
     if not target.parent.is_dir():
-        raise InputError(f"The folder {target.parent} of the picture {target.name} does not exist; create it first.")
+        raise InputError(f"The folder {target.parent} of the picture {target.name} does not exist: create it first.")
     try:
         with tempfile.TemporaryFile(dir=target.parent):
             pass
@@ -80,7 +80,7 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise InputError(f"The picture {target} cannot be written: {error.strerror or error}.") from error
     if head and MARK.encode() not in head:
-        raise InputError(f"{target} exists and is not a picture that cpd drew; remove it or give another name.")
+        raise InputError(f"{target} exists and is not a picture that cpd drew: remove it, or choose another name.")
     return target
 
 

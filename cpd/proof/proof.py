@@ -97,8 +97,8 @@ class Proof:
         try:
             self._run()
         except BudgetSpent as spent:
-            self.spent = f"not proved within {spent}: raise proof_copies or proof_seconds to look further"
-            log.warning("The widths of this model are %s.", self.spent)
+            self.spent = f"not verified within {spent}: raise proof_copies or proof_seconds to try more"
+            log.warning("Not all widths of this model were verified; the others are %s.", self.spent)
             self.budget.reserve(RESERVE)
             try:
                 self._run()

@@ -91,7 +91,7 @@ def check_output_dir(path: str | os.PathLike[str], names: Collection[str] = RESU
     target = Path(path)
     try:
         if target.exists() and not target.is_dir():
-            raise InputError(f"output_dir {target} is a file; give a folder.")
+            raise InputError(f"output_dir {target} is a file: pass a folder.")
         target.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=target):
             pass
@@ -103,7 +103,7 @@ def check_output_dir(path: str | os.PathLike[str], names: Collection[str] = RESU
     if foreign:
         raise InputError(
             f"output_dir {target} holds {', '.join(foreign)}, which cpd did not write or which was changed since, and "
-            "which would be overwritten. Give another folder, or pass overwrite=True."
+            "which would be overwritten. Choose another folder, or pass overwrite=True."
         )
     return target
 
@@ -255,24 +255,24 @@ def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @checked(directory=PATH, model=MODEL, trust_source=FLAG)
 def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, trust_source: bool = False) -> nn.Module:
-    """Rebuild a compressed model from its folder. No code of the folder is run, and nothing is downloaded.
+    """Rebuild a compressed model from its folder. No code in the folder is run, and nothing is downloaded.
 
-    Every file is compared with its checksum, but for README.md and recipe.yaml, which may be changed; any file but
-    model.safetensors (or packed.safetensors) and plan.json may be deleted.
+    The files are compared with their checksums, except README.md and recipe.yaml, which you may edit. All files except
+    plan.json and model.safetensors (or packed.safetensors) may be deleted.
 
     Args:
-        directory: what `result.save` or `result.save_pretrained` wrote.
-        model: a fresh model of the original architecture, which is shrunk in place; None builds one by the
-            name in timm or torchvision that was saved, if its arguments are plain numbers and the like.
-        trust_source: whether a `package.module:factory` that was saved is imported and called, which runs its code.
+        directory: The folder that `result.save` or `result.save_pretrained` wrote.
+        model: A fresh model of the original architecture, which is shrunk in place. Default: one built from the saved
+            name in timm or torchvision, if its arguments are plain values such as numbers.
+        trust_source: Whether to import and call a saved `package.module:factory`, which runs its code.
 
     Returns:
         The compressed model in eval mode.
 
     Raises:
-        InputError: if `directory` is no path, or `model` no module.
-        ArtifactError: if a file is missing, truncated, changed or foreign, or no name was saved that is built here
-            and no model given. A model that was given is then as it was.
+        InputError: If `directory` is not a path, or `model` is not a module.
+        ArtifactError: If a file is missing, truncated, changed or not written by cpd; or if no model is passed and none
+            can be built from a saved name. A model that was passed is then unchanged.
 
     Examples:
         >>> from torch import nn
@@ -303,8 +303,8 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
         check_fit(given, plan, weights)
     except ArtifactError as error:
         raise ArtifactError(
-            f"{folder} was made from a {document['model_class']}, and does not fit this {type(given).__name__}: {error}"
-            " Pass cpd.load a fresh, unpruned model, built with the same arguments."
+            f"{folder} was made from a {document['model_class']} and does not fit this {type(given).__name__}: {error}"
+            " Pass a fresh, unpruned model, built with the same arguments, to cpd.load."
         ) from error
     try:
         shrink(given, plan)
@@ -320,19 +320,19 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, t
 def from_pretrained(
     name: str | os.PathLike[str], model: nn.Module | None = None, *, trust_source: bool = False, **download: Any
 ) -> nn.Module:
-    """Rebuild a compressed model from a folder, or from a repository of the Hugging Face hub.
+    """Rebuild a compressed model from a folder, or from a repository on the Hugging Face Hub.
 
     Args:
-        name: a folder that `result.save_pretrained` or `result.save` wrote, or `user/repository`, downloaded.
-        model: as for `load`.
-        trust_source: as for `load`.
-        download: further arguments of `huggingface_hub.snapshot_download`, such as `revision` and `token`.
+        name: A folder that `result.save_pretrained` or `result.save` wrote, or `user/repository`, which is downloaded.
+        model: A fresh model of the original architecture, as for `cpd.load`.
+        trust_source: Whether to import and call a saved `package.module:factory`, as for `cpd.load`.
+        download: Further arguments of `huggingface_hub.snapshot_download`, such as `revision` and `token`.
 
     Returns:
         The compressed model in eval mode.
 
     Raises:
-        ArtifactError: as for `load`, or the repository cannot be downloaded.
+        ArtifactError: As for `cpd.load`, or if the repository cannot be downloaded.
     """
     if Path(name).is_dir():
         return load(name, model, trust_source=trust_source)
@@ -341,7 +341,7 @@ def from_pretrained(
     try:
         folder = snapshot_download(str(name), allow_patterns=[CONFIG, PLAN, WEIGHTS, PACKED], **download)
     except Exception as error:  # of the hub, of requests, of the disk
-        raise ArtifactError(f"{name} is no folder here, and cannot be downloaded: {first_line(error)}.") from error
+        raise ArtifactError(f"{name} is not a local folder and cannot be downloaded: {first_line(error)}.") from error
     return load(folder, model, trust_source=trust_source)
 
 
@@ -362,7 +362,7 @@ def _read_main(files: Folder) -> Document:
     for name, digest in document.get("files", {}).items():
         compared = name not in EDITABLE and name == Path(name).name and files.has(name)
         if compared and sha256_of(files.file(name)) != digest:
-            raise ArtifactError(f"{files.path / name} is truncated, or not the file that was saved with {PLAN}.")
+            raise ArtifactError(f"{files.path / name} is truncated, or is not the file that was saved with {PLAN}.")
     return document
 
 
@@ -372,7 +372,9 @@ def _read_document(path: Path, *, hub: bool) -> Document:
         document = document.get("cpd")
     if not isinstance(document, dict) or document.get("format") != FORMAT or "plan" not in document:
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
-        raise ArtifactError(f"{path} is not of the format {FORMAT} (found {found!r}); it was not written by this cpd.")
+        raise ArtifactError(
+            f"{path} does not have the format {FORMAT} (found {found!r}): this version of cpd did not write it."
+        )
     with naming(path):
         read = conform(document, Document, "a document")
     check_signed(read, path)
@@ -398,7 +400,7 @@ def _read_weights(files: Folder, document: Document) -> dict[str, Tensor]:
     try:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != document["weights_sha256"]:
-            raise ArtifactError(f"{path} is truncated, or not the file that was saved with {PLAN}.")
+            raise ArtifactError(f"{path} is truncated, or is not the file that was saved with {PLAN}.")
         return unpack(content) if packed else load_tensors(content)
     except FileNotFoundError as error:
         raise ArtifactError(f"{path} is missing.") from error
@@ -413,7 +415,7 @@ def check_fit(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor]) -> No
     paths = dict(model.named_modules(remove_duplicate=False))
     absent = next((item.module for item in plan.replacements if item.module not in paths), None)
     if absent is not None:
-        raise ArtifactError(f"The plan removes {absent}; this model has no such module.")
+        raise ArtifactError(f"The plan removes {absent}, which this model does not have.")
     state = {
         name: item for name, item in model.state_dict(keep_vars=True).items() if not removes(plan.replacements, name)
     }
@@ -426,17 +428,19 @@ def check_fit(model: nn.Module, plan: Plan, weights: Mapping[str, Tensor]) -> No
         shape = list(tensor.shape)
         for dim, indices in plan.kept.get(name, {}).items():
             if dim >= len(shape):
-                raise ArtifactError(f"The plan cuts dim {dim} of {name}, which here is {shape}.")
+                raise ArtifactError(f"The plan removes channels of {name} in dim {dim}, but its shape here is {shape}.")
             shape[dim] = len(indices)
         if name not in weights:
-            raise ArtifactError(f"{WEIGHTS} lacks {name}: it belongs to another model.")
+            raise ArtifactError(f"{WEIGHTS} does not hold {name}: it belongs to another model.")
         if list(weights[name].shape) != shape:
-            raise ArtifactError(f"{name} is {list(weights[name].shape)} in {WEIGHTS}; the plan makes it {shape} here.")
+            raise ArtifactError(
+                f"{name} has shape {list(weights[name].shape)} in {WEIGHTS}, but the plan makes it {shape} here."
+            )
         if not torch.can_cast(weights[name].dtype, tensor.dtype):
-            raise ArtifactError(f"{name} is {weights[name].dtype} in {WEIGHTS}, and {tensor.dtype} in this model.")
+            raise ArtifactError(f"{name} is {weights[name].dtype} in {WEIGHTS}, but {tensor.dtype} in this model.")
     extra = sorted(set(weights) - set(state))
     if extra:
-        raise ArtifactError(f"{WEIGHTS} holds {extra[0]}, which this model lacks: it belongs to another model.")
+        raise ArtifactError(f"{WEIGHTS} holds {extra[0]}, which this model does not have: it belongs to another model.")
 
 
 def _check_cache(model: nn.Module, cache: Cache) -> None:
@@ -444,10 +448,12 @@ def _check_cache(model: nn.Module, cache: Cache) -> None:
     try:
         module = model.get_submodule(cache.module)
     except AttributeError as error:
-        raise ArtifactError(f"The plan empties {cache.module}.{cache.name}; this model has no such module.") from error
+        raise ArtifactError(
+            f"The plan empties {cache.module}.{cache.name}, but this model has no such module."
+        ) from error
     held = vars(module).get(cache.name)
     entries = cache.cold == "entries" and not isinstance(held, (dict, list, type(None)))
     if entries or (cache.name in module._buffers and (cache.cold == "entries" or cache.value is not None)):
         raise ArtifactError(
-            f"The plan empties {cache.module}.{cache.name} in a way that does not suit what it is here."
+            f"The plan empties {cache.module}.{cache.name} in a way that does not fit its type in this model."
         )

@@ -133,9 +133,9 @@ def read_family(folder: Path, model: nn.Module | None, *, trust_source: bool) ->
         shared = {} if found["architecture"] is None else {"architecture": found["architecture"]}
         plans = tuple(Plan.from_dict({**plan, **shared}) for plan in found["plans"])
     if len(plans) != sum(point.figures is not None for point in found["points"]) or not plans:
-        raise ArtifactError(f"{path} is no family that cpd wrote: it has not as many plans as members.")
+        raise ArtifactError(f"{path} is not a family that cpd wrote: the numbers of plans and members differ.")
     if hashlib.sha256(weights).hexdigest() != found["weights_sha256"]:
-        raise ArtifactError(f"{folder / WEIGHTS} is truncated, or not the file that was saved with {SHEET}.")
+        raise ArtifactError(f"{folder / WEIGHTS} is truncated, or is not the file that was saved with {SHEET}.")
     try:
         tensors = load_tensors(weights)
     except (SafetensorError, ValueError) as error:
@@ -162,7 +162,7 @@ def family_figures(folder: Path) -> tuple[Figures, tuple[SweepPoint, ...], str]:
 def _read_sheet(path: Path) -> _Saved:
     content = read_json(path, finite=False)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is no family that this version of cpd wrote ({FORMAT}).")
+        raise ArtifactError(f"{path} is not a family that this version of cpd wrote ({FORMAT}).")
     check_signed(content, path)
     with naming(path):
         return conform(content, _Saved, "a family")

@@ -84,37 +84,39 @@ class FigureRow(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """Every stage of one compression in numbers.
+    """The figures of every stage of one compression.
 
     Attributes:
-        call: the arguments of `cpd.compress` as given (target, seed, threads, ...), under their own names; of
-            data, functions and other objects the names alone.
-        model_class: qualified name of the model's class.
-        source: how a fresh model is built (`timm:resnet18`), None where that is not known.
-        criterion: the importance score used.
-        criterion_reason: why this one.
-        normalization: what a score was divided by (`memory`, `macs`, `latency`, `none`).
-        original: figures of the model given.
-        result: figures of the compressed model.
-        latency: `LatencyComparison.to_dict()`, None where nothing was timed; `elsewhere` lists the same result in other
-            runtimes that are installed, where a target was measured.
-        groups: one row a coupling group.
-        branches: one row a branch, where branches could be removed.
-        layers: one row a layer with weights, in the order of the model's modules.
-        nodes: one dict a node, as the runtime runs it (name, op, before_ms, after_ms: None where one lacks it).
-        shrinks: one dict a shrink (epoch, step, share, macs, parameters, plan_hash).
-        checks: name of a check to the largest relative error found.
-        history: one dict a training epoch (epoch, loss, task_loss, kd_loss, lr, steps_per_second, metric, kept); that
-            of epoch 0 is what there was before any training (metric, and as far as known before, pruned, recovery).
-        search: one dict a measured candidate (scope, macs_ratio, predicted, speedup, attained, verdict).
-        seconds: wall-clock seconds of each stage, without the stages within it.
-        environment: versions and hardware.
-        notes: what the user was told on the way.
-        metric_name: what `evaluate` gives, with its unit in brackets.
-        job: the function that was called: "compress" or "sparsify".
-        sparsity: one row a layer whose weights can be zero, where masks were asked for.
-        stored: what the weights take in a file -> its bytes, where masks were asked for.
-        tried: one dict a speed-up that was tried, where `max_drop` was asked for (`cpd.report.records.TriedRow`).
+        call: The arguments of `cpd.compress` as passed (target, seed, threads, ...), by name. Of data, functions and
+            other objects only the names are kept.
+        model_class: Qualified name of the model's class.
+        source: The name from which a fresh model can be built (`timm:resnet18`); None if it is not known.
+        criterion: The criterion that scored channels.
+        criterion_reason: Why this criterion was used.
+        normalization: What scores were divided by (`memory`, `macs`, `parameters`, `latency`, `none`).
+        original: Figures of the original model.
+        result: Figures of the compressed model.
+        latency: `LatencyComparison.to_dict()`; None if nothing was timed. If the target was measured, `elsewhere` lists
+            the same result in other installed runtimes.
+        groups: One row for each coupling group.
+        branches: One row for each branch, if branches could be removed.
+        layers: One row for each layer with weights, in the order of the model's modules.
+        nodes: One dict for each node that the runtime runs (name, op, before_ms, after_ms; None for a model without
+            that node).
+        shrinks: One dict for each pruning step (epoch, step, share, macs, parameters, plan_hash).
+        checks: {name of a check: the largest relative error found}.
+        history: One dict for each training epoch (epoch, loss, task_loss, kd_loss, lr, steps_per_second, metric, kept).
+            The one of epoch 0 holds the figures from before the training (metric and, if known, before, pruned,
+            recovery).
+        search: One dict for each measured candidate (scope, macs_ratio, predicted, speedup, attained, verdict).
+        seconds: Wall-clock seconds of each stage, without the stages inside it.
+        environment: Versions and hardware.
+        notes: Sentences that explain what was done.
+        metric_name: Name of the metric, with its unit in brackets.
+        job: The function that was called: "compress" or "sparsify".
+        sparsity: One row for each layer whose weights can be zero, if the model was made sparse.
+        stored: {form in which the weights are stored: bytes}, if the model was made sparse.
+        tried: One dict for each speed-up that was tried for `max_drop` (`cpd.report.records.TriedRow`).
     """
 
     call: dict[str, Any]
@@ -144,13 +146,13 @@ class Report:
     tried: tuple[dict[str, Any], ...] = ()
 
     def __repr__(self) -> str:
-        """The figures before and after."""
+        """The figures before and after compression."""
         figures = (f"{row.label} {row.before} -> {row.after}" for row in self.figure_rows)
         return f"{type(self).__name__}({self.model_class}: {', '.join(figures)})"
 
     @property
     def speedup(self) -> float | None:
-        """Measured latency of the original over that of the result; None where nothing was timed."""
+        """Measured latency of the original divided by that of the result; None if nothing was timed."""
         if self.latency is not None and self.latency.get("speedup") is not None:
             return float(self.latency["speedup"])
         before, after = self.original.latency_ms, self.result.latency_ms
@@ -158,47 +160,47 @@ class Report:
 
     @property
     def metric_drop(self) -> float | None:
-        """Metric of the original less that of the result (positive: it got worse, if higher is better)."""
+        """Metric of the original minus that of the result: positive if the result is worse."""
         before, after = self.original.metric, self.result.metric
         return before - after if before is not None and after is not None else None
 
     @property
     def trail(self) -> tuple[Step, ...]:
-        """The metric from stage to stage: before, after pruning, compensated, trained; empty where there is none."""
+        """The metric after each stage: before, after pruning, compensated, trained. Empty if there is no metric."""
         runtime = str((self.latency or {}).get("runtime", ""))
         return trail(_metric(self), self.history, self.original.metric, self.result.metric, runtime)
 
     @property
     def asked(self) -> str:
-        """The target, and what came of it, in a sentence."""
+        """The target and what was reached, in a sentence."""
         return _asked(self)
 
     @property
     def zeros(self) -> float | None:
-        """The share of zeros among all weights that can be zero; None where no masks were asked for."""
+        """The share of zeros among all weights that can be sparse; None if the model was not made sparse."""
         elements = sum(row.elements for row in self.sparsity)
         return sum(row.after for row in self.sparsity) / elements if elements else None
 
     @property
     def zeros_before(self) -> float:
-        """The share of zeros among those weights of the original."""
+        """The share of zeros among the same weights of the original."""
         return sum(row.before for row in self.sparsity) / max(1, sum(row.elements for row in self.sparsity))
 
     @property
     def figure_rows(self) -> tuple[FigureRow, ...]:
-        """The before/after table; what was not measured has no row."""
+        """The table of figures before and after, without rows for what was not measured."""
         return tuple(_figure_rows(self))
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain JSON types; what JSON cannot hold becomes its `str`, NaN and infinity None."""
+        """The report as plain JSON types. NaN and infinity become None; objects that JSON cannot hold become text."""
         return plain_fields(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Report:
-        """The report that `to_dict` wrote.
+        """Rebuild a report from the dict that `to_dict` returned.
 
         Raises:
-            ArtifactError: if a field is missing or is not what `to_dict` writes.
+            ArtifactError: If a field is missing or has another form than `to_dict` writes.
         """
         conform(data, _Rows, "a report")
         return conform(data, cls, "a report")

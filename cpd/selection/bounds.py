@@ -81,8 +81,8 @@ class Bounds:
         ):  # fmt: skip
             if bound is not None and (found := figure(comb, least)) > bound:
                 raise TargetError(
-                    f"{name}={bound:g} cannot be reached: the narrowest widths allowed take {found:.3g} MB of the "
-                    f"original's {figure(self.whole, {}):.3g}. Ask for more, or allow narrower widths (max_ratio)."
+                    f"{name}={bound:g} cannot be reached: the narrowest widths allowed take {found:.3g} MB, the "
+                    f"original {figure(self.whole, {}):.3g}. Raise {name}, or allow narrower widths (max_ratio)."
                 )
 
     def decided(self, comb: Comb, counts: Mapping[Axis, int]) -> bool:

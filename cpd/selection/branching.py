@@ -47,7 +47,7 @@ class Candidate:
 def check_branches(branches: bool | None, data: object) -> None:
     """Raise `InputError` where branches may be removed, and there is nothing to tell what they are worth by."""
     if branches and data is None:
-        raise InputError("branches=True needs data=: what a branch is worth shows in what the model makes of it.")
+        raise InputError("branches=True needs data=: without data, the importance of a branch cannot be estimated.")
 
 
 def removable_branches(comb: Comb, limits: Limits) -> list[str]:

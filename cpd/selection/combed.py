@@ -46,8 +46,9 @@ def comb_to_prune(
         with stage("comb"):
             comb = comb_model(skeleton(model, {}), example_inputs, **options)
     check_architecture(
-        model, comb.architecture, InputError, "The comb is", "Comb this model, or leave comb= to the pruner."
-    )
+        model, comb.architecture, InputError, "The comb was made for",
+        "Pass comb=cpd.comb(model, example_inputs) of this model, or leave comb= out.",
+    )  # fmt: skip
     if comb.model is model:
         comb = replace(comb, model=skeleton(model, {}))
     if not comb.open:

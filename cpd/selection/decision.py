@@ -175,10 +175,12 @@ class Decider:
         try:
             limits = replace(self.limits, ratios={**self.limits.ratios, **whole})
             found = self._decided(scores, kept, share, limits, gone)
-            note = f"Left whole, for their scores say too little ({named}). More images help."
+            note = f"These groups are not pruned, because their scores are not reliable ({named}). More images help."
         except TargetError:
             found = self._decided(scores, kept, share, self.limits, gone)
-            note = f"Scores that say too little were used, since the target needs it ({named}). More images help."
+            note = (
+                f"Scores that are not reliable were used, because the target requires it ({named}). More images help."
+            )
         return replace(found, notes=(note, *found.notes))
 
     def _decided(
@@ -398,7 +400,7 @@ class Decider:
             never = sum(self.comb.unused.values()) if shares == "parameters" else 0
             stands = obstacles(
                 selector, lambda counts: self.target.of(selector.comb.cost(counts)),
-                {"is of parameters that the forward never uses": never}, shares,
+                {"belongs to parameters that the forward never uses": never}, shares,
             )  # fmt: skip
             raise TargetError(
                 f"{self.target.name}={self.target.value:g} cannot be reached: the narrowest widths allowed leave "

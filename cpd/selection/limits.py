@@ -54,8 +54,9 @@ def check_ratios(comb: Comb, limits: Limits) -> None:
     for pattern, share in limits.ratios.items():
         if not fnmatch.filter(names, pattern) and not any(_names(pattern, branch) for branch in comb.branches):
             others = _groups_of_layers(comb, pattern)
-            why = f"{_its_channels(pattern, others)} Name that group" if others else f"There are {some(names, NAMED)}"
-            raise InputError(f"No open group is named like {pattern!r}. {why}.")
+            there = f"The prunable groups are {some(names, NAMED)}"
+            why = f"{_its_channels(pattern, others)} Name that group" if others else there
+            raise InputError(f"No prunable group has a name that matches {pattern!r}. {why}.")
         if not 0 <= share < 1:
             raise InputError(f"The share of {pattern!r} must be at least 0 and below 1; got {share!r}.")
 
@@ -68,8 +69,8 @@ def ratios_notes(comb: Comb, limits: Limits) -> list[str]:
         others = [name for name in _groups_of_layers(comb, pattern) if name not in decided]
         if others and not fnmatch.filter(names, pattern):
             notes.append(
-                f"ratios: {pattern!r} names a branch, which stays, but no group. {_its_channels(pattern, others)} To "
-                f"decide on them too, name that group."
+                f"ratios: {pattern!r} matches the name of a branch, which is kept, but of no group. "
+                f"{_its_channels(pattern, others)} To set their share as well, name that group."
             )
     return notes
 

@@ -31,7 +31,7 @@ def obstacles(
     """
     full = max(figure({}), 1e-30)
     left = figure(selector.least()) / full
-    found = [f"{left:.1%} of the unpruned model's are left at the narrowest widths allowed."]
+    found = [f"{left:.1%} of the original's are left at the narrowest widths allowed."]
     found += _limits(selector, lambda counts: figure(counts) / full, left)
     found += [f"{share / full:.1%} {what}." for what, share in fixed.items() if share / full >= NEGLIGIBLE]
     return " ".join([*found, _frozen(selector.comb, by)])
@@ -44,12 +44,13 @@ def _limits(selector: Selector, share: Callable[[Mapping[Axis, int]], float], le
     names = [item.name for item in fields(Limits) if getattr(ours, item.name) != getattr(loosest, item.name)]
     could = share(selector.least(loosest))
     if left - could < NEGLIGIBLE:
-        return [f"The limits hold none of it: every group keeps a channel, or what a tie demands ({could:.1%})."]
+        return [f"Looser limits do not help: every group keeps a channel, or what a tie requires ({could:.1%})."]
     alone = {name: left - share(selector.least(replace(ours, **{name: getattr(loosest, name)}))) for name in names}
     telling = sorted((name for name in names if alone[name] >= NEGLIGIBLE), key=lambda name: -alone[name])
     each = ", ".join(f"{name}={getattr(ours, name)} alone {alone[name]:.1%}" for name in telling)
     looser = ", ".join(f"{name}={getattr(loosest, name)}" for name in names)
-    return [f"The limits hold {left - could:.1%}{f' ({each})' if each else ''}: {looser} would leave {could:.1%}."]
+    because = f"The limits account for {left - could:.1%}{f' ({each})' if each else ''}"
+    return [f"{because}: {looser} would leave {could:.1%}."]
 
 
 def _frozen(comb: Comb, by: str) -> str:
@@ -67,5 +68,6 @@ def _frozen(comb: Comb, by: str) -> str:
         places = some(row.places, PLACES)
         if share(row) >= NEGLIGIBLE:
             reasons.append(f"{share(row):.1%} {row.reason}" + (f" [{places}]" if places else ""))
-    advice = " Name those that matter, where the model returns more: outputs=." if len(comb.outputs) > 1 else ""
-    return f"Frozen groups hold {total:.1%} of the {unit}: {'; '.join(reasons)}; comb.frozen_share lists all.{advice}"
+    advice = " If the model returns more than you use, name the parts that you use: outputs=." * (len(comb.outputs) > 1)
+    listed = "; ".join([*reasons, "comb.frozen_share lists all of them"])
+    return f"Frozen groups hold {total:.1%} of the {unit}: {listed}.{advice}"

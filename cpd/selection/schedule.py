@@ -44,18 +44,18 @@ SCHEDULE = Check(
 
 @dataclass(frozen=True)
 class Schedule:
-    """When a model shrinks during its training.
+    """When a model is pruned during its training.
 
     Attributes:
-        kind: "one-shot" (all at once), "linear" or "cubic" (fast at first).
-        start: fraction of the training, in [0, 1), before the first pruning step.
-        end: fraction of the training, above `start` and at most 1, at which pruning is complete; the rest is
-            fine-tuning. Not for "one-shot", whose only shrink comes at `start`.
-        interval: optimizer steps from one shrink to the next; None makes ten shrinks.
-        warmup: the former name of `start`.
+        kind: "one-shot" (all at once), "linear" (in equal steps), or "cubic" (most in the first steps).
+        start: Fraction of the training before the first pruning step, at least 0 and below 1.
+        end: Fraction of the training at which pruning is complete, above `start` and at most 1. The rest is
+            fine-tuning. It does not apply to "one-shot", whose only pruning step is at `start`.
+        interval: Optimizer steps from one pruning step to the next. Default: what gives ten pruning steps.
+        warmup: The former name of `start`.
 
     Raises:
-        InputError: if a value is out of range.
+        InputError: If a value is out of range.
     """
 
     kind: str = "cubic"
@@ -67,7 +67,7 @@ class Schedule:
     def __post_init__(self, warmup: float | None) -> None:
         """Check every field."""
         if warmup is not None:
-            warnings.warn("Schedule(warmup=…) is called start=… now.", DeprecationWarning, stacklevel=3)
+            warnings.warn("Schedule(warmup=…) is now named start=….", DeprecationWarning, stacklevel=3)
             object.__setattr__(self, "start", warmup)
         choice(*KINDS).demand("kind", self.kind)
         for name in ("start", "end"):
@@ -75,24 +75,24 @@ class Schedule:
         LIMIT.demand("interval", self.interval, optional=True)
         if not (0 <= self.start < 1 and (self.kind == "one-shot" or self.start < self.end <= 1)):
             raise InputError(
-                "Pruning starts at a fraction of the training below the one at which it ends, both from 0 to 1; got "
-                f"{self.start!r} and {self.end!r}."
+                "The fraction of the training at which pruning starts must be below the one at which it ends, and both "
+                f"must be from 0 to 1; got {self.start!r} and {self.end!r}."
             )
 
     @staticmethod
     def of(schedule: Schedule | str) -> Schedule:
-        """The schedule itself, or the one of that kind with defaults."""
+        """The schedule itself or, for the name of a kind, the schedule of that kind with defaults."""
         return Schedule(schedule) if isinstance(schedule, str) else schedule
 
     @checked(steps=integer(0))
     def events(self, steps: int) -> list[tuple[int, float]]:
-        """(optimizer step after which the model shrinks, share of what is to go that has then gone), in order.
+        """The pruning steps in order: (optimizer step after which the model is pruned, share of the removal then done).
 
         Args:
-            steps: optimizer steps of the whole training.
+            steps: Number of optimizer steps of the whole training.
 
         Raises:
-            InputError: if the training is too short for a shrink.
+            InputError: If the training is too short for a pruning step.
         """
         first = round(self.start * steps)
         if self.kind == "one-shot":
@@ -101,8 +101,8 @@ class Schedule:
         count = min(SHRINKS, last - first) if self.interval is None else (last - first) // self.interval
         if count < 1:
             raise InputError(
-                f"{self} has no room for a shrink in a training of {steps} steps: train longer, let pruning end later, "
-                "or take a shorter interval."
+                f"A training of {steps} steps is too short for {self}: train longer, let pruning end later, or use a "
+                "shorter interval."
             )
         span = (last - first) / count if self.interval is None else self.interval
         times = range(1, count + 1)
@@ -133,7 +133,7 @@ class Scheduled:
         if isinstance(self.schedule, Schedule):
             for item in options_of(self):
                 if item.name in SCHEDULED and getattr(self, item.name) != item.default:
-                    raise InputError(f"{item.name} is part of the Schedule that is given: say it there.")
+                    raise InputError(f"{item.name} is part of the Schedule that was passed: set it there.")
             for name, attribute in SCHEDULED.items():
                 object.__setattr__(self, name, getattr(self.schedule, attribute))
             object.__setattr__(self, "schedule", self.schedule.kind)

@@ -212,7 +212,7 @@ class Search:
         plan = self.selector.plan(counts)
         narrower = shrink(copy_of(self.model), plan)
         expected, slowest = self.latency.speedup(counts), self.target.attained
-        log.info("Candidate: predicted %.2f times as fast; exporting and timing it …", expected)
+        log.info("Candidate: the predicted speed-up is %.2f. It is exported and timed …", expected)
         candidate = narrower if self._bounds is None else self.probe.artifact(narrower)
         found = self.probe.compare(candidate, seconds=SECONDS, precision=self.tolerance / 3, slowest=slowest)
         if self._bounds is not None and not isinstance(candidate, nn.Module):
@@ -224,7 +224,7 @@ class Search:
         expected = self.latency.speedup(counts)
         self.latency.observe(counts, found.speedup, found.runtime)
         ratio = self.selector.comb.cost(counts).macs / max(self._macs, 1)
-        log.info("Candidate: %.2f times as fast at %.1f %% of the MACs", found.speedup, 100 * ratio)
+        log.info("Candidate: the measured speed-up is %.2f at %.1f %% of the MACs.", found.speedup, 100 * ratio)
         attained, excess = self.target.attained(found), self._excess(counts)
         self.tried.append(Candidate(counts, plan, ratio, expected, found, attained, excess, self._is_bound))
         self._goal = found.speedup / self.tried[-1].attained
@@ -260,6 +260,6 @@ def _unreachable(selector: Selector, best: Candidate, target: Target, latency: L
     return (
         f"{target.name}={target.value:g} cannot be reached: the narrowest widths allowed keep {best.macs_ratio:.1%} of "
         f"the MACs and are {best.speedup:.2f} times as fast ({best.latency.candidate_ms:.3g} ms in "
-        f"{best.latency.runtime}). Ask for {reached:.3g}, or for less of what stands in the way. Of the "
-        f"milliseconds, as predicted: {obstacles(selector, latency.milliseconds, latency.fixed())}"
+        f"{best.latency.runtime}). Ask for {reached:.3g}, or change what stands in the way, in predicted shares of the "
+        f"original's milliseconds: {obstacles(selector, latency.milliseconds, latency.fixed())}"
     )

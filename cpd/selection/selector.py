@@ -64,7 +64,7 @@ class Selector:
         start: Mapping[str, int] | None = None,
     ) -> None:
         if scope not in SCOPES:
-            raise InputError(f"Unknown scope {scope!r}; known are {', '.join(SCOPES)}.")
+            raise InputError(f"There is no scope {scope!r}: use one of {', '.join(SCOPES)}.")
         self.comb, self.limits, self.scope = comb, limits or Limits(), scope
         self.weighing = weighing or Weighing()
         check_ratios(comb, self.limits)

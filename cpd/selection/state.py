@@ -14,14 +14,15 @@ from cpd.selection.weighing import Scope
 
 @dataclass(frozen=True)
 class Shrink:
-    """One shrink of a model.
+    """One pruning step.
 
     Attributes:
-        step: optimizer steps before it.
-        share: of what is to go, how much has gone with it.
-        macs: multiply-accumulates of one pass over the example inputs that are left.
-        parameters: parameters that are left.
-        plan_hash: SHA-256 of all channels kept by now, the same in every process and every run of one seed.
+        step: Number of optimizer steps before it.
+        share: How much of the whole removal is done after it, from 0 to 1.
+        macs: Multiply-accumulates (MACs) of one pass over the example inputs that are left.
+        parameters: Number of parameters that are left.
+        plan_hash: SHA-256 of all channels that are kept so far. It is the same in every process, and in every run with
+            the same seed.
     """
 
     step: int
@@ -69,7 +70,7 @@ def state_of(state: Mapping[str, Any], comb: Comb) -> PrunerState:
     try:
         then = Architecture.from_dict(state["architecture"]) if "architecture" in state else comb.architecture
         if (found := then.difference(comb.architecture)) is not None:
-            raise CheckpointError(f"The state is not of this model: {found}.")
+            raise CheckpointError(f"This state belongs to a different model: {found}.")
         plan = comb.plan(state["plan"], remove=state.get("removed", ()))
         if plan.digest != state["digest"]:
             raise CheckpointError("This checkpoint belongs to a different model: its plan keeps different channels.")
@@ -80,4 +81,4 @@ def state_of(state: Mapping[str, Any], comb: Comb) -> PrunerState:
             {"sums": list(state["sums"]), "count": int(state["count"])}, list(state["notes"]), dict(state["checks"]),
         )  # fmt: skip
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError, ArtifactError, PlanError) as error:
-        raise CheckpointError(f"The state is not of this model: {type(error).__name__}: {error}.") from error
+        raise CheckpointError(f"This state belongs to a different model: {type(error).__name__}: {error}.") from error

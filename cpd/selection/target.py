@@ -39,8 +39,8 @@ class Target:
             return self.value
         if original_ms <= self.value:
             raise TargetError(
-                f"The model takes {original_ms:.3g} ms as it is, and target_latency_ms={self.value:g}: there is "
-                "nothing to do. Ask for less."
+                f"The unpruned model takes {original_ms:.3g} ms, which already meets target_latency_ms={self.value:g}: "
+                "there is nothing to do. Ask for less."
             )
         return original_ms / self.value
 

@@ -54,7 +54,9 @@ class Weighing:
 
     def __post_init__(self) -> None:
         if self.normalization not in NORMALIZATIONS:
-            raise InputError(f"Unknown normalization {self.normalization!r}; known are {', '.join(NORMALIZATIONS)}.")
+            raise InputError(
+                f"There is no normalization {self.normalization!r}: use one of {', '.join(NORMALIZATIONS)}."
+            )
         if self.normalization == "latency" and self.latency is None:
             raise InputError("normalization='latency' needs a latency=LatencyModel(…).")
 

@@ -52,26 +52,26 @@ def mask(
     config: SparseConfig | None = None,
     **options: Any,
 ) -> Masks:
-    """Choose which weights of a model are zero.
+    """Choose which weights of a model to set to zero.
 
-    The weights of all convolutions and linear layers, and the projections of attention, can be; the share of zeros is
-    that of them all, together. As many are zero as were asked for, exactly, where units are single weights.
+    These can be the weights of all convolutions and linear layers, and the projections of attention. The share of zeros
+    is that of all these weights together; if single weights are chosen (pattern "unstructured"), it is met exactly.
 
     Args:
-        model: left as it was.
-        sparsity: the first of the options below.
-        data: batches, for the criteria "taylor" and "obs".
-        loss: `loss(output, target) -> scalar`, for "taylor"; cross-entropy is inferred for class targets.
-        comb: of the model, for the pattern "channel".
-        example_inputs: for the comb, if there is none.
-        config: options; those that are given by name replace its own.
-        options: those of `cpd.SparseConfig`, by name:
+        model: The model. It is not changed.
+        sparsity: The first of the options below.
+        data: Batches, for the criteria "taylor" and "obs".
+        loss: `loss(output, target) -> scalar`, for "taylor". Default: cross-entropy if the targets are classes.
+        comb: The comb of the model, for the pattern "channel".
+        example_inputs: Inputs to make that comb from, if it is not passed.
+        config: Options held together. Options given by name replace those in it.
+        options: The options of `cpd.SparseConfig`, by name:
 
     Returns:
-        The masks, as `masks.apply(model)` takes them.
+        The masks. `masks.apply(model)` sets the weights to zero.
 
     Raises:
-        InputError: an unusable argument, a share that cannot be reached, or no layer that the pattern fits.
+        InputError: An argument cannot be used, the share cannot be reached, or the pattern fits no layer.
 
     Examples:
         >>> from torch import nn
@@ -121,8 +121,12 @@ def fitting(model: nn.Module, settings: SparseConfig) -> dict[str, Layer]:
     found = {name: layer for name, layer in every.items() if settings.layout.fits(layer)}
     if not found:
         raise InputError(
-            f"{type(model).__name__} has no layer that pattern={settings.pattern!r} fits: "
-            + ("it has no convolution and no linear layer." if not every else "no number of input channels divides.")
+            f"pattern={settings.pattern!r} fits no layer of {type(model).__name__}: "
+            + (
+                "it has no convolution and no linear layer."
+                if not every
+                else "no layer has a number of channels that can be divided so."
+            )
         )
     return found
 
@@ -140,7 +144,7 @@ def channel_plan(
     """The plan of the pattern "channel"; `total` as for `choose`."""
     if combed is None:
         if example_inputs is None:
-            raise InputError("pattern='channel' goes by the groups of a comb: pass example_inputs=, or comb=.")
+            raise InputError("pattern='channel' needs the groups of a comb: pass example_inputs=, or comb=.")
         combed = comb(model, example_inputs, outputs=settings.outputs)
     criterion: Any = settings.criterion
     if criterion == "magnitude" and settings.norm == 1:
@@ -153,12 +157,12 @@ def channel_plan(
 
 @dataclasses.dataclass(frozen=True)
 class LayerSparsity:
-    """Zeros of one parameter.
+    """The zeros of one parameter.
 
     Attributes:
-        name: of the parameter.
-        zeros: weights that are zero.
-        elements: all weights.
+        name: Name of the parameter.
+        zeros: Number of weights that are zero.
+        elements: Number of all weights.
     """
 
     name: str
@@ -173,15 +177,16 @@ class LayerSparsity:
 
 @checked(model=_MODEL_OR_TENSOR, details=FLAG)
 def get_sparsity(model: nn.Module | Tensor, details: bool = False) -> Any:
-    """The share of zeros: of a tensor, or of all weights of a model that can be sparse.
+    """The share of zeros in a tensor, or in all weights of a model that can be sparse.
 
     Args:
-        model: a model, or a tensor. Of a model the weights of convolutions, linear layers and projections of attention
-            are counted, each once; biases and norms are not.
-        details: whether each layer is told.
+        model: A model or a tensor. In a model, the weights of convolutions, linear layers and attention projections are
+            counted, each once; biases and normalization layers are not.
+        details: Whether to return the figures of each layer.
 
     Returns:
-        zeros / elements; or, with `details`, a tuple of `LayerSparsity` (name, zeros, elements, sparsity), one a layer.
+        zeros / elements; with `details`, a tuple with one `LayerSparsity` (name, zeros, elements, sparsity) for each
+        layer.
 
     Examples:
         >>> cpd.get_sparsity(torch.tensor([0.0, 1.0, 0.0, 0.0]))

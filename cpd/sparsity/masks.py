@@ -38,11 +38,11 @@ FILE = "masks.safetensors"
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Masks:
-    """Which weights of a model stay.
+    """Which weights of a model are kept, and which are set to zero.
 
     Attributes:
-        kept: {parameter name: bool tensor of its shape, on the CPU}, True where a weight stays.
-        pattern: which weights are zero together, as `cpd.mask` takes it.
+        kept: {parameter name: bool tensor of its shape, on the CPU}, True where a weight is kept.
+        pattern: Which weights are zero together, as for `cpd.mask`.
 
     Examples:
         >>> from torch import nn
@@ -62,13 +62,13 @@ class Masks:
         object.__setattr__(self, "kept", MappingProxyType(own))
 
     def __repr__(self) -> str:
-        """How much is zero; the masks themselves are in `kept`."""
+        """The number and the share of zeros."""
         count, layers = self.elements, len(self.kept)
         told = f"{self.zeros:,} of {count:,} weights in {layers} layer{'s' * (layers != 1)} are zero"
         return f"Masks({self.pattern}: {told}, {self.sparsity:.1%})"
 
     def __eq__(self, other: object) -> bool:
-        """Whether both keep the same weights."""
+        """Whether both masks keep the same weights."""
         if not isinstance(other, Masks):
             return NotImplemented
         return self.kept.keys() == other.kept.keys() and all(
@@ -81,17 +81,17 @@ class Masks:
 
     @property
     def elements(self) -> int:
-        """Weights of the layers that are masked."""
+        """Number of weights in the masked layers."""
         return sum(mask.numel() for mask in self.kept.values())
 
     @property
     def zeros(self) -> int:
-        """How many of them are zero."""
+        """Number of weights that are set to zero."""
         return sum(mask.numel() - int(mask.sum()) for mask in self.kept.values())
 
     @property
     def sparsity(self) -> float:
-        """The share of zeros among the weights of the layers that are masked."""
+        """The share of zeros among the weights of the masked layers."""
         return self.zeros / max(1, self.elements)
 
     @property
@@ -101,7 +101,7 @@ class Masks:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of every mask: equal for equal masks."""
+        """SHA-256 of all masks, which is equal for equal masks."""
         return hash_of({name: self.kept[name] for name in sorted(self.kept)})
 
     # ------------------------------------------------------------------------------ on a model
@@ -109,13 +109,16 @@ class Masks:
     @checked(model=MODEL)
     @torch.no_grad()
     def apply(self, model: nn.Module) -> nn.Module:
-        """Set the weights that do not stay to zero, in place.
+        """Set the weights that are not kept to zero, in place.
+
+        Args:
+            model: The model.
 
         Returns:
-            The model.
+            The same model.
 
         Raises:
-            InputError: if it has no such parameters; it is then as it was.
+            InputError: If the model does not have these parameters. It is then unchanged.
         """
         for parameter, mask in self.pairs(check_model(model)):
             parameter.masked_fill_(~mask, 0)
@@ -123,36 +126,36 @@ class Masks:
 
     @checked(model=MODEL)
     def pairs(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-        """Each parameter of a model with its mask, on the parameter's device.
+        """Pairs of each masked parameter of a model and its mask, on the parameter's device.
 
         Raises:
-            InputError: if the model lacks one, or it has another shape.
+            InputError: If the model does not have one of the parameters, or if its shape differs.
         """
         parameters = dict(model.named_parameters(remove_duplicate=False))
         for name, mask in self.kept.items():
             if name not in parameters:
-                raise InputError(f"The masks are of another model: this one has no parameter {name!r}.")
+                raise InputError(f"The masks belong to another model: this one has no parameter {name!r}.")
             if parameters[name].shape != mask.shape:
                 raise InputError(
-                    f"The masks are of another model: {name} is {list(parameters[name].shape)} here, and its mask "
-                    f"{list(mask.shape)}."
+                    f"The masks belong to another model: {name} has shape {list(parameters[name].shape)} here, and its "
+                    f"mask has {list(mask.shape)}."
                 )
         return [(parameters[name], mask.to(parameters[name].device)) for name, mask in self.kept.items()]
 
     @checked(model=MODEL, optimizer=OPTIMIZER)
     def keep(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Kept:
-        """Keep the zeros of a model through a training.
+        """Keep the zeros of a model at zero while it is trained.
 
-        Before each step of the optimizer the gradients are masked, after it the weights. The model is not changed
-        otherwise: no hook or buffer is added to it. Clip gradients after `handle.mask_gradients()`, which the step
-        calls anyway, so that their norm is that of what is trained.
+        The gradients are masked before each step of the optimizer, and the weights after it. No hook or buffer is added
+        to the model. If you clip gradients, call `handle.mask_gradients()` before (the step calls it as well), so that
+        their norm is that of the weights that are trained.
 
         Args:
-            model: the model; its weights are masked at once.
-            optimizer: that trains it.
+            model: The model. Its weights are masked immediately.
+            optimizer: The optimizer that trains it.
 
         Returns:
-            A handle, whose `remove()` ends it.
+            A handle. Its `remove()` stops the masking; it can be used in a `with` statement.
 
         Examples:
             >>> from torch import nn
@@ -173,17 +176,20 @@ class Masks:
 
     @checked(path=PATH)
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the masks to a file, one bit a weight.
+        """Write the masks to a file, with one bit for each weight.
+
+        Returns:
+            The path of the file.
 
         Raises:
-            ArtifactError: if it cannot be written.
+            ArtifactError: If it cannot be written.
         """
         target = Path(path)
         write_files(target.parent, {target.name: self.to_bytes()})
         return target
 
     def to_bytes(self) -> bytes:
-        """What `save` writes: safetensors, in which each mask is packed bits, with shapes and pattern in the header."""
+        """The bytes that `save` writes: safetensors with packed bits, and the shapes and the pattern in the header."""
         shapes = {name: list(mask.shape) for name, mask in self.kept.items()}
         told = {"format": FORMAT, "pattern": self.pattern, "shapes": json.dumps(shapes), "sha256": self.digest}
         return save({name: packed_bits(mask) for name, mask in self.kept.items()}, told)
@@ -191,10 +197,10 @@ class Masks:
     @staticmethod
     @checked(path=PATH)
     def load(path: str | os.PathLike[str]) -> Masks:
-        """The masks of a file, or of a folder that `cpd.sparsify` wrote.
+        """Read masks from a file, or from a folder that `cpd.sparsify` wrote.
 
         Raises:
-            ArtifactError: if it is missing, damaged or foreign.
+            ArtifactError: If the file is missing, damaged or not written by cpd.
         """
         target = Path(path)
         target = target / FILE if target.is_dir() else target

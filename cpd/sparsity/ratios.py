@@ -76,8 +76,8 @@ def by_sensitivity(curves: Curves, layers: Mapping[str, Layer], zeros: float, mo
     found = {name: points for name in layers if (points := _points(curves, name))}
     if not found:
         raise InputError(
-            f"ratios: none of the groups of this Sensitivity ({some(curves.by_group, NAMED)}) is named like "
-            "a layer of the model: take that of the same model."
+            f"ratios: no group of this Sensitivity ({some(curves.by_group, NAMED)}) has the name of a layer of the "
+            "model: pass the Sensitivity of the same model."
         )
     whole = zeros / max(1, sum(layer.weight.numel() for layer in layers.values()))
 
@@ -128,7 +128,9 @@ def named_shares(ratios: Mapping[str, float], layers: Mapping[str, Layer]) -> di
             if any(fnmatch.fnmatchcase(form, pattern) for form in (name, name.rpartition(".")[0]))
         ]
         if not names:
-            raise InputError(f"ratios: {pattern!r} is no layer that can be sparse; there are {some(layers, NAMED)}.")
+            raise InputError(
+                f"ratios: {pattern!r} matches no layer that can be sparse; these are {some(layers, NAMED)}."
+            )
         found.update(dict.fromkeys(names, float(share)))
     return found
 
@@ -169,7 +171,7 @@ def select(
     room = sum(int(most * layer.weight.numel()) for layer in free.values())
     if not 0 <= zeros <= room and abs(zeros) > len(fixed):
         raise InputError(
-            f"sparsity={sparsity:g} cannot be reached: the layers that ratios and max_ratio={most:g} leave free would "
+            f"sparsity={sparsity:g} cannot be reached with these ratios and max_ratio={most:g}: the other layers would "
             f"need {zeros:,} zeros among {sum(layer.weight.numel() for layer in free.values()):,} weights."
         )
     zeros = min(max(zeros, 0), room)

@@ -154,7 +154,7 @@ def unit_scores(
         TrainingError: scores that are not finite.
     """
     if criterion in NEED_DATA and setting.data is None:
-        raise InputError(f"criterion={criterion!r} needs data: pass data=loader, or take criterion='magnitude'.")
+        raise InputError(f"criterion={criterion!r} needs data: pass data=loader, or use criterion='magnitude'.")
     function = CRITERIA[criterion] if isinstance(criterion, str) else criterion
     with of_the_user(f"The criterion {name}"):
         scores = function(setting)
@@ -164,8 +164,8 @@ def unit_scores(
         if not isinstance(score, Tensor) or score.shape != layer.weight.shape:
             given = list(score.shape) if isinstance(score, Tensor) else "no score"
             raise InputError(
-                f"The criterion gave {given} for {layer.name}; it must return a tensor of shape "
-                f"{list(layer.weight.shape)} for it, as for every weight in setting.layers."
+                f"The criterion returned {given} for {layer.name}; it must return a tensor of shape "
+                f"{list(layer.weight.shape)}, and a tensor for every weight in setting.layers."
             )
         if not bool(torch.isfinite(score).all()):
             raise TrainingError(f"The scores of {layer.name} are not finite: check its weights, the data and the loss.")

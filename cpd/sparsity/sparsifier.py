@@ -64,9 +64,9 @@ class Change:
     """One change of the masks.
 
     Attributes:
-        step: optimizer steps before it.
-        sparsity: the share of zeros after it.
-        regrown: weights that came back.
+        step: Number of optimizer steps before it.
+        sparsity: The share of zeros after it.
+        regrown: Number of weights that came back.
         masks_hash: SHA-256 of all masks.
     """
 
@@ -88,34 +88,34 @@ class _State(TypedDict):
 
 @takes_options(SparseConfig, leave_out=("threads",))
 class Sparsifier:
-    """Makes a model sparse, in place, while it is trained.
+    """Makes a model sparse, in place, while your own loop trains it.
 
-    Under `torch.distributed` every process makes a `Sparsifier` of the unwrapped model and calls it alike. A model that
-    is wrapped by FSDP, which has no weights of their own shape, is refused.
+    With `torch.distributed`, every process makes a `Sparsifier` of the unwrapped model and calls it in the same way. A
+    model wrapped by FSDP raises an error, because its weights do not have their own shapes.
 
     Args:
-        model: the model that is trained.
-        sparsity: the first of the options below.
-        steps: optimizer steps of the whole training, of which the schedule takes its shares.
-        optimizer: that trains it; may be set later, before the first step.
-        data: batches that scores and refits are taken over; None: no refits, and no criterion that needs data.
+        model: The model that is trained.
+        sparsity: The first of the options below.
+        steps: Number of optimizer steps of the whole training. The schedule is given in fractions of it.
+        optimizer: The optimizer that trains the model. It can be set later, before the first step.
+        data: Batches for scores and refits. Without data, nothing is refitted and the criterion must not need data.
         loss: `loss(output, target) -> scalar`, for the criterion "taylor".
-        comb: of the model, for the pattern "channel".
-        example_inputs: for the comb, if there is none.
-        config: options; those that are given by name replace its own.
-        stage: a context manager for each stage by name, to time or show it.
-        options: those of `cpd.SparseConfig`, by name:
+        comb: The comb of the model, for the pattern "channel".
+        example_inputs: Inputs to make that comb from, if it is not passed.
+        config: Options held together. Options given by name replace those in it.
+        stage: A function that takes the name of a stage and returns a context manager, to time or show the stage.
+        options: The options of `cpd.SparseConfig`, by name:
 
     Attributes:
-        masks: which weights stay by now; None before the first change.
-        plan: for the pattern "channel", what `cpd.shrink` may remove in the end; else None.
-        changes: what has been done.
-        config: every option.
-        steps_taken: calls of `step` so far.
-        notes: what a user should know of it, sentence by sentence.
+        masks: Which weights are kept so far; None before the first change.
+        plan: For the pattern "channel": the plan by which `cpd.shrink` can remove the zeros in the end; else None.
+        changes: One `Change` for each change of the masks so far.
+        config: All options.
+        steps_taken: Number of calls of `step` so far.
+        notes: Sentences that explain what was done.
 
     Raises:
-        InputError: an unusable argument.
+        InputError: An argument cannot be used.
 
     Examples:
         >>> from torch import nn
@@ -177,7 +177,7 @@ class Sparsifier:
         if self.config.pattern != CHANNEL:
             return None
         if comb is None and example_inputs is None:
-            raise InputError("pattern='channel' goes by the groups of a comb: pass example_inputs=, or comb=.")
+            raise InputError("pattern='channel' needs the groups of a comb: pass example_inputs=, or comb=.")
         found = (
             comb_model(skeleton(self.model, {}), example_inputs, outputs=self.config.outputs) if comb is None else comb
         )
@@ -218,7 +218,7 @@ class Sparsifier:
             InputError: there is no optimizer.
         """
         if self.optimizer is None:
-            raise InputError("The Sparsifier has no optimizer, so nothing would keep the zeros: set its optimizer.")
+            raise InputError("The Sparsifier has no optimizer, so the zeros would not be kept: set its optimizer.")
         if self.done:
             return False
         self.steps_taken += 1
@@ -254,7 +254,10 @@ class Sparsifier:
         self._keeper.take(masks, last=last)
         self.changes.append(Change(self.steps_taken, masks.sparsity, regrown, masks.digest))
         log.info(
-            "Masks %d of %d: %.1f%% of the weights are zero", len(self.changes), len(self._events), 100 * masks.sparsity
+            "Change %d of %d of the masks: %.1f%% of the weights are zero.",
+            len(self.changes),
+            len(self._events),
+            100 * masks.sparsity,
         )
         return self.changes[-1]
 
@@ -343,13 +346,17 @@ class Sparsifier:
             if masks is not None:
                 masks.pairs(self.model)
                 if masks.digest != found["changes"][-1].masks_hash or len(found["changes"]) > len(self._events):
-                    raise CheckpointError("The state is of another run: its masks, or their number, are not as noted.")
+                    raise CheckpointError(
+                        "This state belongs to another run: its masks do not match their checksum or their number."
+                    )
             groups = found["groups"]
             plan = None if groups is None or self.comb is None else self.comb.plan(dict(groups))
         except CheckpointError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, CPDError) as error:
-            raise CheckpointError(f"The state is not of this model: {type(error).__name__}: {error}.") from error
+            raise CheckpointError(
+                f"This state belongs to a different model: {type(error).__name__}: {error}."
+            ) from error
         self.masks, self.plan = masks, plan
         self.changes, self.notes = list(found["changes"]), list(found["notes"])
         self.steps_taken = found["steps_taken"]
@@ -366,8 +373,8 @@ def events(config: SparseConfig, steps: int) -> list[tuple[int, float]]:
     span = config.interval or max(1, (last - first) // CHANGES)
     if steps and last - first < span:
         raise InputError(
-            f"regrow={config.regrow!r} has no room in a training of {steps} steps: train longer, let prune_until be "
-            "later, or take a shorter interval."
+            f"A training of {steps} steps is too short for regrow={config.regrow!r}: train longer, set a later "
+            "prune_until, or use a shorter interval."
         )
     return [*found, *((step, 1.0) for step in range(first + span, last + 1, span))]
 

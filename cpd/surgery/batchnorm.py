@@ -65,7 +65,7 @@ def _averaging(layers: dict[str, _BatchNorm]) -> Iterator[None]:
         for name, layer in layers.items():
             if not all(bool(buffer.isfinite().all()) for buffer in layer.buffers(recurse=False)):
                 raise TrainingError(
-                    f"The statistics of the BatchNorm {name!r} are not finite on this data; the old ones are "
+                    f"The statistics of the BatchNorm {name!r} are not finite on this data, so the old ones are "
                     "kept. Check the batches, and the weights before that layer, for NaN or infinite values."
                 )
     except BaseException:

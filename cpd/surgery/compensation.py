@@ -50,14 +50,15 @@ PLACES = 512
 
 @dataclass(frozen=True)
 class Refit:
-    """What compensation did to one layer.
+    """How compensation changed one layer.
 
     Attributes:
-        weight: name of the parameter.
-        before: mean square of what its output lacked, relative to the variance of the unpruned output, on samples that
-            were held out.
-        after: the same with the new weights; as before where they were left as they were.
-        damping: of the least squares, relative to the mean square of a feature; None where the weights were left.
+        weight: Name of the parameter.
+        before: Mean squared error of the layer's output before the refit, relative to the variance of the unpruned
+            model's output, on held-out samples.
+        after: The same error after the refit; equal to `before` if the weights were not changed.
+        damping: Damping of the least squares, relative to the mean square of a feature; None if the weights were not
+            changed.
     """
 
     weight: str
@@ -82,28 +83,29 @@ def compensate(
     seed: int = 0,
     memory_gb: float = MEMORY_GB,
 ) -> tuple[Refit, ...]:
-    """Refit the layers of a narrower model, in closed form, to what they gave in the unpruned one.
+    """Refit the layers of a narrower model, in closed form, so that they reproduce their outputs in the unpruned model.
 
-    Layers are the applications of a parameter by `linear`, `matmul`, convolutions and transposed ones, wherever
-    they are called from; those whose weight is used more than once, or is computed, keep it. Where a layer has no
-    bias and a BatchNorm follows, its running mean takes the place of one.
+    A layer is any use of a parameter by `linear`, `matmul`, a convolution or a transposed convolution, whatever module
+    calls it. Weights that are used more than once, or that are computed from others, are not refitted. If a layer
+    without a bias is followed by a BatchNorm, the running mean of that takes the role of the bias.
 
     Args:
-        model: the narrower model, as `cpd.shrink` leaves it; changed in place.
-        original: the unpruned model on the same device; left as it was.
-        plan: what `model` keeps of it.
-        data: batches as `cpd.model.inputs.as_batch` takes them; targets are not used.
-        limit: at most this many batches are read; of their samples all are used.
-        seed: of the places that layers with many are fitted on.
-        memory_gb: GiB of activations that may be alive at a time, about; the samples are taken in parts that fit.
+        model: The narrower model, from `cpd.shrink`. It is changed in place.
+        original: The unpruned model, on the same device. It is not changed.
+        plan: The plan by which `model` was shrunk.
+        data: Batches of inputs, of (input, target), or mappings. Targets are not used.
+        limit: Largest number of batches to read. All their samples are used.
+        seed: Seed for the positions of feature maps on which layers are fitted, where there are many.
+        memory_gb: Approximate limit, in GiB, of the activations held in memory. Samples are processed in parts that
+            fit.
 
     Returns:
-        What was done, layer by layer.
+        One `Refit` for each layer.
 
     Raises:
-        InputError: if the models are not those of the plan, or do not run alike on the data; `model` is then as it was
-            before.
-        TrainingError: if there is no data, or it holds values that are not finite.
+        InputError: If the models do not match the plan, or do not run in the same way on the data. `model` is then
+            unchanged.
+        TrainingError: If there is no data, or it holds values that are not finite.
 
     Examples:
         >>> from copy import deepcopy
@@ -119,10 +121,10 @@ def compensate(
         True
     """
     model, original = check_model(model), check_model(original)
-    remedy = "Give the model that the plan was made for as original, and what cpd.shrink made of a copy of it as model."
-    check_architecture(original, plan.architecture, InputError, "The plan is", remedy)
+    remedy = "Pass the model that the plan was made for as original, and a copy of it after cpd.shrink as model."
+    check_architecture(original, plan.architecture, InputError, "The plan was made for", remedy)
     narrower = plan.architecture and plan.architecture.narrowed(plan)
-    check_architecture(model, narrower, InputError, "What the plan makes is", remedy)
+    check_architecture(model, narrower, InputError, "Applying the plan to original gives", remedy)
     calibration = Calibration(original, data, limit=limit, seed=seed, memory_gb=memory_gb)
     before = state_of(model)
     chosen = refit(model, calibration, plan)

@@ -46,8 +46,8 @@ def narrowed_state(optimizer: torch.optim.Optimizer, model: nn.Module, plan: Pla
                 raise TrainingError(
                     f"{type(optimizer).__name__} keeps {key!r} of shape {list(tensors[0].shape)} for "
                     f"{names[id(parameter)]} of shape {list(parameter.shape)}, which cannot be narrowed with it. "
-                    "Prune before the training (one-shot), or take an optimizer whose state has the shape of the "
-                    "parameters: SGD, Adam, AdamW, RMSprop, Lion, …. The model is as it was."
+                    "Prune before the training (one-shot), or use an optimizer whose state has the shape of the "
+                    "parameters: SGD, Adam, AdamW, RMSprop, Lion, …. The model is unchanged."
                 )
             if tensors:
                 found.append(Entry(state, key, sliced(value, kept[id(parameter)])))

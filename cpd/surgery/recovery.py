@@ -38,15 +38,15 @@ COMPENSATION, WITH_NORMS = "compensation", "compensation with BatchNorm"
 
 @dataclass(frozen=True)
 class Recovery:
-    """What was tried.
+    """What was tried to recover accuracy without training, and what was kept.
 
     Attributes:
-        chosen: name of what was kept.
-        errors: name -> mean squared difference of the logits from the unpruned model's, relative to their variance, on
-            samples that were not fitted.
-        agreements: name -> share of the classes that are the unpruned model's, on the same samples.
-        failure: why compensation was not possible, if it was not.
-        samples: that it was chosen and fitted on.
+        chosen: Name of the variant that was kept.
+        errors: {variant: mean squared difference of the logits from those of the unpruned model, relative to their
+            variance, on held-out samples}.
+        agreements: {variant: share of predicted classes that agree with the unpruned model, on the same samples}.
+        failure: Why compensation was not possible, if it was not.
+        samples: Number of samples used for fitting and choosing.
     """
 
     chosen: str
@@ -58,12 +58,12 @@ class Recovery:
     def __str__(self) -> str:
         tried = ", ".join(
             f"{name} {error:.3g}"
-            + (f" ({self.agreements[name]:.1%} of the classes)" if name in self.agreements else "")
+            + (f" ({self.agreements[name]:.1%} of the classes agree)" if name in self.agreements else "")
             for name, error in self.errors.items()
         )
         return (
-            f"Recovery without training: kept {self.chosen!r}. Relative squared error of the logits, and classes that "
-            f"are the unpruned model's, on samples that were not fitted: {tried}."
+            f"Recovery without training: kept {self.chosen!r}. Relative squared error of the logits, and share of "
+            f"predicted classes that agree with the unpruned model, on held-out samples: {tried}."
         )
 
 

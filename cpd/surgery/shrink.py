@@ -26,15 +26,18 @@ from cpd.plan import PLAN, Attribute, Plan
 
 @checked(model=MODEL, plan=PLAN)
 def shrink(model: nn.Module, plan: Plan) -> nn.Module:
-    """Shrink `model` in place to what `plan` keeps, and return it.
+    """Make a model physically narrower, in place: only what the plan keeps is left.
 
     Args:
-        model: a model of the architecture that the plan was made for, unpruned: of the same modules, shapes and
-            settings; its weights, their type and their device do not matter.
-        plan: what is kept.
+        model: An unpruned model of the architecture that the plan was made for, with the same modules, shapes and
+            settings. Its weights, their dtype and their device may differ.
+        plan: What to keep, from `comb.plan(...)`.
+
+    Returns:
+        The same model.
 
     Raises:
-        ShrinkError: if the plan does not fit; the model is then left as it was.
+        ShrinkError: If the plan does not fit the model. The model is then unchanged.
 
     Examples:
         >>> from torch import nn
@@ -106,9 +109,9 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> None:
         found = tuple(tensors[name].shape) if name in tensors else None
         if found != tuple(shape):
             raise ShrinkError(
-                f"The plan was made for {name} of shape {list(shape)}; this model has "
-                f"{'no such tensor' if found is None else list(found)}. Apply it to a model of the original "
-                "architecture and size, not to one already shrunk."
+                f"The plan was made for a model whose {name} has shape {list(shape)}; in this model "
+                f"{'there is no such tensor' if found is None else f'its shape is {list(found)}'}. Apply the plan to a "
+                "model of the original architecture and size, not to one already shrunk."
             )
     paths = dict(model.named_modules(remove_duplicate=False))
     absent = next((item.module for item in plan.replacements if item.module not in paths), None)
@@ -123,12 +126,16 @@ def _check(model: nn.Module, tensors: Mapping[str, Tensor], plan: Plan) -> None:
         try:
             value = kept.get(model.get_submodule(item.module), item.name)
         except AttributeError as error:
-            raise ShrinkError(f"The plan changes {item.module}.{item.name}, which this model lacks.") from error
+            raise ShrinkError(f"The plan changes {item.module}.{item.name}, which this model does not have.") from error
         kept_now = list(value) if isinstance(value, (tuple, list)) else value
         if not isinstance(kept_now, (int, list)) or kept_now != item.old:
-            raise ShrinkError(f"{item.module}.{item.name} is {value}; the plan was made for {item.old}.")
+            raise ShrinkError(f"{item.module}.{item.name} is {value}, but the plan was made for {item.old}.")
     check_architecture(
-        model, plan.architecture, ShrinkError, "The plan is", "Comb this model, and make a plan with that comb."
+        model,
+        plan.architecture,
+        ShrinkError,
+        "The plan was made for",
+        "Call cpd.comb on this model and make a plan with that comb.",
     )
 
 
@@ -171,13 +178,19 @@ def lint(model: nn.Module) -> None:
             if 0 in tensor.shape:
                 raise ShrinkError(f"{path}.{name} is empty after shrinking: {list(tensor.shape)}.")
         if isinstance(module, nn.modules.conv._ConvNd) and module.out_channels % module.groups:
-            raise ShrinkError(f"{path}: {module.out_channels} output channels in {module.groups} groups.")
+            raise ShrinkError(
+                f"{path} would have {module.out_channels} output channels, not a multiple of {module.groups} groups."
+            )
         weight = getattr(module, "weight", None)
         shape = getattr(module, "normalized_shape", None)
         if isinstance(module, (nn.LayerNorm, nn.RMSNorm)) and weight is not None and tuple(weight.shape) != shape:
-            raise ShrinkError(f"{path}: weight {list(weight.shape)}, normalized {shape}.")
+            raise ShrinkError(f"{path} would have a weight of shape {list(weight.shape)}, but normalizes {shape}.")
         if isinstance(module, nn.GroupNorm) and module.num_channels % module.num_groups:
-            raise ShrinkError(f"{path}: {module.num_channels} channels in {module.num_groups} groups.")
+            raise ShrinkError(
+                f"{path} would have {module.num_channels} channels, not a multiple of {module.num_groups} groups."
+            )
         bias = module.bias if isinstance(module, (nn.Linear, nn.modules.batchnorm._NormBase)) else None
         if bias is not None and weight is not None and bias.shape[0] != weight.shape[0]:
-            raise ShrinkError(f"{path}: weight {list(weight.shape)}, bias {list(bias.shape)}.")
+            raise ShrinkError(
+                f"{path} would have a weight of shape {list(weight.shape)} and a bias of {list(bias.shape)}."
+            )

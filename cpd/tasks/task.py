@@ -39,12 +39,12 @@ DataName: TypeAlias = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Loaded:
-    """What a task has read of data that was given by name.
+    """The data that a task has loaded by its name.
 
     Attributes:
-        training: batches to train on, augmented or not; can be iterated again and again.
-        plain: batches of the same samples as the model meets them in use; None: those of `training`.
-        evaluate: `evaluate(model) -> float`, the higher the better; None where there is nothing to evaluate on.
+        training: Batches to train on, with or without augmentation. They can be iterated many times.
+        plain: Batches of the same samples without augmentation. Default: `training`.
+        evaluate: `evaluate(model) -> float`, where higher is better; None if there is no data to evaluate on.
     """
 
     training: Iterable[Any]
@@ -53,51 +53,52 @@ class Loaded:
 
 
 class Task:
-    """What a model is for: how a batch is read, which loss it has, what a student mimics, what its metric is.
+    """Describes a kind of model: how its batches are read, its loss, what a student imitates, and its data by name.
 
-    Each method says what holds for models that return logits and loaders that give (input, target); override those
-    that differ. `cpd.compress(model, task=MyTask(), ...)` uses them all; in a training loop of your own,
-    `task.batches(model, loader)` is what `cpd.Pruner`, `cpd.score` and `cpd.distill` take as data.
+    The methods of this class describe models that return logits, with loaders that give (input, target). Override those
+    that differ and call `cpd.compress(model, task=MyTask(), ...)`. In your own training loop, pass
+    `task.batches(model, loader)` as data to `cpd.Pruner`, `cpd.score` and `cpd.distill`.
 
     Examples:
         A model that returns several heads, in a dict, and is trained on all of them:
 
         >>> import torch.nn.functional as F
         >>> class TwoHeads(cpd.Task):
-        ...     def read(self, model, item):  # what the loader gives -> (arguments of the model, target)
+        ...     def read(self, model, item):  # an item of the loader -> (arguments of the model, target)
         ...         return (item["image"],), (item["kind"], item["age"])
         ...     def learn(self, model, call, target):  # the output, and the loss
         ...         output = call.on(model)
         ...         return output, F.cross_entropy(output["kind"], target[0]) + F.mse_loss(output["age"], target[1])
-        ...     def outputs(self, model):  # what matters of the output, and is distilled
+        ...     def outputs(self, model):  # the parts of the output that are kept and distilled
         ...         return ("kind", "age")
     """
 
-    #: What it is called in messages.
+    #: The task's name in messages.
     name: ClassVar[str] = "logits"
 
     def read(self, model: nn.Module, item: Any) -> Any:
-        """One item of a loader as (arguments, target), where arguments are as `example_inputs=` of `cpd.comb`."""
+        """Turn one item of a loader into (arguments, target); arguments have the form of `example_inputs`."""
         return item
 
     def learn(self, model: nn.Module, call: Call, target: Any) -> tuple[Any, Tensor | None]:
-        """Run the model on a batch in the mode that it is in: its output, and its loss, a scalar; None: inferred.
+        """Run the model on a batch, without changing its mode, and return its output and its loss.
 
-        The output is read by `outputs`, as that of `mimicked` is.
+        The loss is a scalar, or None to infer it. The output must have the form of that of `mimicked`, so that
+        `outputs` applies to both.
         """
         return call.on(model), None
 
     def mimicked(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """What is compared of two models: by default what the model returns.
+        """Compute what is compared between two models. By default, this is the output of the model.
 
-        A task whose models return what cannot be compared, as the boxes that a detector has chosen, computes something
-        else of the model's submodules. That is then what is traced, refitted, distilled and timed; `learn` and
-        metrics see the model as it is.
+        Override this for models whose outputs cannot be compared, such as the boxes that a detector has selected, and
+        compute something else from the model's submodules. That is then traced, refitted, distilled and timed; `learn`
+        and metrics use the model itself.
         """
         return model(*args, **kwargs)
 
     def outputs(self, model: nn.Module) -> Outputs | None:
-        """The parts of the output that matter, as `outputs=` of `cpd.comb`; None: all of it."""
+        """The parts of the output that matter, as for `cpd.comb(outputs=...)`; None for all parts."""
         return None
 
     def chosen(self, model: nn.Module, outputs: Outputs) -> Outputs:
@@ -105,35 +106,35 @@ class Task:
         return outputs
 
     def training(self, model: nn.Module) -> Mapping[str, Any]:
-        """Options of `cpd.DistillConfig` that suit the model, which count where the user leaves the default."""
+        """Options of `cpd.DistillConfig` that suit the model. They replace the defaults, not what the user sets."""
         return {}
 
     def example_inputs(self, model: nn.Module) -> Any:
-        """One input of the model, as `example_inputs=` of `cpd.compress`; None where none is known."""
+        """An input of the model, in the form of `example_inputs`; None if none is known."""
         return sources.default_inputs(model)
 
     def load(self, model: nn.Module, data: DataName) -> Loaded:
-        """Read data that is given by its name.
+        """Load data that is given by its name.
 
         Raises:
-            InputError: if the task reads none by name, or there is none of that name.
+            InputError: If the task cannot load data by name, or there is no data of that name.
         """
         raise InputError(
-            f"data={os.fspath(data)!r} is a name, and models of this kind ({type(model).__name__}) come with no reader "
-            "of data: pass batches, as a DataLoader or a list, or a task that loads them."
+            f"data={os.fspath(data)!r} is a name, but cpd cannot load data by name for models of this kind "
+            f"({type(model).__name__}): pass batches, in a DataLoader or a list, or a task that loads them."
         )
 
     # ------------------------------------------------------------------------------ what cpd makes of it
 
     def batch(self, model: nn.Module, item: Any) -> Batch:
-        """One item of a loader as cpd works on it: what `read` gives, with the task's own `learn`."""
+        """Turn one item of a loader into a batch as cpd uses it, by `read`, with the task's own `learn`."""
         found = as_batch(self.read(model, item))
         return found._replace(learn=self.learn) if self._has_own("learn") else found
 
     def batches(self, model: nn.Module, data: Iterable[Any]) -> Iterable[Any]:
-        """A loader whose items are read by this task; `data` itself where the task has no way of its own.
+        """The batches of a loader, read by this task; `data` itself if the task does not override how they are read.
 
-        Samples that lie in arrays or in a data set are put into batches (`cpd.model.samples`).
+        Samples in arrays or in a data set are put into batches (`cpd.model.samples`).
         """
         data = as_batches(data)
         own = any(map(self._has_own, ("read", "learn", "batch")))
@@ -141,10 +142,9 @@ class Task:
 
     @contextmanager
     def viewed(self, *models: nn.Module | None) -> Iterator[None]:
-        """Within a block, calling these models and copies of them gives what is `mimicked`.
+        """A `with` block in which calling these models, and copies of them, returns what `mimicked` computes.
 
-        Only their class is another meanwhile, of the same name and derived from it: `as_itself` undoes that for an
-        inner block, and for the copies after it.
+        In the block, their class is replaced by one derived from it, of the same name.
         """
         found = {id(model): (model, type(model)) for model in models if model is not None}.values()
         if self._has_own("mimicked"):

@@ -84,7 +84,8 @@ class OperationGraph:
             return self
         if self.parts or self.layout is None:
             raise InputError(
-                "outputs= needs a model that can be exported whole: what its parts give to the rest of it matters."
+                "outputs= needs a model that can be exported as a whole. This one is combed in parts, whose outputs "
+                "all matter: leave outputs out."
             )
         return replace(self, chosen=read_by(outputs, self._output_without_values()))
 
@@ -130,7 +131,7 @@ class OperationGraph:
     def values_sentence(self) -> str:
         """A sentence for those who read what came of a trace in which values were read."""
         places = ", ".join(self.values_read)
-        return f"The forward reads values ({places}): they are taken to be those of the example inputs."
+        return f"The forward reads values of tensors ({places}). They are assumed to be those of the example inputs."
 
     @property
     def nodes(self) -> list[Node]:

@@ -73,7 +73,7 @@ def trace_in_train_mode(model: nn.Module, call: Call) -> OperationGraph | None:
     except Exception as error:  # the user's forward may raise anything
         let_through(error)
         log.warning(
-            "The model cannot be traced in train mode, so layers that run only then stay as they are: %s.",
+            "The model cannot be traced in train mode, so layers that only run in train mode are not pruned: %s.",
             first_line(error),
         )
         return None
@@ -318,7 +318,7 @@ def _inline_regions(module: GraphModule) -> None:
         module.recompile()
 
 
-_REMEDY = " No submodule exports either. Call cpd.comb on one that does, e.g. cpd.comb(model.backbone, …)."
+_REMEDY = " No submodule can be exported either. Call cpd.comb on one that can, e.g. cpd.comb(model.backbone, …)."
 
 
 def _explain(model: nn.Module, call: Call, error: Exception) -> InputError | TraceError:

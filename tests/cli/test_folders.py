@@ -68,7 +68,7 @@ def test_classes_that_are_not_the_models(fakes: Fakes, run: Any, tmp_path: Path)
     write_images(tmp_path / "val", classes=3)
     options = f"--no-pretrained --input-size 32 --workers 0 --data {tmp_path}"
     result = run("compress", "timm:resnet18", *options.split())
-    assert "holds 2 classes (folders), the model has 1000 outputs" in result.stderr
+    assert "holds 2 classes (folders), but the model has 1000 outputs" in result.stderr
     result = run("compress", "timm:resnet18,num_classes=2", *options.split())
     assert "different classes" in result.stderr
     assert not fakes.calls

@@ -98,7 +98,7 @@ def test_every_option_reaches_the_library(called: dict[str, Any]) -> None:
     ("options", "message"),
     [
         ("", "sparsity must be given"),
-        ("--pattern 2:4 --sparsity 0.8", "--pattern 2:4 makes a share of 0.5 zero; leave --sparsity out"),
+        ("--pattern 2:4 --sparsity 0.8", "--pattern 2:4 sets a share of 0.5 to zero: leave --sparsity out"),
         ("--sparsity 0.8 --pattern 3-4", "--pattern must be unstructured, N:M"),
         ("--sparsity 0.8 --ratios half", "--ratios takes erk, lamp, or PATTERN=SHARE"),
         ("--sparsity 0.8 --criterion tailor", "Is taylor meant?"),

@@ -43,11 +43,11 @@ def test_files_of_the_user_stop_a_command_before_any_work(run: Any, tmp_path: Pa
 @pytest.mark.parametrize("command", [("compress", "timm:test_resnet"), ("demo",), ("sweep", "x", "--speedups", "2")])
 def test_an_empty_text_is_no_folder(run: Any, command: tuple[str, ...], tmp_path: Path) -> None:
     result = run(*command, "--output-dir", "")
-    assert (result.exit_code, "no folder" in result.stderr) == (2, True)
+    assert (result.exit_code, "not a folder" in result.stderr) == (2, True)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("output_dir: ''\n")
     result = run(*command, "--config", recipe)
-    assert (result.exit_code, "no folder" in result.stderr) == (2, True)
+    assert (result.exit_code, "not a folder" in result.stderr) == (2, True)
     for other in (("report", ""), ("quantize", "", "--data", tmp_path)):
         assert run(*other).exit_code == 2
 
@@ -57,7 +57,7 @@ def test_a_recipe_of_the_user_is_left(fakes: Fakes, run: Any, tmp_path: Path) ->
     recipe.write_text("target_macs: 0.5  # mine\n")
     result = run("compress", "timm:test_resnet", "--no-pretrained", "--config", recipe, "--output-dir", tmp_path)
     assert result.exit_code == 0, result.output
-    assert "left as it is" in " ".join(result.stderr.split())
+    assert "was not written by cpd, so it was not replaced" in " ".join(result.stderr.split())
     assert recipe.read_text() == "target_macs: 0.5  # mine\n"
     run("compress", "timm:test_resnet", "--no-pretrained", "--output-dir", tmp_path, "--overwrite")
     assert recipe.read_text().startswith("# cpd compress")

@@ -241,8 +241,8 @@ def test_chunk_ties_its_pieces_in_number() -> None:
     assert len(plan.groups["a"]) == 4
     assert {0, 1} <= set(plan.groups["a"])
     assert len(plan.adjusted) == 1
-    assert plan.adjusted[0].startswith("a keeps 4 of 6 rather than 2: chunk demands equal pieces")
-    with pytest.raises(PlanError, match=r"a keeps 4 of 6 rather than 2.*strict=False"):
+    assert plan.adjusted[0].startswith("a keeps 4 of 6 channels instead of 2: chunk demands equal pieces")
+    with pytest.raises(PlanError, match=r"a keeps 4 of 6 channels instead of 2.*strict=False"):
         combed.plan({"a": [0, 1], "a#2": [2, 3, 4, 5]}, strict=True)
     assert combed.plan({"a": [0, 1], "a#2": [4, 5]}, strict=True).adjusted == ()
 
@@ -554,8 +554,8 @@ def small() -> Comb:
 @pytest.mark.parametrize(
     ("keep", "message"),
     [
-        ({"b": [0]}, r"Unknown groups \['b'\]"),
-        ({"a": []}, "empties a; keep at least one of its 8"),
+        ({"b": [0]}, r"There are no groups named \['b'\]"),
+        ({"a": []}, "removes all channels of a: keep at least one of its 8"),
         ({"a": [0, 8]}, "integers from 0 to 7"),
         ({"a": [-1]}, "integers from 0 to 7"),
         ({"a": [0.5]}, "integers from 0 to 7"),
@@ -685,5 +685,5 @@ class Opaque(Auxiliary):
 
 def test_a_forward_that_cannot_be_traced_in_train_mode_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     combed = cpd.comb(Opaque(), torch.randn(1, 3, 8, 8))
-    assert "layers that run only then stay as they are" in caplog.text
+    assert "layers that only run in train mode are not pruned" in caplog.text
     assert sizes(combed) == {"a": 8, "b": 6}

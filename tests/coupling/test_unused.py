@@ -41,11 +41,11 @@ def test_what_is_never_used_is_told_and_counts_in_no_share():
     assert combed.cost({}).parameters == total
     held = sum(parameter.numel() for name, parameter in model.named_parameters() if name == "after.bias")
     assert combed.open_share["parameters"] == pytest.approx(1 - held / (total - STAGE))
-    assert unused_sentence(combed.unused) == f"Never used in the forward: {STAGE:,} parameters (stages.2)."
+    assert unused_sentence(combed.unused) == f"The forward never uses {STAGE:,} parameters (stages.2)."
 
 
 def test_a_run_says_so_and_so_does_a_target_that_it_keeps_out_of_reach():
-    sentence = f"Never used in the forward: {STAGE:,} parameters (stages.2)."
+    sentence = f"The forward never uses {STAGE:,} parameters (stages.2)."
     found = cpd.compress(Deeper().eval(), target_macs=0.6, example_inputs=IMAGE, progress=False)
     assert sentence in found.report.notes
     with pytest.raises(cpd.TargetError, match=r"No group|Frozen groups") as caught:

@@ -60,7 +60,7 @@ def test_as_many_batches_are_read_as_the_widest_layer_asks_for(samples: int, rea
 @pytest.mark.parametrize("criterion", ["obs", "magnitude"])
 def test_it_is_said_where_there_are_fewer(criterion: str) -> None:
     told = (
-        "2 has 256 channels that are seen too seldom: it asks for 32 images to score and recover on, and 20 were used."
+        "There are few images for the 256 channels of 2: scores and recovery need 32 images for it, and 20 were used."
     )
     data = Noted(20, 1)
     assert told in pruned(data, criterion=criterion).notes

@@ -138,7 +138,10 @@ class Two(nn.Module):
 
 
 def test_a_group_of_noise_is_left_whole_where_the_target_allows_it() -> None:
-    for target, told in ((0.8, "Left whole, for their scores say too little"), (0.3, "were used, since the target")):
+    for target, told in (
+        (0.8, "not pruned, because their scores are not reliable"),
+        (0.3, "were used, because the target"),
+    ):
         both = zip(data(2, 4), data(0, 4), strict=True)
         model, given = Two(), [(torch.cat([x, other], 1), y) for (x, y), (other, _) in both]
         pruner = cpd.Pruner(
@@ -146,7 +149,7 @@ def test_a_group_of_noise_is_left_whole_where_the_target_allows_it() -> None:
             scope="global",
         )  # fmt: skip
         pruner.prune()
-        (note,) = [note for note in pruner.notes if "say too little" in note]
+        (note,) = [note for note in pruner.notes if "not reliable" in note]
         assert told in note
         assert "alike.0: half of the 64 samples" in note
         assert "first.0" not in note

@@ -139,7 +139,7 @@ def test_an_operator_without_counterpart_is_named():
         def forward(self, image):
             return image.digamma()
 
-    with pytest.raises(ExportError, match=r"operator \w+\.digamma has no ONNX counterpart.*Write it with"):
+    with pytest.raises(ExportError, match=r"cannot translate the operator \w+\.digamma to ONNX.*Replace it by"):
         export_onnx(Digamma(), torch.rand(2, 3) + 1)
 
 
@@ -180,9 +180,9 @@ def test_parity_is_relative_to_the_largest_value(image: torch.Tensor):
 
 
 def test_parity_refuses_what_does_not_fit(exported: Path, net: nn.Module, image: torch.Tensor):
-    with pytest.raises(InputError, match=r"has shape \[2, 3, 32, 32\].*has \[1, 3, 32, 32\]"):
+    with pytest.raises(InputError, match=r"has shape \[2, 3, 32, 32\], but the example input has \[1, 3, 32, 32\]"):
         onnx_parity(net, exported, image[:1])
-    with pytest.raises(InputError, match=r"takes 1 inputs.*hold 2 tensors"):
+    with pytest.raises(InputError, match=r"takes 1 inputs.*but example_inputs hold 2 tensors"):
         onnx_parity(net, exported, (image, image))
     with pytest.raises(InputError, match="cannot run the model on these inputs"):
         onnx_parity(net, exported, image.double())
@@ -190,5 +190,5 @@ def test_parity_refuses_what_does_not_fit(exported: Path, net: nn.Module, image:
         onnx_parity(net, exported.with_name("missing.onnx"), image)
     with pytest.raises(InputError, match="cannot open the serialised model"):
         onnx_parity(net, b"no model", image)
-    with pytest.raises(ExportError, match=r"shapes \[\(2, 5\)\], PyTorch \[\(2, 16\)\]"):
+    with pytest.raises(ExportError, match=r"shapes \[\(2, 5\)\], but PyTorch returns \[\(2, 16\)\]"):
         onnx_parity(net[:-1], exported, image)

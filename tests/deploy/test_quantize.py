@@ -58,7 +58,7 @@ def test_int8_is_near_the_float_model(classifier, tmp_path):
     assert found.path.read_bytes()[:4] != b""
     assert any("Quantize" in node.op_type for node in __import__("onnx").load(found.path).graph.node)
     assert json.loads(json.dumps(found.to_dict()))["path"] == str(found.path)
-    assert "the same class in" in found.summary()
+    assert "the class is the same for" in found.summary()
 
 
 def test_dynamic_quantization_has_its_own_line(classifier, tmp_path):

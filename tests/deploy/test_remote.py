@@ -75,5 +75,5 @@ def test_a_program_that_fails_is_told_with_what_it_said(programs, monkeypatch):
             *models(), IMAGE, runtime=over_ssh("board", "echo no such board >&2; exit 3", folder=str(programs))
         )
     monkeypatch.setenv("PATH", str(programs))
-    with pytest.raises(cpd.InputError, match="There is no program 'adb' here"):
+    with pytest.raises(cpd.InputError, match="The program 'adb' is not installed on this machine"):
         cpd.compare_latency(*models(), IMAGE, runtime=over_adb(folder=str(programs)))

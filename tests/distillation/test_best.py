@@ -117,9 +117,9 @@ def test_compress_keeps_the_best_once_all_pruning_is_done(schedule: str) -> None
     if schedule == "one-shot":
         assert kept == [0]
         assert result.report.result.metric == result.report.history[0]["metric"]
-        assert any("No epoch made the model better" in note for note in result.report.notes)
+        assert any("No epoch improved the model" in note for note in result.report.notes)
     else:
         assert kept == [2]  # the first whose weights are all pruned
         assert calls[kept[0]] == narrowest < calls[kept[0] - 1]
-        assert any("The weights after epoch 2 of 4 are kept" in note for note in result.report.notes)
+        assert any("The weights after epoch 2 of 4 did best and are kept" in note for note in result.report.notes)
     assert result.report.metric_name == "falling"

@@ -222,7 +222,7 @@ def test_empty_data(data: object) -> None:
 def test_a_generator_lasts_one_epoch() -> None:
     student = make(1)
     kept = state(student)
-    with pytest.raises(TrainingError, match="generator, which can be iterated once only"):
+    with pytest.raises(TrainingError, match="generator, which can be iterated only once"):
         distill(student, make(0), (batch for batch in images()), config=DistillConfig(epochs=2))
     assert same(student, kept)
     (record,) = distill(student, make(0), (batch for batch in images()), config=BRIEF)

@@ -206,7 +206,7 @@ def test_narrower_features_are_projected_first_by_least_squares() -> None:
     assert projection.grad is not None
     with pytest.raises(InputError, match="no module 'nothing'"):
         run("mse", student, teacher, batch, features=["nothing"])
-    with pytest.raises(InputError, match="channels only"):
+    with pytest.raises(InputError, match="only differ in channels"):
         run("mse", nn.Sequential(nn.Conv2d(3, 4, 3)), nn.Sequential(nn.Conv2d(3, 4, 1)), batch, features=["0"])
 
 

@@ -130,7 +130,7 @@ def test_no_more_go_than_may(model, data):
 
 
 def test_without_data_branches_stay(model):
-    with pytest.raises(cpd.InputError, match=r"branches=True needs data=: what a branch is worth"):
+    with pytest.raises(cpd.InputError, match=r"branches=True needs data=: without data, the importance of a branch"):
         cpd.compress(model, target_macs=0.6, example_inputs=torch.randn(1, 3, 8, 8), branches=True)
     result = cpd.compress(model, target_macs=0.6, round_to=1, example_inputs=torch.randn(1, 3, 8, 8), progress=False)
     assert result.plan.removed == ()

@@ -156,13 +156,13 @@ def test_a_family_is_saved_as_slices_and_loaded(net: nn.Module, quick: None, tmp
     assert torch.equal(again.inputs[0], found.inputs[0])
     again.save(tmp_path)  # over what it wrote itself
     assert again[3] is again.members[1]
-    with pytest.raises(cpd.InputError, match=r"There is no member 100; there are 1\.5, 3\. It was asked for, but"):
+    with pytest.raises(cpd.InputError, match=r"This family has no member 100; it has 1\.5, 3\. It was out of reach: "):
         again[100]
 
     content = json.loads((tmp_path / "family.json").read_text())
     del content["sha256"]
     for change, match in (
-        ({"format": "cpd-1"}, "no family that this version"), ({"plans": []}, "as many plans as members"),
+        ({"format": "cpd-1"}, "not a family that this version"), ({"plans": []}, "numbers of plans and members differ"),
         ({"weights_sha256": "0"}, "truncated"), ({"plans": content["plans"][::-1]}, "fit|shape|makes it|lacks"),
     ):  # fmt: skip
         (tmp_path / "family.json").write_text(json.dumps(signed({**content, **change})))
@@ -237,7 +237,7 @@ def test_what_a_family_does_not_take(net: nn.Module) -> None:
     for options, match in (
         ({"target_macs": 0.5}, "family takes its targets from speedups"), ({"resume": True}, "no checkpoint"),
         ({"schedule": "cubic"}, "one-shot"), ({"round_two": 1}, "cpd.family has no option round_two"),
-        ({"training": cpd.DistillConfig(kd="mse"), "together": True, "data": data()}, "logits alone"),
+        ({"training": cpd.DistillConfig(kd="mse"), "together": True, "data": data()}, "only logits"),
         ({"training": cpd.DistillConfig(mixup=0.1), "together": True, "data": data()}, "mixup"),
     ):  # fmt: skip
         with pytest.raises(cpd.InputError, match=match):

@@ -82,11 +82,11 @@ def test_what_matters_keeps_its_width_and_the_rest_may_shrink(kind: str) -> None
 @pytest.mark.parametrize(
     ("outputs", "words"),
     [
-        ("logit", "has no part 'logit'; outputs takes: hidden.0, hidden.1, hidden.2, logits, beside.aux.0"),
+        ("logit", "has no part 'logit'; outputs can be: hidden.0, hidden.1, hidden.2, logits, beside.aux.0"),
         ("hidden.7", "has no part 'hidden.7'"),
-        ("beside.aux.1", "reads no tensor"),
+        ("beside.aux.1", "selects no tensor"),
         (lambda found: found["logits"], "The function outputs= fails on the model's output, a Found"),
-        (lambda found: None, "reads no tensor"),
+        (lambda found: None, "selects no tensor"),
     ],
 )
 def test_a_part_that_there_is_not_is_refused(outputs: Any, words: str) -> None:
@@ -139,7 +139,7 @@ def test_a_run_compares_by_what_matters() -> None:
     assert after.hidden[0].shape[1] < before.hidden[0].shape[1]
     assert found.report.checks["masked equals shrunk"] < 1e-4
     assert found.report.call["outputs"] == ("logits",)
-    assert "Outputs that matter, and so keep their width: logits. The others may become narrower." in found.report.notes
+    assert "These outputs keep their width: logits. The others may become narrower." in found.report.notes
     assert found.speedup is not None
     refused = cpd.PruneConfig(target_macs=0.1, max_ratio=0.99, round_to=1)
     with pytest.raises(cpd.TargetError, match=r"the model's output hidden\.0"):

@@ -175,7 +175,7 @@ def test_a_narrow_model_becomes_sparse_and_is_loaded(model: nn.Module, tmp_path:
     assert len(narrower[0].weight) == len(masked[0].weight) - 2
     assert torch.allclose(narrower(IMAGES), masked(IMAGES), atol=1e-5)
     masks.narrowed(plan).pairs(narrower)
-    with pytest.raises(cpd.InputError, match=r"The plan is of another model .* Give result\.plan"):
+    with pytest.raises(cpd.InputError, match=r"The plan was made for another model .* Pass result\.plan"):
         cpd.sparsify(model, 0.5, plan=narrow.plan, data=DATA, epochs=0)
     with pytest.raises(cpd.InputError, match="pattern='channel' removes channels, and so did the plan"):
         cpd.sparsify(dense, 0.5, plan=narrow.plan, pattern="channel", data=DATA, epochs=0)
@@ -206,7 +206,7 @@ def test_a_lottery_ticket_and_from_scratch(model: nn.Module) -> None:
     weights = [item.model.state_dict() for item in (scratch, again)]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     assert not torch.equal(weights[0]["0.weight"], masks.apply(deepcopy(model)).state_dict()["0.weight"])
-    with pytest.raises(cpd.InputError, match="no state dict of this model"):
+    with pytest.raises(cpd.InputError, match="not a state dict of this model"):
         cpd.sparsify(model, 0.5, data=DATA, epochs=0, rewind={"a": torch.ones(1)}, progress=False)
     with pytest.raises(cpd.InputError, match="masks that are chosen once"):
         cpd.sparsify(model, 0.5, data=DATA, epochs=1, rewind="init", schedule="cubic", progress=False)
@@ -225,7 +225,7 @@ def test_masks_of_torch_are_taken_up(model: nn.Module) -> None:
 def test_without_data(model: nn.Module) -> None:
     result = cpd.sparsify(model, 0.5, example_inputs=IMAGES[:1], progress=False)
     assert cpd.get_sparsity(result.model) == pytest.approx(0.5, abs=1e-3)
-    assert any("No data given" in note for note in result.report.notes)
+    assert any("No data was given" in note for note in result.report.notes)
     with pytest.raises(cpd.InputError, match="prunes during the training"):
         cpd.sparsify(model, 0.5, example_inputs=IMAGES[:1], schedule="cubic", progress=False)
 

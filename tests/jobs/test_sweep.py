@@ -57,7 +57,7 @@ def test_a_sweep_goes_on_past_what_cannot_be_reached(tmp_path):
         check_output_dir(tmp_path, SWEPT)
     assert found.plot(tmp_path / "sweep.svg").stat().st_size > 1000
     for name in ("sweep.nonsense", "sweep"):
-        with pytest.raises(cpd.InputError, match="ending must name a format"):
+        with pytest.raises(cpd.InputError, match="must name a picture format: one of"):
             found.plot(tmp_path / name)
     with pytest.raises(cpd.InputError, match="cannot be written"):
         found.plot(tmp_path / "none" / "sweep.svg")

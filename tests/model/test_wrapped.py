@@ -77,7 +77,7 @@ def test_what_has_no_forward_in_python_and_in_floating_point_is_refused(kind: st
 
 @pytest.mark.parametrize("model", [nn.DataParallel(net())])
 def test_a_wrapper_for_several_devices_names_the_model_within(model: nn.Module):
-    with pytest.raises(cpd.InputError, match=r"pass the model in it, model\.module"):
+    with pytest.raises(cpd.InputError, match=r"pass the inner model, model\.module"):
         cpd.comb(model, X)
 
 

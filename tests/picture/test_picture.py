@@ -441,8 +441,8 @@ def test_bad_paths_are_refused(convnet: Comb, tmp_path: Path) -> None:
     (tmp_path / "mine.html").write_text("<p>mine</p>")
     (tmp_path / "file").write_text("")
     for name, message in (
-        ("a.png", "is an .svg or .html file"),
-        ("a", "is an .svg or .html file"),
+        ("a.png", "must be an .svg or .html file"),
+        ("a", "must be an .svg or .html file"),
         ("folder.svg", "is a folder"),
         ("no/such/a.svg", "does not exist"),
         ("file/a.svg", "does not exist"),
@@ -477,11 +477,11 @@ def test_command_line_plots_and_gives_reasons(
     arguments = ("comb", "torch.nn:Identity", "--input-size", "8", "--plot", tmp_path / "a.svg")
     result = run(*arguments)
     assert result.exit_code == 0, result.stderr
-    assert "picture written to" in result.stderr
+    assert "The picture was written to" in result.stderr
     assert MARK in (tmp_path / "a.svg").read_text()
-    sentence, table = result.stdout.index("groups are open"), result.stdout.index("What no open group reaches")
+    sentence, table = result.stdout.index("groups can be pruned"), result.stdout.index("What no open group reaches")
     assert sentence < table
-    assert "Never used in the forward: 40 parameters (spare)." in result.stdout[sentence:table]
+    assert "The forward never uses 40 parameters (spare)." in result.stdout[sentence:table]
     assert "the model's output" in result.stdout[table:]
     assert "1: linear in head, test_picture.py:" in result.stdout[table:]
     data = json.loads(run(*arguments, "--json").stdout)

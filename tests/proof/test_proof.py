@@ -352,9 +352,9 @@ def test_a_width_of_which_a_single_position_fails_has_a_minimum() -> None:
     assert [(item.name, item.minimum) for item in combed.open] == [("a", 2), ("b", 1)]
     plan = combed.plan({"a": [3], "b": [1]})
     assert (plan.groups["a"], plan.groups["b"]) == ((0, 3), (1,))
-    assert "a keeps 2 of 8 rather than 1: a narrower copy fails (Expected more than 1 value" in plan.adjusted[0]
+    assert "a keeps 2 of 8 channels instead of 1: a narrower copy fails (Expected more than 1 value" in plan.adjusted[0]
     assert masked_error(net, shrink(copy.deepcopy(net), plan), combed, plan) <= 1e-9
-    with pytest.raises(PlanError, match="a keeps 2 of 8 rather than 1"):
+    with pytest.raises(PlanError, match="a keeps 2 of 8 channels instead of 1"):
         combed.plan({"a": [3]}, strict=True)
     scores = {item.name: torch.rand(item.size) for item in combed.open}
     selector = Selector(combed, scores, Limits(1, 0.99))

@@ -132,4 +132,7 @@ def test_what_is_left_alone_is_said_once(caplog: pytest.LogCaptureFixture) -> No
     notes = [note for note in result.report.notes if "0.dim = 16" in note]
     assert len(notes) == 1
     assert notes[0] in caplog.text
-    assert notes[0].startswith("Integers equal to an old width, which nothing ties to it, stay as they are: 0.dim = 16")
+    assert notes[0].startswith(
+        "These integer attributes equal a former width, but are not changed, "
+        "because the forward does not read them: 0.dim = 16"
+    )

@@ -49,10 +49,10 @@ def test_pretrained_folder_loads_to_the_bit(result, tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
-    with pytest.raises(cpd.ArtifactError, match=r"somebody/tiny is no folder here.*no network"):
+    with pytest.raises(cpd.ArtifactError, match=r"somebody/tiny is not a local folder.*no network"):
         cpd.from_pretrained("somebody/tiny")
     (folder / "config.json").write_text('{"architectures": []}')
-    with pytest.raises(cpd.ArtifactError, match=r"config\.json is not of the format"):
+    with pytest.raises(cpd.ArtifactError, match=r"config\.json does not have the format"):
         cpd.from_pretrained(folder, model=Tiny())
 
 
@@ -114,5 +114,5 @@ def test_foreign_artifacts(result, tmp_path):
     with pytest.raises(cpd.ArtifactError, match=r"was made from a .*does not fit this .*stem.*fresh, unpruned"):
         cpd.load(tmp_path, model=Tiny(width=16))
     (tmp_path / "plan.json").write_text('{"format": "other"}')
-    with pytest.raises(cpd.ArtifactError, match="not of the format"):
+    with pytest.raises(cpd.ArtifactError, match="does not have the format"):
         cpd.load(tmp_path, model=Tiny())

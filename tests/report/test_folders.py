@@ -409,7 +409,7 @@ def test_what_a_user_may_name_is_built(source: str, nothing_loaded: None) -> Non
 def test_a_source_that_is_not_built_from_a_file_is_told_when_it_is_saved() -> None:
     source = "timm:test_resnet,checkpoint_path=x.bin"
     result = cpd.compress(Tiny(), target_macs=0.5, example_inputs=INPUT, source=source)
-    assert any("cpd.load does not build" in note and "checkpoint_path" in note for note in result.report.notes)
+    assert any("cpd.load cannot build" in note and "checkpoint_path" in note for note in result.report.notes)
     assert "by name" in str(why_not_by_name("my.models:net"))
     assert why_not_by_name("timm:test_resnet,num_classes=2") is None
 

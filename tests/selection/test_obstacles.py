@@ -50,15 +50,15 @@ def macs(combed: cpd.Comb, width: int = 32) -> int:
         ({"round_to": 1, "max_ratio": 0.5}, 16, "max_ratio=0.5 alone"),
         ({"round_to": 1, "min_width": 24, "max_ratio": 0.99}, 24, "min_width=24 alone"),
         ({"round_to": 1, "ratios": {"open": 0.25}}, 24, "ratios={'open': 0.25} alone"),
-        ({"round_to": 16, "min_width": 24}, 32, "The limits hold"),  # neither alone
+        ({"round_to": 16, "min_width": 24}, 32, "The limits account for"),  # neither alone
     ],
 )
 def test_limits_are_named_with_what_they_hold(combed, limits, width, named) -> None:
     found = told(combed, **limits)
     full, least = macs(combed), macs(combed, 1)
     held = (macs(combed, width) - least) / full
-    assert found.startswith(f"{macs(combed, width) / full:.1%} of the unpruned model's are left")
-    assert f"The limits hold {held:.1%}" in found
+    assert found.startswith(f"{macs(combed, width) / full:.1%} of the original's are left")
+    assert f"The limits account for {held:.1%}" in found
     assert named in found
     assert f"would leave {least / full:.1%}" in found
     assert "10.0% is of another kind." in found
@@ -66,7 +66,7 @@ def test_limits_are_named_with_what_they_hold(combed, limits, width, named) -> N
 
 def test_frozen_groups_are_named_with_what_they_hold_and_why(combed) -> None:
     found = told(combed, round_to=1, max_ratio=0.99)
-    assert "The limits hold none of it" in found
+    assert "Looser limits do not help" in found
     share = combed.cost({combed.open[0].axis: 0}).macs / macs(combed)
     assert f"Frozen groups hold {share:.1%} of the MACs" in found
     assert re.search(r"[\d.]+% the model's output .* \[conv2d in kept", found)
@@ -80,7 +80,7 @@ def test_a_target_out_of_reach_says_what_would_help() -> None:
         cpd.compress(Half().eval(), target_params=0.2, example_inputs=IMAGE)
     model = Half().eval()
     model.unused = nn.Linear(64, 64)
-    with pytest.raises(cpd.TargetError, match=r"% is of parameters that the forward never uses\."):
+    with pytest.raises(cpd.TargetError, match=r"% belongs to parameters that the forward never uses\."):
         cpd.compress(model, target_params=0.01, example_inputs=IMAGE)
 
 

@@ -125,7 +125,7 @@ def test_a_target_out_of_reach_says_what_can_be(selector):
     watch = Stopwatch(selector.comb, 0.1)
     with pytest.raises(cpd.TargetError, match=r"target_speedup=9 cannot be reached.*times as fast.*Ask for 1\.\d"):
         Search(selector.comb.model, selector, watch, watch, Target("target_speedup", 9.0), 10.0).finish()
-    told = r"% of the unpruned model's are left .* 4.0% goes into calling nodes\. Frozen groups hold"
+    told = r"% of the original's are left .* 4.0% goes into calling nodes\. Frozen groups hold"
     with pytest.raises(cpd.TargetError, match=told) as caught:
         Search(selector.comb.model, selector, watch, watch, Target("target_speedup", 9.0), 10.0).finish()
     assert "Softmax" not in str(caught.value)

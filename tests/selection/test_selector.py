@@ -125,7 +125,9 @@ def test_a_pattern_that_names_a_branch_alone_says_where_the_channels_are():
 
     combed = comb(Added(), IMAGE)
     (note,) = ratios_notes(combed, Limits(ratios={"a": 0.0}))
-    assert "'a' names a branch, which stays, but no group. The channels of 'a' belong to 'stem'" in note
+    assert (
+        "'a' matches the name of a branch, which is kept, but of no group. The channels of 'a' belong to 'stem'" in note
+    )
     assert not ratios_notes(combed, Limits(ratios={"a": 0.0, "stem": 0.0}))
 
 

@@ -97,7 +97,9 @@ def test_masks_of_another_model_change_nothing() -> None:
             use(other)
     wide = network()
     wide[3] = nn.Conv2d(8, 9, 3)
-    with pytest.raises(cpd.InputError, match=r"3.weight is \[9, 8, 3, 3\] here, and its mask \[8, 8, 3, 3\]"):
+    with pytest.raises(
+        cpd.InputError, match=r"3.weight has shape \[9, 8, 3, 3\] here, and its mask has \[8, 8, 3, 3\]"
+    ):
         masks.apply(wide)
     assert torch.equal(other[0].weight, before)
     with pytest.raises(cpd.InputError, match="No mask of torch"):

@@ -212,7 +212,7 @@ def test_a_state_of_another_run_is_refused() -> None:
     sparsifier.prune()
     state = sparsifier.state_dict()
     other = cpd.Sparsifier(nn.Sequential(nn.Linear(4, 4)), 0.5, steps=0)
-    with pytest.raises(cpd.CheckpointError, match="not of this model"):
+    with pytest.raises(cpd.CheckpointError, match="state belongs to a different model"):
         other.load_state_dict(state)
     fresh = cpd.Sparsifier(network(), 0.5, steps=0)
     for wrong in ({}, {**state, "steps_taken": "x"}, {**state, "bits": {}}, {**state, "changes": []}):
@@ -221,7 +221,7 @@ def test_a_state_of_another_run_is_refused() -> None:
         with pytest.raises(cpd.CheckpointError):
             fresh.load_state_dict(wrong)
     damaged = {**state, "bits": {name: bits ^ 1 for name, bits in state["bits"].items()}}
-    with pytest.raises(cpd.CheckpointError, match="not as noted"):
+    with pytest.raises(cpd.CheckpointError, match="masks do not match their checksum"):
         fresh.load_state_dict(damaged)
 
 

@@ -195,15 +195,15 @@ def test_models_of_others_are_refused_and_left_as_they_were(made: tuple[Net, cpd
     narrow = cpd.shrink(copy.deepcopy(model), plan)
     with pytest.raises(ShrinkError, match=told if name not in ("heads", "one more") else "The plan"):
         cpd.shrink(other, plan)
-    with pytest.raises(InputError, match=f"The comb is of another model.*{told}.*narrowed"):
+    with pytest.raises(InputError, match=f"The comb was made for another model.*{told}.*narrowed"):
         cpd.score(other, comb, criterion="magnitude")
     with pytest.raises(InputError, match=f"{told}.*as original"):
         cpd.compensate(narrow, other, plan, DATA)
-    with pytest.raises(InputError, match="What the plan makes is of another model"):
+    with pytest.raises(InputError, match="Applying the plan to original gives another model"):
         cpd.compensate(other, model, plan, DATA)
     with pytest.raises(InputError, match=f"{told}.*comb="):
         cpd.Pruner(other, IMAGES, target_macs=0.5, steps=1, comb=comb)
-    with pytest.raises(PlanError, match="this plan, and nothing else"):
+    with pytest.raises(PlanError, match="to which only this plan was applied"):
         comb.narrowed(other, plan)
     with pytest.raises(InputError, match=told):
         cpd.sensitivity(other, comb, DATA)
@@ -234,7 +234,7 @@ def test_a_plan_of_another_stage_is_refused(made: tuple[Net, cpd.Comb, Plan]) ->
     assert cpd.score(narrow, later, criterion="magnitude")
     with pytest.raises(PlanError, match="unpruned"):
         later.plan({})
-    with pytest.raises(PlanError, match="different models"):
+    with pytest.raises(PlanError, match="two plans belong to different models"):
         plan.since(cpd.comb(Net(nn.ReLU()).eval(), IMAGES).plan({}))
     with pytest.raises(PlanError, match="another model than the comb"):
         cpd.comb(Net(nn.ReLU()).eval(), IMAGES).narrowed(narrow, plan)

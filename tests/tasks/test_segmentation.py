@@ -141,4 +141,4 @@ def test_the_command_line_takes_label_maps(tmp_path: Path) -> None:
     assert 0 <= report["result"]["metric"] <= 100
     done = CliRunner().invoke(app, ["compress", "timm:resnet18,num_classes=3", *options.split()])
     assert done.exit_code == 2
-    assert "no map of classes" in " ".join(done.stderr.split())
+    assert "is not a map of classes" in " ".join(done.stderr.split())

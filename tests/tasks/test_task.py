@@ -81,7 +81,10 @@ def test_an_adapter_of_ones_own_compresses_what_returns_no_logits() -> None:
 
 
 def test_a_name_of_data_needs_a_task_that_reads_it() -> None:
-    with pytest.raises(cpd.InputError, match=r"^data='things' is a name, and models of this kind \(Sequential\)"):
+    with pytest.raises(
+        cpd.InputError,
+        match=r"^data='things' is a name, but cpd cannot load data by name for models of this kind \(Sequential\)",
+    ):
         cpd.compress(nn.Sequential(nn.Linear(4, 4)), target_macs=0.5, data="things")
     with pytest.raises(cpd.InputError, match=r"^task must be an object of a class derived from"):
         cpd.compress(nn.Linear(4, 4), target_macs=0.5, task=Counting)  # type: ignore[arg-type]

@@ -76,7 +76,10 @@ def test_a_shape_that_depends_on_values_has_the_examples_size(caplog: pytest.Log
     assert sizes(combed) == {"body.0": 16, "body.2": 12}
     (place,) = combed.operations.values_read
     assert place.startswith("test_values.py:")
-    assert f"The forward reads values ({place}): they are taken to be those of the example inputs." in caplog.text
+    assert (
+        f"The forward reads values of tensors ({place}). They are assumed to be those of the example inputs."
+        in caplog.text
+    )
 
 
 def test_a_number_used_as_a_size_is_the_examples() -> None:
@@ -228,7 +231,9 @@ def test_a_model_that_decides_by_a_value_and_has_no_parts_names_the_line() -> No
         y = F.conv2d(x, self.a.weight)
         return y if y.max() > 0 else y + 1
 
-    with pytest.raises(TraceError, match=r"at .*test_values\.py:\d+ .*depends on a value.*No submodule exports"):
+    with pytest.raises(
+        TraceError, match=r"at .*test_values\.py:\d+ .*depends on a value.*No submodule can be exported"
+    ):
         sketch(forward, a=conv(3, 8))
 
 

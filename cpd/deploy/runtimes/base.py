@@ -81,7 +81,7 @@ class Artifact:
             InputError: if the model is none.
         """
         if self.module is None:
-            raise InputError(f"The runtime {runtime!r} runs torch.nn.Modules; got {type(self.model).__name__}.")
+            raise InputError(f"The runtime {runtime!r} only runs torch.nn.Modules; got {type(self.model).__name__}.")
         return self.module
 
     @cached_property
@@ -270,8 +270,8 @@ def check_outputs(found: Sequence[Array], artifact: Artifact, runtime: str, prec
     shapes = [array.shape for array in expected], [array.shape for array in found]
     if shapes[0] != shapes[1]:
         raise ExportError(
-            f"{runtime} gives outputs of shapes {shapes[1]}, {source} {shapes[0]}: the conversion of this {what} is "
-            "broken, and its time would mean nothing."
+            f"{runtime} returns outputs of shapes {shapes[1]}, but {source} returns {shapes[0]}: this {what} was not "
+            "converted correctly, so timing it would mean nothing."
         )
     pairs = zip(expected, found, strict=True)
     difference = float(np.max([relative_difference(a, b.astype(a.dtype, copy=False)) for a, b in pairs], initial=0.0))
@@ -279,7 +279,7 @@ def check_outputs(found: Sequence[Array], artifact: Artifact, runtime: str, prec
     if not difference <= limit:  # a NaN fails too
         raise ExportError(
             f"{runtime}'s outputs differ from {source}'s by {difference:.1e} of the largest value; at most "
-            f"{limit:.1e} was expected. {_advice(what, precision)}"
+            f"{limit:.1e} is allowed. {_advice(what, precision)}"
         )
     return difference
 
@@ -287,12 +287,12 @@ def check_outputs(found: Sequence[Array], artifact: Artifact, runtime: str, prec
 def _advice(what: str, precision: str) -> str:
     if precision == "int8":
         return (
-            f"The ranges of 8-bit integers do not fit this {what}: pass data (or calibration) of the task, or ship it "
-            "in float."
+            f"The ranges for 8-bit integers do not fit this {what}: pass data (or calibration) of the task, or deploy "
+            "it in float."
         )
     return (
         f"Look for code in {what}.forward that branches on values or on tracing, or for outputs that are not finite; "
-        "if the model is merely ill-conditioned, raise `tolerance`."
+        "if the model is only ill-conditioned, raise `tolerance`."
     )
 
 

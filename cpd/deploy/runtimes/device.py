@@ -68,7 +68,7 @@ class Device:
             times = []
         if len(times) != len(texts) or not all(math.isfinite(ms) and ms > 0 for ms in times):
             raise InputError(
-                f"The runtime {self.name} must give one time in ms for each of {len(texts)} files, each above 0; got "
-                f"{shown(found)}. For a function of one path take Device(measure, one_at_a_time=True)."
+                f"The runtime {self.name} must return one time in ms above 0 for each of {len(texts)} files; got "
+                f"{shown(found)}. For a function that takes one path, use Device(measure, one_at_a_time=True)."
             )
         return times

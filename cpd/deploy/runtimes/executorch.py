@@ -74,8 +74,8 @@ class ExecuTorch:
         """
         if _threads.setdefault("set", self.threads) != self.threads:
             raise InputError(
-                f"ExecuTorch runs on {_threads['set']} thread(s) in this process, which cannot be changed once a model "
-                f"was loaded: time it on {self.threads} in another process."
+                f"ExecuTorch uses {_threads['set']} thread(s) in this process, which cannot be changed once a model "
+                f"was loaded: time it with {self.threads} in another process."
             )
         if library._threadpool_get_thread_count() != self.threads:
             with silent():

@@ -57,7 +57,7 @@ class Mnn:
             try:
                 module = mnn.load_module_from_file(str(made), inputs, outputs, runtime_manager=manager)
             except Exception as error:  # the binding raises what it likes
-                raise ExportError(f"MNN cannot open what it made of {what}: {first_line(error)}.") from error
+                raise ExportError(f"MNN cannot open its own conversion of {what}: {first_line(error)}.") from error
         variables = [_variable(expr, artifact.feeds[name]) for name in inputs]
 
         def run() -> list[Any]:

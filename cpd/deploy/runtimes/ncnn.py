@@ -56,7 +56,7 @@ class Ncnn:
             _converted(own_copy(module).cpu(), inputs, Path(name), pnnx.EXEC_PATH)
             opened = [network.load_param(f"{name}/model.ncnn.param"), network.load_model(f"{name}/model.ncnn.bin")]
         if any(opened):
-            raise ExportError(f"ncnn cannot open what pnnx made of {type(module).__name__}.")
+            raise ExportError(f"ncnn cannot open the conversion of {type(module).__name__} by pnnx.")
         images = [ncnn.Mat(np.ascontiguousarray(array_of(tensor)[0])) for tensor in inputs]
         names = list(zip(network.input_names(), images, strict=True))
 
@@ -82,7 +82,9 @@ def _images(artifact: Artifact) -> list[Tensor]:
         InputError: if there are several samples: ncnn knows no batches.
     """
     if artifact.call.samples != 1:
-        raise InputError(f"ncnn runs one image at a time; the example inputs hold {artifact.call.samples}.")
+        raise InputError(
+            f"ncnn runs one image at a time, but the example inputs hold {artifact.call.samples}: pass one image."
+        )
     return [leaf.cpu() for leaf in pytree.tree_leaves(tuple(artifact.call)) if isinstance(leaf, Tensor)]
 
 

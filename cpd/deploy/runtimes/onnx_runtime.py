@@ -90,7 +90,7 @@ class OnnxRuntimeProvider:
         if self.provider not in onnxruntime.get_available_providers():
             raise InputError(
                 f"This ONNX Runtime has no {self.provider}; it has {', '.join(onnxruntime.get_available_providers())}."
-                " Install the build that has it (onnxruntime-gpu, for one)."
+                " Install the package that has it, such as onnxruntime-gpu."
             )
         session = open_session(artifact.onnx, self.threads, provider=self.provider)
         outputs = run_session(session, artifact.fed(session))

@@ -111,7 +111,7 @@ def _done(command: Sequence[str]) -> str:
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
     except FileNotFoundError as error:
-        raise InputError(f"There is no program {command[0]!r} here.") from error
+        raise InputError(f"The program {command[0]!r} is not installed on this machine.") from error
     except subprocess.TimeoutExpired as error:
         raise InputError(f"{shlex.join(command)} took more than {SECONDS:g} s.") from error
     if found.returncode:
