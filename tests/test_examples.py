@@ -43,7 +43,7 @@ def public() -> list[str]:
 @pytest.mark.parametrize("name", CALLED)
 def test_what_users_call_most_has_an_example(name: str) -> None:
     assert example(name).examples
-    assert "    Examples:\n" in attrgetter(name)(cpd).__doc__  # the heading that the reference shows as code
+    assert "\nExamples:\n" in inspect.getdoc(attrgetter(name)(cpd))  # the heading that the reference shows as code
 
 
 @pytest.mark.parametrize("name", [name for name in public() if example(name).examples])

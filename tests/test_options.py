@@ -123,7 +123,7 @@ def test_numbers_of_other_libraries_become_pythons_own() -> None:
 
     found, share, others = called(np.uint8(2), share=np.float64(0.5), other=np.int64(1))
     assert (type(found), found, type(share), share, others) == (int, 2, float, 0.5, {"other": 1})
-    with pytest.raises(cpd.InputError, match=r"threads must be an integer from 1 to 1024; got np.int64\(0\)\."):
+    with pytest.raises(cpd.InputError, match=r"threads must be an integer from 1 to 1024; got (np.int64\(0\)|0)\."):
         called(np.int64(0))
     for wrong in (np.bool_(True), np.float64(1), np.array(1)):
         with pytest.raises(cpd.InputError, match="threads must be"):

@@ -395,7 +395,7 @@ def job_resume_apart(folder: str) -> None:
     checkpoint = Checkpoint(own, {})
     if processes.rank() == 0:
         own.mkdir()
-        checkpoint.write({})
+        checkpoint.write({"weights": torch.zeros(1)})
     monkey = pytest.MonkeyPatch()
     monkey.setattr("cpd.jobs.request.Checkpoint", lambda *_: checkpoint)
     checkpoint_of(own, True, 1, cpd.PruneConfig(target_macs=0.5), cpd.DistillConfig(), Plain(), {})

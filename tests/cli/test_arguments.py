@@ -10,7 +10,7 @@ from cpd.errors import InputError
 
 def test_numbers_with_commas() -> None:
     assert parse_numbers("1.5, 2,3") == [1.5, 2.0, 3.0]
-    with pytest.raises(InputError, match="Numbers with commas"):
+    with pytest.raises(InputError, match="Give numbers with commas"):
         parse_numbers("fast")
 
 

@@ -146,5 +146,5 @@ def test_what_it_needs_is_said() -> None:
     with pytest.raises(cpd.InputError, match="no BatchNorm of a group that may become narrower"):
         cpd.Pruner(plain, images, regularization="batchnorm", **options)
     pruner = cpd.Pruner(plain, images, regularization="growing", **options)
-    with pytest.raises(cpd.InputError, match="set the pruner's optimizer"):
+    with pytest.raises(cpd.InputError, match="pass optimizer= to the pruner"):
         pruner.step()

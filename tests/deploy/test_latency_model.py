@@ -178,4 +178,4 @@ def test_predictions_come_near_what_is_measured():
     assert max(found.groups, key=lambda name: found.groups[name]) in ("conv1", "layer2.0.conv2", "layer4.0.conv2")
     assert 0 < max(alike) < found.groups["conv1"] < found.total_ms
     assert json.loads(json.dumps(found.to_dict()))["kernels"] == found.kernels > 100
-    assert "known on this machine" in found.summary()[0]
+    assert "kernels on this machine are kept in" in found.summary()[0]

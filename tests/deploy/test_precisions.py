@@ -302,7 +302,7 @@ def test_a_target_of_8_bits_is_met_in_8_bits_and_its_accuracy_is_theirs(tmp_path
         deep(), target_speedup=1.3, data=batches, epochs=0, evaluate=evaluate, runtime="onnxruntime:int8", tolerance=0.3
     )
     assert seen[-2:] == ["OnnxModule", "OnnxModule"]
-    assert any("those of the INT8 models; in float" in note for note in result.report.notes)
+    assert any("those of the INT8 models. In float, the unpruned" in note for note in result.report.notes)
     assert "ONNX Runtime (int8) latency" in result.report.model_card()
     folder = result.save(tmp_path / "out")
     assert is_quantized((folder / "model.int8.onnx").read_bytes())

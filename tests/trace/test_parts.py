@@ -143,4 +143,4 @@ def test_a_model_of_which_nothing_can_be_traced_says_what_to_do() -> None:
     with pytest.raises(TraceError, match=r"cannot trace Opaque at .*test_parts\.py:\d+") as raised:
         cpd.comb(Opaque().double().eval(), MAP)
     assert isinstance(raised.value, cpd.TraceError)
-    assert "Call cpd.comb on one that does, e.g. cpd.comb(model.backbone" in str(raised.value)
+    assert "Call cpd.comb on one that can, e.g. cpd.comb(model.backbone" in str(raised.value)
