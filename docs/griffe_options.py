@@ -9,7 +9,7 @@ import griffe
 
 from cpd.options import options_of
 
-HEADING = "Options:\n    Each may be read as an attribute."
+HEADING = "Options:\n    Each can be read as an attribute."
 
 
 class Options(griffe.Extension):
