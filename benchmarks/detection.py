@@ -19,6 +19,7 @@ import copy
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,13 +93,7 @@ def main() -> int:
     torch.set_num_threads(1)
     rows = results.read(options.json)
     for name in options.models or MODELS:
-        row: dict[str, Any] = {"model": name}
-        try:
-            row |= examine(name, options.share)
-        except Exception as failure:
-            if options.trace:
-                raise
-            row["failed"] = f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
+        row = results.attempted({"model": name}, partial(examine, name, options.share), trace=options.trace)
         print("row:", row, flush=True)
         rows = [*(old for old in rows if old["model"] != name), row]
         if options.json:

@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -324,13 +325,8 @@ def main() -> int:
     torch.set_num_threads(1)
     rows = []
     for name in options.families or FAMILIES:
-        row = {"family": name, "task": FAMILIES[name].task}
-        try:
-            row |= examine(name, options.share)
-        except Exception as failure:
-            if options.trace:
-                raise
-            row["failed"] = f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
+        known = {"family": name, "task": FAMILIES[name].task}
+        row = results.attempted(known, partial(examine, name, options.share), trace=options.trace)
         print({key: value for key, value in row.items() if key != "parts"}, flush=True)
         rows.append(row)
         if options.json:

@@ -10,6 +10,7 @@ import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def about(path: Path) -> dict[str, Any]:
     """The calls, the commit, the machine and its versions."""
     told: dict[str, Any] = _content(path).get("about", {})
     return told
+
+
+def attempted(row: dict[str, Any], examine: Callable[[], dict[str, Any]], *, trace: bool = False) -> dict[str, Any]:
+    """A row with what an examination finds, or with the reason why it failed; with `trace` an error ends the run."""
+    try:
+        return row | examine()
+    except Exception as failure:
+        if trace:
+            raise
+        return {**row, "failed": f"{type(failure).__name__}: {failure}".splitlines()[0][:300]}
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,7 @@ def main() -> int:
     asked = options.models or MODELS
     rows = [row for row in results.read(options.json) if row["model"] not in asked]
     for name in asked:
-        row: dict[str, Any] = {"model": name}
-        try:
-            row |= examine(name, options)
-        except Exception as failure:
-            if options.trace:
-                raise
-            row["failed"] = f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
+        row = results.attempted({"model": name}, partial(examine, name, options), trace=options.trace)
         print("row:", row, flush=True)
         rows.append(row)
         if options.json:

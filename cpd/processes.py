@@ -7,7 +7,7 @@ read it. So it is made in memory, of numbers, texts, tensors and records of `cpd
 bytes is ever unpickled, here or elsewhere. What a file says each process reads by itself, as safetensors and JSON.
 
 Data is shared out in two ways. For what is summed batch by batch (`Share`) a process takes whole batches, as in a
-training. For what is summed over samples (`dealt`) the samples of all batches are dealt out a few at a time, so that n
+training. For what is summed over samples (`Dealt`) the samples of all batches are dealt out a few at a time, so that n
 processes hold, in the same order, what one process would. Of a DataLoader over a data set with an index each process
 loads its own part alone; anything else it iterates as a whole, and keeps its part.
 """
