@@ -50,7 +50,8 @@ def started(
     with pytest.MonkeyPatch.context() as patch:  # of the process that is forked
         for name, value in ALONE.items():
             patch.setenv(name, value)
-        given = (function, arguments, dict(environment), str(folder or os.getcwd()), str(output), terminal)
+        alone = {**environment, **ALONE}  # accelerate would take threads of its own where the number is not given
+        given = (function, arguments, alone, str(folder or os.getcwd()), str(output), terminal)
         process = _context().Process(target=_begin, args=given)
         process.start()
     return process
