@@ -95,18 +95,16 @@ def latency() -> None:
 
 def runtimes() -> None:
     """Each runtime's speed-ups as another process measured them there: how many are near what was asked, and all."""
-    rows = rows_of("runtimes")
+    rows = [row for row in rows_of("runtimes") if row["plan"] == row["runtime"]]
     names = list(dict.fromkeys(row["runtime"] for row in rows))
     targets = sorted({row["asked"] for row in rows})
     found = {(row["model"], row["runtime"], row["asked"]): row for row in rows}
 
     def counts(runtime: str) -> list[str]:
         mine = [row for row in rows if row["runtime"] == runtime]
-        off = [abs(row["second"] / row["asked"] - 1) for row in mine if "second" in row]
         out, failed = sum("error" in row for row in mine), sum("failed" in row for row in mine)
         seconds = statistics.median(row["seconds"] for row in mine if "seconds" in row)
-        near = [f"{sum(error <= limit for error in off)} of {len(off)}" for limit in (0.05, 0.1)]
-        return [f"`{runtime}`", *near, f"{max(off):.0%}", str(out), str(failed), f"{seconds:.0f}"]
+        return [f"`{runtime}`", *_nearness(mine), str(out), str(failed), f"{seconds:.0f}"]
 
     def cell(model: str, runtime: str) -> str:
         told = [found.get((model, runtime, target)) for target in targets]
@@ -115,11 +113,38 @@ def runtimes() -> None:
             for row in told
         )  # fmt: skip
 
-    heads = ["runtime", "within 5 %", "within 10 %", "furthest off", "out of reach", "failed", "seconds a target"]
+    heads = ["runtime", *NEARNESS, "out of reach", "failed", "seconds a target"]
     print(markdown(heads, list(map(counts, names))))
     print(f"Asked for {', '.join(f'{target:g}x' for target in targets)}; measured by another process:\n")
     models = dict.fromkeys(row["model"] for row in rows)
     print(markdown(["model", *names], [[_model({"model": m}), *(cell(m, name) for name in names)] for m in models]))
+
+
+NEARNESS = ("within 5 %", "within 10 %", "furthest off")
+
+
+def _nearness(rows: list[Any]) -> list[str]:
+    """How many of the measured rows are so near what was asked, and the furthest."""
+    off = [abs(row["second"] / row["asked"] - 1) for row in rows if "second" in row]
+    near = [f"{sum(error <= limit for error in off)} of {len(off)}" for limit in (0.05, 0.1)]
+    return [*near, f"{max(off):.0%}" if off else "-"]
+
+
+def plans_in_runtimes() -> None:
+    """In each runtime: the plans made for it, for ONNX Runtime, and a peer's models with as many MACs."""
+    rows = rows_of("runtimes")
+    told = {"onnxruntime": "ONNX Runtime", "peer": "Torch-Pruning, as many MACs as cpd's plan"}
+    pairs = dict.fromkeys((row["runtime"], row["plan"]) for row in rows if "second" in row)
+    compared = {runtime for runtime, plan in pairs if runtime != plan}
+
+    def line(runtime: str, plan: str) -> list[str]:
+        mine = [row for row in rows if (row["runtime"], row["plan"]) == (runtime, plan) and "second" in row]
+        ratio = statistics.median(row["second"] / row["asked"] for row in mine)
+        name = "this runtime" if plan == runtime else told.get(plan, plan)
+        return [f"`{runtime}`", name, *_nearness(mine), f"{ratio:.2f}"]
+
+    heads = ["runtime", "plan for", *NEARNESS, "measured / asked, median"]
+    print(markdown(heads, [line(*pair) for pair in sorted(pairs) if pair[0] in compared]))
 
 
 def demo() -> None:
@@ -236,7 +261,18 @@ DETECTION: Columns = {
     "error": _text("error"),
     "parameters left": _percent("left", share=True),
 }
+BOXES: Columns = {
+    "detector": _text("model"),
+    "parameters": lambda row: f"{row['parameters'] / 1e6:.1f} M",
+    "unpruned": _percent("dense"),
+    "trained on as long": _percent("longer"),
+    "pruned": _percent("pruned"),
+    "trained back": _percent("after"),
+    "MACs left": _percent("macs_left", share=True),
+    "parameters left": _percent("parameters_left", share=True),
+}
 COLUMNS: dict[str, Columns] = {
+    "boxes": BOXES,
     "yolo": {
         "model": _model,
         "parameters": lambda row: f"{row['parameters'] / 1e6:.2f} M",

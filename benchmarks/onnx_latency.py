@@ -16,14 +16,11 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +29,12 @@ import onnxruntime
 import results
 import torch
 from coverage import PEER, installed_peer
-from models import counted_macs
-from peer import narrowed
+from peer import with_macs, with_ratio
 from rich.console import Console
 from rich.table import Table
 
 import cpd
 from cpd.model import sources
-from cpd.model.inputs import as_call
 
 MODELS = [
     "timm:resnet18", "timm:resnet50", "timm:resnext50_32x4d", "timm:mobilenetv2_100", "timm:mobilenetv3_large_100",
@@ -114,30 +109,10 @@ def cell(name: str, target: float, threads: int, folder: Path) -> dict[str, Any]
 
 def beside(tp: Any, name: str, row: dict[str, Any], threads: int, folder: Path) -> dict[str, Any]:
     """The peer at the MACs that ours has, and at its measured speed-up."""
-    torch.manual_seed(0)
-    model = sources.resolve(name).build().eval()
-    inputs = sources.default_inputs(model)
-    call, parameters = as_call(inputs), sum(p.numel() for p in model.parameters())
-    full = counted_macs(model, call)
-
-    def left(ratio: float) -> tuple[Any, float]:
-        model = sources.resolve(name).build().eval()
-        found = narrowed(tp, model, inputs, ratio)
-        for module in found.modules():  # not in its example, but timm's attention asks for it
-            if hasattr(module, "attn_dim"):
-                module.attn_dim = module.num_heads * module.head_dim
-        return found, counted_macs(found, call) / full
-
-    with limited(PEER_SECONDS):
-        low, high = 0.0, 0.95  # by MACs, which need no export
-        for _ in range(8):
-            middle = (low + high) / 2
-            if left(middle)[1] > row["macs_left"]:
-                low = middle
-            else:
-                high = middle
-        equal = min((left(ratio) for ratio in (low, high) if ratio), key=lambda item: abs(item[1] - row["macs_left"]))
-    theirs = cpd.export_onnx(equal[0].eval(), inputs, folder / "theirs.onnx")
+    model = sources.resolve(name).build()
+    inputs, parameters = sources.default_inputs(model), sum(p.numel() for p in model.parameters())
+    equal = with_macs(tp, name, row["macs_left"], seconds=PEER_SECONDS)
+    theirs = cpd.export_onnx(equal[0], inputs, folder / "theirs.onnx")
     files = {"original": folder / "dense.onnx", "theirs": theirs, "ours": folder / "ours" / "model.onnx"}
     timed = cpd.measure_latency({key: str(path) for key, path in files.items()}, inputs, threads=threads, seconds=15)
     found = {
@@ -149,8 +124,8 @@ def beside(tp: Any, name: str, row: dict[str, Any], threads: int, folder: Path) 
     best: tuple[float, Any, float] | None = None
     for _ in range(STEPS):
         ratio = (low + high) / 2
-        candidate, macs = left(ratio)
-        speedup = cpd.compare_latency(files["original"], candidate.eval(), inputs, threads=threads, seconds=4).speedup
+        candidate, macs = with_ratio(tp, name, ratio)
+        speedup = cpd.compare_latency(files["original"], candidate, inputs, threads=threads, seconds=4).speedup
         off = math.log(speedup / row["measured"])
         if best is None or abs(off) < abs(best[0]):
             best = off, candidate, macs
@@ -163,22 +138,6 @@ def beside(tp: Any, name: str, row: dict[str, Any], threads: int, folder: Path) 
         "same_speed_macs_left": best[2],
         "same_speed_parameters_left": sum(p.numel() for p in best[1].parameters()) / parameters,
     }
-
-
-@contextmanager
-def limited(seconds: int) -> Iterator[None]:
-    """Raise `TimeoutError` in a block that takes longer."""
-
-    def end(*_: Any) -> None:
-        raise TimeoutError(f"no end in {seconds} s")
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # ---------------------------------------------------------------------------------- what is printed

@@ -7,14 +7,21 @@ the classifier ignored, attention heads given by hand and set by hand afterwards
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from models import counted_macs
 from oracles import build
 from torch import nn
+
+from cpd.model import sources
+from cpd.model.inputs import as_call
 
 #: Outputs of torchvision's segmentation models.
 SEGMENTATION_CLASSES = 21
@@ -75,6 +82,51 @@ def narrowed(tp: Any, model: nn.Module, inputs: Any, ratio: float) -> nn.Module:
                 module.num_heads = pruner.num_heads[layer]
                 module.head_dim = layer.out_features // (3 * module.num_heads)
     return model
+
+
+def with_macs(tp: Any, name: str, wanted: float, *, seconds: int) -> tuple[nn.Module, float]:
+    """timm's model `name` with the ratio whose share of the MACs is nearest to the one wanted, and its share.
+
+    Raises:
+        TimeoutError: if that takes longer than `seconds`.
+    """
+    with limited(seconds):
+        low, high = 0.0, 0.95  # by MACs, which need no export
+        for _ in range(8):
+            middle = (low + high) / 2
+            low, high = (middle, high) if with_ratio(tp, name, middle)[1] > wanted else (low, middle)
+        found = (with_ratio(tp, name, ratio) for ratio in (low, high) if ratio)
+        return min(found, key=lambda item: abs(item[1] - wanted))
+
+
+def with_ratio(tp: Any, name: str, ratio: float) -> tuple[nn.Module, float]:
+    """timm's model `name`, from seed 0, with this ratio, and its share of the MACs."""
+    torch.manual_seed(0)
+    model = sources.resolve(name).build().eval()
+    inputs = sources.default_inputs(model)
+    call = as_call(inputs)
+    full = counted_macs(model, call)
+    found = narrowed(tp, model, inputs, ratio)
+    for module in found.modules():  # not in its example, but timm's attention asks for it
+        if hasattr(module, "attn_dim"):
+            module.attn_dim = module.num_heads * module.head_dim
+    return found.eval(), counted_macs(found, call) / full
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raise `TimeoutError` in a block that takes longer."""
+
+    def end(*_: Any) -> None:
+        raise TimeoutError(f"no end in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _shapes(output: Any) -> list[list[int]]:

@@ -2,10 +2,12 @@
 
 Each cell compresses a model (random weights, magnitudes, nothing trained) to a speed-up in a runtime, saves it,
 and has a *second process* measure both again there: original and result in turn, medians of the ratios within the
-rounds, 95 % intervals. A target out of reach is counted apart, with the best figure. With `--plan onnxruntime` the
-plan made for ONNX Runtime is measured in each runtime, beside.
+rounds, 95 % intervals. A target out of reach is counted apart, with the best figure. `--plan onnxruntime` measures the
+plan made for ONNX Runtime in each runtime, beside; `--plan peer` Torch-Pruning's model (uniform ratio, group magnitude,
+widths in multiples of 8) with as many MACs as the plan made for the runtime has left, which the file must tell.
 
     python benchmarks/runtimes.py timm:resnet18 --runtimes openvino openvino:int8 --speedups 1.5 2 3 --json F
+    python benchmarks/runtimes.py timm:resnet18 --runtimes openvino --plan peer --json F
     python benchmarks/runtimes.py --read F            # the table of what was measured before
 
 Rows are added to the file one by one: a run that was killed goes on where it ended.
@@ -25,6 +27,7 @@ from typing import Any
 
 import results
 import torch
+from peer import with_macs
 from rich.console import Console
 from rich.table import Table
 
@@ -36,6 +39,8 @@ MODELS = (
     "timm:deit_small_patch16_224",
 )  # fmt: skip
 SECONDS = 10.0
+#: The peer among the plans; its model in a folder, as PyTorch saves a whole one; seconds that it may take for one.
+PEER, WHOLE, PEER_SECONDS = "peer", "model.pt", 120
 
 
 def built(name: str) -> torch.nn.Module:
@@ -46,8 +51,8 @@ def built(name: str) -> torch.nn.Module:
 
 def measure(name: str, folder: Path, runtime: str, threads: int, seconds: float) -> dict[str, Any]:
     """A saved result beside the original, in the process that this is called in."""
-    original = built(name)
-    result = cpd.load(folder, model=built(name))
+    original, whole = built(name), folder / WHOLE
+    result = torch.load(whole, weights_only=False) if whole.exists() else cpd.load(folder, model=built(name))
     found = cpd.compare_latency(
         original, result, sources.default_inputs(original), runtime=runtime, threads=threads, seconds=seconds,
         precision=0.01,
@@ -70,7 +75,7 @@ def measured_again(name: str, folder: Path, runtime: str, threads: int, seconds:
 def cell(
     name: str, plan: str, runtimes: list[str], speedup: float, threads: int, seconds: float
 ) -> list[dict[str, Any]]:
-    """The rows of one plan, made in the runtime `plan`, measured in others."""
+    """The rows of one plan, made for the runtime `plan`, measured in others."""
     start, model = time.perf_counter(), built(name)
     row: dict[str, Any] = {"model": name, "plan": plan, "asked": speedup}
     try:
@@ -86,21 +91,37 @@ def cell(
         "macs_left": found.report.result.macs / found.report.original.macs, "last_timing": found.speedup,
         "candidates": len(found.report.search), "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         found.save(folder)
-        for runtime in runtimes:
-            try:
-                again = measured_again(name, Path(folder), runtime, threads, seconds)
-            except RuntimeError as error:
-                rows.append({**row, "runtime": runtime, "failed": str(error)})
-                continue
-            rows.append({
-                **row, "runtime": runtime, "second": again["speedup"], "low": again["speedup_low"],
-                "high": again["speedup_high"], "ms": again["candidate_ms"], "original_ms": again["original_ms"],
-                "environment": again["environment"],
-            })  # fmt: skip
-    return rows
+        return [timed(row, Path(folder), runtime, threads, seconds) for runtime in runtimes]
+
+
+def peers_cell(row: dict[str, Any], threads: int, seconds: float) -> dict[str, Any]:
+    """The peer's row beside one of a plan made for the runtime that it is measured in."""
+    import torch_pruning
+
+    start, found = time.perf_counter(), {key: row[key] for key in ("model", "asked", "runtime")} | {"plan": PEER}
+    try:
+        model, left = with_macs(torch_pruning, row["model"], row["macs_left"], seconds=PEER_SECONDS)
+    except Exception as error:  # whatever the peer raises
+        return {**found, "failed": f"{type(error).__name__}: {error}"[:300]}
+    found |= {"macs_left": left, "seconds": round(time.perf_counter() - start, 1)}
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(model, Path(folder, WHOLE))
+        return timed(found, Path(folder), row["runtime"], threads, seconds)
+
+
+def timed(row: dict[str, Any], folder: Path, runtime: str, threads: int, seconds: float) -> dict[str, Any]:
+    """A row with what a second process measures of the model in a folder."""
+    row = {**row, "runtime": runtime}
+    try:
+        again = measured_again(row["model"], folder, runtime, threads, seconds)
+    except RuntimeError as error:
+        return {**row, "failed": str(error)}
+    return {
+        **row, "second": again["speedup"], "low": again["speedup_low"], "high": again["speedup_high"],
+        "ms": again["candidate_ms"], "original_ms": again["original_ms"], "environment": again["environment"],
+    }  # fmt: skip
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -118,7 +139,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         table.add_row(
             *head,
             f"{row['macs_left']:.1%}",
-            f"{row['last_timing']:.2f}",
+            f"{row['last_timing']:.2f}" if "last_timing" in row else "",
             interval,
             f"{off:+.1%}",
             f"{row['seconds']:g}",
@@ -139,7 +160,7 @@ def main() -> int:
     parser.add_argument("models", nargs="*", default=MODELS)
     parser.add_argument("--runtimes", nargs="+", default=["openvino"])
     parser.add_argument("--speedups", nargs="+", type=float, default=[1.5, 2.0, 3.0])
-    parser.add_argument("--plan", help="one runtime that all plans are made for; default: each for its own")
+    parser.add_argument("--plan", help="one runtime that all plans are made for, or 'peer'; default: its own each")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="that the second process times")
     parser.add_argument("--json", type=Path)
@@ -154,18 +175,25 @@ def main() -> int:
         show(results.read(options.read))
         return 0
     rows = results.read(options.json)
-    done = {(row["model"], row["plan"], row["asked"]) for row in rows}
+
+    def add(new: list[dict[str, Any]]) -> None:
+        rows.extend(new)
+        print(rows[-1], file=sys.stderr, flush=True)
+        if options.json:
+            results.write(options.json, rows)
+
     for name in options.models:
         for speedup in options.speedups:
+            mine = [row for row in rows if (row["model"], row["asked"]) == (name, speedup)]
             for plan in [options.plan] if options.plan else options.runtimes:
-                if (name, plan, speedup) in done:
-                    continue
-                inside = options.runtimes if options.plan else [plan]
-                rows += cell(name, plan, inside, speedup, options.threads, options.seconds)
-                print(rows[-1], file=sys.stderr, flush=True)
-                if options.json:
-                    options.json.parent.mkdir(parents=True, exist_ok=True)
-                    results.write(options.json, rows)
+                done = {row["runtime"] for row in mine if row["plan"] == plan}
+                missing = [one for one in (options.runtimes if options.plan else [plan]) if one not in done]
+                if plan == PEER:
+                    for row in mine:
+                        if row["runtime"] in missing and row["runtime"] == row["plan"] and "macs_left" in row:
+                            add([peers_cell(row, options.threads, options.seconds)])
+                elif missing:
+                    add(cell(name, plan, missing, speedup, options.threads, options.seconds))
     show(rows)
     return 0
 

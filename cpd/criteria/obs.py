@@ -18,7 +18,7 @@ cheap. What no layer reads (q and k) cannot be refitted: there the change is tha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -199,7 +199,17 @@ class Moments:
             return _shrunk(both, SHRINKAGES[-1])
         mean = first[0] / self.rows[0]
         fit, held = (_about(second[part], first[part], mean, self.rows[part]) for part in (0, 1))
-        return _shrunk(both, min(SHRINKAGES, key=lambda share: _surprise(_shrunk(fit, share), held)))
+        return _shrunk(both, _least(SHRINKAGES, lambda share: _surprise(_shrunk(fit, share), held)))
+
+
+def _least(shares: Sequence[float], of: Callable[[float], float]) -> float:
+    """The share at the first minimum: with enough rows that is an early one, and those after it are not tried."""
+    best, value = shares[0], of(shares[0])
+    for share in shares[1:]:
+        if (found := of(share)) >= value:
+            break
+        best, value = share, found
+    return best
 
 
 def _about(second: Tensor, first: Tensor, mean: Tensor, rows: int) -> Tensor:

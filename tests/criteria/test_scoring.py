@@ -167,6 +167,17 @@ def test_precision_hardly_changes_a_product_with_the_hessian(net, combed):
     assert epsilon(torch.float64) == epsilon(torch.float32) < epsilon(torch.float16) <= 0.1
 
 
+def test_obs_tries_no_covariance_after_the_best():
+    tried = []
+
+    def of(share):
+        tried.append(share)
+        return (share - 2.2) ** 2
+
+    assert sys.modules["cpd.criteria.obs"]._least((0.0, 1.0, 2.0, 3.0, 4.0, 5.0), of) == 2.0
+    assert tried == [0.0, 1.0, 2.0, 3.0]
+
+
 def test_obs_is_what_least_squares_leaves(net, combed, monkeypatch):
     """One reader, all positions: the score of the first to go is the error that a refit leaves, weighted by G."""
     monkeypatch.setattr(sys.modules["cpd.criteria.obs"], "SHRINKAGES", (0.0,))
