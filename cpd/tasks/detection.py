@@ -1,8 +1,9 @@
 """Detectors of torchvision: their own losses, raw predictions to mimic, mean average precision.
 
-They return losses in train mode and boxes in eval mode, and neither can be compared with a teacher's: a student mimics
-the predictions at every place, before any box is chosen, and learns from the losses, its norms in the mode that they
-are in. What is timed is that as well: the model less the choice of boxes, which pruning does not change.
+A detector returns losses in train mode and boxes in eval mode, and neither can be compared with a teacher's. So a
+student imitates the predictions at every location, before boxes are selected, and learns from the detector's own
+losses, during which norms keep their mode. Latencies are of the same part of the model, without the selection of boxes,
+which pruning does not change.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from cpd.tasks.task import Task, as_itself
 
 #: Where classes of detectors, of their heads and of their proposals lie.
 _LIBRARY = "torchvision.models.detection"
-#: What second stages say of a box, as torchvision names their parts.
+#: The parts of a second stage, by their names in torchvision.
 STAGES = ("box", "mask", "keypoint")
-#: Boxes that a second stage is asked about, as shares of an image: the whole, its quarters, its middle.
+#: The boxes for which the second stage is evaluated, relative to the image: the whole, its quarters, its center.
 PLACES = (
     (0, 0, 1, 1),
     (0, 0, 0.5, 0.5),
@@ -48,7 +49,7 @@ class Detection(Task):
     name: ClassVar[str] = "torchvision detection"
 
     def read(self, model: nn.Module, item: Any) -> Any:
-        """Images in one tensor, `[N, 3, H, W]`, and a target for each."""
+        """Put the images into one tensor, `[N, 3, H, W]`, beside a list of targets."""
         if not isinstance(item, (tuple, list)) or len(item) != 2:
             raise InputError(
                 f"A batch of a detector is (images, targets), in lists; the loader gave {type(item).__name__}."
@@ -57,7 +58,7 @@ class Detection(Task):
         return (padded(images),), None if targets is None else list(targets)
 
     def learn(self, model: nn.Module, call: Call, target: Any) -> tuple[Any, Tensor | None]:
-        """The raw predictions, and the sum of the model's own losses, its norms and its dropout as they are set."""
+        """The raw predictions, and the sum of the model's own losses; norms and dropout keep their mode."""
         images = list(call.args[0])
         output = raw_predictions(model, call.args[0])
         if target is None:
@@ -67,7 +68,7 @@ class Detection(Task):
         return output, torch.stack([value.float().sum() for value in losses.values()]).sum()
 
     def mimicked(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """The predictions before any box is chosen."""
+        """The predictions at every location, before boxes are selected."""
         return raw_predictions(model, args[0])
 
     def example_inputs(self, model: nn.Module) -> Any:
@@ -76,13 +77,13 @@ class Detection(Task):
         return None if found is None else padded(found[0])
 
     def training(self, model: nn.Module) -> Mapping[str, Any]:
-        """The features that the heads read are compared."""
+        """Distill the features that the heads read."""
         found = feature_modules(model)
         return {"kd": "mse", "features": found} if found else {"kd": "none"}
 
 
 def padded(images: Tensor | Sequence[Tensor]) -> Tensor:
-    """Images as one tensor, `[N, 3, H, W]`, zeros at the right of and below those that are smaller."""
+    """Images as one tensor, `[N, 3, H, W]`; smaller ones are padded with zeros at the right and below."""
     if isinstance(images, Tensor):
         return images
     height, width = (max(image.shape[dim] for image in images) for dim in (-2, -1))
@@ -91,9 +92,9 @@ def padded(images: Tensor | Sequence[Tensor]) -> Tensor:
 
 @contextmanager
 def _losing(model: nn.Module) -> Iterator[None]:
-    """The detector gives its losses within a block: what torchvision's detection is made of is in train mode.
+    """A `with` block in which a detector returns its losses: the modules of torchvision's detection are in train mode.
 
-    Norms and dropout lie elsewhere, and stay in the mode that they are in.
+    Norms and dropout are modules of other packages and keep their mode.
     """
     switched = [
         module
@@ -110,9 +111,9 @@ def _losing(model: nn.Module) -> Iterator[None]:
 
 
 def raw_predictions(model: Any, images: Tensor) -> Tensor:
-    """What the heads of a detector give at every place, `[N, numbers]`.
+    """The outputs of a detector's heads at every location, `[N, numbers]`.
 
-    Of a second stage it is what it says of boxes at fixed places, the same in a student and in its teacher.
+    A second stage is evaluated for fixed boxes (`PLACES`), which are the same for a student and its teacher.
     """
     transformed, _ = model.transform(list(images), None)
     features = _features(model, transformed.tensors)
@@ -132,7 +133,7 @@ def raw_predictions(model: Any, images: Tensor) -> Tensor:
 
 
 def _pooled(pool: Any, features: Mapping[str, Tensor], boxes: list[Tensor], sizes: Sequence[Any]) -> Tensor:
-    """What a pool makes of boxes, the mean over its levels: which one it would take depends on a box's size."""
+    """Pooled features of boxes, averaged over the levels, since a pool would pick the level by the size of the box."""
     from torchvision.ops import roi_align
 
     width = max(size[1] for size in sizes)
@@ -160,7 +161,7 @@ def _boxes(height: int, width: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def feature_modules(model: Any) -> tuple[str, ...]:
-    """The modules of a detector's backbone whose outputs its heads read."""
+    """Names of the modules of a detector's backbone whose outputs its heads read."""
     names, outputs = [], []
     handles = [
         module.register_forward_hook(lambda _, __, output, name=name: outputs.append((name, output)))

@@ -1,7 +1,7 @@
-"""Models of Hugging Face transformers: their batches, their own losses, what matters of their outputs.
+"""Models of Hugging Face transformers: their batches, their own losses, the parts of their outputs that matter.
 
-What a model takes is read off the signature of its forward, what it gives off the names of its outputs; no architecture
-is named here. transformers itself is not imported: whoever has such a model has it already.
+The arguments of a model are known from the signature of its forward, its outputs from their names; no architecture is
+named here. transformers itself is not imported: whoever has such a model has installed it.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from cpd.model.outputs import Outputs, reader
 from cpd.options import Check, integer, is_function
 from cpd.tasks.task import Task, TaskBatches
 
-#: Arguments of a forward that are targets; what rows of a data set call the first of them.
+#: Arguments of a forward that are targets; other names of the first of them in data sets.
 LABELS = ("labels", "mask_labels", "class_labels", "start_positions", "end_positions", "next_sentence_label")
 ALIASES = {"label": "labels", "label_ids": "labels"}
-#: What matters of an output, where it is there. The first is what a student mimics by the loss of a distillation.
+#: The parts of an output that matter. The loss of the distillation applies to the first that an output has.
 MATTER = (
     "logits", "predicted_depth", "class_queries_logits", "logits_per_image", "start_logits", "prediction_logits",
     "reconstruction", "pred_boxes", "pred_masks", "masks_queries_logits", "logits_per_text", "end_logits",
     "image_embeds", "text_embeds",
 )  # fmt: skip
-#: Those of them that hold classes, in the last of three dimensions.
+#: Those of them whose last of three dimensions are classes.
 CLASSES = ("logits", "class_queries_logits", "prediction_logits")
-#: Outputs that are no classes of anything: they are mimicked as features are.
+#: Outputs that are not classes: they are distilled as features are.
 EMBEDDINGS = ("image_embeds", "text_embeds", "last_hidden_state", "pooler_output")
-#: The main inputs of models, and how many dimensions one sample has.
+#: The main inputs of models, and the number of dimensions of one sample.
 SAMPLES = {"pixel_values": 3, "pixel_values_videos": 4, "input_ids": 1}
-#: Tokens of an example input; pixels of its side where a configuration names none.
+#: Tokens of an example input; height and width of its image if the configuration names none, in pixels.
 TOKENS, PIXELS = 16, 224
 
 _COLLATE = Check("a collator, called as collate(rows)", is_function)
@@ -46,15 +46,16 @@ _COLLATE = Check("a collator, called as collate(rows)", is_function)
 
 @dataclass(frozen=True)
 class HuggingFace(Task):
-    """Models of transformers: the loss is the model's own, the labels being passed in.
+    """Models of transformers. The loss is the model's own: labels are passed to its forward.
 
-    Batches are mappings as a collator gives them, `{"pixel_values": …, "labels": …}`; columns that the forward does not
-    take are left out. Rows of a data set, `{"pixel_values": Tensor[3, H, W], "labels": 3}`, are put into batches.
+    Batches are mappings as a collator returns them, `{"pixel_values": …, "labels": …}`; columns that the forward does
+    not take are ignored. Rows of a data set, `{"pixel_values": Tensor[3, H, W], "labels": 3}`, are put into batches.
 
     Args:
-        batch_size: rows in a batch.
-        collate: `collate(rows) -> mapping`, as a data collator of transformers; None stacks what can be stacked.
-        seed: of the order of the rows.
+        batch_size: Number of rows in a batch.
+        collate: `collate(rows) -> mapping`, as a data collator of transformers. Default: values of equal shapes are
+            stacked.
+        seed: Seed of the order of the rows.
 
     Examples:
         >>> task = cpd.tasks.hugging_face.HuggingFace(batch_size=32)
@@ -73,7 +74,7 @@ class HuggingFace(Task):
         _COLLATE.demand("collate", self.collate, optional=True)
 
     def read(self, model: nn.Module, item: Any) -> Any:
-        """A mapping as (arguments, labels): a tensor where the labels are the only target, else a mapping."""
+        """Turn a mapping into (arguments, labels); labels are a tensor if they are the only target."""
         takes = parameters_of(model)
         if not isinstance(item, Mapping):
             return item
@@ -88,7 +89,7 @@ class HuggingFace(Task):
         return ((), known), only
 
     def learn(self, model: nn.Module, call: Call, target: Any) -> tuple[Any, Tensor | None]:
-        """The output, and the model's own loss; of depth, where a model has none, the mean absolute error."""
+        """The output and the model's own loss; for depth models without a loss, the mean absolute error."""
         takes = parameters_of(model)
         labels: dict[str, Any] = {"labels": target}
         if isinstance(target, Mapping):
@@ -106,11 +107,11 @@ class HuggingFace(Task):
         return output, loss
 
     def outputs(self, model: nn.Module) -> Outputs:
-        """What is known to matter of an output, by its name; all of an output that has nothing of the kind."""
+        """The parts of the output whose names are in `MATTER`; the whole output if it has none of them."""
         return what_matters
 
     def chosen(self, model: nn.Module, outputs: Outputs) -> Outputs:
-        """Parts that are named, those of classes with the classes in dimension 1; a function lays out by itself."""
+        """The named parts, with classes in dimension 1; a function is taken as it is."""
         if callable(outputs):
             return outputs
         pick = reader(outputs)
@@ -128,18 +129,18 @@ class HuggingFace(Task):
         return chosen
 
     def training(self, model: nn.Module) -> Mapping[str, Any]:
-        """AdamW, which transformers are trained with; features instead of classes where there are none to compare."""
+        """AdamW, the usual optimizer of transformers; feature distillation if the output has no classes."""
         config: Any = model.config
         kind = type(model).__name__
         chooses_queries = bool(getattr(config, "two_stage", False)) or hasattr(config, "learn_initial_query")
-        if chooses_queries:  # by their scores: those of a student are others than the teacher's
+        if chooses_queries:  # by their scores: a student chooses others than its teacher
             return {"optimizer": "adamw", "kd": "none"}
         given = self._embedding_modules(model)
         mimicked = {"kd": "mse", "features": given} if given else {"kd": "mse"} if "Depth" in kind else {}
         return {"optimizer": "adamw", "lr": 1e-4, **mimicked}
 
     def _embedding_modules(self, model: nn.Module) -> tuple[str, ...]:
-        """The modules that give a model's embeddings, if that is what it is for: the first that matters is one."""
+        """The modules that return a model's embeddings, if the first part that matters of its output is one."""
         inputs = self.example_inputs(model)
         if inputs is None:
             return ()
@@ -169,7 +170,7 @@ class HuggingFace(Task):
         return tuple(given[id(part)] for part in wanted if isinstance(part, Tensor) and id(part) in given)
 
     def example_inputs(self, model: nn.Module) -> Any:
-        """One image, or some tokens, as the configuration has them; None where it says too little."""
+        """One image, or some tokens, as the configuration describes them; None if it does not."""
         takes, config = parameters_of(model), cast(Any, model).config
         found: dict[str, Any] = {}
         if "input_ids" in takes and cast(Any, model).main_input_name in ("input_ids", "pixel_values"):
@@ -187,7 +188,7 @@ class HuggingFace(Task):
         return (), {**placed, **without_cache(model)}
 
     def batches(self, model: nn.Module, data: Iterable[Any]) -> Iterable[Any]:
-        """A loader, or rows of a data set, put together in batches and read by this task."""
+        """The batches of a loader, or of the rows of a data set, read by this task."""
         if isinstance(data, TaskBatches) or not self._are_rows(data):
             return super().batches(model, data)
         generator = torch.Generator().manual_seed(self.seed)
@@ -212,18 +213,18 @@ class HuggingFace(Task):
 
 
 def parameters_of(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """What the forward of a model takes by name."""
+    """The arguments of a model's forward, by name."""
     found = inspect.signature(model.forward).parameters
     return {name: item for name, item in found.items() if item.kind is not item.VAR_KEYWORD}
 
 
 def without_cache(model: nn.Module) -> dict[str, Any]:
-    """The argument that keeps a language model from giving back its keys and values."""
+    """The argument with which a language model does not return its keys and values."""
     return {"use_cache": False} if "use_cache" in parameters_of(model) else {}
 
 
 def what_matters(output: Any) -> Any:
-    """The parts of an output that matter, classes in dimension 1; the whole where none is known."""
+    """The parts of an output that matter, classes in dimension 1; the whole output if none is known."""
     found = [part for name in MATTER if isinstance(part := _field(output, name), Tensor)]
     if not found:
         return output
@@ -243,7 +244,7 @@ def _field(output: Any, name: str) -> Any:
 
 
 def _absolute_error(depth: Tensor, target: Any) -> Tensor | None:
-    """The mean absolute error of depths `[N, H, W]`, where the true one is above 0."""
+    """The mean absolute error of depths `[N, H, W]` over the pixels whose target is above 0."""
     if not isinstance(target, Tensor):
         return None
     if target.shape != depth.shape:
@@ -253,7 +254,7 @@ def _absolute_error(depth: Tensor, target: Any) -> Tensor | None:
 
 
 def _image(model: nn.Module, config: Any) -> Tensor:
-    """Normal noise [1, C, H, W], the same at every call, of the size that a configuration names."""
+    """Gaussian noise [1, C, H, W], the same at every call, of the size that the configuration names."""
     places = [config, *(getattr(config, name, None) for name in ("vision_config", "backbone_config"))]
     size = next((found for place in places if (found := getattr(place, "image_size", None))), PIXELS)
     height, width = (size, size) if isinstance(size, int) else (int(size[-2]), int(size[-1]))
@@ -263,7 +264,7 @@ def _image(model: nn.Module, config: Any) -> Tensor:
 
 
 def stacked(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows as one batch: numbers and arrays of one shape stacked, all else (boxes of an image) in a list."""
+    """Put rows into one batch: numbers and arrays of equal shapes are stacked, others (boxes) are kept in a list."""
     found: dict[str, Any] = {}
     for name in rows[0]:
         values = [row[name] for row in rows]

@@ -3,7 +3,7 @@
     result = cpd.compress("ultralytics:yolo11n.pt", target_speedup=1.5, data="coco8.yaml")
     small = cpd.tasks.yolo.as_yolo(result.model)      # an ultralytics YOLO: train, val, predict, export, save
 
-ultralytics is imported inside the functions: whoever has such a model has it already.
+ultralytics is imported inside the functions: whoever has such a model has installed it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from cpd.options import FLAG, PATH, checked, instance, integer
 from cpd.tasks.metric import named
 from cpd.tasks.task import DataName, Loaded, Task
 
-#: Raw predictions of a head, [N, channels, places], in the order in which a student mimics them.
+#: Raw predictions of a head, [N, channels, locations], in the order in which they are distilled.
 PREDICTIONS = ("boxes", "scores", "mask_coefficient", "angle", "kpts")
-#: What metrics of ultralytics are called, the best first: of points, of masks, of boxes, of classes.
+#: Names of the metrics of ultralytics, the preferred first: for keypoints, masks, boxes, classes.
 METRICS = ("metrics/mAP50-95(P)", "metrics/mAP50-95(M)", "metrics/mAP50-95(B)", "metrics/accuracy_top1", "metrics/mIoU")
 IMAGE_SIZE = 640
 
@@ -43,16 +43,16 @@ _TRAINER = instance(type, "a trainer class of ultralytics, as ultralytics.models
 class Yolo(Task):
     """Models of ultralytics: detection, segmentation, poses, oriented boxes, classification.
 
-    Data is the name of a data file of ultralytics ("coco8.yaml", of classification a folder), or batches as its loaders
-    give them. The loss is the model's own, with the weights of its parts in `model.args`; a student mimics the raw
-    predictions at every place.
+    Data is the name of a data file of ultralytics ("coco8.yaml"; for classification, a folder), or batches as its
+    loaders return them. The loss is the model's own, with the weights of its parts in `model.args`; a student imitates
+    the raw predictions at every location.
 
     Args:
-        batch_size: images in a batch.
-        imgsz: side of the images in pixels; None: what the model was trained at, else 640.
-        augment: whether training images are augmented as ultralytics does.
-        workers: processes that load images.
-        seed: of the order of the images.
+        batch_size: Number of images in a batch.
+        imgsz: Height and width of the images in pixels. Default: the size that the model was trained with, else 640.
+        augment: Whether training images are augmented as ultralytics does.
+        workers: Number of processes that load images.
+        seed: Seed of the order of the images.
 
     Examples:
         >>> task = cpd.tasks.yolo.Yolo(batch_size=8, imgsz=320)
@@ -75,7 +75,7 @@ class Yolo(Task):
         integer(0).demand("workers", self.workers)
 
     def read(self, model: nn.Module, item: Any) -> Any:
-        """A batch of a loader of ultralytics as (images in 0 to 1, everything else of it)."""
+        """Turn a batch of a loader of ultralytics into (images between 0 and 1, all other tensors of the batch)."""
         if not isinstance(item, Mapping) or "img" not in item:
             return item
         images = item["img"]
@@ -83,7 +83,7 @@ class Yolo(Task):
         return images, {name: value for name, value in item.items() if name != "img" and isinstance(value, Tensor)}
 
     def learn(self, model: nn.Module, call: Call, target: Any) -> tuple[Any, Tensor | None]:
-        """The output, and the model's own loss: the sum of its parts, the mean over the images."""
+        """The output, and the model's own loss: the sum of its parts, averaged over the images."""
         if not isinstance(target, Mapping):
             return call.on(model), None
         images = call.args[0]
@@ -101,24 +101,24 @@ class Yolo(Task):
         return output, loss.sum() / (1 if loss.dim() == 0 else len(images))
 
     def outputs(self, model: nn.Module) -> Outputs:
-        """The raw predictions, in train and in eval mode; the lists of features beside them do not matter."""
+        """The raw predictions, in train and in eval mode, without the lists of features beside them."""
         return raw_predictions
 
     def training(self, model: nn.Module) -> Mapping[str, Any]:
-        """Each channel of the predictions compared over all places, which suits sparse objects; classes are classes."""
+        """Channel-wise distillation of the predictions, which suits sparse objects; of logits for a classifier."""
         if _chooses_queries(model):
             return {"kd": "none", "optimizer": "adamw", "lr": 1e-4}
         return {} if _kind(model) == "classify" else {"kd": "cwd"}
 
     def example_inputs(self, model: nn.Module) -> Any:
-        """One image of the size that the task has."""
+        """One image of the size that the task uses."""
         first = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
         size = self._size(model)
         images = torch.rand(1, first.in_channels, size, size, generator=torch.Generator().manual_seed(0))
         return images.to(device_of(model))
 
     def load(self, model: nn.Module, data: DataName) -> Loaded:
-        """The images of a data file of ultralytics: for training, as they are, and the model's own metric.
+        """Load the images of a data file of ultralytics, with and without augmentation, and the model's own metric.
 
         Raises:
             InputError: if there is no such file, or its classes are not the model's.
@@ -165,7 +165,7 @@ class Yolo(Task):
         )  # fmt: skip
 
     def _metric(self, model: nn.Module, data: str) -> Any:
-        """What `YOLO.val` gives of a model, in per cent."""
+        """The metric that `YOLO.val` computes, in per cent."""
         name = "top-1 accuracy [%]" if _kind(model) == "classify" else "mAP50-95 [%]"
 
         @named(name)
@@ -183,14 +183,14 @@ class Yolo(Task):
         return given if isinstance(given, int) and _kind(model) != "classify" else usual
 
 
-# ---------------------------------------------------------------------------------- what its models give
+# ---------------------------------------------------------------------------------- outputs
 
 
 def raw_predictions(output: Any) -> Any:
     """The predictions of a model of ultralytics before they are decoded, in train mode and in eval mode.
 
-    Those of one place lie in one column, [N, channels, places]; prototypes of masks follow, where there are some. Of a
-    classifier the logits.
+    They are [N, channels, locations], followed by the prototypes of masks if the model has any. A classifier returns
+    its logits.
     """
     if isinstance(output, (tuple, list)) and len(output) == 2 and isinstance(output[1], (Mapping, Tensor)):
         output = output[1]
@@ -217,7 +217,7 @@ def _classes(model: nn.Module) -> int | None:
 
 
 def _chooses_queries(model: nn.Module) -> bool:
-    """Whether a model finds objects by queries, as RT-DETR, which are others in a student than in its teacher."""
+    """Whether a model chooses queries for objects, as RT-DETR does; a student chooses others than its teacher."""
     from ultralytics.nn.tasks import RTDETRDetectionModel
 
     return isinstance(model, RTDETRDetectionModel)
@@ -225,7 +225,7 @@ def _chooses_queries(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def _own_arguments(model: Any) -> Iterator[None]:
-    """`model.args` as its losses read it, as attributes: a model that was not trained yet holds a dict."""
+    """A `with` block in which `model.args` has attributes, as losses need it; an untrained model holds a dict."""
     from ultralytics.cfg import get_cfg
     from ultralytics.utils import DEFAULT_CFG_DICT
 
@@ -243,7 +243,7 @@ def _own_arguments(model: Any) -> Iterator[None]:
 
 
 def _described(settings: Any) -> dict[str, Any]:
-    """What a data file says, its images being there."""
+    """The content of a data file, after a check that its images exist."""
     from ultralytics.data.utils import check_cls_dataset, check_det_dataset
 
     check = check_cls_dataset if settings.task == "classify" else check_det_dataset
@@ -255,13 +255,13 @@ def _described(settings: Any) -> dict[str, Any]:
 
 @checked(model=MODEL, data=PATH, imgsz=integer(32, 8192), batch=integer(1))
 def validated(model: nn.Module, data: str, imgsz: int = IMAGE_SIZE, batch: int = 16) -> float:
-    """What ultralytics' own validator gives of a model, in per cent: mAP50-95 of points, masks or boxes, or accuracy.
+    """The metric of ultralytics' own validator, in per cent: mAP50-95 of keypoints, masks or boxes, or accuracy.
 
     Args:
-        model: a model of ultralytics; it is left as it was.
-        data: the name of a data file.
-        imgsz: side of the images in pixels.
-        batch: images in a batch.
+        model: A model of ultralytics. It is not changed.
+        data: Name of a data file.
+        imgsz: Height and width of the images in pixels.
+        batch: Number of images in a batch.
     """
     with tempfile.TemporaryDirectory() as folder, _quiet(), random_states_kept():
         found = as_yolo(deepcopy(model).float()).val(
@@ -274,7 +274,7 @@ def validated(model: nn.Module, data: str, imgsz: int = IMAGE_SIZE, batch: int =
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tables and progress lines of ultralytics; and the threads of torch, which it sets, as they were."""
+    """A `with` block without output of ultralytics; torch's number of threads, which it sets, is restored."""
     from ultralytics.utils import LOGGER
 
     level, shown, threads = LOGGER.level, os.environ.get("YOLO_VERBOSE"), torch.get_num_threads()
@@ -295,11 +295,11 @@ def _quiet() -> Iterator[None]:
 def as_yolo(model: nn.Module) -> Any:
     """A compressed model as an `ultralytics.YOLO` (or `RTDETR`): train, val, predict, export, save.
 
-    Its trainer keeps the model as it is, where that of a `YOLO` opened from a file would build the wide one anew from
-    its description; `save("small.pt")` writes a file that `YOLO("small.pt")` opens.
+    Its trainer keeps the model, whereas that of a `YOLO` opened from a file would build the unpruned model again from
+    its description. `save("small.pt")` writes a file that `YOLO("small.pt")` opens.
 
     Args:
-        model: a model of ultralytics, as `result.model`; it is used as it is, not copied.
+        model: A model of ultralytics, such as `result.model`. It is not copied.
     """
     from ultralytics import RTDETR, YOLO
     from ultralytics.utils import callbacks
@@ -329,12 +329,12 @@ def as_yolo(model: nn.Module) -> Any:
 
 @checked(trainer=_TRAINER)
 def keeping(trainer: type) -> type:
-    """A trainer class of ultralytics that trains the model it is given, rather than building one from its description.
+    """Derive a trainer class that trains the model it is given, rather than building one from its description.
 
     For a compressed model from a file: `YOLO("small.pt").train(trainer=cpd.tasks.yolo.keeping(DetectionTrainer), …)`.
 
     Args:
-        trainer: as `ultralytics.models.yolo.detect.DetectionTrainer`.
+        trainer: A trainer class such as `ultralytics.models.yolo.detect.DetectionTrainer`.
     """
 
     def get_model(self: Any, cfg: Any = None, weights: nn.Module | None = None, verbose: bool = True) -> nn.Module:
