@@ -129,7 +129,7 @@ def render(comb: Comb, *, html: bool, milliseconds: Mapping[str, float] = Mappin
     entries = _legend(comb.groups, palette, held, input_groups(graph, comb))
     name = type(comb.model).__name__
     summary = (
-        f"{len(comb.open)} of {len(comb.groups)} groups are open: they hold {shares['parameters']:.1%} of the "
+        f"{len(comb.open)} of {len(comb.groups)} groups can be pruned: they hold {shares['parameters']:.1%} of the "
         f"parameters and {shares['macs']:.1%} of the MACs."
     )
     heading = _wrapped([summary, *SAID], LEGEND_CHARACTERS)
