@@ -228,6 +228,13 @@ ONE_SHOT: Columns = {
     "seconds": _seconds,
     "peak memory": lambda row: f"{row['peak_gib']:.1f} GiB" if "peak_gib" in row else "",
 }
+IMAGES: Columns = {
+    "model": _model,
+    "unpruned": _percent("dense"),
+    "images": _text("images"),
+    "BatchNorm recalibrated alone": _percent("recalibrated"),
+    "as compress does": _percent("accuracy"),
+}
 ORACLES: Columns = {
     "model": _model,
     "groups open / all": lambda row: f"{row['open']} / {row['groups']}",
@@ -288,6 +295,8 @@ COLUMNS: dict[str, Columns] = {
     "detector": DETECTOR,
     "detection": DETECTION,
     "one_shot_measured": ONE_SHOT,
+    "one_shot_peers": ONE_SHOT,
+    "one_shot_images": IMAGES,
     "oracles": ORACLES,
     "gpu_checks": {"step": _text("what"), "on the GPU": lambda row: str(row["found"]), "s": _seconds},
     "train_and_prune_resnet56_gpu": TRAINED,
