@@ -373,13 +373,6 @@ class LatencyProbe:
         """Whether all predictions are made of the runtime's own kernels."""
         return all(map(profiles, self.runtimes))
 
-    def reopen(self) -> None:
-        """Open the original again, in every runtime, so that it and the next candidate are opened under one condition.
-
-        A process that has trained gives a session other memory than one that was opened before.
-        """
-        self._originals = [(each, artifact, _opened(each, artifact)) for each, artifact, _ in self._originals]
-
     def original_ms(self, seconds: float = 1.0) -> float:
         """The original's latency alone, in ms; of several batches and runtimes the longest."""
         return max(

@@ -481,8 +481,6 @@ class _Run(Run):
         )  # fmt: skip
         candidate = probe.artifact(self.student)
         candidate.onnx = export_onnx(self.student, self.call)
-        if self.pruner.probe is not None and any(row["epoch"] for row in self.history):  # opened before the training
-            probe.reopen()
         slowest = target.attained if target.is_measured else attrgetter("speedup")
         comparison = probe.compare(candidate, seconds=FINAL_SECONDS, precision=0.01, slowest=slowest)
         nodes = paired(probe.profile(seconds=PROFILE_SECONDS), probe.profile(candidate, seconds=PROFILE_SECONDS))

@@ -12,7 +12,6 @@ import torch
 from cpd.deploy.export import export_onnx
 from cpd.deploy.latency import LatencyComparison, LatencyProbe, compare_latency
 from cpd.deploy.rounds import _rank, median_interval
-from cpd.deploy.runtimes.onnx_runtime import OnnxRuntime
 from cpd.errors import ExportError, InputError
 from helpers.exports import BehavesOtherwiseWhenExported, conv_net
 
@@ -41,23 +40,6 @@ def test_a_model_is_as_fast_as_itself(exported: Path, image: torch.Tensor):
     result = compare_latency(exported, exported, image, seconds=1.0, min_runs=40, precision=0.02)
     check_consistent(result)
     assert 0.8 < result.speedup < 1.25
-
-
-def test_the_original_is_opened_again(exported: Path, image: torch.Tensor, monkeypatch: pytest.MonkeyPatch):
-    opened = []
-    prepare = OnnxRuntime.prepare
-
-    def noted(self, artifact):
-        opened.append(artifact)
-        return prepare(self, artifact)
-
-    monkeypatch.setattr(OnnxRuntime, "prepare", noted)
-    probe = LatencyProbe(exported, image)
-    first = probe.original
-    probe.compare(exported, seconds=0.1)
-    probe.reopen()
-    check_consistent(probe.compare(exported, seconds=0.1))
-    assert [artifact is first for artifact in opened] == [True, False, True, False]
 
 
 def test_timing_ends_by_precision_or_by_time(exported: Path, image: torch.Tensor):
