@@ -251,15 +251,18 @@ TRAINED: Columns = {
     "after": _percent("metric", 2),
     "epochs": lambda row: str(row["epochs"]),
 }
-DETECTOR: Columns = {
-    "by": _text("by"),
-    "asked": lambda row: "" if row["by"] == "unpruned" else f"{row['asked']:g}x",
-    "measured apart": _times("speedup"),
+PRUNED_AND_TRAINED: Columns = {
     "unpruned": _percent("dense"),
     "pruned": _percent("pruned"),
     "trained back": _percent("after"),
     "MACs left": _percent("macs_left", share=True),
     "parameters left": _percent("parameters_left", share=True),
+}
+DETECTOR: Columns = {
+    "by": _text("by"),
+    "asked": lambda row: "" if row["by"] == "unpruned" else f"{row['asked']:g}x",
+    "measured apart": _times("speedup"),
+    **PRUNED_AND_TRAINED,
 }
 DETECTION: Columns = {
     "detector": _text("model"),
@@ -271,12 +274,8 @@ DETECTION: Columns = {
 BOXES: Columns = {
     "detector": _text("model"),
     "parameters": lambda row: f"{row['parameters'] / 1e6:.1f} M",
-    "unpruned": _percent("dense"),
-    "trained on as long": _percent("longer"),
-    "pruned": _percent("pruned"),
-    "trained back": _percent("after"),
-    "MACs left": _percent("macs_left", share=True),
-    "parameters left": _percent("parameters_left", share=True),
+    **PRUNED_AND_TRAINED,
+    "unpruned, trained on as long": _percent("longer"),
 }
 COLUMNS: dict[str, Columns] = {
     "boxes": BOXES,
