@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from cpd.deploy.apart import timed_apart
 from cpd.deploy.export import EITHER_MODEL, TOLERANCE, OnnxSource, as_bytes
 from cpd.deploy.machine import environment
 from cpd.deploy.profiling import NodeTime
@@ -398,11 +399,13 @@ class LatencyProbe:
         min_runs: int = 20,
         precision: float = 0.02,
         slowest: Callable[[LatencyComparison], float] = lambda found: found.speedup,
+        apart: bool = False,
     ) -> LatencyComparison:
         """Time `candidate` beside the original; arguments and errors are those of `compare_latency`.
 
-        An artifact is taken for the batch that it was made for, and its model is exported for the others.
-        Of several batches or runtimes the comparison is given for which `slowest` is least.
+        With `apart` the two are timed in a process of their own, where the runtime allows it. An artifact is taken for
+        the batch that it was made for, and its model is exported for the others. Of several batches or runtimes the
+        comparison is given for which `slowest` is least.
         """
         given, model = (candidate, candidate.model) if isinstance(candidate, Artifact) else (None, candidate)
         artifacts = {
@@ -411,23 +414,26 @@ class LatencyProbe:
         }
         return min(
             (
-                self._compared(index, artifacts[id(self._originals[index][1])], seconds, min_runs, precision)
+                self._compared(index, artifacts[id(self._originals[index][1])], seconds, min_runs, precision, apart)
                 for index in range(len(self._originals))
             ),
             key=slowest,
         )
 
     def _compared(
-        self, index: int, artifact: Artifact, seconds: float, min_runs: int, precision: float
+        self, index: int, artifact: Artifact, seconds: float, min_runs: int, precision: float, apart: bool
     ) -> LatencyComparison:
         """A candidate beside the original, of one batch in one runtime; a device is asked once about a file."""
-        runtime, _, first = self._originals[index]
+        runtime, original_artifact, first = self._originals[index]
         second = _opened(runtime, artifact)
         digest = None if second.file is None else hashlib.sha256(second.file.read_bytes()).hexdigest()
         if digest is not None and (index, digest) in self._known:
             return self._known[index, digest]
         with of_the_user(f"The runtime {runtime.name}", "while it ran a model"):
-            times = time_rounds([first, second], seconds / len(self._originals), min_runs, precision)
+            budget = seconds / len(self._originals), min_runs, precision
+            times = timed_apart(runtime, [original_artifact, artifact], *budget) if apart else None
+            if times is None:
+                times = time_rounds([first, second], *budget)
         original, other = column(times, 0), column(times, 1)
         found = LatencyComparison(
             speedup=other.speedup,

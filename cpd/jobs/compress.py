@@ -482,7 +482,9 @@ class _Run(Run):
         candidate = probe.artifact(self.student)
         candidate.onnx = export_onnx(self.student, self.call)
         slowest = target.attained if target.is_measured else attrgetter("speedup")
-        comparison = probe.compare(candidate, seconds=FINAL_SECONDS, precision=0.01, slowest=slowest)
+        comparison = probe.compare(
+            candidate, seconds=FINAL_SECONDS, precision=0.01, slowest=slowest, apart=self.pruner.data is not None
+        )  # fmt: skip
         nodes = paired(probe.profile(seconds=PROFILE_SECONDS), probe.profile(candidate, seconds=PROFILE_SECONDS))
         int8 = (probe.original.int8, candidate.int8) if probe.is_quantized else None
         files = probe.bytes_of(probe.original), probe.bytes_of(candidate)

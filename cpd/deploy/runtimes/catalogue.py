@@ -31,6 +31,7 @@ class Entry:
         settings: what its constructor is given, beside `threads`.
         package: what must be installed for it, to tell whether it is; None: always there.
         grain: widths in multiples of this are fast.
+        runs_files: whether ONNX models are all that it needs, on the CPU: the last timing can be done in a new process.
     """
 
     module: str
@@ -38,20 +39,21 @@ class Entry:
     settings: dict[str, Any] = field(default_factory=dict)
     package: str | None = None
     grain: int = GRAIN
+    runs_files: bool = False
 
 
 #: ONNX Runtime's INT8 kernels of depthwise convolutions fall back to slow ones where channels are no multiple of 16.
 RUNTIMES = {
-    "onnxruntime": Entry("onnx_runtime", "OnnxRuntime"),
-    "onnxruntime:int8": Entry("onnx_runtime", "OnnxRuntime", {"precision": "int8"}, grain=16),
+    "onnxruntime": Entry("onnx_runtime", "OnnxRuntime", runs_files=True),
+    "onnxruntime:int8": Entry("onnx_runtime", "OnnxRuntime", {"precision": "int8"}, grain=16, runs_files=True),
     "onnxruntime:cuda": Entry("onnx_runtime", "OnnxRuntimeProvider", {"provider": "CUDAExecutionProvider"}),
     "onnxruntime:tensorrt": Entry("onnx_runtime", "OnnxRuntimeProvider", {"provider": "TensorrtExecutionProvider"}),
-    "openvino": Entry("openvino", "OpenVINO", package="openvino"),
-    "openvino:bf16": Entry("openvino", "OpenVINO", {"precision": "bf16"}, package="openvino"),
-    "openvino:int8": Entry("openvino", "OpenVINO", {"precision": "int8"}, package="openvino"),
-    "opencv": Entry("opencv", "OpenCV", package="cv2"),
+    "openvino": Entry("openvino", "OpenVINO", package="openvino", runs_files=True),
+    "openvino:bf16": Entry("openvino", "OpenVINO", {"precision": "bf16"}, package="openvino", runs_files=True),
+    "openvino:int8": Entry("openvino", "OpenVINO", {"precision": "int8"}, package="openvino", runs_files=True),
+    "opencv": Entry("opencv", "OpenCV", package="cv2", runs_files=True),
     "ncnn": Entry("ncnn", "Ncnn", package="ncnn"),
-    "mnn": Entry("mnn", "Mnn", package="MNN"),
+    "mnn": Entry("mnn", "Mnn", package="MNN", runs_files=True),
     "executorch": Entry("executorch", "ExecuTorch", package="executorch"),
     "torch": Entry("pytorch", "TorchEager"),
     "torch.compile": Entry("pytorch", "TorchCompile"),
