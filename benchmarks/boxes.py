@@ -101,6 +101,7 @@ def examine(name: str, options: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     report = found.report
     return {
+        "asked": options.macs,
         "dense": report.original.metric,
         "pruned": next((row["metric"] for row in report.history if not row["epoch"]), None),
         "after": report.result.metric,
@@ -129,15 +130,8 @@ def main() -> int:
     parser.add_argument("--trace", action="store_true", help="let an error end the run")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    rows = results.read(options.json)
-    for name in options.models or MODELS:
-        row = results.attempted(
-            {"model": name, "asked": options.macs}, partial(examine, name, options), trace=options.trace
-        )
-        print({key: value for key, value in row.items() if key != "notes"}, file=sys.stderr, flush=True)
-        rows = [*(old for old in rows if old["model"] != name), row]
-        if options.json:
-            results.write(options.json, rows)
+    one = partial(examine, options=options)
+    rows = results.examined(options.models or MODELS, one, options.json, trace=options.trace)
     table = Table(
         "detector", "unpruned", "pruned", "trained back", "longer", "MACs", "parameters", "s", title="mAP50-95"
     )

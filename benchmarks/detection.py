@@ -91,13 +91,8 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows = results.read(options.json)
-    for name in options.models or MODELS:
-        row = results.attempted({"model": name}, partial(examine, name, options.share), trace=options.trace)
-        print("row:", row, flush=True)
-        rows = [*(old for old in rows if old["model"] != name), row]
-        if options.json:
-            results.write(options.json, rows)
+    one = partial(examine, share=options.share)
+    rows = results.examined(options.models or MODELS, one, options.json, trace=options.trace)
     table = Table("detector", "parameters", "open", "error", "left", "boxes", "s", title="detectors of torchvision")
     for row in rows:
         if "failed" in row:

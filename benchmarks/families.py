@@ -232,7 +232,8 @@ def examine(name: str, share: float) -> dict[str, Any]:
     """One family through everything."""
     start, family = time.perf_counter(), FAMILIES[name]
     model = built(name)
-    row: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters()), **oracle(name, share)}
+    size = sum(p.numel() for p in model.parameters())
+    row: dict[str, Any] = {"task": family.task, "parameters": size, **oracle(name, share)}
     torch.manual_seed(0)
     data = [family.batch() for _ in range(2)]
     result = cpd.compress(model, target_macs=0.7, data=data, epochs=1, progress=False)
@@ -303,7 +304,7 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     table = Table("task", "family", "params", *names, "s", title="families of transformers")
     for row in rows:
         if "failed" in row:
-            table.add_row(row["task"], row["family"], *[""] * (len(names) + 1), row["failed"])
+            table.add_row(FAMILIES[row["family"]].task, row["family"], *[""] * (len(names) + 1), row["failed"])
             continue
         figures = (
             f"{row['open']:.1%}", row["error"], f"{row['own loss']:.3g}" if row["own loss"] is not None else "none",
@@ -323,14 +324,8 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    rows = []
-    for name in options.families or FAMILIES:
-        known = {"family": name, "task": FAMILIES[name].task}
-        row = results.attempted(known, partial(examine, name, options.share), trace=options.trace)
-        print({key: value for key, value in row.items() if key != "parts"}, flush=True)
-        rows.append(row)
-        if options.json:
-            results.write(options.json, rows)
+    one = partial(examine, share=options.share)
+    rows = results.examined(options.families or FAMILIES, one, options.json, key="family", trace=options.trace)
     console = Console(width=200)
     console.print(table_of(rows))
     good = [row for row in rows if "failed" not in row]

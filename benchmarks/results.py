@@ -10,7 +10,8 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,36 @@ def attempted(row: dict[str, Any], examine: Callable[[], dict[str, Any]], *, tra
         if trace:
             raise
         return {**row, "failed": f"{type(failure).__name__}: {failure}".splitlines()[0][:300]}
+
+
+def examined(
+    names: Iterable[str],
+    examine: Callable[[str], dict[str, Any]],
+    path: Path | None,
+    *,
+    key: str = "model",
+    trace: bool = False,
+) -> list[dict[str, Any]]:
+    """A row for each name, in the place of the one that the file may hold of it; written and told one by one.
+
+    Args:
+        names: of what is examined.
+        examine: what a row tells of one.
+        path: the file, or None.
+        key: the entry of a row that holds its name.
+        trace: let an error end the run.
+
+    Returns:
+        The rows, those of the file that were not examined again first.
+    """
+    rows: list[dict[str, Any]] = read(path)
+    for name in names:
+        row = attempted({key: name}, partial(examine, name), trace=trace)
+        print({entry: value for entry, value in row.items() if isinstance(value, (str, int, float))}, flush=True)
+        rows = [*(old for old in rows if old[key] != name), row]
+        if path is not None:
+            write(path, rows)
+    return rows
 
 
 def _content(path: Path) -> dict[str, Any]:

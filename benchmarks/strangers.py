@@ -24,6 +24,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -896,10 +897,7 @@ def main() -> int:
     if options.alone:
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
-        try:
-            row = examine(options.models[0], options.share)
-        except Exception as failure:
-            row = {"failed": f"{type(failure).__name__}: {failure}".splitlines()[0][:300]}
+        row = results.attempted({}, partial(examine, options.models[0], options.share))
         options.json.write_text(json.dumps(row))
         return 0
     rows = []

@@ -94,14 +94,8 @@ def main() -> int:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    asked = options.models or MODELS
-    rows = [row for row in results.read(options.json) if row["model"] not in asked]
-    for name in asked:
-        row = results.attempted({"model": name}, partial(examine, name, options), trace=options.trace)
-        print("row:", row, flush=True)
-        rows.append(row)
-        if options.json:
-            results.write(options.json, rows)
+    one = partial(examine, options=options)
+    rows = results.examined(options.models or MODELS, one, options.json, trace=options.trace)
     names = ("open", "error", "asked", "speed-up", "trainer", "exporter", "validator", "s")
     table = Table("model", "params", "left", *names, title="models of ultralytics")
     for row in rows:

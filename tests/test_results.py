@@ -47,6 +47,24 @@ def test_rows_keep_their_commit_and_calls_add_up(
     assert results.about(path)["calls"] == [f"python benchmarks/one.py DATA_DIR --seeds {seed}" for seed in (0, 1)]
 
 
+def test_rows_are_examined_one_by_one_in_the_place_of_older_ones(results: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    results.write(path, [{"model": "a", "x": 1}, {"model": "b", "x": 1}])
+
+    def examine(name: str) -> dict[str, int]:
+        if name == "c":
+            raise ValueError("odd\nand more")
+        return {"x": 2}
+
+    told = {"b": 1, "a": 2}
+    rows = results.examined(["a", "c"], examine, path)
+    assert {row["model"]: row.get("x", row.get("failed")) for row in rows} == {**told, "c": "ValueError: odd"}
+    assert [row["model"] for row in results.read(path)] == ["b", "a", "c"]
+    with pytest.raises(ValueError, match="odd"):
+        results.examined(["c"], examine, path, trace=True)
+    assert [row["model"] for row in results.read(path)] == ["b", "a", "c"], "what was found before is lost"
+
+
 def test_benchmarks_read_and_write_rows_in_one_way() -> None:
     """A benchmark that reads what another one wrote would else meet the record around the rows."""
     odd = [
