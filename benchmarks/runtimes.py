@@ -5,9 +5,12 @@ and has a *second process* measure both again there: original and result in turn
 rounds, 95 % intervals. A target out of reach is counted apart, with the best figure. `--plan onnxruntime` measures the
 plan made for ONNX Runtime in each runtime, beside; `--plan peer` Torch-Pruning's model (uniform ratio, group magnitude,
 widths in multiples of 8) with as many MACs as the plan made for the runtime has left, which the file must tell.
+`--data DATA_DIR` gives compress `--images` images of the ImageNet sample, so that it scores by them and refits, and
+goes on searching where the last timing missed (`tf_efficientnet_lite0` has its trained weights then).
 
     python benchmarks/runtimes.py timm:resnet18 --runtimes openvino openvino:int8 --speedups 1.5 2 3 --json F
     python benchmarks/runtimes.py timm:resnet18 --runtimes openvino --plan peer --json F
+    python benchmarks/runtimes.py timm:ghostnet_100 --runtimes onnxruntime --speedups 1.25 1.5 2 --data DATA_DIR
     python benchmarks/runtimes.py --read F            # the table of what was measured before
 
 Rows are added to the file one by one: a run that was killed goes on where it ended.
@@ -25,6 +28,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import imagenet
+import platformdirs
 import results
 import torch
 from peer import with_macs
@@ -47,6 +52,14 @@ def built(name: str) -> torch.nn.Module:
     """A model with weights from a fixed seed."""
     torch.manual_seed(0)
     return sources.resolve(name).build().eval()
+
+
+def of_sample(name: str, folder: Path, count: int) -> tuple[torch.nn.Module, list[tuple[torch.Tensor, torch.Tensor]]]:
+    """A model, trained where the sample has weights of it, and batches of so many images as that one takes them."""
+    known, cache = "tf_efficientnet_lite0", platformdirs.user_cache_path("cpd") / "benchmarks"
+    images, labels = (tensor[:count] for tensor in imagenet.sample(known, folder, "calibration"))
+    model = imagenet.load(known, folder, cache) if name == f"timm:{known}" else built(name)
+    return model.eval(), list(zip(images.split(32), labels.split(32), strict=True))
 
 
 def measure(name: str, folder: Path, runtime: str, threads: int, seconds: float) -> dict[str, Any]:
@@ -73,15 +86,21 @@ def measured_again(name: str, folder: Path, runtime: str, threads: int, seconds:
 
 
 def cell(
-    name: str, plan: str, runtimes: list[str], speedup: float, threads: int, seconds: float
+    name: str, plan: str, runtimes: list[str], speedup: float, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """The rows of one plan, made for the runtime `plan`, measured in others."""
-    start, model = time.perf_counter(), built(name)
     row: dict[str, Any] = {"model": name, "plan": plan, "asked": speedup}
+    given: dict[str, Any] = {}
+    if options.data is None:
+        model = built(name)
+    else:
+        model, given["data"] = of_sample(name, options.data, options.images)
+        given["epochs"], row["images"] = 0, options.images
+    start = time.perf_counter()
     try:
         found = cpd.compress(
-            model, target_speedup=speedup, example_inputs=sources.default_inputs(model), runtime=plan, threads=threads,
-            progress=False,
+            model, target_speedup=speedup, example_inputs=sources.default_inputs(model), runtime=plan,
+            threads=options.threads, progress=False, **given,
         )  # fmt: skip
     except cpd.TargetError as error:
         return [{**row, "runtime": plan, "error": str(error)[:300]}]
@@ -93,7 +112,7 @@ def cell(
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         found.save(folder)
-        return [timed(row, Path(folder), runtime, threads, seconds) for runtime in runtimes]
+        return [timed(row, Path(folder), runtime, options.threads, options.seconds) for runtime in runtimes]
 
 
 def peers_cell(row: dict[str, Any], threads: int, seconds: float) -> dict[str, Any]:
@@ -161,6 +180,8 @@ def main() -> int:
     parser.add_argument("--runtimes", nargs="+", default=["openvino"])
     parser.add_argument("--speedups", nargs="+", type=float, default=[1.5, 2.0, 3.0])
     parser.add_argument("--plan", help="one runtime that all plans are made for, or 'peer'; default: its own each")
+    parser.add_argument("--data", type=Path, metavar="DATA_DIR", help="compress has images of the ImageNet sample")
+    parser.add_argument("--images", type=int, default=128, help="of the sample that compress has")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="that the second process times")
     parser.add_argument("--json", type=Path)
@@ -193,7 +214,7 @@ def main() -> int:
                         if row["runtime"] in missing and row["runtime"] == row["plan"] and "macs_left" in row:
                             add([peers_cell(row, options.threads, options.seconds)])
                 elif missing:
-                    add(cell(name, plan, missing, speedup, options.threads, options.seconds))
+                    add(cell(name, plan, missing, speedup, options))
     show(rows)
     return 0
 
