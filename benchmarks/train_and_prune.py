@@ -2,10 +2,12 @@
 
 Students: `resnet56` (pretrained, 5,085 exact CIFAR-10 images), `resnet56-full` (all 50,000, as JPEG), `resnet20`
 (on the exact images; its larger teacher is the pretrained ResNet-56), `vit` and `mobilenetv2` (CIFAR stems, on the
-exact images), `lraspp` (torchvision's) and `decoder` (a timm backbone), both on CamVid. What has no weights yet is
-trained first, and kept in `--weights`. `ade20k` is LR-ASPP on a folder of ADE20K (DATA_DIR is `ADEChallengeData2016`).
-Segmentation tells the IoU of every class (`--classes` prints them). `--by peer` runs Torch-Pruning as its examples do:
-group magnitude, then cross-entropy for as many epochs. Rows that the JSON file holds are not run again.
+exact images), `lraspp` (torchvision's) and `decoder` (a timm backbone), both on CamVid, and `lite0-cifar`,
+`lite0-digits` and `lite0-camvid`, a real ImageNet model on other data (`transfer.py`). `ade20k` is LR-ASPP on a folder
+of ADE20K (DATA_DIR is `ADEChallengeData2016`). What has no weights for its data yet is trained first, and kept in
+`--weights`. Segmentation tells the IoU of every class (`--classes` prints them). `--by peer` runs Torch-Pruning as its
+examples do: group magnitude, as narrow as the MACs or the measured speed ask for, then cross-entropy for as many
+epochs. Rows that the JSON file holds are not run again.
 
     python benchmarks/train_and_prune.py DATA_DIR resnet56 --fewer 2.11 2.55 --seeds 0 1 2 --by cpd peer \\
         --json runs/train_and_prune.json --plot runs/train_and_prune.svg
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import sys
 import tempfile
@@ -37,10 +40,12 @@ import results
 import timm
 import torch
 import torchvision
+import transfer
 from coverage import PEER, installed_peer
 from image_folders import ADE20K_CLASSES, ade20k, scored
 from models import PARTS, CifarResNet, counted_macs
-from one_shot import peer_narrowed, vit
+from one_shot import peer_narrowed, peer_steps, vit
+from one_shot_measured import APART, AS_FAST, SECONDS
 from onnx_latency import separately
 from resnet56_cifar10 import FEW_IMAGES, check_files, load_data, load_model, normalise
 from rich.console import Console
@@ -70,25 +75,25 @@ class Student:
         make: the model, without weights.
         data: (folder, seed, batch size) -> (training loader, evaluate, example inputs).
         metric: what `evaluate` gives.
-        dense: the training that it gets where it has no weights.
+        dense: the training that it gets before all else; None: its weights are for this data.
         recovery: the training after, or while, it is pruned.
         batch: images a step.
-        weights: a file of weights in the data folder.
+        start: data folder -> the model with weights; None: it has none.
         larger: the model of a larger teacher.
-        larger_weights: a file of the larger teacher's weights in the data folder.
-        peer: whether the peer's example fits it.
+        larger_start: the same with weights for this data; None: it is trained as the student is.
+        peer: images a step of the peer's training; None: the peer's example does not fit it.
     """
 
     make: Callable[[], nn.Module]
     data: Callable[[Path, int, int], tuple[Iterable[Any], Callable[[nn.Module], float], Tensor]]
     metric: str
-    dense: cpd.DistillConfig
+    dense: cpd.DistillConfig | None
     recovery: cpd.DistillConfig
     batch: int = 128
-    weights: str | None = None
+    start: Callable[[Path], nn.Module] | None = None
     larger: Callable[[], nn.Module] | None = None
-    larger_weights: str | None = None
-    peer: bool = False
+    larger_start: Callable[[Path], nn.Module] | None = None
+    peer: int | None = None
 
 
 # ---------------------------------------------------------------------------------- data
@@ -192,20 +197,19 @@ _mimic = replace(FEW_IMAGES, epochs=15, lr=0.01)
 _adamw = cpd.DistillConfig(optimizer="adamw", lr=1e-3, weight_decay=0.05, kd="none", warmup=0.1)
 STUDENTS = {
     "resnet56": Student(
-        CifarResNet, exact_images, "accuracy", _sgd, _mimic, batch=32, weights="resnet56-cifar10.safetensors",
-        peer=True,
+        CifarResNet, exact_images, "accuracy", None, _mimic, batch=32, start=load_model, peer=128,
     ),
     "resnet56-full": Student(
         CifarResNet, all_images, "accuracy", replace(_sgd, epochs=60, lr=0.05, kd="none"),
-        replace(_sgd, epochs=100, lr=0.02), weights="resnet56-cifar10.safetensors", peer=True,
+        replace(_sgd, epochs=100, lr=0.02), start=load_model, peer=128,
     ),
     "resnet20": Student(
         partial(CifarResNet, 3), exact_images, "accuracy", replace(_sgd, epochs=60, lr=0.1, kd="none"), _mimic,
-        batch=32, larger=CifarResNet, larger_weights="resnet56-cifar10.safetensors", peer=True,
+        batch=32, larger=CifarResNet, larger_start=load_model, peer=128,
     ),
     "vit": Student(
         vit, exact_images, "accuracy", replace(_adamw, epochs=40), replace(_adamw, epochs=20, kd="kl"),
-        larger=large_vit, peer=True,
+        larger=large_vit, peer=128,
     ),
     "mobilenetv2": Student(
         mobilenetv2, exact_images, "accuracy", replace(_sgd, epochs=30, lr=0.1, kd="none"), _sgd,
@@ -224,6 +228,18 @@ STUDENTS = {
         replace(_adamw, epochs=60), replace(_adamw, epochs=20, kd="cwd"), batch=8,
         larger=partial(EncoderDecoder, "resnet50", CAMVID_CLASSES),
     ),
+    "lite0-cifar": Student(
+        transfer.classifier, transfer.cifar, "accuracy", replace(_sgd, epochs=8, kd="none"), replace(_sgd, epochs=5),
+        batch=64, start=transfer.trained_classifier, peer=64,
+    ),
+    "lite0-digits": Student(
+        transfer.classifier, transfer.written_digits, "accuracy", replace(_sgd, epochs=8, kd="none"),
+        replace(_sgd, epochs=5), batch=64, start=transfer.trained_classifier, peer=64,
+    ),
+    "lite0-camvid": Student(
+        transfer.segmenter, camvid, "mIoU", replace(_adamw, epochs=20), replace(_adamw, epochs=8, kd="cwd"), batch=8,
+        start=transfer.trained_segmenter, peer=8,
+    ),
 }  # fmt: skip
 
 
@@ -234,7 +250,8 @@ def memory_format(options: argparse.Namespace) -> torch.memory_format:
 
 def dense_model(name: str, student: Student, options: argparse.Namespace, larger: bool = False) -> nn.Module:
     """The unpruned model or a teacher: from `--weights`, else from the data folder or made anew; trained if need be."""
-    make, weights = (student.larger, student.larger_weights) if larger else (student.make, student.weights)
+    make, start = (student.larger, student.larger_start) if larger else (student.make, student.start)
+    known = start is not None and (larger or student.dense is None)
     if make is None:
         raise SystemExit(f"{options.student} has no larger teacher here.")
     file = options.weights / f"{name}.safetensors"
@@ -244,8 +261,8 @@ def dense_model(name: str, student: Student, options: argparse.Namespace, larger
         model.load_state_dict(load_file(file))
         return model.eval()
     torch.manual_seed(0)
-    model = (make() if weights is None else load_model(options.data_dir)).to(memory_format=layout)
-    if options.dense_epochs == 0 or (weights is not None and student.data is exact_images):
+    model = (make() if start is None else start(options.data_dir)).to(memory_format=layout)
+    if known or student.dense is None or options.dense_epochs == 0:
         return model.eval()
     loader, evaluate, _ = student.data(options.data_dir, 0, student.batch)
     epochs = student.dense.epochs if options.dense_epochs is None else options.dense_epochs
@@ -321,10 +338,13 @@ def apart(dense: nn.Module, narrow: nn.Module, example: Tensor) -> float:
 def theirs(
     tp: Any, student: Student, dense: nn.Module, setting: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Torch-Pruning's group magnitude, then plain cross-entropy, as its examples train: SGD 0.01, cosine, batch 128."""
-    loader, evaluate, example = student.data(options.data_dir, setting["seed"], 128)
+    """Torch-Pruning's group magnitude, then plain cross-entropy, as its examples train: SGD 0.01 with a cosine."""
+    loader, evaluate, example = student.data(options.data_dir, setting["seed"], student.peer or student.batch)
     start = time.perf_counter()
-    model = peer_narrowed(tp, "magnitude", dense, example, setting["fewer"])
+    if setting["fewer"]:
+        model = peer_narrowed(tp, "magnitude", dense, example, setting["fewer"])
+    else:
+        model = as_fast(tp, dense, example, setting["speedup"])
     model = model.requires_grad_(True).to(memory_format=memory_format(options))
     epochs = options.epochs or student.recovery.epochs
     config = cpd.DistillConfig(epochs=epochs, lr=0.01, kd="none", warmup=0.0, weight_decay=5e-4, seed=setting["seed"])
@@ -344,6 +364,22 @@ def theirs(
     }
 
 
+def as_fast(tp: Any, dense: nn.Module, example: Tensor, speedup: float) -> nn.Module:
+    """The peer's first model that is as fast, widths in multiples of 8; its narrowest where none is."""
+    last, call, narrow = math.inf, as_call(example), dense
+    with tempfile.TemporaryDirectory() as folder:
+        file = cpd.export_onnx(dense, example, Path(folder, "dense.onnx"))
+        for narrow in peer_steps(tp, "magnitude", dense, example, round_to=8):
+            macs = counted_macs(narrow, call)
+            if macs > APART * last:
+                continue
+            last = macs
+            if cpd.compare_latency(file, narrow, example, seconds=SECONDS, min_runs=6).speedup >= AS_FAST * speedup:
+                break
+    narrow.zero_grad()
+    return narrow
+
+
 def settings(options: argparse.Namespace, peer: bool) -> Iterator[dict[str, Any]]:
     """Every run that is asked for."""
     targets = [(fewer, None) for fewer in options.fewer] + [(None, speedup) for speedup in options.speedups]
@@ -355,8 +391,8 @@ def settings(options: argparse.Namespace, peer: bool) -> Iterator[dict[str, Any]
                         for parts, learning in product(options.parts, options.learning):
                             yield {"by": "cpd", "fewer": fewer, "speedup": speedup, "kd": kd, "schedule": schedule,
                                    "teacher": teacher, "parts": parts, "learning": learning, "seed": seed}  # fmt: skip
-            if peer and fewer:
-                yield {"by": PEER, "fewer": fewer, "speedup": None, "kd": "none", "schedule": "one-shot",
+            if peer:
+                yield {"by": PEER, "fewer": fewer, "speedup": speedup, "kd": "none", "schedule": "one-shot",
                        "teacher": "same", "parts": "widths", "learning": "none", "seed": seed}  # fmt: skip
 
 
@@ -496,7 +532,7 @@ def main() -> int:
         teachers: dict[str, nn.Module | None] = {"same": None}
         if "larger" in options.teachers:
             teachers["larger"] = dense_model(f"{options.student}-larger", student, options, larger=True)
-        for setting in settings(options, "peer" in options.by and student.peer):
+        for setting in settings(options, "peer" in options.by and student.peer is not None):
             setting["kd"] = setting["kd"] or student.recovery.kd
             epochs = options.epochs if options.epochs is not None else student.recovery.epochs
             head = {"student": options.student, "epochs": epochs, **setting}
