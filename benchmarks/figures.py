@@ -93,6 +93,26 @@ def latency() -> None:
     )
 
 
+def with_data() -> None:
+    """Speed-ups asked for with images, as the last timing gave them and as another process measured them."""
+    rows = rows_of("runtimes_data")
+    targets = sorted({row["asked"] for row in rows})
+    found = {(row["model"], row["asked"]): row for row in rows}
+
+    def cell(row: Row | None) -> str:
+        return "-" if row is None or "second" not in row else f"{row['last_timing']:.2f}x ({row['second']:.2f}x)"
+
+    models = dict.fromkeys(row["model"] for row in rows)
+    lines = [[_model({"model": model}), *(cell(found.get((model, target))) for target in targets)] for model in models]
+    print(markdown(["model", *(f"{target:g}x" for target in targets)], lines))
+    near, tenth, furthest = _nearness(rows)
+    seconds = statistics.median(row["seconds"] for row in rows)
+    print(
+        f"**{near} are within 5 % of what was asked** by the second measurement, {tenth} within 10 %; the furthest is "
+        f"off by {furthest}. In the median {seconds:.0f} s a target, on one core.\n"
+    )
+
+
 def runtimes() -> None:
     """Each runtime's speed-ups as another process measured them there: how many are near what was asked, and all."""
     rows = [row for row in rows_of("runtimes") if row["plan"] == row["runtime"]]
@@ -307,7 +327,7 @@ def markdown(heads: list[str], rows: list[list[str]]) -> str:
     """A table of Markdown; columns of figures are aligned to the right."""
 
     def figures(column: int) -> bool:
-        cells = [row[column].lstrip("−-≈ ") for row in rows if row[column]]
+        cells = [cell for row in rows if (cell := row[column].lstrip("−-≈ "))]
         return bool(cells) and all(cell[0].isdigit() for cell in cells)
 
     bars = ["---:" if figures(column) else "---" for column in range(len(heads))]
