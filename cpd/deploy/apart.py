@@ -47,8 +47,8 @@ def timed_apart(
         Times in ms `[rounds, models]`; None where the runtime does not run ONNX models on this machine's processor, or
         the process fails, so that only this one can time them.
     """
-    if not _is_known(runtime) or not sys.executable:
-        return None
+    if not _is_known(runtime) or not sys.executable or getattr(sys, "frozen", False):
+        return None  # of a frozen application the executable is the application itself
     with TemporaryDirectory(prefix="cpd-timing-") as name, part("timing", undisturbed=True):
         folder = Path(name)
         request = {
