@@ -271,6 +271,12 @@ TRAINED: Columns = {
     "after": _percent("metric", 2),
     "epochs": lambda row: str(row["epochs"]),
 }
+TRANSFER: Columns = {
+    "student": _text("student"),
+    "by": lambda row: row["by"].replace("==", " "),
+    **TRAINED,
+    "MACs": lambda row: f"{row['macs']:.2f}x fewer",
+}
 PRUNED_AND_TRAINED: Columns = {
     "unpruned": _percent("dense"),
     "pruned": _percent("pruned"),
@@ -320,6 +326,7 @@ COLUMNS: dict[str, Columns] = {
     "gpu_checks": {"step": _text("what"), "on the GPU": lambda row: str(row["found"]), "s": _seconds},
     "train_and_prune_resnet56_gpu": TRAINED,
     "train_and_prune_resnet56": TRAINED,
+    "transfer": TRANSFER,
 }
 
 
