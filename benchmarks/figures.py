@@ -232,7 +232,7 @@ def _model(row: Row) -> str:
 
 
 def _seconds(row: Row) -> str:
-    return f"{row['seconds']:.0f}"
+    return f"{row['seconds']:.0f}" if "seconds" in row else ""
 
 
 ONE_SHOT: Columns = {
@@ -270,6 +270,15 @@ TRAINED: Columns = {
     "before training": _percent("untrained", 2),
     "after": _percent("metric", 2),
     "epochs": lambda row: str(row["epochs"]),
+}
+INT8_TARGET: Columns = {
+    "plan": _text("plan"),
+    "asked": _times("asked"),
+    "speed-up in INT8": _times("speedup"),
+    "right in INT8": _percent("top1"),
+    "right in float": _percent("float_top1"),
+    "MACs left": _percent("macs_left", share=True),
+    "seconds": _seconds,
 }
 TRANSFER: Columns = {
     "student": _text("student"),
@@ -327,6 +336,7 @@ COLUMNS: dict[str, Columns] = {
     "train_and_prune_resnet56_gpu": TRAINED,
     "train_and_prune_resnet56": TRAINED,
     "transfer": TRANSFER,
+    "int8_target": INT8_TARGET,
 }
 
 
