@@ -16,6 +16,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from cpd.deploy.export import as_bytes
 from cpd.deploy.rounds import Times, time_rounds
@@ -49,17 +51,25 @@ def timed_apart(
     """
     if not _is_known(runtime) or not sys.executable or getattr(sys, "frozen", False):
         return None  # of a frozen application the executable is the application itself
-    with TemporaryDirectory(prefix="cpd-timing-") as name, part("timing", undisturbed=True):
-        folder = Path(name)
-        request = {
-            "runtime": runtime.name, "threads": runtime.threads, "inputs": [list(each.feeds) for each in artifacts],
-            "budget": [seconds, min_runs, precision],
-        }  # fmt: skip
-        (folder / "request.json").write_text(json.dumps(request))
-        for index, artifact in enumerate(artifacts):
-            (folder / f"{index}.onnx").write_bytes(as_bytes(artifact.of(runtime.precision)))
-            np.savez(folder / f"{index}.npz", *artifact.feeds.values())
-        return _answer(folder, seconds + PATIENCE)
+    request = {
+        "runtime": runtime.name, "threads": runtime.threads, "models": len(artifacts),
+        "budget": [seconds, min_runs, precision],
+    }  # fmt: skip
+    try:
+        with TemporaryDirectory(prefix="cpd-timing-") as name, part("timing", undisturbed=True):
+            folder = Path(name)
+            (folder / "request.json").write_text(json.dumps(request))
+            for index, artifact in enumerate(artifacts):
+                (folder / f"{index}.onnx").write_bytes(as_bytes(artifact.of(runtime.precision)))
+                arrays = {name: np.ascontiguousarray(array) for name, array in artifact.feeds.items()}
+                save_file(arrays, folder / f"{index}.safetensors")
+            _run(folder, seconds + PATIENCE)
+            times: Times = load_file(folder / "times.safetensors")["times"]
+    except (OSError, subprocess.SubprocessError, SafetensorError) as error:
+        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        log.debug("The models are timed in this process, as a new one failed: %s", told[-1] if told else "")
+        return None
+    return times
 
 
 def _is_known(runtime: Runtime) -> bool:
@@ -68,21 +78,14 @@ def _is_known(runtime: Runtime) -> bool:
     return entry is not None and entry.runs_files and runtimes_of(runtime.name, runtime.threads) == [runtime]
 
 
-def _answer(folder: Path, seconds: float) -> Times | None:
-    """What the process says."""
+def _run(folder: Path, seconds: float) -> None:
+    """`main` in a new process."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
-    try:
-        subprocess.run(
-            [sys.executable, "-P", "-c", _COMMAND, str(folder)],
-            check=True, timeout=seconds, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": path},
-        )  # fmt: skip
-        times: Times = np.load(folder / "times.npy")
-    except (OSError, subprocess.SubprocessError) as error:
-        told = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        log.debug("The models are timed in this process, as a new one failed: %s", told[-1] if told else "")
-        return None
-    return times
+    subprocess.run(
+        [sys.executable, "-P", "-c", _COMMAND, str(folder)],
+        check=True, timeout=seconds, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -91,9 +94,8 @@ def main() -> None:
     request = json.loads((folder / "request.json").read_text())
     (runtime,) = runtimes_of(request["runtime"], request["threads"])
     sessions = []
-    for index, names in enumerate(request["inputs"]):
+    for index in range(request["models"]):
         artifact = Artifact(folder / f"{index}.onnx", Call((), {}))
-        with np.load(folder / f"{index}.npz") as arrays:
-            artifact.feeds = {name: arrays[f"arr_{place}"] for place, name in enumerate(names)}
+        artifact.feeds = load_file(folder / f"{index}.safetensors")
         sessions.append(runtime.prepare(artifact))
-    np.save(folder / "times.npy", time_rounds(sessions, *request["budget"]))
+    save_file({"times": time_rounds(sessions, *request["budget"])}, folder / "times.safetensors")
