@@ -128,6 +128,8 @@ def runtimes() -> None:
 
     def cell(model: str, runtime: str) -> str:
         told = [found.get((model, runtime, target)) for target in targets]
+        if not any(told):
+            return ""
         return ", ".join(
             "-" if row is None or "failed" in row else "out of reach" if "error" in row else f"{row['second']:.2f}"
             for row in told
