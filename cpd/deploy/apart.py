@@ -61,7 +61,7 @@ def timed_apart(
             (folder / "request.json").write_text(json.dumps(request))
             for index, artifact in enumerate(artifacts):
                 (folder / f"{index}.onnx").write_bytes(as_bytes(artifact.of(runtime.precision)))
-                arrays = {name: np.ascontiguousarray(array) for name, array in artifact.feeds.items()}
+                arrays = {key: np.ascontiguousarray(array) for key, array in artifact.feeds.items()}
                 save_file(arrays, folder / f"{index}.safetensors")
             _run(folder, seconds + PATIENCE)
             times: Times = load_file(folder / "times.safetensors")["times"]

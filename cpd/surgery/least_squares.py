@@ -129,7 +129,7 @@ def best_damping(
 def _downhill(error: Callable[[float], float]) -> dict[float | None, float]:
     """The errors of some dampings, from the middle on down to where they rise again, as each costs a solution.
 
-    Of all layers of three models, narrower by a third and by half, the damping was that of the best of all.
+    In all layers of three models, at 0.7 and 0.45 of their MACs, this ended at the best of all dampings.
     """
     found, at = dict[float | None, float](), len(DAMPINGS) // 2 - 1
 
