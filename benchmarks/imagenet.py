@@ -134,17 +134,21 @@ def load(name: str, folder: Path, cache: Path) -> nn.Module:
 # ---------------------------------------------------------------------------------- images
 
 
-def sample(name: str, folder: Path, part: str) -> Images:
+def sample(name: str, folder: Path, part: str, border: int = 0) -> Images:
     """The images of one part, as a model takes them, and their classes; in an order of their own, which is by no class.
 
     Args:
         name: of the model.
         folder: where the sample is.
         part: calibration (400 images) or test (300).
+        border: pixels on each side of what the model takes, at the same scale, that crops may reach into.
     """
     check_files(folder, FILES)
     prepared = MODELS[name].prepared or resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
-    prepare = create_transform(**prepared, is_training=False)
+    channels, *sides = prepared["input_size"]
+    size, share = [side + 2 * border for side in sides], 1 + 2 * border / sides[0]
+    wider = {"input_size": (channels, *size), "crop_pct": prepared["crop_pct"] * share}
+    prepare = create_transform(**{**prepared, **wider}, is_training=False)
     with zipfile.ZipFile(folder / "imagenet-sample.zip") as archive:
         files = sorted(file for file in archive.namelist() if file.startswith(f"{part}/") and file.endswith(".jpg"))
         images = []

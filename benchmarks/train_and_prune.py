@@ -2,8 +2,9 @@
 
 Students: `resnet56` (pretrained, 5,085 exact CIFAR-10 images), `resnet56-full` (all 50,000, as JPEG), `resnet20`
 (on the exact images; its larger teacher is the pretrained ResNet-56), `vit` and `mobilenetv2` (CIFAR stems, on the
-exact images), `lraspp` (torchvision's) and `decoder` (a timm backbone), both on CamVid, and `lite0-cifar`,
-`lite0-digits` and `lite0-camvid`, a real ImageNet model on other data (`transfer.py`). `ade20k` is LR-ASPP on a folder
+exact images), `lraspp` (torchvision's) and `decoder` (a timm backbone), both on CamVid, `lite0`, a real ImageNet model
+on 400 images without labels, tested on 300 of other classes (`imagenet.py`), and `lite0-cifar`, `lite0-digits` and
+`lite0-camvid`, the same model on other data (`transfer.py`). `ade20k` is LR-ASPP on a folder
 of ADE20K (DATA_DIR is `ADEChallengeData2016`). What has no weights for its data yet is trained first, and kept in
 `--weights`. Segmentation tells the IoU of every class (`--classes` prints them). `--by peer` runs Torch-Pruning as its
 examples do: group magnitude, as narrow as the MACs or the measured speed ask for, then cross-entropy for as many
@@ -36,6 +37,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import imagenet
 import results
 import timm
 import torch
@@ -62,6 +64,7 @@ from cpd.distillation.distiller import distill
 from cpd.model.inputs import as_call
 from cpd.tasks.segmentation import EncoderDecoder, SegmentationFolder
 
+LITE0, BORDER = "tf_efficientnet_lite0", 16
 CAMVID_CLASSES, CAMVID_SIZE = 11, (360, 480)
 CAMVID_NAMES = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "cyclist"]
 KINDS = ("none", "kl", "cwd", "cirkd", "mse")
@@ -82,6 +85,8 @@ class Student:
         larger: the model of a larger teacher.
         larger_start: the same with weights for this data; None: it is trained as the student is.
         peer: images a step of the peer's training; None: the peer's example does not fit it.
+        labels: whether the peer's training has labels; else it is taught by the unpruned model, as ours is.
+        calibration: data folder -> the images, not augmented, that channels are scored on; None: those of the training.
     """
 
     make: Callable[[], nn.Module]
@@ -94,6 +99,8 @@ class Student:
     larger: Callable[[], nn.Module] | None = None
     larger_start: Callable[[Path], nn.Module] | None = None
     peer: int | None = None
+    labels: bool = True
+    calibration: Callable[[Path], Iterable[Any]] | None = None
 
 
 # ---------------------------------------------------------------------------------- data
@@ -145,6 +152,14 @@ def _unpacked(archive: Path, name: str) -> Path:
             file.extractall(part)
         part.rename(target)
     return target
+
+
+def imagenet_sample(folder: Path, seed: int, batch: int) -> tuple[Iterable[Any], Callable[[nn.Module], float], Tensor]:
+    """400 training images, cropped and mirrored, and 300 test images, which are of other classes."""
+    images, labels = imagenet.sample(LITE0, folder, "calibration", BORDER)
+    test, test_labels = imagenet.sample(LITE0, folder, "test")
+    loader = AugmentedLoader(images, labels, crop=test.shape[-1], batch_size=batch, flip=True, seed=seed)
+    return loader, partial(accuracy, images=test, labels=test_labels), test[:1]
 
 
 def camvid(folder: Path, seed: int, batch: int) -> tuple[Iterable[Any], Callable[[nn.Module], float], Tensor]:
@@ -228,6 +243,12 @@ STUDENTS = {
         replace(_adamw, epochs=60), replace(_adamw, epochs=20, kd="cwd"), batch=8,
         larger=partial(EncoderDecoder, "resnet50", CAMVID_CLASSES),
     ),
+    "lite0": Student(
+        partial(timm.create_model, LITE0), imagenet_sample, "accuracy", None,
+        cpd.DistillConfig(epochs=10, lr=0.01, kd="mse", task_weight=0.0), batch=32,
+        start=lambda folder: imagenet.load(LITE0, folder, folder), peer=32, labels=False,
+        calibration=lambda folder: imagenet.sample(LITE0, folder, "calibration")[0].split(32),
+    ),
     "lite0-cifar": Student(
         transfer.classifier, transfer.cifar, "accuracy", replace(_sgd, epochs=8, kd="none"), replace(_sgd, epochs=5),
         batch=64, start=transfer.trained_classifier, peer=64,
@@ -298,6 +319,7 @@ def ours(
     start = time.perf_counter()
     result = cpd.compress(
         dense, data=loader, evaluate=evaluate, example_inputs=example, training=config, epochs=config.epochs,
+        calibration=student.calibration and student.calibration(options.data_dir),
         lr=config.lr, teacher=teacher, schedule=schedule, round_to=8 if setting["speedup"] else 1,
         seed=setting["seed"], score_batches=options.score_batches,
         regularization=setting["learning"] if learned else None,
@@ -338,7 +360,10 @@ def apart(dense: nn.Module, narrow: nn.Module, example: Tensor) -> float:
 def theirs(
     tp: Any, student: Student, dense: nn.Module, setting: dict[str, Any], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Torch-Pruning's group magnitude, then plain cross-entropy, as its examples train: SGD 0.01 with a cosine."""
+    """Torch-Pruning's group magnitude, then cross-entropy, as its examples train: SGD 0.01 with a cosine.
+
+    Without labels it is trained as ours.
+    """
     loader, evaluate, example = student.data(options.data_dir, setting["seed"], student.peer or student.batch)
     start = time.perf_counter()
     if setting["fewer"]:
@@ -347,8 +372,10 @@ def theirs(
         model = as_fast(tp, dense, example, setting["speedup"])
     model = model.requires_grad_(True).to(memory_format=memory_format(options))
     epochs = options.epochs or student.recovery.epochs
-    config = cpd.DistillConfig(epochs=epochs, lr=0.01, kd="none", warmup=0.0, weight_decay=5e-4, seed=setting["seed"])
-    records = distill(model, None, loader, evaluate=evaluate, config=config)
+    config = cpd.DistillConfig(lr=0.01, kd="none", warmup=0.0, weight_decay=5e-4)
+    config = replace(config if student.labels else student.recovery, epochs=epochs, seed=setting["seed"])
+    teacher = None if student.labels else copy.deepcopy(dense)
+    records = distill(model, teacher, loader, evaluate=evaluate, config=config)
     call = as_call(example)
     return {
         "dense": evaluate(dense),
@@ -392,7 +419,8 @@ def settings(options: argparse.Namespace, peer: bool) -> Iterator[dict[str, Any]
                             yield {"by": "cpd", "fewer": fewer, "speedup": speedup, "kd": kd, "schedule": schedule,
                                    "teacher": teacher, "parts": parts, "learning": learning, "seed": seed}  # fmt: skip
             if peer:
-                yield {"by": PEER, "fewer": fewer, "speedup": speedup, "kd": "none", "schedule": "one-shot",
+                kd = "none" if STUDENTS[options.student].labels else None
+                yield {"by": PEER, "fewer": fewer, "speedup": speedup, "kd": kd, "schedule": "one-shot",
                        "teacher": "same", "parts": "widths", "learning": "none", "seed": seed}  # fmt: skip
 
 
