@@ -20,6 +20,7 @@ import re
 import statistics
 import string
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -66,25 +67,30 @@ def say(text: str) -> None:
     print(text.strip().format(**{name: SUMMARIES[name]() for name in wanted}) + "\n")
 
 
-def latency() -> None:
-    """Speed-ups asked for: a row a model, a column a target, as measured and as another process measured it."""
-    rows = rows_of("onnx_latency")
+def by_target(rows: list[Row], cell: Callable[[Row], str], **further: Callable[[dict[float, Row]], str]) -> None:
+    """A row a model, a column a target; after those, columns of all rows of a model by their heading."""
     targets = sorted({row["asked"] for row in rows})
-    found = {(row["model"], row["asked"]): row for row in rows}
-    models = dict.fromkeys(row["model"] for row in rows)
-    heads = ["model", *(f"{target:g}x" for target in targets), "MACs, parameters left at 2x"]
+    of_model = defaultdict[str, dict[float, Row]](dict)
+    for row in rows:
+        of_model[row["model"]][row["asked"]] = row
+    lines = [
+        [_model({"model": model}), *(cell(mine[target]) if target in mine else "-" for target in targets)]
+        + [column(mine) for column in further.values()]
+        for model, mine in of_model.items()
+    ]
+    print(markdown(["model", *(f"{target:g}x" for target in targets), *further], lines))
+
+
+def latency() -> None:
+    """Speed-ups asked for: as measured and as another process measured them."""
 
     def cell(row: Row) -> str:
         return "out of reach" if row.get("error") else f"{row['measured']:.2f}x ({row['again']:.2f}x)"
 
-    def left(row: Row) -> str:
-        return "" if row.get("error") else f"{row['macs_left']:.1%}, {row['parameters_left']:.1%}"
+    def left(mine: dict[float, Row]) -> str:
+        return "" if mine[2].get("error") else f"{mine[2]['macs_left']:.1%}, {mine[2]['parameters_left']:.1%}"
 
-    lines = [
-        [_model({"model": model}), *(cell(found[model, target]) for target in targets), left(found[model, 2])]
-        for model in models
-    ]
-    print(markdown(heads, lines))
+    by_target(rows_of("onnx_latency"), cell, **{"MACs, parameters left at 2x": left})
     say(
         "**{onnx_latency[within]} of {onnx_latency[cells]} are within 5 % of what was asked** by the second "
         "measurement; {onnx_latency[out]} are out of reach. At most {onnx_latency[exports]} exports and, in the "
@@ -96,15 +102,7 @@ def latency() -> None:
 def with_data() -> None:
     """Speed-ups asked for with images, as the last timing gave them and as another process measured them."""
     rows = rows_of("runtimes_data")
-    targets = sorted({row["asked"] for row in rows})
-    found = {(row["model"], row["asked"]): row for row in rows}
-
-    def cell(row: Row | None) -> str:
-        return "-" if row is None or "second" not in row else f"{row['last_timing']:.2f}x ({row['second']:.2f}x)"
-
-    models = dict.fromkeys(row["model"] for row in rows)
-    lines = [[_model({"model": model}), *(cell(found.get((model, target))) for target in targets)] for model in models]
-    print(markdown(["model", *(f"{target:g}x" for target in targets)], lines))
+    by_target(rows, lambda row: f"{row['last_timing']:.2f}x ({row['second']:.2f}x)" if "second" in row else "-")
     near, tenth, furthest = _nearness(rows)
     seconds = statistics.median(row["seconds"] for row in rows)
     print(
