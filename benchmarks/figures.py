@@ -329,6 +329,7 @@ COLUMNS: dict[str, Columns] = {
     "detector": DETECTOR,
     "detection": DETECTION,
     "one_shot_measured": ONE_SHOT,
+    "one_shot_parts": ONE_SHOT,
     "one_shot_peers": ONE_SHOT,
     "one_shot_images": IMAGES,
     "oracles": ORACLES,

@@ -106,6 +106,11 @@ class DistillConfig:
     cutmix: float = option(
         0.0, _AT_LEAST_0, "Alpha of CutMix (Yun et al. 2019). If mixup is set as well, each batch gets one of the two."
     )
+    freeze_batchnorm: bool = option(
+        False, flag(),
+        "Whether BatchNorm layers use their running statistics during training too, and keep them. Their weights are "
+        "still trained. This is better where a batch, or all of the data, has too few images for their statistics.",
+    )  # fmt: skip
     mixed_precision: str = option(
         "no", choice("no", "fp16", "bf16"), "Mixed precision: no, bf16, or fp16 (with loss scaling, not on a CPU)."
     )

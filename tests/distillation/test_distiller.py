@@ -136,6 +136,19 @@ def test_first_loss_is_the_formula_and_one_step_is_plain_sgd() -> None:
     torch.testing.assert_close(student.head.weight, reference.head.weight - 0.05 * reference.head.weight.grad)
 
 
+def test_a_frozen_batchnorm_keeps_its_statistics_and_learns_its_weights() -> None:
+    teacher, data = make().eval(), images(1)
+    student = damaged(teacher).train()
+    student.bn.running_mean += 0.5
+    reference, statistics, (x, y) = copy.deepcopy(student).eval(), state(student.bn), data[0]
+    (record,) = distill(student, teacher, data, config=DistillConfig(epochs=1, kd="none", freeze_batchnorm=True))
+    assert record.loss == pytest.approx(nn.functional.cross_entropy(reference(x), y).item(), rel=1e-6)
+    assert torch.equal(student.bn.running_mean, statistics["running_mean"])
+    assert torch.equal(student.bn.running_var, statistics["running_var"])
+    assert not torch.equal(student.bn.weight, statistics["weight"])
+    assert student.bn.training  # as it was
+
+
 def test_teacher_and_surroundings_are_left_alone() -> None:
     teacher, student = make(0, dropout=0.5), make(1, dropout=0.5)
     teacher.train()
