@@ -245,7 +245,7 @@ STUDENTS = {
     ),
     "lite0": Student(
         partial(timm.create_model, LITE0), imagenet_sample, "accuracy", None,
-        cpd.DistillConfig(epochs=10, lr=0.01, kd="mse", task_weight=0.0), batch=32,
+        replace(_mimic, epochs=10, features=("bn2",), freeze_batchnorm=True), batch=32,
         start=lambda folder: imagenet.load(LITE0, folder, folder), peer=32, labels=False,
         calibration=lambda folder: imagenet.sample(LITE0, folder, "calibration")[0].split(32),
     ),
