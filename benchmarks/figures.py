@@ -151,20 +151,23 @@ def _nearness(rows: list[Any]) -> list[str]:
 
 
 def plans_in_runtimes() -> None:
-    """In each runtime: the plans made for it, for ONNX Runtime, and a peer's models with as many MACs."""
-    rows = rows_of("runtimes")
-    told = {"onnxruntime": "ONNX Runtime", "peer": "Torch-Pruning, as many MACs as cpd's plan"}
-    pairs = dict.fromkeys((row["runtime"], row["plan"]) for row in rows if "second" in row)
-    compared = {runtime for runtime, plan in pairs if runtime != plan}
-
-    def line(runtime: str, plan: str) -> list[str]:
-        mine = [row for row in rows if (row["runtime"], row["plan"]) == (runtime, plan) and "second" in row]
-        ratio = statistics.median(row["second"] / row["asked"] for row in mine)
-        name = "this runtime" if plan == runtime else told.get(plan, plan)
-        return [f"`{runtime}`", name, *_nearness(mine), f"{ratio:.2f}"]
-
-    heads = ["runtime", "plan for", *NEARNESS, "measured / asked, median"]
-    print(markdown(heads, [line(*pair) for pair in sorted(pairs) if pair[0] in compared]))
+    """Speed-ups in a runtime by plans made for it, for ONNX Runtime, and by a peer's models with as many MACs."""
+    rows = [row for row in rows_of("runtimes") if "second" in row]
+    told = {"onnxruntime": "ONNX Runtime in float", "peer": "Torch-Pruning, as many MACs"}
+    compared = {(row["runtime"], row["model"], row["asked"]) for row in rows if row["plan"] != row["runtime"]}
+    found = {
+        (row["runtime"], row["plan"], row["model"], row["asked"]): f"{row['second']:.2f}x"
+        for row in rows
+        if (row["runtime"], row["model"], row["asked"]) in compared
+    }
+    cells = list(dict.fromkeys((model, asked) for *_, model, asked in found))
+    heads = ["runtime", "plan for", *(f"{_model({'model': model})}, {asked:g}x" for model, asked in cells)]
+    lines = [
+        [f"`{runtime}`", "the same" if plan == runtime else told.get(plan, plan)]
+        + [found.get((runtime, plan, *cell), "-") for cell in cells]
+        for runtime, plan in sorted({key[:2] for key in found}, key=lambda pair: (pair[0], pair[1] != pair[0], pair[1]))
+    ]
+    print(markdown(heads, lines))
 
 
 def demo() -> None:
