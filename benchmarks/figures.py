@@ -339,6 +339,7 @@ COLUMNS: dict[str, Columns] = {
     "gpu_checks": {"step": _text("what"), "on the GPU": lambda row: str(row["found"]), "s": _seconds},
     "train_and_prune_resnet56_gpu": TRAINED,
     "train_and_prune_resnet56": TRAINED,
+    "train_and_prune_lraspp_2x": TRAINED,
     "transfer": TRANSFER,
     "int8_target": INT8_TARGET,
 }
