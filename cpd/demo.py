@@ -6,6 +6,7 @@ Runtime and distills it against itself. Read `run_demo` first: it is also how yo
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 SIDE = 16
 """Pixels that a digit measures after upsampling (8 as it comes), so that convolutions carry real cost."""
+
+log = logging.getLogger("cpd")
 
 TEST_COUNT = 600
 """Digits held back for testing; the other 1,197 are trained on."""
@@ -264,6 +267,7 @@ def run_demo(
     if output_dir is not None:
         check_output_dir(output_dir, overwrite=overwrite)
     loader, images, labels = digits(seed=seed)
+    log.info("Training a small CNN on scikit-learn's digits, to be compressed afterwards …")
     teacher = train_teacher(loader, seed=seed, progress=progress)
     return compress(
         teacher,

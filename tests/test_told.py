@@ -211,3 +211,9 @@ def test_a_later_target_that_differs_is_named() -> None:
     given = [(X, Y), (X, Y + 7)]
     with pytest.raises(cpd.InputError, match=r"holds the class 7 \(on batch 2 of data\)"):
         cpd.distill(narrow(), model(), given)
+
+
+def test_targets_of_more_classes_than_the_model_has_are_told_as_such() -> None:
+    given = [(X, torch.arange(len(X)) + 5)]
+    with pytest.raises(cpd.InputError, match=r"hold others: .*Pass a model of as many classes as the data has"):
+        cpd.distill(narrow(), model(), given)

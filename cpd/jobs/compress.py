@@ -309,12 +309,16 @@ def _pruner(
     whole = kept_for_loss(student, None if loss is not None else scored_on, combed)
     if whole:
         settings = replace(settings, ratios={**(settings.ratios or {}), **whole})
-    if scored_on is None and settings.criterion is None:
+    by_default = scored_on is None and settings.criterion is None
+    if by_default:
         settings = replace(settings, criterion="magnitude")
-    return Pruner(
+    pruner = Pruner(
         student, call, steps=steps, data=scored_on, loss=loss, comb=combed, config=settings, stage=stages,
         common=common,
     )  # fmt: skip
+    if by_default:
+        pruner.why = "the default without data"
+    return pruner
 
 
 @dataclass

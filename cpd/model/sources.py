@@ -21,6 +21,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, Literal, cast
 
 import torch
@@ -232,7 +233,9 @@ def _argument(pair: str) -> tuple[str, Any]:
 
 
 def _suggest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=5, cutoff=0.6)
+    close = difflib.get_close_matches(name, list(known), n=20, cutoff=0.6)
+    alike = sorted(close, key=lambda other: sum(a != b for a, b in zip_longest(name, other)))  # stable: then as close
+    matches = alike[:5]
     return f" Did you mean {', '.join(matches)}?" if matches else ""
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from cpd.errors import InputError, of_the_user
+from cpd.errors import InputError, of_the_user, some
 from cpd.model.inputs import Batch, logits
 from cpd.model.outputs import whole
 
@@ -151,7 +151,13 @@ def _check_target(prediction: Tensor, target: Any, place: str) -> None:
             wrong = target[(target != IGNORED_CLASS) & ((target < 0) | (target >= shape[1]))]
             if not wrong.numel():
                 return
-            found += f" that holds the class {int(wrong[0])}"
+            others = [int(value) for value in wrong.unique()]
+            if len(others) > 1:
+                raise InputError(
+                    f"The model has {shape[1]} classes (its output is {list(shape)}), and the targets hold others: "
+                    f"{some(others, 3)} (on {place}). Pass a model of as many classes as the data has, or loss=."
+                )
+            found += f" that holds the class {others[0]}"
             remedy = f"for instance torch.nn.CrossEntropyLoss(ignore_index={int(wrong[0])}) to leave it out"
     raise InputError(
         f"No loss can be inferred from an output of shape {list(shape)} and a {found} (on {place}): cross-entropy "

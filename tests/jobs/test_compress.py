@@ -60,6 +60,12 @@ def test_report_says_what_was_done(result):
     assert found.report.original.metric == 0.0  # evaluated in eval mode
 
 
+def test_a_report_says_why_weights_alone_decided():
+    asked = {"target_macs": 0.5, "example_inputs": INPUT}
+    assert cpd.compress(Tiny(), **asked).report.criterion_reason == "the default without data"
+    assert cpd.compress(Tiny(), criterion="magnitude", **asked).report.criterion_reason == "as requested"
+
+
 def test_a_report_keeps_the_arguments_that_are_not_usual(tmp_path):
     usual = cpd.PruneConfig(target_macs=0.5, round_to=None, schedule=cpd.Schedule("one-shot"))
     assert call_record(usual, cpd.DistillConfig(), {"data": None}, None) == {"target_macs": 0.5, "seed": 0}
