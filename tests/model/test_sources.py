@@ -46,7 +46,7 @@ def test_arguments_are_json_or_text() -> None:
     ("name", "message"),
     [
         ("timm:resnet81", "timm has no model 'resnet81'.*resnet18"),
-        ("timm:regnetx_oo2", r"Did you mean regnetx_002, "),
+        ("timm:regnetx_oo2", r"Did you mean regnetx_032, regnetx_002, "),
         ("timm:resnet18.a9_in1k", "resnet18.a1_in1k"),
         ("torchvision:shufflenet_v2_x1", "shufflenet_v2_x1_0"),
         ("resnet18", "timm:resnet18 or torchvision:resnet18"),
