@@ -274,6 +274,15 @@ TRAINED: Columns = {
     "after": _percent("metric", 2),
     "epochs": lambda row: str(row["epochs"]),
 }
+MAX_DROP: Columns = {
+    "seed": _text("seed"),
+    "speed-up": lambda row: "none is sure" if "error" in row else f"{row['speedup']:.2f}x",
+    "MACs left": _percent("macs_left", share=True),
+    "points lost, images of the search": lambda row: f"{row['drop']:.2f}" if "drop" in row else "",
+    "at most, by its bound": lambda row: f"{row['upper']:.2f}" if "upper" in row else "",
+    "points lost, images never seen": lambda row: f"{row['unseen_drop']:.2f}" if "unseen_drop" in row else "",
+    "seconds": _seconds,
+}
 INT8_TARGET: Columns = {
     "plan": _text("plan"),
     "asked": _times("asked"),
@@ -342,6 +351,7 @@ COLUMNS: dict[str, Columns] = {
     "train_and_prune_lraspp_2x": TRAINED,
     "transfer": TRANSFER,
     "int8_target": INT8_TARGET,
+    "max_drop": MAX_DROP,
 }
 
 
