@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpd.errors import InputError
 from cpd.model.inputs import device_of, evaluating
@@ -65,6 +66,14 @@ def placed(model: nn.Module | None, device: torch.device) -> Iterator[None]:
             yield
         finally:
             model.to(origin)
+
+
+def set_training(student: nn.Module, freeze_batchnorm: bool) -> None:
+    """Put a student into train mode; BatchNorms stay in eval mode where they are frozen."""
+    student.train()
+    for module in student.modules() if freeze_batchnorm else ():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 class Trainee(nn.Module):

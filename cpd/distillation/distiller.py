@@ -21,10 +21,9 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from cpd import processes
-from cpd.distillation.accelerator import Trainee, accelerating, placed
+from cpd.distillation.accelerator import Trainee, accelerating, placed, set_training
 from cpd.distillation.best import Best
 from cpd.distillation.config import TRAINING, DistillConfig, EpochRecord, Progressed
 from cpd.distillation.kd import Distillation
@@ -254,11 +253,7 @@ class _Run:
         self.sums = sums
         share = min(1.0, config.epochs - self.epoch)
         limit = max(1, round(share * self.steps)) if self.steps is not None and share < 1 else None
-        self.student.to(self.accelerator.device).train()
-        if config.freeze_batchnorm:
-            for module in self.student.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+        set_training(self.student.to(self.accelerator.device), config.freeze_batchnorm)
         groups = islice(self.groups(), limit)
         if state is not None:  # what has been read is read again, as workers count what they have read
             for _ in islice(groups, self.done):
