@@ -163,7 +163,7 @@ def plans_in_runtimes() -> None:
     cells = list(dict.fromkeys((model, asked) for *_, model, asked in found))
     heads = ["runtime", "plan for", *(f"{_model({'model': model})}, {asked:g}x" for model, asked in cells)]
     lines = [
-        [f"`{runtime}`", "the same" if plan == runtime else told.get(plan, plan)]
+        [f"`{runtime}`", "this runtime" if plan == runtime else told.get(plan, plan)]
         + [found.get((runtime, plan, *cell), "-") for cell in cells]
         for runtime, plan in sorted({key[:2] for key in found}, key=lambda pair: (pair[0], pair[1] != pair[0], pair[1]))
     ]
@@ -190,8 +190,8 @@ def five() -> None:
         "measured by another process",
         f"{timm['passed']} of {timm['models']}": "model families of timm shrunk: the same outputs as the unpruned "
         "model with the removed channels at zero",
-        f"{shot['lite0_1.5']} %": "of 300 ImageNet images right at 1.5x measured, without training, 400 others "
-        f"to fit; {shot['lite0_dense']} % before (EfficientNet-Lite0; images of the training set)",
+        f"{shot['lite0_1.5']} %": "of 300 ImageNet images right at 1.5x measured, without training, fitted to "
+        f"400 others; {shot['lite0_dense']} % before (EfficientNet-Lite0; all images are of its training set)",
         f"{trained['at_2']} %": "of CIFAR-10 right at 2x measured, after 15 epochs; "
         f"{trained['dense']} % before (ResNet-56; at 3x {trained['at_3']} %)",
         f"{peer['faster']}x": "as fast as Torch-Pruning's result at equal MACs, in the median of "

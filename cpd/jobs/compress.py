@@ -349,6 +349,7 @@ class _Run(Run):
                 student, self.call, steps=round(self.per_epoch * epochs), data=scored_on, loss=loss, comb=first.comb,
                 config=config, stage=self.stages, common=common,
             )  # fmt: skip
+            pruner.why = first.why
             training = replace(self.training, epochs=epochs)
             one = replace(self, student=student, pruner=pruner, training=training, history=[], tried=tried)
             one.prune_and_train(data, loss, None, teacher)  # without a metric: choosing an epoch by it would spend it

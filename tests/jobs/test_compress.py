@@ -64,6 +64,8 @@ def test_a_report_says_why_weights_alone_decided():
     asked = {"target_macs": 0.5, "example_inputs": INPUT}
     assert cpd.compress(Tiny(), **asked).report.criterion_reason == "the default without data"
     assert cpd.compress(Tiny(), criterion="magnitude", **asked).report.criterion_reason == "as requested"
+    found = cpd.compress(Tiny(), max_drop=0.1, evaluate=lambda model: 1.0, example_inputs=INPUT)
+    assert found.report.criterion_reason == "the default without data"
 
 
 def test_a_report_keeps_the_arguments_that_are_not_usual(tmp_path):
