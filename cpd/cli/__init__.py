@@ -21,6 +21,7 @@ from typing import Annotated
 
 import typer
 
+from cpd import __version__
 from cpd.cli import analysing, compressing, sparsifying
 from cpd.cli.command import register
 
@@ -42,12 +43,7 @@ def main() -> None:
 
 def _show_version(value: bool) -> None:
     if value:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            typer.echo(f"cpd {version('cpd')}")
-        except PackageNotFoundError:
-            typer.echo("cpd (not installed)")
+        typer.echo(f"cpd {__version__}")
         raise typer.Exit
 
 

@@ -32,8 +32,8 @@ def _environment() -> tuple[tuple[str, str], ...]:
 #: Packages that a run depends on; the later ones are optional.
 PACKAGES = (
     "cpd", "torch", "torchvision", "timm", "numpy", "networkx", "onnx", "onnxscript", "onnxruntime", "accelerate",
-    "safetensors", "openvino", "ncnn", "mnn", "executorch", "opencv-python-headless", "transformers", "ultralytics",
-    "lightning", "torchmetrics",
+    "safetensors", "onnxruntime-gpu", "openvino", "ncnn", "mnn", "executorch", "opencv-python-headless",
+    "transformers", "ultralytics", "lightning", "torchmetrics",
 )  # fmt: skip
 
 

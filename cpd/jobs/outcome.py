@@ -6,15 +6,15 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
+from cpd import __version__
 from cpd.config import PruneConfig
 from cpd.deploy.latency import LatencyComparison
-from cpd.deploy.machine import environment
+from cpd.deploy.machine import environment, installation
 from cpd.deploy.runtimes.catalogue import names_of
 from cpd.distillation.config import DistillConfig, EpochRecord
 from cpd.errors import some
@@ -332,7 +332,9 @@ def _row(group: Any, kept: int) -> GroupRow:
 
 
 def environment_of() -> dict[str, str]:
-    """Versions and hardware."""
-    names = ("cpd", "torch", "onnx", "onnxruntime", "timm")
-    found = {"python": sys.version.split()[0], **environment()}
-    return {**found, **{name: version(name) for name in names}}
+    """Versions and hardware.
+
+    A package that was not installed under its usual name, as cpd where it runs from its sources, is left out.
+    """
+    versions = {name: version for name, version in installation().items() if name in ("onnx", "timm")}
+    return {"python": sys.version.split()[0], **environment(), "cpd": __version__, **versions}

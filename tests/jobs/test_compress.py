@@ -1,5 +1,7 @@
 """The whole path on tiny models: what comes out, and what is refused."""
 
+from importlib import metadata
+
 import pytest
 import torch
 from torch import nn
@@ -185,6 +187,22 @@ def test_unreachable_cost_gives_the_best_figure():
 def test_unreachable_speedup_gives_the_best_figure():
     with pytest.raises(cpd.TargetError, match=r"cannot be reached.*times as fast"):
         cpd.compress(Tiny(), target_speedup=1000, example_inputs=INPUT)
+
+
+def test_a_result_is_not_lost_where_packages_have_no_metadata(monkeypatch):
+    """cpd may run from its sources, and ONNX Runtime is installed under several names."""
+    known = metadata.Distribution.from_name
+
+    def from_name(name):
+        if name in ("cpd", "onnxruntime", "onnx"):
+            raise metadata.PackageNotFoundError(name)
+        return known(name)
+
+    monkeypatch.setattr(metadata.Distribution, "from_name", from_name)
+    found = cpd.compress(Tiny(), target_macs=0.7, example_inputs=INPUT)
+    assert found.report.environment["cpd"] == cpd.__version__
+    assert "onnxruntime" in found.report.environment
+    assert "onnx" not in found.report.environment
 
 
 def test_public_names():
