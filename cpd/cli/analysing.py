@@ -76,7 +76,10 @@ def comb(
         bool, typer.Option(help="Also list what can be removed as a whole, such as residual blocks.")
     ] = True,
 ) -> Output:
-    """List which channels of a model must be removed together, which cannot be removed and why, and its branches."""
+    """List which channels of a model must be removed together, which cannot be removed and why, and its branches.
+
+    No weights are downloaded: widths do not depend on them.
+    """
     if plot is not None:
         from cpd.picture import check_path
 

@@ -26,6 +26,8 @@ from cpd.model import progress
 from cpd.options import check_names
 
 FAILED, WRONG, OUT_OF_REACH, INTERRUPTED = 1, 2, 3, 130
+#: The logger of huggingface_hub that tells of retries.
+_HUB = "huggingface_hub.utils._http"
 #: Options that hold for one run only: a recipe leaves them out.
 ONCE = ("resume", "overwrite", "trust_source")
 
@@ -94,7 +96,7 @@ def register(app: typer.Typer, function: Callable[..., Output], *examples: str) 
 
     def run(context: typer.Context, **given: Any) -> None:
         shown = {name: given.pop(name) for name in SHOWN}
-        with _running(shown["quiet"], shown["verbose"], shown["debug"], given):
+        with _running(shown["quiet"], shown["verbose"], shown["debug"], given) as log:
             wanted = False if shown["quiet"] or not is_first_process() else None
             if "progress" in signature.parameters:
                 given["progress"] = wanted
@@ -109,6 +111,8 @@ def register(app: typer.Typer, function: Callable[..., Output], *examples: str) 
                 return
             console = Console()
             for item in output.shown:
+                if isinstance(item, str) and log.told(item):
+                    continue
                 if isinstance(item, str):
                     console.print(Text(in_options(item, given)), soft_wrap=not console.file.isatty())
                 else:
@@ -143,11 +147,18 @@ class _Log(logging.Handler):
     def __init__(self, given: Mapping[str, Any]) -> None:
         super().__init__()
         self._given = given
+        self._told: set[str] = set()
+
+    def told(self, note: str) -> bool:
+        """Whether who reads the output has seen a note already."""
+        return note.removeprefix("Note: ") in self._told and _one_terminal()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print the time and the message; on a terminal it is wrapped between words."""
         head = time.strftime("%H:%M:%S ", time.localtime(record.created))
         warned = record.levelno >= logging.WARNING
+        if not warned:
+            self._told.add(self.format(record))
         message = Text("warning: " * warned + in_options(self.format(record), self._given), "yellow" * warned)
         screen = progress.console()
         if screen.file.isatty():
@@ -156,8 +167,26 @@ class _Log(logging.Handler):
         screen.print(Text(head, "dim") + message, soft_wrap=True)
 
 
+def _one_terminal() -> bool:
+    """Whether log and output are read together."""
+    return sys.stdout.isatty() and sys.stderr.isatty()
+
+
+class _First(logging.Filter):
+    """Lets one message pass: what retries without a network say, 20 times over, the error says again in the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether this is the first."""
+        told, self._told = self._told, True
+        return not told
+
+
 @contextlib.contextmanager
-def _running(quiet: bool, verbose: bool, debug: bool, given: Mapping[str, Any]) -> Iterator[None]:
+def _running(quiet: bool, verbose: bool, debug: bool, given: Mapping[str, Any]) -> Iterator[_Log]:
     """Show the log of `cpd` on stderr; turn an error into one line and an exit code (unless `debug`)."""
     logger = logging.getLogger("cpd")
     handler = _Log(given)
@@ -166,8 +195,11 @@ def _running(quiet: bool, verbose: bool, debug: bool, given: Mapping[str, Any]) 
     logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
     logger.addHandler(handler)
+    hub, first = logging.getLogger(_HUB), _First()
+    if not verbose:
+        hub.addFilter(first)
     try:
-        yield
+        yield handler
     except (Exception, KeyboardInterrupt) as error:
         if debug or isinstance(error, BrokenPipeError):  # who reads the output, as `head`, has enough: typer ends
             raise
@@ -176,6 +208,7 @@ def _running(quiet: bool, verbose: bool, debug: bool, given: Mapping[str, Any]) 
         screen.print(Text(told, "red"), soft_wrap=not screen.file.isatty())
         raise typer.Exit(code) from None
     finally:
+        hub.removeFilter(first)
         logger.removeHandler(handler)
         logger.setLevel(level)
         logger.propagate = propagate

@@ -44,4 +44,5 @@ def in_options(message: str, given: Collection[str]) -> str:
         lambda match: option(match[0]) if match[0] in given else match[0],
         text,
     )
+    text = re.sub(r", or None(?=[;.])", "", text)  # an option that is not given
     return re.sub(r"(--[\w-]+) \(\1\)", r"\1", text)  # where the library names the option itself

@@ -152,5 +152,7 @@ def report_output(report: Report, output_dir: Path | None) -> Output:
     notes = [f"Note: {note}" for note in report.notes]
     if output_dir is not None:
         notes.append(f"Written to {output_dir}; the whole report: {output_dir / 'report.html'}")
+    else:
+        notes.append("Nothing was written: --output-dir FOLDER keeps the model, its ONNX file and a report.")
     tables = [figures_table(report), *([tried_table(report)] if report.tried else [])]
     return Output(report.to_dict(), (*tables, *notes))

@@ -36,7 +36,7 @@ class Best:
         assert self.epoch is not None
         restore(model, self._state)
         where = f"after epoch {self.epoch}" if self.epoch else "before the training"
-        log.info("The weights %s are kept: %s.", where, told(metric, self._metric))
+        log.debug("The weights %s are kept: %s.", where, told(metric, self._metric))
 
     def state_dict(self) -> dict[str, Any]:
         """All of it, as `cpd.files.checkpoint` writes it."""

@@ -11,7 +11,6 @@ from typing import Any, TypedDict
 
 from torch import Tensor, nn
 
-from cpd import __version__
 from cpd.config import PruneConfig
 from cpd.deploy.latency import LatencyComparison
 from cpd.deploy.machine import environment, installation
@@ -336,5 +335,5 @@ def environment_of() -> dict[str, str]:
 
     A package that was not installed under its usual name, as cpd where it runs from its sources, is left out.
     """
-    versions = {name: version for name, version in installation().items() if name in ("onnx", "timm")}
-    return {"python": sys.version.split()[0], **environment(), "cpd": __version__, **versions}
+    versions = {name: version for name, version in installation().items() if name in ("cpd", "onnx", "timm")}
+    return {"python": sys.version.split()[0], **environment(), **versions}

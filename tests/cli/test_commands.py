@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import cpd
+from cpd.cli import command
 from cpd.deploy import model_profile
 from cpd.errors import ArtifactError, NothingToPruneError
 from cpd.jobs.sensitivity import RATIOS
@@ -342,6 +343,47 @@ def test_log_and_notes_are_in_the_words_of_the_command_line(
     result = run("compress", "timm:test_resnet", "--no-pretrained")
     assert "Note: Pass --data FOLDER to keep it." in result.stdout
     assert "--round-to 8 and [1] are kept" in result.stderr
+
+
+def test_a_note_that_the_log_has_shown_on_the_same_terminal_is_not_shown_again(
+    fakes: Fakes, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fakes.report = dataclasses.replace(fakes.report, notes=("It was recovered.", "A group is frozen."))
+
+    def compress(model: nn.Module, **kwargs: Any) -> Any:
+        logging.getLogger("cpd").info("It was recovered.")
+        logging.getLogger("cpd").warning("A group is frozen.")
+        return fakes.compress(model, **kwargs)
+
+    monkeypatch.setattr(cpd, "compress", compress, raising=False)
+    arguments = ("compress", "timm:test_resnet", "--no-pretrained")
+    assert "Note: It was recovered." in run(*arguments).stdout
+    monkeypatch.setattr(command, "_one_terminal", lambda: True)
+    shown = run(*arguments).stdout
+    assert "recovered" not in shown
+    assert "Note: A group is frozen." in shown
+
+
+def test_where_a_result_is_not_written_it_says_so(fakes: Fakes, run: Any, tmp_path: Path) -> None:
+    said = "Nothing was written: --output-dir FOLDER"
+    assert said in run("compress", "timm:test_resnet", "--no-pretrained").stdout
+    assert said not in run("compress", "timm:test_resnet", "--no-pretrained", "--output-dir", tmp_path).stdout
+
+
+def test_retries_without_a_network_are_told_once(
+    fakes: Fakes, run: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def compress(model: nn.Module, **kwargs: Any) -> Any:
+        for number in range(5):
+            logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry %d/5].", number)
+        return fakes.compress(model, **kwargs)
+
+    monkeypatch.setattr(cpd, "compress", compress, raising=False)
+    assert run("compress", "timm:test_resnet", "--no-pretrained").exit_code == 0
+    assert [record.args for record in caplog.records if "Retrying" in record.msg] == [(0,)]
+    caplog.clear()
+    assert run("compress", "timm:test_resnet", "--no-pretrained", "--verbose").exit_code == 0
+    assert len([record for record in caplog.records if "Retrying" in record.msg]) == 5
 
 
 def test_a_teacher_by_name(fakes: Fakes, run: Any, tmp_path: Path) -> None:

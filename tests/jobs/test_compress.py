@@ -200,9 +200,8 @@ def test_a_result_is_not_lost_where_packages_have_no_metadata(monkeypatch):
 
     monkeypatch.setattr(metadata.Distribution, "from_name", from_name)
     found = cpd.compress(Tiny(), target_macs=0.7, example_inputs=INPUT)
-    assert found.report.environment["cpd"] == cpd.__version__
-    assert "onnxruntime" in found.report.environment
-    assert "onnx" not in found.report.environment
+    assert {"torch", "onnxruntime"} <= found.report.environment.keys()
+    assert not {"cpd", "onnx"} & found.report.environment.keys()
 
 
 def test_public_names():
