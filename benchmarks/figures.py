@@ -143,6 +143,27 @@ def runtimes() -> None:
 NEARNESS = ("within 5 %", "within 10 %", "furthest off")
 
 
+def zeros_in_runtimes() -> None:
+    """What zeros do to the time in each runtime, and to the bytes of the weights."""
+    rows = rows_of("sparsity_runtimes")
+    timed = defaultdict[str, dict[str, Row]](dict)
+    for row in rows:
+        if "ms" in row:
+            timed[row["runtime"]][row["zeros_of"]] = row
+    kinds = [kind for kind in next(iter(timed.values())) if kind != "dense"]
+    lines = [
+        [f"`{name}`", f"{mine['dense']['ms']:.2f}", *(f"{mine[kind]['speedup']:.2f}x" for kind in kinds)]
+        for name, mine in timed.items()
+    ]
+    print(markdown(["runtime", "dense, ms", *(kind.replace("%", " %") for kind in kinds)], lines))
+    stored = {row["stored"]: row for row in rows if "stored" in row}
+    files = ("safetensors", "packed", "packed-int8", "onnx", "onnx.xz")
+    dense = stored["dense"]["safetensors"]
+    lines = [[f"`{file}`", *(f"{stored[kind][file] / dense:.3f}" for kind in kinds)] for file in files]
+    print("Bytes, relative to the dense model in `safetensors`:\n")
+    print(markdown(["file", *(kind.replace("%", " %") for kind in kinds)], lines))
+
+
 def _nearness(rows: list[Any]) -> list[str]:
     """How many of the measured rows are so near what was asked, and the furthest."""
     off = [abs(row["second"] / row["asked"] - 1) for row in rows if "second" in row]
