@@ -178,7 +178,7 @@ class Pruner:
             read=comb.read,
         )  # fmt: skip
         self._common.trials = self._trials
-        self.criterion, self.why = choose_criterion(self.config.criterion, self.data, loss)
+        self.criterion, self.why = choose_criterion(self.config.criterion, self.data, loss, trains=steps > 0)
         self._decider = Decider(
             comb, self.target, limits, normalization=self.config.normalization, exponent=self.config.exponent,
             scope=self.config.scope, data_free=self.criterion in DATA_FREE, tolerance=self.config.tolerance,

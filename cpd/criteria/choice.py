@@ -15,13 +15,21 @@ FROM_TRAINING = "taylor"
 
 
 def choose_criterion(
-    criterion: str | Criterion | None, data: Iterable[Any] | None, loss: LossFunction | None
+    criterion: str | Criterion | None, data: Iterable[Any] | None, loss: LossFunction | None, trains: bool
 ) -> tuple[str | Criterion, str]:
     """The criterion, and why it is this one.
+
+    Args:
+        criterion: the one asked for.
+        data: batches that channels are scored on.
+        loss: of the model.
+        trains: whether the model is trained while it is pruned, which gives gradients where there are no data.
 
     Raises:
         InputError: one that needs data or targets that are not given.
     """
+    if criterion is None and data is None and not trains:
+        return "magnitude", "the default without data"
     if criterion is None and data is None:
         return FROM_TRAINING, "computed from the gradients of the training"
     if criterion is None:

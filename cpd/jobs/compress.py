@@ -309,16 +309,10 @@ def _pruner(
     whole = kept_for_loss(student, None if loss is not None else scored_on, combed)
     if whole:
         settings = replace(settings, ratios={**(settings.ratios or {}), **whole})
-    by_default = scored_on is None and settings.criterion is None
-    if by_default:
-        settings = replace(settings, criterion="magnitude")
-    pruner = Pruner(
+    return Pruner(
         student, call, steps=steps, data=scored_on, loss=loss, comb=combed, config=settings, stage=stages,
         common=common,
     )  # fmt: skip
-    if by_default:
-        pruner.why = "the default without data"
-    return pruner
 
 
 @dataclass
@@ -349,7 +343,6 @@ class _Run(Run):
                 student, self.call, steps=round(self.per_epoch * epochs), data=scored_on, loss=loss, comb=first.comb,
                 config=config, stage=self.stages, common=common,
             )  # fmt: skip
-            pruner.why = first.why
             training = replace(self.training, epochs=epochs)
             one = replace(self, student=student, pruner=pruner, training=training, history=[], tried=tried)
             one.prune_and_train(data, loss, None, teacher)  # without a metric: choosing an epoch by it would spend it
