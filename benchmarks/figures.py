@@ -293,7 +293,7 @@ TRAINED: Columns = {
     "unpruned": _percent("dense", 2),
     "before training": _percent("untrained", 2),
     "after": _percent("metric", 2),
-    "epochs": lambda row: str(row["epochs"]),
+    "epochs": lambda row: f"{row['epochs']:g}",
 }
 MAX_DROP: Columns = {
     "seed": _text("seed"),
@@ -370,6 +370,7 @@ COLUMNS: dict[str, Columns] = {
     "train_and_prune_resnet56_gpu": TRAINED,
     "train_and_prune_resnet56": TRAINED,
     "train_and_prune_lraspp_2x": TRAINED,
+    "train_and_prune_vit_2x": TRAINED,
     "transfer": TRANSFER,
     "int8_target": INT8_TARGET,
     "max_drop": MAX_DROP,
