@@ -9,7 +9,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -284,7 +284,7 @@ def _begun(
     stages = Stages(_planned(settings, scored_on is not None, data is not None and learning.epochs > 0))
     steps = round(per_epoch * learning.epochs)
     pruner = _pruner(model, student, call, settings, steps, scored_on, loss, stages, common)
-    return _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch)
+    return _Run(model, student, call, pruner, learning, stages, checkpoint, per_epoch, common=common or Common())
 
 
 def _pruner(
@@ -320,6 +320,7 @@ class _Run(Run):
     """State of one compression, handed from stage to stage."""
 
     pruner: Pruner
+    common: Common = field(default_factory=Common)
     tried: Sequence[TriedRow] = ()
 
     def fastest(
@@ -361,6 +362,13 @@ class _Run(Run):
                 "No data was given: channels are chosen by the magnitude of their weights and accuracy is not "
                 "recovered, so most of it is lost. Pass data=loader to keep it."
             )
+
+    def before(self, evaluate: Evaluate | None) -> float | None:
+        """The metric of the model as it was given, found once for all that have it in common."""
+        goes_on = self.checkpoint is not None and self.checkpoint.state is not None
+        if evaluate is None or goes_on or self.common.metric is None:
+            self.common.metric = super().before(evaluate)
+        return self.common.metric
 
     def prune_at_once(self, evaluate: Evaluate | None, before: float | None) -> float | None:
         """The first shrink, before any training; the metric after it."""

@@ -43,6 +43,7 @@ class Common:
         scores: of its channels, before anything has gone.
         trials: what it makes of the data, and the refits that were tried on it.
         found: what was measured.
+        metric: of the unpruned model, where it was evaluated.
         within: the next plan keeps nothing that this one has removed; None: it may keep anything.
     """
 
@@ -50,6 +51,7 @@ class Common:
     scores: Scores | None = None
     trials: Trials | None = None
     found: Found = field(default_factory=Found)
+    metric: float | None = None
     within: Plan | None = None
 
     def scored(self, score: Callable[[], Scores], is_shared: bool) -> Scores:

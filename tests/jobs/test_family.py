@@ -124,6 +124,20 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(making, "compressed", by_macs)
 
 
+def test_the_unpruned_model_is_evaluated_once(net: nn.Module, quick: None) -> None:
+    whole = sum(p.numel() for p in net.parameters())
+    seen = []
+
+    def evaluate(model: nn.Module) -> float:
+        seen.append(sum(p.numel() for p in model.parameters()) == whole)
+        return accuracy(model)
+
+    found = cpd.family(net, [1.5, 3], data=data(), epochs=0, round_to=2, evaluate=evaluate, progress=False)
+    assert seen.count(True) == 1
+    assert seen[0]
+    assert {member.report.original.metric for member in found.members} == {accuracy(net)}
+
+
 def test_a_family_is_saved_as_slices_and_loaded(net: nn.Module, quick: None, tmp_path) -> None:
     found = cpd.family(
         net, [3, 1.5, 100], data=data(), epochs=1, lr=0.01, round_to=2, evaluate=accuracy, together=True,
