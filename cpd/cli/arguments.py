@@ -119,7 +119,8 @@ Std = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of every random choice.")]
-WORKERS = min(4, os.cpu_count() or 1)
+_PROCESSORS = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+WORKERS = min(4, len(_PROCESSORS))
 Workers = Annotated[
     int, typer.Option("--workers", min=0, help="Processes that load images.", show_default="one per core, at most 4")
 ]

@@ -115,7 +115,8 @@ def _metric(found: Sweep, value: float | None) -> str:
 
 def figures_table(report: Report) -> Table:
     """Original and result side by side."""
-    table = Table(title=None if report.speedup is None else f"{report.speedup:.2f}× faster, measured")
+    faster = None if report.speedup is None else f"{report.speedup:.2f}× faster, measured"
+    table = Table(title=faster if report.zeros is None else f"{100 * report.zeros:.1f} % of the weights are zero")
     table.add_column("")
     for column in ("original", "compressed", "change"):
         table.add_column(column, justify="right")

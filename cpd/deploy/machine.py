@@ -22,7 +22,7 @@ def environment() -> dict[str, str]:
 def _environment() -> tuple[tuple[str, str], ...]:
     return (
         ("cpu", _cpu_model()),
-        ("cores", str(_cores())),
+        ("cores", str(cores())),
         ("platform", platform.platform()),
         ("onnxruntime", str(onnxruntime.__version__)),
         ("torch", str(torch.__version__)),
@@ -44,7 +44,7 @@ def installation() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     gpus = {f"gpu {index}": torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())}
-    machine = {"cpu": _cpu_model(), "cores": str(_cores()), "platform": platform.platform(), **gpus}
+    machine = {"cpu": _cpu_model(), "cores": str(cores()), "platform": platform.platform(), **gpus}
     return {"python": platform.python_version(), **versions, **machine}
 
 
@@ -58,7 +58,7 @@ def _cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine() or "unknown"
 
 
-def _cores() -> int:
+def cores() -> int:
     """The number of logical cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -33,6 +33,7 @@ from cpd.deploy.export import (
 )
 from cpd.deploy.int8 import CALIBRATIONS, Arrays, dynamic_onnx, parts, quantized_onnx, samples_of
 from cpd.deploy.latency import LatencyTable, measure_latency
+from cpd.deploy.machine import cores
 from cpd.deploy.noise import noisy_nodes
 from cpd.errors import ExportError, InputError
 from cpd.model.arguments import DATA
@@ -217,7 +218,7 @@ class OnnxModule(nn.Module):
     @checked(model=ONNX_MODEL, threads=THREADS)
     def __init__(self, model: OnnxSource, threads: int | None = None) -> None:
         super().__init__()
-        self._session = open_session(model, threads or os.cpu_count() or 1)
+        self._session = open_session(model, threads or cores())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model on a batch and return its outputs: one tensor, or a tuple of tensors."""

@@ -350,7 +350,9 @@ def _figure_rows(report: Report) -> Iterable[FigureRow]:
             f"{runtime_title(report.latency)} latency", _ms(before.latency_ms), _ms(after.latency_ms), faster
         )
     if report.zeros is not None:
-        yield FigureRow("Weights that are zero", f"{report.zeros_before:.1%}", f"{report.zeros:.1%}", "")
+        yield FigureRow(
+            "Weights that are zero", f"{100 * report.zeros_before:.1f} %", f"{100 * report.zeros:.1f} %", ""
+        )
     for name, size in report.stored.items():
         plain = report.stored.get("plain", size)
         if name != "plain":

@@ -40,7 +40,7 @@ from cpd.sparsity.channels import masks_of
 from cpd.sparsity.closed_form import sparsified, stages
 from cpd.sparsity.config import SPARSE, SparseConfig
 from cpd.sparsity.keeping import Keeper
-from cpd.sparsity.masking import channel_plan, choose, fitting
+from cpd.sparsity.masking import channel_plan, choose, fitting, get_sparsity
 from cpd.sparsity.masks import Masks
 from cpd.sparsity.patterns import CHANNEL
 from cpd.sparsity.regrowth import rigl_share, swapped
@@ -257,7 +257,7 @@ class Sparsifier:
             "Change %d of %d of the masks: %.1f%% of the weights are zero.",
             len(self.changes),
             len(self._events),
-            100 * masks.sparsity,
+            100 * get_sparsity(self.model),
         )
         return self.changes[-1]
 

@@ -288,7 +288,8 @@ class Calibration:
             samples: about how many of them; None: all.
 
         Returns:
-            The mean squared error of the logits, relative to their variance; and the share of equal classes.
+            The mean squared error of the logits, relative to their variance, infinite where they are not finite; and
+            the share of equal classes.
         """
         sums = torch.zeros(4, dtype=torch.double)  # squared error, equal classes, classes, samples
         left = self._own_judged(samples)
@@ -307,7 +308,8 @@ class Calibration:
                         sums[2] += agree.numel()
                     sums[3] += len(expected)
             error, same, count, seen = self.step.totals("judged", [sums])[0].tolist()
-        return error / max(self.spread * seen / self.judged, 1e-30), same / max(count, 1)
+        relative = error / max(self.spread * seen / self.judged, 1e-30)
+        return relative if math.isfinite(relative) else math.inf, same / max(count, 1)
 
     def _own_judged(self, samples: int | None) -> int:
         """How many of the samples held out this process judges by, where about so many of all are wanted."""

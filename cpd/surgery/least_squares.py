@@ -99,11 +99,12 @@ class Sums:
         return left * float(takes_mean)
 
     def error(self, change: Tensor, shift: Tensor) -> float:
-        """The sum of squares of what is lacking after both, relative to the spread of the output."""
+        """The sum of squares of what is lacking after both, relative to the spread of the output; at worst infinite."""
         linear = (change * self.lacking_x).sum() + (shift * self.lacking).sum()
         mixed = (shift * (change @ self.x[:, :, None]).squeeze(-1)).sum()
         square = ((change @ self.xx) * change).sum() + 2 * mixed + self.rows * shift.square().sum()
-        return max(0.0, float(self.squares - 2 * linear + square)) / (self.spread + 1e-30)
+        left = float(self.squares - 2 * linear + square)
+        return max(0.0, left) / (self.spread + 1e-30) if math.isfinite(left) else math.inf
 
 
 def best_damping(

@@ -79,6 +79,15 @@ def test_without_an_optimizer_nothing_would_keep_the_zeros() -> None:
         sparsifier.step()
 
 
+def test_the_log_tells_the_share_of_all_weights(caplog: pytest.LogCaptureFixture) -> None:
+    """The first layer has three input channels, which 2:4 does not divide: it stays whole."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    with caplog.at_level("INFO", logger="cpd"):
+        cpd.Sparsifier(model, pattern="2:4", steps=0).prune()
+    assert cpd.get_sparsity(model) == pytest.approx(288 / 792)
+    assert "36.4% of the weights are zero" in caplog.text
+
+
 def test_channels_end_as_a_plan() -> None:
     model = network()
     sparsifier, optimizer = made(

@@ -116,6 +116,18 @@ def test_recovery_keeps_what_comes_nearest():
     assert found.errors[found.chosen] < 0.1 * found.errors["nothing"]
 
 
+def test_recovery_keeps_no_variant_whose_outputs_are_not_finite():
+    """Its error is not a number, which compares as neither more nor less than any other."""
+    model = randomize(Net().eval(), 0)
+    narrow, plan = narrowed(model)
+    norm = next(module for module in narrow.modules() if isinstance(module, nn.BatchNorm2d))
+    norm.running_mean.fill_(float("nan"))
+    found = recover(narrow, Calibration(model, batches()), plan)
+    assert found.errors["nothing"] == float("inf")
+    assert found.chosen != "nothing"
+    assert all(tensor.isfinite().all() for tensor in narrow.state_dict().values())
+
+
 def test_recovery_goes_on_from_what_was_found_of_the_same_plan(monkeypatch):
     model = randomize(Net().eval(), 0)
     narrow, plan = narrowed(model)
