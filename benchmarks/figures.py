@@ -372,6 +372,7 @@ COLUMNS: dict[str, Columns] = {
     "train_and_prune_lraspp_2x": TRAINED,
     "train_and_prune_vit_2x": TRAINED,
     "transfer": TRANSFER,
+    "train_and_prune_lite0": TRANSFER,
     "int8_target": INT8_TARGET,
     "max_drop": MAX_DROP,
 }
