@@ -2,9 +2,9 @@
 
 group-lasso   the norm of a channel, over all that belongs to it in every coupled layer (Yuan and Lin 2006; Wen et al.
               2016, arXiv 1608.03665, eq. 2, of single layers)
-growing       its square, weighed by how small the channel is beside the others of its group, ever more as the last
-              shrink comes near (Wang et al. 2021, arXiv 2012.09243, section 3; Fang et al. 2023, arXiv 2301.12900,
-              eq. 5, weigh so)
+growing       its square, weighed by how many channels of its group are larger, ever more as the last shrink comes
+              near (Wang et al. 2021, arXiv 2012.09243, section 3); the weight grows with that share as in Fang et al.
+              2023, arXiv 2301.12900, eq. 5, who take the norms themselves: beside one large channel, all are small
 batchnorm     the scale of a channel in a BatchNorm (Liu et al. 2017, arXiv 1708.06519, eq. 1)
 
 Each is a proximal step behind the step of the optimizer (Parikh and Boyd 2014, "Proximal algorithms", section 6.5):
@@ -29,6 +29,8 @@ GROUP_LASSO, GROWING, BATCHNORM = "group-lasso", "growing", "batchnorm"
 #: Kind -> the strength that is usual: in a unit of learning rate, the share of the mean norm of its group that a
 #: channel loses; of `growing` the weight decay that the least channel has in the end.
 STRENGTHS = {GROUP_LASSO: 0.05, GROWING: 1.0, BATCHNORM: 0.05}
+#: How much more the weight decay of the least channel of a group is than that of others: alpha of Fang et al. 2023.
+STEEP = 4.0
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,8 @@ class Regularizer:
     def _factor(self, norms: Tensor, lr: float, time: float) -> Tensor:
         """What the channels of norms [size of a group] are multiplied by."""
         if self.penalty.kind == GROWING:
-            small = (norms.max() - norms) / (norms.max() - norms.min()).clamp_min(1e-30)
+            place = norms.argsort(descending=True).argsort().to(norms)  # how many channels are larger
+            larger = place / max(len(norms) - 1, 1)
+            small = (2 ** (STEEP * larger) - 1) / (2**STEEP - 1)
             return 1 / (1 + lr * self.penalty.value * time * small)
         return (1 - lr * self.penalty.value * norms.mean() / norms.clamp_min(1e-30)).clamp_min(0)
