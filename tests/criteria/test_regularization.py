@@ -62,6 +62,20 @@ def test_growing_begins_with_nothing(combed: cpd.Comb) -> None:
     assert all(torch.equal(tensor, net().state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
+def test_growing_spares_large_channels_beside_one_that_is_larger_still(combed: cpd.Comb) -> None:
+    model = net()
+    with torch.no_grad():
+        for tensor in named_tensors(model).values():
+            if tensor.dim() == 4:
+                tensor[0] *= 1000
+    before = norms(combed, model)
+    Regularizer(combed, Penalty("growing", 1.0)).step(model, lr=1.0, time=1.0)
+    for name, now in norms(combed, model).items():
+        ratio = (now / before[name]).detach()[before[name].argsort()]
+        assert float(ratio[0]) == pytest.approx(0.5)
+        assert (ratio[len(ratio) // 2 :] > 0.75).all()
+
+
 def test_groups_that_stay_are_left_alone(combed: cpd.Comb) -> None:
     model, (first, *_) = net(), [group.name for group in combed.open]
     pruner = cpd.Pruner(
