@@ -68,12 +68,11 @@ def test_growing_spares_large_channels_beside_one_that_is_larger_still(combed: c
         for tensor in named_tensors(model).values():
             if tensor.dim() == 4:
                 tensor[0] *= 1000
-    before = norms(combed, model)
+    before = norms(combed, model)["stem"]
     Regularizer(combed, Penalty("growing", 1.0)).step(model, lr=1.0, time=1.0)
-    for name, now in norms(combed, model).items():
-        ratio = (now / before[name]).detach()[before[name].argsort()]
-        assert float(ratio[0]) == pytest.approx(0.5)
-        assert (ratio[len(ratio) // 2 :] > 0.75).all()
+    ratio = (norms(combed, model)["stem"] / before).detach()[before.argsort()]
+    assert float(ratio[0]) == pytest.approx(0.5, abs=1e-3)
+    assert (ratio[len(ratio) // 2 :] > 0.8).all()
 
 
 def test_groups_that_stay_are_left_alone(combed: cpd.Comb) -> None:
