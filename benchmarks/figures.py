@@ -164,6 +164,20 @@ def zeros_in_runtimes() -> None:
     print(markdown(["file", *(kind.replace("%", " %") for kind in kinds)], lines))
 
 
+def learned() -> None:
+    """Trainings with and without sparse learning before the shrink: mean and spread over seeds."""
+    of_kind = defaultdict[tuple[float, str], list[Row]](list)
+    for row in rows_of("train_and_prune_learning"):
+        of_kind[row["fewer"], row["learning"]].append(row)
+    lines = []
+    for (fewer, learning), mine in sorted(of_kind.items(), key=lambda item: item[0][0]):
+        metrics, without = [row["metric"] for row in mine], [row["untrained"] for row in mine if row["untrained"]]
+        spread = f" ± {statistics.stdev(metrics):.2f}" if len(metrics) > 1 else ""
+        before = f"{statistics.fmean(without):.2f} %" if without else "-"
+        lines.append([f"{fewer:g}x", learning, str(len(mine)), before, f"{statistics.fmean(metrics):.2f}{spread} %"])
+    print(markdown(["fewer MACs", "`regularization`", "seeds", "before training", "after"], lines))
+
+
 def _nearness(rows: list[Any]) -> list[str]:
     """How many of the measured rows are so near what was asked, and the furthest."""
     off = [abs(row["second"] / row["asked"] - 1) for row in rows if "second" in row]
