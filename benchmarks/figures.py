@@ -164,6 +164,19 @@ def zeros_in_runtimes() -> None:
     print(markdown(["file", *(kind.replace("%", " %") for kind in kinds)], lines))
 
 
+def rethought() -> None:
+    """What is pruned beside the same masks or shape trained anew: mean and spread over seeds."""
+    of_kind = defaultdict[tuple[str, str, float], list[Row]](list)
+    for row in rows_of("rethinking"):
+        of_kind[row["pruned"], row["what"], row["epochs"]].append(row)
+    lines = []
+    for (pruned, what, epochs), mine in of_kind.items():
+        found = [row["metric"] for row in mine]
+        spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
+        lines.append([pruned.replace("%", " %"), what, f"{epochs:g}", f"{statistics.fmean(found):.1f}{spread} %"])
+    print(markdown(["pruned", "what is done", "epochs", "right"], lines))
+
+
 def learned() -> None:
     """Trainings with and without sparse learning before the shrink: mean and spread over seeds."""
     of_kind = defaultdict[tuple[float, str], list[Row]](list)
@@ -385,6 +398,14 @@ COLUMNS: dict[str, Columns] = {
     "train_and_prune_resnet56": TRAINED,
     "train_and_prune_lraspp_2x": TRAINED,
     "train_and_prune_vit_2x": TRAINED,
+    "sparsity_trained": {
+        "masks": _text("masks"),
+        "refitted, no epoch": _percent("refitted"),
+        "after each epoch": lambda row: ", ".join(
+            f"{value:.1f}" for epoch, value in row["history"].items() if int(epoch)
+        ),
+        "kept": _percent("trained"),
+    },
     "transfer": TRANSFER,
     "train_and_prune_lite0": TRANSFER,
     "int8_target": INT8_TARGET,
