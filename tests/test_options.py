@@ -278,17 +278,17 @@ def command_options(arguments: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("--round-to 0", "error: --round-to must be an integer from 1 to 1000000000, or None; got 0."),
+        ("--round-to 0", "error: --round-to must be an integer from 1 to 1000000000; got 0."),
         ("--seed -1", "error: --seed must be an integer from 0 to 2147483647; got -1."),
         ("--threads 1000000", "error: --threads must be an integer from 1 to 1024; got 1000000."),
-        ("--lr 0", "error: --lr must be a number above 0, or None; got 0.0."),
+        ("--lr 0", "error: --lr must be a number above 0; got 0.0."),
         ("--criterion taylro", "error: --criterion must be a name"),
         ("--criterion taylro", "got 'taylro'. Is taylor meant?"),
         ("--kd cdw", "got 'cdw'. Is cwd meant?"),
         ("--ratios fc", "error: --ratios takes PATTERN=SHARE"),
         ("--latency-inputs big", "error: --latency-inputs takes shapes"),
         ("--target-macs 2 --target-params 2", "got --target-macs, --target-params"),
-        ("--max-grad-norm 0", "error: --max-grad-norm must be a number above 0, or None; got 0.0"),
+        ("--max-grad-norm 0", "error: --max-grad-norm must be a number above 0; got 0.0"),
     ],
 )
 def test_a_wrong_option_is_named_as_it_is_given(called: dict[str, Any], option: str, message: str) -> None:
