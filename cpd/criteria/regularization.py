@@ -29,7 +29,7 @@ GROUP_LASSO, GROWING, BATCHNORM = "group-lasso", "growing", "batchnorm"
 #: Kind -> the strength that is usual: in a unit of learning rate, the share of the mean norm of its group that a
 #: channel loses; of `growing` the weight decay that the least channel has in the end.
 STRENGTHS = {GROUP_LASSO: 0.05, GROWING: 1.0, BATCHNORM: 0.05}
-#: How steeply the weight decay of `growing` rises with the share of channels that are larger: alpha of Fang et al. 2023.
+#: How steeply the weight decay of `growing` rises with the share of larger channels: alpha of Fang et al. 2023.
 STEEP = 4.0
 
 
