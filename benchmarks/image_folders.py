@@ -8,6 +8,8 @@ A folder of a class whose name is a number is of the class of that index, so tha
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -122,12 +124,13 @@ def ade20k(
 
 
 def _view(folder: Path, part: str) -> Path:
-    """A folder with images/ and labels/, which are ADE20K's own under other names."""
+    """A folder with images/ and labels/, which are ADE20K's own under other names; removed when the process ends."""
     sources = {"images": folder / "images" / part, "labels": folder / "annotations" / part}
     for source in sources.values():
         if not source.is_dir():
             raise SystemExit(f"{folder} is not laid out as ADEChallengeData2016 is: it holds no {source}.")
     view = Path(tempfile.mkdtemp(prefix="ade20k-"))
+    atexit.register(shutil.rmtree, view, ignore_errors=True)  # the links, not what they lead to
     for name, source in sources.items():
         (view / name).symlink_to(source.resolve(), target_is_directory=True)
     return view
