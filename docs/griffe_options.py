@@ -1,4 +1,7 @@
-"""For the reference: the options of a config, as they are declared, become the attributes of its docstring."""
+"""For the reference: the options of a config, as they are declared, become the attributes of its docstring.
+
+Where a default is a constant, its value is shown instead of its name.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,16 @@ HEADING = "Options:\n    Each can be read as an attribute."
 
 
 class Options(griffe.Extension):
-    """Reads `name: type = option(default, check, help)`."""
+    """Reads `name: type = option(default, check, help)`, and constants that are defaults."""
+
+    def on_function(self, *, func: griffe.Function, **kwargs: Any) -> None:
+        """Show the value of each default that is the name of a constant."""
+        for parameter in func.parameters:
+            name = parameter.default
+            if isinstance(name, griffe.ExprName) and name.name.isupper():
+                value = locate(f"{func.module.path}.{name.name}")
+                if isinstance(value, (bool, int, float, str, tuple)):
+                    parameter.default = repr(value)
 
     def on_class_members(self, *, cls: griffe.Class, **kwargs: Any) -> None:
         """Show the default of each option in the signature, and its help in the docstring."""
