@@ -107,7 +107,7 @@ class HuggingFace(Task):
         return output, loss
 
     def outputs(self, model: nn.Module) -> Outputs:
-        """The parts of the output that matter, such as `logits` and `pred_boxes`; all of it if none of them is known."""
+        """The parts of the output that matter, such as `logits` and `pred_boxes`; the whole output without any."""
         return what_matters
 
     def chosen(self, model: nn.Module, outputs: Outputs) -> Outputs:
