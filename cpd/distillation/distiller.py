@@ -28,7 +28,7 @@ from cpd.distillation.best import Best
 from cpd.distillation.config import TRAINING, DistillConfig, EpochRecord, Progressed
 from cpd.distillation.kd import Distillation
 from cpd.distillation.mixing import Mixing
-from cpd.distillation.optimizers import lr_schedule, make_optimizer
+from cpd.distillation.optimizers import lr_schedule, make_optimizer, tell_untouched
 from cpd.distillation.request import CHECKPOINT, PRUNER, check_data, check_models, is_shared_out, steps_per_epoch
 from cpd.errors import CheckpointError, CPDError, InputError, TrainingError
 from cpd.files.checkpoint import Checkpoint
@@ -274,8 +274,7 @@ class _Run:
             if self.checkpoint is not None and (shrunk or self.due()):
                 self.save()
             aside += time.perf_counter() - paused
-            where = f"epoch {self.epoch + 1} of {math.ceil(config.epochs)}"
-            under_way.advance(name=f"{where}, loss {sums['loss'][-1]:.4g}")
+            under_way.advance(name=f"epoch {self.epoch + 1} of {math.ceil(config.epochs)}, loss {sums['loss'][-1]:.4g}")
         speed = (self.done - first) / (time.perf_counter() - start - aside)
         if limit is None:
             self.steps, under_way.total = self.done, config.epochs * self.done
@@ -304,8 +303,7 @@ class _Run:
 
     def shrunk(self) -> None:
         """The student is narrower now: wrap it anew, and take what it has become for what is put back."""
-        self.kept, self.best = state_of(self.student), Best()
-        self.ema = self.averaged()
+        self.kept, self.best, self.ema = state_of(self.student), Best(), self.averaged()
         if self.accelerator.num_processes > 1:  # the buckets of DDP have the old shapes
             del self.trainee
             self.accelerator._models.clear()
@@ -337,6 +335,8 @@ class _Run:
                 self.accelerator.backward(parts["loss"] / len(group))
             for name, value in values.items():
                 self.sums[name].append(value)
+        if self.epoch == self.done == 0:
+            tell_untouched(self.student)
         self.share_projections()
         _mask_gradients(self.pruner)
         if self.config.max_grad_norm is not None:

@@ -1,13 +1,19 @@
-"""Optimizers and schedules of their learning rate, made by name."""
+"""Optimizers and schedules of their learning rate, made by name; and what they have nothing to do for."""
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
-from cpd.errors import InputError
+from cpd.errors import InputError, some
+
+log = logging.getLogger("cpd")
+
+#: Parameters that are named at most.
+NAMED = 8
 
 
 def make_optimizer(
@@ -48,3 +54,17 @@ def lr_schedule(optimizer: torch.optim.Optimizer, name: str, epochs: float, warm
         decay_rate=1.0 if name == "poly" else 0.1, warmup_epochs=rising, warmup_prefix=True,
     )  # fmt: skip
     return schedule
+
+
+def tell_untouched(model: nn.Module) -> None:
+    """Warn of parameters that get no gradient, once those of the first step are there.
+
+    A classifier is one of them where only features are compared: the features change, and it no longer fits them.
+    """
+    trained = ((name, value.grad) for name, value in model.named_parameters() if value.requires_grad)
+    names = [name for name, grad in trained if grad is None or not grad.any()]
+    if names:
+        log.warning(
+            "These parameters get no gradient from the loss, so they are not trained: %s. To train a classifier as "
+            "well, set task_weight above 0 or kd='kl'.", some(names, NAMED),
+        )  # fmt: skip

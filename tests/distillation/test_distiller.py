@@ -326,6 +326,20 @@ def test_without_targets_the_teacher_alone_is_followed() -> None:
     assert record.loss == record.kd_loss > 0
 
 
+@pytest.mark.parametrize(("loss", "told"), [({"kd": "mse", "features": ("bn",)}, True), ({"kd": "kl"}, False)])
+def test_a_classifier_that_the_loss_does_not_reach_is_told_once(
+    loss: dict[str, object], told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    student, teacher = make(1), make()
+    before = student.head.weight.clone()
+    config = DistillConfig(epochs=2, lr=0.01, weight_decay=0.0, task_weight=0.0, **loss)
+    with caplog.at_level("WARNING", "cpd"):
+        distill(student, teacher, images(), config=config)
+    said = [record.message for record in caplog.records if "not trained: head.weight, head.bias" in record.message]
+    assert len(said) == int(told)
+    assert torch.equal(student.head.weight, before) is told
+
+
 def test_settings_may_change_between_calls_and_the_users_accelerator_survives() -> None:
     from accelerate import Accelerator
 
