@@ -333,13 +333,14 @@ class Pruner:
 
     def _select(self, scores: Scores, share: float) -> Plan:
         """What stays after this shrink; where something is measured for it, as the first process has measured it."""
-        decider, (scores, kept, gone) = self._decider, self._common.allowed(self.comb, self.plan, scores)
+        decider, kept, gone = self._decider, self.plan.groups, self.plan.removed
+        scores, stay = self._common.held(self.comb, self.plan, scores)
         if self.target.is_measured or self.normalization == "latency" or decider.removes_branches:
             ranks = repr([torch.argsort(scores[group.name], stable=True).tolist() for group in self.comb.open])
             processes.check_same(hashlib.sha256(ranks.encode()).hexdigest(), "ranking of the channels")
-            found = self._council.decide(lambda: decider.decide(scores, kept, share, scores.untrusted, gone))
+            found = self._council.decide(lambda: decider.decide(scores, kept, share, scores.untrusted, gone, stay))
         else:
-            found = decider.decide(scores, kept, share, scores.untrusted, gone)
+            found = decider.decide(scores, kept, share, scores.untrusted, gone, stay)
         self._decided_on, self._noted = (scores, kept), list(self.notes)
         decider.scopes, decider.goal, decider.leaving = found.scopes, found.goal, found.leaving
         for note in found.notes:

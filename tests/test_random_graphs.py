@@ -25,6 +25,7 @@ from cpd.surgery.shrink import shrink
 from helpers import random_oddities  # noqa: F401 (enters its kinds)
 from helpers.random_models import BATCH, CLASSES, KINDS, SIDE, Net, Step, steps_of_a_model
 from helpers.zoo import (
+    around,
     assert_shapes_as_predicted,
     comb,
     dense,
@@ -60,6 +61,7 @@ def check(steps: list[tuple], head: str = "mean", share: float = 0.3, number: in
         found, expected = shrink(copy.deepcopy(model), exact)(x), zeroed(model, exact)(x)
     assert relative_error(found, expected) <= 1e-9
     assert_selected_within(combed, plan, number)
+    assert_selected_around(combed, plan, number)
     if number % 4 == 1:
         assert_branches_go(model, combed, plan, x, number)
     if number % 4 == 0:  # the shrunk model is combed again: as slow as all the rest
@@ -77,6 +79,7 @@ def assert_branches_go(model: torch.nn.Module, combed: Comb, first: Plan, x: tor
         if not removed:
             return
         plan = combed.plan(first.groups, remove=removed)
+        assert_selected_around(combed, plan, number)
         small = shrink(copy.deepcopy(model), Plan.from_dict(plan.to_dict()))
         if currently_in_test_context():
             note(f"without {removed}")
@@ -94,6 +97,13 @@ def assert_selected_within(combed: Comb, first: Plan, number: int) -> None:
     selector = going_on(combed, first, number, 1 + number % 3)
     for share in (0.0, 0.4, 0.7, 1.0):
         selector.plan(selector.counts(round(share * (len(selector._path) - 1)))).since(first)
+
+
+def assert_selected_around(combed: Comb, inner: Plan, number: int) -> None:
+    """What is selected around a plan keeps all that the plan keeps: the members of a family are nested."""
+    selector = around(combed, inner, number, 1 + number % 3)
+    for share in (0.0, 0.4, 0.7, 1.0):
+        inner.since(selector.plan(selector.counts(round(share * (len(selector._path) - 1)))))
 
 
 #: Models that were wrong once, as `check` takes them, and how.

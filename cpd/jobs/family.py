@@ -1,7 +1,7 @@
 """Family: models at several speeds from one run, each a slice of the next larger.
 
-What does not depend on the speed is found once (`cpd.selection.common`). The widest member is chosen first, and each
-next one within it.
+What does not depend on the speed is found once (`cpd.selection.common`). The narrowest member is chosen first, and
+each next one around it: it keeps what that keeps, and more.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class _Job:
             check_together(learning)
         call = example_call(read.model, self.given.get("example_inputs"), read.batches()[0], read.task)
         common, results, missing = Common(), dict[float, Result](), dict[float, str]()
-        for number, speedup in enumerate(self.asked, 1):
+        for number, speedup in enumerate(reversed(self.asked), 1):
             log.info("Family: speed-up %g (member %d of %d)", speedup, number, len(self.asked))
             try:
                 with part(f"member {number} of {len(self.asked)}: {speedup:g}x"):
@@ -150,7 +150,8 @@ class _Job:
                 log.warning("%s", error)
                 missing[speedup] = str(error)
             else:
-                common.within = results[speedup].plan
+                common.around = results[speedup].plan
+        results, missing = dict(sorted(results.items())), dict(sorted(missing.items()))
         if not results:
             raise TargetError(next(iter(missing.values())))
         if trains:
@@ -168,7 +169,7 @@ class _Job:
         )
 
     def _member(self, speedup: float, common: Common, epochs: float | None) -> Result:
-        """One member, within the one before it."""
+        """One member, around the one before it."""
         given = {**self.given, "epochs": epochs}
         return compressed(self.model, {"target_speedup": speedup, **self.pruning}, common=common, **given)
 

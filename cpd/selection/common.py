@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from cpd.coupling.comb import Comb
-from cpd.criteria.score import Scores, whole_scores
+from cpd.criteria.score import Scores
 from cpd.deploy.latency import LatencyProbe
 from cpd.deploy.latency_model import LatencyModel
 from cpd.deploy.several import SlowestModel
@@ -44,7 +45,7 @@ class Common:
         trials: what it makes of the data, and the refits that were tried on it.
         found: what was measured.
         metric: of the unpruned model, where it was evaluated.
-        within: the next plan keeps nothing that this one has removed; None: it may keep anything.
+        around: the next plan keeps all that this one keeps; None: it may remove anything.
     """
 
     comb: Comb | None = None
@@ -52,7 +53,7 @@ class Common:
     trials: Trials | None = None
     found: Found = field(default_factory=Found)
     metric: float | None = None
-    within: Plan | None = None
+    around: Plan | None = None
 
     def scored(self, score: Callable[[], Scores], is_shared: bool) -> Scores:
         """The scores of a model, taken where they are not known yet.
@@ -67,22 +68,21 @@ class Common:
             self.scores = score()
         return self.scores
 
-    def allowed(
-        self, comb: Comb, plan: Plan, scores: Scores
-    ) -> tuple[Scores, Mapping[str, tuple[int, ...]], tuple[str, ...]]:
-        """What may still be kept of a model, by its scores; its channels; and the branches that have gone.
+    def held(self, comb: Comb, plan: Plan, scores: Scores) -> tuple[Scores, frozenset[str]]:
+        """Scores of a model in which those of channels that must stay are infinite; and the branches that must stay.
 
         Args:
             comb: its comb.
             plan: what is kept of it so far.
             scores: of its channels.
         """
-        if self.within is None or plan.changes:
-            return scores, plan.groups, plan.removed
-        left = {name: scores[name][list(kept)] for name, kept in self.within.groups.items() if name in scores}
-        return (
-            Scores(whole_scores(comb, self.within, left), scores.untrusted, {}), self.within.groups, self.within.removed
-        )  # fmt: skip
+        if self.around is None or plan.changes:
+            return scores, frozenset()
+        found = {name: score.clone() for name, score in scores.items()}
+        for name in found.keys() & self.around.groups.keys():  # the others have gone with a branch
+            found[name][list(self.around.groups[name])] = math.inf
+        stay = {branch.name for branch in comb.branches} - {*self.around.removed}
+        return Scores(found, scores.untrusted, {}), frozenset(stay)
 
 
 COMMON = instance(Common, "a cpd.selection.common.Common")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -131,6 +131,7 @@ class Decider:
         self.leaving: tuple[str, ...] | None = () if error_without is None else None
         self._error_of, self._error_without, self._stage = error_of, error_without, stage
         self._errors: dict[str, float] = {}
+        self._stay: Collection[str] = ()
         self._timed: tuple[dict[Axis, int], LatencyComparison] | None = None
         self.bounds = Bounds(
             comb, file_mb, memory_mb, [each.precision for each in runtimes_of(runtime, threads)],
@@ -154,19 +155,22 @@ class Decider:
         share: float,
         untrusted: Mapping[str, str] = MappingProxyType({}),
         gone: Sequence[str] = (),
+        stay: Collection[str] = (),
     ) -> Decision:
         """What stays after this shrink: of the way to the target as much as the schedule says.
 
         Args:
-            scores: {group name: Tensor[size]}, -inf where a channel has gone.
+            scores: {group name: Tensor[size]}, -inf where a channel has gone, inf where it must stay.
             kept: {group name: channels that are left}.
             share: of what is to go, how much has gone after this shrink.
             untrusted: {group name: why its scores say too little}: these stay whole, where the target allows it.
             gone: branches that have gone before the first decision.
+            stay: branches that must stay.
 
         Raises:
             TargetError: the target is out of reach.
         """
+        self._stay = stay
         scores, self._errors = by_capacity(self.comb, scores) if self._by_capacity else scores, {}
         if not untrusted:
             return self._decided(scores, kept, share, self.limits, gone)
@@ -277,7 +281,8 @@ class Decider:
         gone: Sequence[str],
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:  # fmt: skip
         """The branches that go until the target is reached, in their order, and what a user should know of it."""
-        names = removable_branches(self.comb, limits) if limits.max_removed else []
+        removable = removable_branches(self.comb, limits) if limits.max_removed else []
+        names = [name for name in removable if name not in self._stay]
         if not names or self._error_without is None:
             return tuple(gone), ()
         known = self._found.without

@@ -43,7 +43,7 @@ class Selector:
 
     Args:
         comb: the comb.
-        scores: {group name: Tensor[size]}; the lowest go first.
+        scores: {group name: Tensor[size]}; the lowest go first, and what has an infinite one stays.
         limits: what may be done to a group.
         scope: among what scores are compared.
         weighing: how they are weighed against what is saved; ranks (of any scope but "global") are not.
@@ -71,14 +71,15 @@ class Selector:
         self._most = {group.axis: (start or {}).get(group.name, group.size) for group in comb.groups}
         self.steps = {g.name: step(comb, g, self.limits.round_to) for g in comb.open}
         self.order = {g.name: torch.argsort(scores[g.name], descending=True, stable=True).numpy() for g in comb.open}
+        self._held = {g.name: int(torch.isposinf(scores[g.name]).sum()) for g in comb.open}
         if scope != "global":
             self.weighing, scores = Weighing("none"), _ranked(comb, scores, self.steps, scope)
         self._ascending = {g.name: np.sort(scores[g.name].numpy()) for g in comb.open}
         self._path = self._walk()
 
     def floor(self, group: Group) -> int:
-        """The fewest channels that a group keeps: its minimum, and what the limits say, up to a whole step."""
-        return _floor(group, self.limits, self.steps[group.name])
+        """The fewest channels that a group keeps: what must stay, its minimum, and what limits say, in whole steps."""
+        return max(_floor(group, self.limits, self.steps[group.name]), self._held[group.name])
 
     def _walk(self) -> npt.NDArray[np.int64]:
         """[steps + 1, open groups]: the widths before ties, after each step."""
@@ -204,7 +205,8 @@ class Selector:
         return tuple(
             group.name
             for group in self.comb.open
-            if self.limits.ratio_of(group) is None and counts[group.axis] <= self.floor(group) < group.size
+            if self.limits.ratio_of(group) is None
+            and counts[group.axis] <= _floor(group, self.limits, self.steps[group.name]) < group.size
         )
 
     def plan(self, counts: Mapping[Axis, int]) -> Plan:

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from cpd.coupling.comb import Comb
 from cpd.coupling.comb import comb as comb_model
+from cpd.criteria.score import Scores
 from cpd.model.tensors import named_tensors
 from cpd.plan import Plan
+from cpd.selection.common import Common
 from cpd.selection.limits import Limits
 from cpd.selection.selector import Selector
 from cpd.surgery.masked import shape_mismatch
@@ -66,6 +68,14 @@ def going_on(combed: Comb, first: Plan, seed: int, round_to: int) -> Selector:
         scores[group.name][left] = torch.rand(len(left), generator=generator, dtype=torch.double)
     start = {name: len(positions) for name, positions in first.groups.items()}
     return Selector(combed, scores, Limits(round_to=round_to), start=start)
+
+
+def around(combed: Comb, inner: Plan, seed: int, round_to: int) -> Selector:
+    """A selector of plans that keep all that another one keeps, with random scores."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = {item.name: torch.rand(item.size, generator=generator, dtype=torch.double) for item in combed.open}
+    held, _ = Common(around=inner).held(combed, combed.plan({}), Scores(scores, {}, {}))
+    return Selector(combed, held, Limits(round_to=round_to))
 
 
 def zeroed(model: nn.Module, plan: Plan) -> nn.Module:

@@ -83,15 +83,15 @@ def test_plans_within_one_another_and_what_is_shared(net: nn.Module, monkeypatch
     monkeypatch.setattr(cpd.jobs.compress, "comb", lambda *a, **k: combed.append(1) or real_comb(*a, **k))
     monkeypatch.setattr(cpd.pruner, "score", lambda *a, **k: scored.append(1) or real_score(*a, **k))
     common, plans = Common(), []
-    for left in (0.7, 0.3):
+    for left in (0.3, 0.7):
         found = compressed(net, {"target_macs": left, "round_to": 2}, common=common, data=data(), epochs=0)
         plans.append(found.plan)
-        common.within = found.plan
+        common.around = found.plan
         assert found.report.result.macs <= left * found.report.original.macs
-    assert all(nested(wide, narrow) for wide, narrow in pairwise(plans))
+    assert all(nested(wide, narrow) for narrow, wide in pairwise(plans))
     assert (combed, scored) == ([1], [1])
-    # with nothing to lie within, the plan and the weights are those of a run of its own, to the last bit
-    common.within = None
+    # with nothing to lie around, the plan and the weights are those of a run of its own, to the last bit
+    common.around = None
     again = compressed(
         net, {"target_macs": 0.5, "round_to": 2}, common=common, data=data(), epochs=0
     ).model.state_dict()

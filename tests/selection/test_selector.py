@@ -15,7 +15,7 @@ from cpd.selection.weighing import Weighing, by_capacity
 from helpers.layers import Net, batches
 from helpers.tiny import INPUT, Tiny
 from helpers.training import X, net
-from helpers.zoo import comb, going_on, group, random_plan, randomize
+from helpers.zoo import around, comb, going_on, group, random_plan, randomize
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
 
@@ -194,6 +194,18 @@ def test_what_is_selected_later_keeps_nothing_that_has_gone(name: str, round_to:
             counts = selector.counts(steps)
             selector.plan(counts).since(first)
             selector.plan(selector.widened(counts, AsFast())).since(first)
+
+
+@pytest.mark.parametrize("round_to", [1, 8])
+def test_what_is_selected_around_a_plan_keeps_all_that_it_keeps(resnet, round_to: int) -> None:
+    combed, _ = resnet
+    inner = random_plan(combed, 0.4, seed=1, at_least=1)
+    selector = around(combed, inner, 2, round_to)
+    for steps in range(0, len(selector._path) + 7, 1 + len(selector._path) // 7):
+        inner.since(selector.plan(selector.counts(steps)))
+    narrowest = selector.counts(len(selector._path))
+    assert all(narrowest[g.axis] == max(len(inner.groups[g.name]), selector.floor(g)) for g in combed.open)
+    assert selector.at_floor(narrowest) == ()  # the limits are not what stopped it
 
 
 def test_selection_meets_the_cost_in_multiples():
