@@ -7,7 +7,8 @@
     python benchmarks/paper.py - all --ade20k ADEChallengeData2016 --full
 
 With a folder of ImageNet or ADE20K the tables that ask for it run on that, too; `-` in the place of DATA_DIR runs them
-there alone. Rows go to `benchmarks/results/paper_TABLE.json`; those that are there are not run again.
+there alone. Rows go to `benchmarks/results/paper_TABLE.json`; those that are there are not run again. How long a table
+took goes to `paper_minutes.json`, where none of its rows was there before.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from results import FOLDER
+import results
 
 HERE = Path(__file__).parent
 
@@ -106,18 +108,27 @@ def main() -> int:
     parser.add_argument("--imagenet", type=Path, help="a folder with train/ and val/")
     parser.add_argument("--ade20k", type=Path, help="ADEChallengeData2016, with images/ and annotations/")
     parser.add_argument("--weights", type=Path, default=Path("runs/weights"), help="where dense weights are kept")
-    parser.add_argument("--results", type=Path, default=FOLDER, help="where the rows go")
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="where the rows go")
     options = parser.parse_args()
     failed = 0
     for name in TABLES if options.table == "all" else (options.table,):
         print(f"{TABLES[name].title} ({'full' if options.full else 'one epoch: shows that it runs'})", flush=True)
         start = time.monotonic()
-        commands = list(calls(name, options))
+        commands, wrong = list(calls(name, options)), 0
+        anew = not any(Path(command[-1]).exists() for command in commands)
         for command in commands:
-            failed |= subprocess.run(command, check=False).returncode
-        said = f"{(time.monotonic() - start) / 60:.1f} minutes" if commands else "nothing to run on these folders"
-        print(f"{name}: {said}", flush=True)
+            wrong |= subprocess.run(command, check=False).returncode
+        minutes, failed = (time.monotonic() - start) / 60, failed | wrong
+        print(f"{name}: {f'{minutes:.1f} minutes' if commands else 'nothing to run on these folders'}", flush=True)
+        if commands and anew and not wrong:
+            keep(options.results / "paper_minutes.json", {"table": name, "full": options.full, "minutes": minutes})
     return int(failed != 0)
+
+
+def keep(path: Path, row: dict[str, Any]) -> None:
+    """Write how long a table took, in the place of what is known of it."""
+    others = [old for old in results.read(path) if (old["table"], old["full"]) != (row["table"], row["full"])]
+    results.write(path, [*others, row])
 
 
 if __name__ == "__main__":

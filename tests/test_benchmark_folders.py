@@ -130,14 +130,17 @@ def test_every_table_of_the_paper_is_a_command_on_each_set(
     tmp_path: Path, benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     paper, runs, command = benchmark("paper"), benchmark("train_and_prune"), benchmark("imagenet")
-    called = list[list[str]]()
+    called, timed = list[list[str]](), list[dict]()
 
     class Done:
         returncode = 0
 
     monkeypatch.setattr(paper.subprocess, "run", lambda command, check: called.append(command) or Done())
-    monkeypatch.setattr(sys, "argv", ["paper.py", "DATA", "all", "--imagenet", "IMAGES", "--ade20k", "ADE"])
+    monkeypatch.setattr(paper.results, "write", lambda path, rows: timed.extend(rows))
+    folders = ["--imagenet", "IMAGES", "--ade20k", "ADE", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["paper.py", "DATA", "all", *folders])
     assert paper.main() == 0
+    assert [row["table"] for row in timed] == list(paper.TABLES)
     assert {call[2] for call in called} == {"DATA", "IMAGES", "ADE"}
     for _, script, *given in called:  # each is one that its script takes
         monkeypatch.setattr(sys, "argv", [script, *given])
