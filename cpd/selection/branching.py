@@ -10,7 +10,7 @@ arXiv 2302.04089, with the number of branches for its levels).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -56,8 +56,9 @@ def removable_branches(comb: Comb, limits: Limits) -> list[str]:
 
 
 def in_order(
-    comb: Comb, errors: Mapping[str, float], saved: Mapping[str, float], most: float, gone: Sequence[str] = ()
-) -> list[str]:
+    comb: Comb, errors: Mapping[str, float], saved: Mapping[str, float], most: float, gone: Sequence[str] = (),
+    stay: Collection[str] = (),
+) -> list[str]:  # fmt: skip
     """Branches in the order in which they go; of each sum and concatenation one operand stays.
 
     Args:
@@ -66,13 +67,20 @@ def in_order(
         saved: what it saves.
         most: the largest share of them that may go.
         gone: those that have gone: they come first.
+        stay: those that must stay; `most` counts them.
     """
     order = sorted(errors, key=lambda name: errors[name] / max(saved[name], 1e-12))
-    named, found = {branch.name: branch for branch in comb.branches}, list(gone)
-    for name in order:
-        if name not in found and may_follow(named[name], found):
-            found.append(name)
-    return found[: max(len(gone), math.floor(most * len(found) + 1e-9))]
+    named = {branch.name: branch for branch in comb.branches}
+
+    def followed(names: Iterable[str]) -> list[str]:
+        found = list(gone)
+        for name in names:
+            if name not in found and may_follow(named[name], found):
+                found.append(name)
+        return found
+
+    count = max(len(gone), math.floor(most * len(followed(order)) + 1e-9))
+    return followed(name for name in order if name not in stay)[:count]
 
 
 def best_number(errors: Sequence[float], candidate: Callable[[int], Candidate | None]) -> dict[int, float]:

@@ -281,14 +281,14 @@ class Decider:
         gone: Sequence[str],
     ) -> tuple[tuple[str, ...], tuple[str, ...]]:  # fmt: skip
         """The branches that go until the target is reached, in their order, and what a user should know of it."""
-        removable = removable_branches(self.comb, limits) if limits.max_removed else []
-        names = [name for name in removable if name not in self._stay]
+        names = removable_branches(self.comb, limits) if limits.max_removed else []
         if not names or self._error_without is None:
             return tuple(gone), ()
         known = self._found.without
         known.update(self._error_without([name for name in names if name not in known]))
         errors = {name: known[name] for name in names}
-        order = in_order(self.comb, errors, {name: self._saved(name) for name in names}, limits.max_removed, gone)
+        saved = {name: self._saved(name) for name in names}
+        order = in_order(self.comb, errors, saved, limits.max_removed, gone, self._stay)
 
         def candidate(number: int) -> Candidate | None:
             chosen = selector(self.scopes[0], order[: len(gone) + number])

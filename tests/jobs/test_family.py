@@ -106,6 +106,7 @@ def test_branches_that_have_gone_stay_gone(net: nn.Module) -> None:
     errors, saved = {one: 1.0, two: 2.0}, {one: 1.0, two: 1.0}
     assert in_order(comb, errors, saved, 1.0) == [one, two]
     assert in_order(comb, errors, saved, 0.5, [two]) == [two]  # however dear it is
+    assert in_order(comb, errors, saved, 0.5, stay=[one]) == [two]  # half of both, not of what may go
 
 
 @pytest.fixture
