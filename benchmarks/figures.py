@@ -191,6 +191,40 @@ def learned() -> None:
     print(markdown(["fewer MACs", "`regularization`", "seeds", "before training", "after"], lines))
 
 
+def families() -> None:
+    """The members of a family beside runs of their own, and the time of both."""
+    rows = rows_of("family")
+    found = {(row["by"], row["asked"]): row for row in rows}
+    lines = [
+        [f"{asked:g}x", *(f"{found[by, asked][key]:.2f}{unit}" if (by, asked) in found else "-"
+                          for by in ("family", "alone") for key, unit in (("speedup", "x"), ("metric", " %")))]
+        for asked in sorted({row["asked"] for row in rows})
+    ]  # fmt: skip
+    print(markdown(["asked", "family, measured", "accuracy", "a run of its own, measured", "accuracy"], lines))
+    alone = [row["seconds"] for row in rows if row["by"] == "alone"]
+    together = next(row["seconds"] for row in rows if row["by"] == "family")
+    print(
+        f"The family took {together:.0f} s, a run of its own {statistics.fmean(alone):.0f} s in the mean: the family "
+        f"takes {together / statistics.fmean(alone):.1f} times as long as one of them, {together / sum(alone):.0%} of "
+        "the time of all.\n"
+    )
+
+
+def stages_in_processes(count: int) -> None:
+    """The seconds of every stage in one process and in two, and what follows for more of them."""
+    import scaling
+
+    one, two = (row["seconds"] for row in rows_of("scaling"))
+    more = scaling.predicted(one, two, count)
+    lines = [
+        [stage, *(f"{seconds:.1f}" for seconds in (one[stage], two[stage], more[stage]))]
+        for stage in one if one[stage] >= 0.05
+    ]  # fmt: skip
+    totals = [sum(found.values()) for found in (one, two, more)]
+    lines.append(["all", *(f"{seconds:.1f}" for seconds in totals)])
+    print(markdown(["stage", "one process, s", "two processes, s", f"{count} processes, s, predicted"], lines))
+
+
 def _nearness(rows: list[Any]) -> list[str]:
     """How many of the measured rows are so near what was asked, and the furthest."""
     off = [abs(row["second"] / row["asked"] - 1) for row in rows if "second" in row]
@@ -407,6 +441,10 @@ COLUMNS: dict[str, Columns] = {
         "kept": _percent("trained"),
     },
     "transfer": TRANSFER,
+    "paper_minutes": {
+        "table": lambda row: f"`{row['table']}`",
+        "minutes": lambda row: f"{row['minutes']:.1f}",
+    },
     "train_and_prune_lite0": TRANSFER,
     "int8_target": INT8_TARGET,
     "max_drop": MAX_DROP,
