@@ -205,8 +205,8 @@ def families() -> None:
     together = next(row["seconds"] for row in rows if row["by"] == "family")
     print(
         f"The family took {together:.0f} s, a run of its own {statistics.fmean(alone):.0f} s in the mean: the family "
-        f"takes {together / statistics.fmean(alone):.1f} times as long as one of them, {together / sum(alone):.0%} of "
-        "the time of all.\n"
+        f"takes {together / statistics.fmean(alone):.1f} times as long as one of them, {100 * together / sum(alone):.0f} % "
+        "of the time of all.\n"
     )
 
 
