@@ -203,10 +203,10 @@ def families() -> None:
     print(markdown(["asked", "family, measured", "accuracy", "a run of its own, measured", "accuracy"], lines))
     alone = [row["seconds"] for row in rows if row["by"] == "alone"]
     together = next(row["seconds"] for row in rows if row["by"] == "family")
+    times, share = together / statistics.fmean(alone), 100 * together / sum(alone)
     print(
         f"The family took {together:.0f} s, a run of its own {statistics.fmean(alone):.0f} s in the mean: the family "
-        f"takes {together / statistics.fmean(alone):.1f} times as long as one of them, {100 * together / sum(alone):.0f} % "
-        "of the time of all.\n"
+        f"takes {times:.1f} times as long as one of them, {share:.0f} % of the time of all.\n"
     )
 
 
