@@ -28,7 +28,7 @@ from cpd.distillation.best import Best
 from cpd.distillation.config import TRAINING, DistillConfig, EpochRecord, Progressed
 from cpd.distillation.kd import Distillation
 from cpd.distillation.mixing import Mixing
-from cpd.distillation.optimizers import lr_schedule, make_optimizer, tell_untouched
+from cpd.distillation.optimizers import Untouched, lr_schedule, make_optimizer
 from cpd.distillation.request import CHECKPOINT, PRUNER, check_data, check_models, is_shared_out, steps_per_epoch
 from cpd.errors import CheckpointError, CPDError, InputError, TrainingError
 from cpd.files.checkpoint import Checkpoint
@@ -199,7 +199,7 @@ class _Run:
         self.data, self.steps = data, steps_per_epoch(data, config.accumulate)
         #: Accelerate shares out a DataLoader, so that no process loads what another one takes.
         self.shard = accelerator.prepare_data_loader(data) if is_shared_out(data) else processes.Share(data)
-        self.ema, self.mixing = self.averaged(), Mixing(config, read)
+        self.ema, self.mixing, self.untouched = self.averaged(), Mixing(config, read), Untouched(student)
         #: Where the training stands: epochs behind, steps of this one, its losses, records of those behind.
         self.epoch, self.done, self.sums = 0, 0, dict[str, list[float]]()
         self.records, self.best = list[EpochRecord](), Best()
@@ -235,6 +235,7 @@ class _Run:
                 finally:
                     self.student.zero_grad(set_to_none=True)
                 self.records.append(record)
+                self.untouched.tell()
                 log.info("%s", self.records[-1].told(metric_name(evaluate), epochs))
                 log.debug("%s", self.records[-1])
                 self.epoch, self.done, self.sums, state = self.epoch + 1, 0, {}, None
@@ -335,8 +336,7 @@ class _Run:
                 self.accelerator.backward(parts["loss"] / len(group))
             for name, value in values.items():
                 self.sums[name].append(value)
-        if self.epoch == self.done == 0:
-            tell_untouched(self.student)
+        self.untouched.look()
         self.share_projections()
         _mask_gradients(self.pruner)
         if self.config.max_grad_norm is not None:
@@ -442,8 +442,7 @@ class _Run:
 
     def due(self) -> bool:
         """Whether it is time for a checkpoint; the first process's clock counts."""
-        assert self.checkpoint is not None
-        return processes.from_first(lambda: self.checkpoint.due)  # type: ignore[union-attr]
+        return processes.from_first(lambda: self.checkpoint is not None and self.checkpoint.due)
 
     def save(self) -> None:
         """Write a checkpoint: all that `resumed` takes up."""

@@ -1,4 +1,4 @@
-"""Optimizers and schedules of their learning rate, made by name; and what they have nothing to do for."""
+"""Optimizers and schedules of their learning rate, made by name; and parameters that they have nothing to do for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cpd.errors import InputError, some
 
@@ -56,15 +56,31 @@ def lr_schedule(optimizer: torch.optim.Optimizer, name: str, epochs: float, warm
     return schedule
 
 
-def tell_untouched(model: nn.Module) -> None:
-    """Warn of parameters that get no gradient, once those of the first step are there.
+class Untouched:
+    """The parameters of a model that no step of the first epoch had a gradient for.
 
     A classifier is one of them where only features are compared: the features change, and it no longer fits them.
     """
-    trained = ((name, value.grad) for name, value in model.named_parameters() if value.requires_grad)
-    names = [name for name, grad in trained if grad is None or not grad.any()]
-    if names:
-        log.warning(
-            "These parameters get no gradient from the loss, so they are not trained: %s. To train a classifier as "
-            "well, set task_weight above 0 or kd='kl'.", some(names, NAMED),
-        )  # fmt: skip
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.names = [name for name, value in model.named_parameters() if value.requires_grad]
+
+    def look(self) -> None:
+        """Leave out those that have a gradient now, and those that have gone."""
+        if self.names:
+            grads = {name: value.grad for name, value in self.model.named_parameters()}
+            self.names = [name for name in self.names if name in grads and not _is_any(grads[name])]
+
+    def tell(self) -> None:
+        """Warn of those that are left, once."""
+        if self.names:
+            log.warning(
+                "These parameters get no gradient from the loss, so they are not trained: %s. To train a classifier "
+                "as well, set task_weight above 0 or kd='kl'.", some(self.names, NAMED),
+            )  # fmt: skip
+        self.names = []
+
+
+def _is_any(grad: Tensor | None) -> bool:
+    return grad is not None and bool(grad.any())

@@ -286,8 +286,7 @@ class Decider:
             return tuple(gone), ()
         known = self._found.without
         known.update(self._error_without([name for name in names if name not in known]))
-        errors = {name: known[name] for name in names}
-        saved = {name: self._saved(name) for name in names}
+        errors, saved = {name: known[name] for name in names}, {name: self._saved(name) for name in names}
         order = in_order(self.comb, errors, saved, limits.max_removed, gone, self._stay)
 
         def candidate(number: int) -> Candidate | None:
@@ -301,8 +300,7 @@ class Decider:
         told = ", ".join(f"{number}: {tried[number]:.3g}" for number in sorted(tried))
         named = f": {some(order[:best], NAMED)}" if best else ""
         by_number = f"Relative error of the logits at the target, by the number of branches removed: {told}."
-        note = f"Branches removed: {best} of {len(names)}{named}. {by_number}"
-        return tuple(order[:best]), (note,)
+        return tuple(order[:best]), (f"Branches removed: {best} of {len(names)}{named}. {by_number}",)
 
     def _near(self, selector: Callable[[Scope, Sequence[str]], Selector]) -> tuple[Scope, ...]:
         """The scopes that are worth being measured: whose error is about the least."""

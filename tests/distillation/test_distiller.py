@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from cpd.distillation.distiller import DistillConfig, EpochRecord, distill
 from cpd.distillation.losses import kl_divergence
-from cpd.distillation.optimizers import lr_schedule
+from cpd.distillation.optimizers import Untouched, lr_schedule
 from cpd.errors import InputError, TrainingError
 from cpd.surgery.batchnorm import recalibrate_batchnorm
 from helpers.teaching import CLASSES, Net, images, make, same, state
@@ -338,6 +338,20 @@ def test_a_classifier_that_the_loss_does_not_reach_is_told_once(
     said = [record.message for record in caplog.records if "not trained: head.weight, head.bias" in record.message]
     assert len(said) == int(told)
     assert torch.equal(student.head.weight, before) is told
+
+
+def test_what_gets_a_gradient_in_a_later_step_is_not_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.ModuleList([nn.Linear(2, 2, bias=False) for _ in range(3)])
+    untouched = Untouched(model)
+    for turn in (0, 1):  # as members of a family take turns
+        model.zero_grad()
+        model[turn](torch.ones(1, 2)).sum().backward()
+        untouched.look()
+    with caplog.at_level("WARNING", "cpd"):
+        untouched.tell()
+        untouched.tell()
+    assert len(caplog.records) == 1
+    assert "not trained: 2.weight." in caplog.text
 
 
 def test_settings_may_change_between_calls_and_the_users_accelerator_survives() -> None:
