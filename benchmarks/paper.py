@@ -1,6 +1,6 @@
 """Every table of the CPD paper, as one command each, on the data that is there; `docs/paper.md` says which is which.
 
-    python benchmarks/paper.py DATA_DIR kd                     # one epoch, one seed, few images: that it runs
+    python benchmarks/paper.py DATA_DIR kd                     # one epoch, one seed: that it runs
     python benchmarks/paper.py DATA_DIR kd --full              # three seeds, trained as long as it takes
     python benchmarks/paper.py DATA_DIR all
     python benchmarks/paper.py - classification --imagenet FOLDER --full        # train/ and val/
@@ -76,7 +76,7 @@ TABLES = {
         ade20k=("ade20k --fewer 1.67 --kd none cwd --classes",),
     ),
 }
-SHORT, FULL = "--epochs 1 --dense-epochs 1 --score-batches 4 --seeds 0", "--seeds 0 1 2"
+SHORT, FULL = "--epochs 1 --dense-epochs 1 --seeds 0", "--seeds 0 1 2"
 SHORT_IMAGENET, FULL_IMAGENET = "--epochs 0", "--epochs 0 30"
 
 
