@@ -316,7 +316,7 @@ class Pruner:
 
     @memory_reused()
     def _scores(self) -> Scores:
-        """{group: Tensor[size in the unpruned model]}; -inf where a channel has gone."""
+        """{group: Tensor[size in the unpruned model]}, comparable among groups; -inf where a channel has gone."""
         found = None if self._accumulated is None else self._accumulated.scores()
         if found is None and self._accumulated is not None and self.data is None:
             raise InputError(
@@ -329,7 +329,7 @@ class Pruner:
                 limit=self._limit, seed=self.config.seed + len(self.shrinks), total=processes.total,
             )  # fmt: skip
             found, untrusted = scores.drawn(), scores.untrusted
-        return Scores(whole_scores(self.comb, self.plan, found), untrusted, {})
+        return Scores(self._decider.comparable(whole_scores(self.comb, self.plan, found)), untrusted, {})
 
     def _select(self, scores: Scores, share: float) -> Plan:
         """What stays after this shrink; where something is measured for it, as the first process has measured it."""

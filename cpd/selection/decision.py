@@ -148,6 +148,10 @@ class Decider:
         """Whether branches may go."""
         return self._error_without is not None and bool(self.limits.max_removed)
 
+    def comparable(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Scores that may be compared among groups; -inf where a channel has gone, before as after."""
+        return by_capacity(self.comb, scores) if self._by_capacity else scores
+
     def decide(
         self,
         scores: Mapping[str, Tensor],
@@ -160,7 +164,7 @@ class Decider:
         """What stays after this shrink: of the way to the target as much as the schedule says.
 
         Args:
-            scores: {group name: Tensor[size]}, -inf where a channel has gone, inf where it must stay.
+            scores: `comparable` ones, inf where a channel must stay.
             kept: {group name: channels that are left}.
             share: of what is to go, how much has gone after this shrink.
             untrusted: {group name: why its scores say too little}: these stay whole, where the target allows it.
@@ -171,7 +175,7 @@ class Decider:
             TargetError: the target is out of reach.
         """
         self._stay = stay
-        scores, self._errors = by_capacity(self.comb, scores) if self._by_capacity else scores, {}
+        self._errors = {}
         if not untrusted:
             return self._decided(scores, kept, share, self.limits, gone)
         named = some((f"{name}: {why}" for name, why in untrusted.items()), NAMED, separator="; ")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from functools import partial
 from itertools import pairwise
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -98,6 +100,24 @@ def test_plans_within_one_another_and_what_is_shared(net: nn.Module, monkeypatch
     alone = cpd.compress(net, target_macs=0.5, round_to=2, data=data(), epochs=0).model.state_dict()
     assert again.keys() == alone.keys()
     assert all(torch.equal(again[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize("whole", ["0", "2"])
+def test_a_group_that_is_whole_in_the_narrower_plan_stays_whole_without_data(whole: str) -> None:
+    """Scores of weights are set in proportion to their group's mean: one that is held entirely has a mean, too."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)).eval()
+    images, common = torch.randn(1, 3, 16, 16), Common()
+    combed = cpd.comb(net, images)
+    keep = {group.name: range(group.size) for group in combed.groups}
+    common.around = combed.plan({**keep, {"0": "2", "2": "0"}[whole]: range(16)})
+
+    def measure(paths: list[str]) -> list[float]:
+        return [sum(math.prod(item.dims) for item in onnx.load(path).graph.initializer) / 1e4 for path in paths]
+
+    found = compressed(net, {"target_speedup": 2, "runtime": measure}, common=common, example_inputs=images)
+    assert nested(found.plan, common.around)
+    assert found.plan.changes
 
 
 def test_branches_that_have_gone_stay_gone(net: nn.Module) -> None:
