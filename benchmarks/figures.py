@@ -443,6 +443,7 @@ COLUMNS: dict[str, Columns] = {
     "transfer": TRANSFER,
     "paper_minutes": {
         "table": lambda row: f"`{row['table']}`",
+        "cores": lambda row: str(row["cores"]),
         "minutes": lambda row: f"{row['minutes']:.1f}",
     },
     "train_and_prune_lite0": TRANSFER,

@@ -24,6 +24,8 @@ from typing import Any
 
 import results
 
+from cpd.deploy.machine import cores
+
 HERE = Path(__file__).parent
 
 
@@ -121,7 +123,8 @@ def main() -> int:
         minutes, failed = (time.monotonic() - start) / 60, failed | wrong
         print(f"{name}: {f'{minutes:.1f} minutes' if commands else 'nothing to run on these folders'}", flush=True)
         if commands and anew and not wrong:
-            keep(options.results / "paper_minutes.json", {"table": name, "full": options.full, "minutes": minutes})
+            row = {"table": name, "full": options.full, "minutes": minutes, "cores": cores()}
+            keep(options.results / "paper_minutes.json", row)
     return int(failed != 0)
 
 
