@@ -50,8 +50,8 @@ def predicted(one: Mapping[str, float], two: Mapping[str, float], count: int) ->
 
 def work(options: argparse.Namespace) -> None:
     """What each process does; the first prints the seconds of every stage."""
-    torch.set_num_threads(options.threads)
     processes.start()
+    torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     model = sources.resolve(options.model).build(num_classes=10).to(device).eval()

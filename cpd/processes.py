@@ -47,7 +47,10 @@ def start() -> None:
     """Join the other processes, where a launcher (`accelerate launch`, `torchrun`) has started several."""
     launched = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys() and os.environ["WORLD_SIZE"] != "1"
     if launched and not dist.is_initialized():
+        threads = torch.get_num_threads()
         PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+        # it sets as many as there are cores where the launcher says nothing, whatever the user has set
+        torch.set_num_threads(min(threads, torch.get_num_threads()))
         atexit.register(_leave)
 
 

@@ -55,7 +55,7 @@ from cpd.selection.common import COMMON, Common
 from cpd.selection.decision import Decider
 from cpd.selection.limits import check_ratios, ratios_notes
 from cpd.selection.state import Shrink, state_of
-from cpd.selection.weighing import Normalization
+from cpd.selection.weighing import Normalization, by_capacity
 from cpd.surgery.masked import masked_error
 from cpd.surgery.optimizer_state import drop_parameters, narrow_state, narrowed_state
 from cpd.surgery.recovery import Recovery, recover
@@ -329,7 +329,8 @@ class Pruner:
                 limit=self._limit, seed=self.config.seed + len(self.shrinks), total=processes.total,
             )  # fmt: skip
             found, untrusted = scores.drawn(), scores.untrusted
-        return Scores(self._decider.comparable(whole_scores(self.comb, self.plan, found)), untrusted, {})
+        whole = whole_scores(self.comb, self.plan, found)
+        return Scores(by_capacity(self.comb, whole) if self._decider.is_by_capacity else whole, untrusted, {})
 
     def _select(self, scores: Scores, share: float) -> Plan:
         """What stays after this shrink; where something is measured for it, as the first process has measured it."""

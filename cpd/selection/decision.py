@@ -29,7 +29,7 @@ from cpd.selection.common import Found
 from cpd.selection.obstacles import obstacles
 from cpd.selection.search import Search, told_of
 from cpd.selection.selector import Selector
-from cpd.selection.weighing import Normalization, Scope, Weighing, by_capacity
+from cpd.selection.weighing import Normalization, Scope, Weighing
 
 if TYPE_CHECKING:
     from cpd.selection.limits import Limits
@@ -89,6 +89,7 @@ class Decider:
         found: what is measured of the unpruned model, by others too; None: nothing yet.
 
     Attributes:
+        is_by_capacity: whether scores have to be those of `by_capacity`.
         scopes: those still in question.
         goal: the figure that the schedule runs in, at the target; None before the first decision.
         leaving: the branches that go until the target is reached, in their order; None before the first decision.
@@ -122,7 +123,7 @@ class Decider:
         self._runtime, self._threads, self._calibration = runtime, threads, calibration
         by_default: Normalization = ("latency" if target.is_measured else "none") if data_free else "macs"
         self.normalization: Normalization = normalization or by_default
-        self._exponent, self._by_capacity = exponent, data_free and self.normalization == "latency"
+        self._exponent, self.is_by_capacity = exponent, data_free and self.normalization == "latency"
         several: tuple[Scope, ...] = ("global", "group") if target.is_measured and not data_free else ("global",)
         self.scopes: tuple[Scope, ...] = (scope,) if scope else several
         self.goal: float | None = None
@@ -148,10 +149,6 @@ class Decider:
         """Whether branches may go."""
         return self._error_without is not None and bool(self.limits.max_removed)
 
-    def comparable(self, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Scores that may be compared among groups; -inf where a channel has gone, before as after."""
-        return by_capacity(self.comb, scores) if self._by_capacity else scores
-
     def decide(
         self,
         scores: Mapping[str, Tensor],
@@ -164,7 +161,7 @@ class Decider:
         """What stays after this shrink: of the way to the target as much as the schedule says.
 
         Args:
-            scores: `comparable` ones, inf where a channel must stay.
+            scores: {group name: Tensor[size]}, -inf where a channel has gone, inf where it must stay.
             kept: {group name: channels that are left}.
             share: of what is to go, how much has gone after this shrink.
             untrusted: {group name: why its scores say too little}: these stay whole, where the target allows it.

@@ -38,7 +38,7 @@ from cpd.options import LIMIT, SEED, checked, number
 from cpd.plan import PLAN, Plan, removes
 from cpd.processes import InStep
 from cpd.surgery.calibration import HELD_OUT, MEMORY_GB, Calibration, Layer, Others, Part, flat
-from cpd.surgery.least_squares import Sums, best_damping
+from cpd.surgery.least_squares import NormalEquations, Sums, best_damping
 from cpd.trace.layer_calls import LayerCall, LayerCalls, from_matrix, matrix, seen
 from cpd.trace.streams import Stream, streams
 
@@ -193,10 +193,10 @@ class _Fit:
             given = given + self.bias.float().reshape(layer.groups, 1, -1)
         return _grouped(wanted, layer.groups) - given
 
-    def add(self, fitted: Sums, others: Sums) -> tuple[Sums, Sums]:
+    def add(self, fitted: Sums, others: Sums | None) -> tuple[Sums, Sums | None]:
         """Add sums of rows, of those that are fitted and of the others; returns what there is by now."""
         self.fitted = fitted if self.fitted is None else self.fitted + fitted
-        self.held = others if self.held is None else self.held + others
+        self.held = others if self.held is None or others is None else self.held + others
         return self.fitted, self.held
 
 
@@ -274,12 +274,14 @@ class _Pass:
         support = self.support.get(layer.weight)
         if support is not None:
             support = matrix(layer.kind, support.to(x.device), layer.groups)
+        equations = NormalEquations(fitted, takes_mean, support)
         if self.chosen is None:
-            damping, before, after = best_damping(fitted, held, takes_mean, support)
+            assert held is not None, "those that choose"
+            damping, change, before, after = best_damping(equations, held)
             self.refits[layer.weight] = Refit(layer.weight, before, after, damping)
         else:
             self.refits[layer.weight] = self.chosen[layer.weight]
-        change = fitted.solve(self.refits[layer.weight].damping, takes_mean, support)
+            change = equations.solve(self.refits[layer.weight].damping)
         shift, weight = fitted.shift(change, takes_mean).flatten(), layer.given["weight"]
         weight.copy_(fit.weight + from_matrix(layer.kind, change, weight).to(weight.dtype))
         if bias is not None and fit.bias is not None and takes_mean:
@@ -290,19 +292,20 @@ class _Pass:
         self.to_sum = None if wanted is None else found
         return found
 
-    def _sums(self, weight: str, x: Tensor, lacking: Tensor, output: Tensor, *, shared: bool) -> tuple[Sums, Sums]:
-        """Of the rows that are fitted, and of the others, of all processes."""
+    def _sums(
+        self, weight: str, x: Tensor, lacking: Tensor, output: Tensor, *, shared: bool
+    ) -> tuple[Sums, Sums | None]:
+        """Of the rows that are fitted, and of the others where they choose, of all processes."""
         held = self._held(x.shape[1], shared).to(x.device)
         found = [
             Sums.of(x[:, which], lacking[:, which], output[which])
-            for which in (~held & (not self.part.idle), held & (not self.part.idle))
+            for which in (~held & (not self.part.idle), held & (not self.part.idle))[: 1 + (self.chosen is None)]
         ]
         step, each = self.calibration.step, len(fields(Sums))
         if step.count > 1:
-            parts = [item.parts() for item in found if item is found[0] or self.chosen is None]
-            totals = step.totals(f"{weight} {self.chosen is None}", [part for item in parts for part in item])
-            found[: len(parts)] = [Sums.of_parts(totals[start : start + each]) for start in range(0, len(totals), each)]
-        return found[0], found[1]
+            totals = step.totals(f"{weight} {self.chosen is None}", [part for item in found for part in item.parts()])
+            found = [Sums.of_parts(totals[start : start + each]) for start in range(0, len(totals), each)]
+        return found[0], found[1] if len(found) > 1 else None
 
     def _held(self, rows: int, shared: bool = False) -> Tensor:
         """Which rows are not fitted in this pass, of samples that lie one after the other, or of what all share."""

@@ -73,26 +73,6 @@ class Sums:
     def __add__(self, other: Sums) -> Sums:
         return Sums(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(self)))
 
-    def solve(self, damping: float | None, takes_mean: bool, support: Tensor | None = None) -> Tensor:
-        """The change that makes most of what is lacking small, [groups, outputs, features]; zero where it is None.
-
-        Args:
-            damping: relative to the mean square of a feature.
-            takes_mean: whether a bias takes up what all rows have in common.
-            support: the weights that may change, bool [groups, outputs, features]; None: all.
-        """
-        if damping is None or not self.rows:
-            return torch.zeros_like(self.lacking_x)
-        mean = self.x / self.rows * float(takes_mean)
-        xx = self.xx / self.rows - mean[:, :, None] * mean[:, None, :]
-        cross = self.lacking_x / self.rows - (self.lacking / self.rows)[:, :, None] * mean[:, None, :]
-        size = xx.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)[:, None, None]
-        damped = xx + damping * size * torch.eye(xx.shape[1], dtype=xx.dtype, device=xx.device)
-        if support is not None:
-            return solve_on(support, damped, cross)
-        found: Tensor = torch.linalg.solve(damped, cross.transpose(1, 2))
-        return found.transpose(1, 2)
-
     def shift(self, change: Tensor, takes_mean: bool) -> Tensor:
         """The change of the bias that goes with it, [groups, outputs]."""
         left = (self.lacking - (change @ self.x[:, :, None]).squeeze(-1)) / max(self.rows, 1)
@@ -107,24 +87,74 @@ class Sums:
         return max(0.0, left) / (self.spread + 1e-30) if math.isfinite(left) else math.inf
 
 
-def best_damping(
-    fit: Sums, held: Sums, takes_mean: bool, support: Tensor | None = None
-) -> tuple[float | None, float, float]:
-    """The damping that does best on rows that were not fitted.
+class NormalEquations:
+    """Those of the change of a layer's matrices that makes most of what is lacking small, whatever the damping.
 
-    Returns:
-        It, None where nothing does better than no change; the error on those rows without a change, and with it.
+    Args:
+        sums: of the rows that are fitted.
+        takes_mean: whether a bias takes up what all rows have in common.
+        support: the weights that may change, bool [groups, outputs, features]; None: all.
     """
 
+    def __init__(self, sums: Sums, takes_mean: bool, support: Tensor | None = None) -> None:
+        self.sums, self.takes_mean, self.support = sums, takes_mean, support
+        self._system: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def solve(self, damping: float | None) -> Tensor:
+        """The change, [groups, outputs, features]; zero where the damping is None or there are no rows.
+
+        Args:
+            damping: relative to the mean square of a feature.
+        """
+        if damping is None or not self.sums.rows:
+            return torch.zeros_like(self.sums.lacking_x)
+        if self._system is None:
+            self._system = self._averaged()
+        xx, cross, squares = self._system
+        xx.diagonal(dim1=1, dim2=2).copy_(squares + damping * squares.mean(1, keepdim=True).clamp_min(1e-30))
+        if self.support is not None:
+            return solve_on(self.support, xx, cross)
+        factor, failed = torch.linalg.cholesky_ex(xx)
+        if bool(failed.any()):  # rounding has left it a little short of positive
+            solved: Tensor = torch.linalg.solve(xx, cross.transpose(1, 2))
+        else:
+            solved = torch.cholesky_solve(cross.transpose(1, 2), factor)
+        return solved.transpose(1, 2)
+
+    def _averaged(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean of x x^T and of what is lacking times x, less those of their means; the former's diagonal."""
+        sums, rows = self.sums, self.sums.rows
+        mean = sums.x / rows * float(self.takes_mean)
+        # matrices of 170 MB, of a convolution of 512 channels: each is written once
+        xx = torch.baddbmm(sums.xx, mean[:, :, None], mean[:, None, :], beta=1 / rows, alpha=-1)
+        cross = torch.baddbmm(
+            sums.lacking_x, sums.lacking[:, :, None] / rows, mean[:, None, :], beta=1 / rows, alpha=-1
+        )
+        return xx, cross, xx.diagonal(dim1=1, dim2=2).clone()
+
+
+def best_damping(equations: NormalEquations, held: Sums) -> tuple[float | None, Tensor, float, float]:
+    """The damping that does best on rows that were not fitted.
+
+    Args:
+        equations: of the rows that are fitted.
+        held: sums of the others.
+
+    Returns:
+        It, None where nothing does better than no change; the change with it, [groups, outputs, features]; the error on
+        those rows without a change, and with it.
+    """
+    changes = dict[float | None, Tensor]()
+
     def error(damping: float | None) -> float:
-        change = fit.solve(damping, takes_mean, support)
-        return held.error(change, fit.shift(change, takes_mean))
+        changes[damping] = equations.solve(damping)
+        return held.error(changes[damping], equations.sums.shift(changes[damping], equations.takes_mean))
 
     errors: dict[float | None, float] = {None: error(None)}
     if errors[None] > NEGLIGIBLE:
         errors |= _downhill(error)
     chosen = min(errors, key=lambda damping: errors[damping])
-    return chosen, errors[None], errors[chosen]
+    return chosen, changes[chosen], errors[None], errors[chosen]
 
 
 def _downhill(error: Callable[[float], float]) -> dict[float | None, float]:

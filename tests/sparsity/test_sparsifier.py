@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import cpd
 from cpd.sparsity.closed_form import stages
-from cpd.surgery.least_squares import Sums, best_damping
+from cpd.surgery.least_squares import NormalEquations, Sums, best_damping
 from cpd.surgery.supported import _by_gradients, _by_zeros, _directly, solve_on
 
 IMAGES = torch.randn(64, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -272,10 +273,35 @@ def test_damping_is_that_which_held_out_rows_prefer() -> None:
         return Sums.of(x, wanted, wanted[0])
 
     held = sums(2000, 0.0)
-    few, before, after = best_damping(sums(16, 3.0), held, False, support)
-    many, _, _ = best_damping(sums(5000, 0.1), held, False, support)
+    few, _, before, after = best_damping(NormalEquations(sums(16, 3.0), False, support), held)
+    many, change, _, _ = best_damping(NormalEquations(sums(5000, 0.1), False, support), held)
     assert few is None or few > many
     assert after <= before
+    torch.testing.assert_close(change[support].float(), true[support], rtol=0, atol=0.5)
+    assert not change[~support].any()
+
+
+@pytest.mark.parametrize("takes_mean", [False, True])
+def test_the_equations_are_solved_for_one_damping_after_another(takes_mean: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 50, 6, generator=generator) + 1
+    lacking = torch.randn(2, 50, 3, generator=generator) + 2
+    equations = NormalEquations(Sums.of(x, lacking, lacking[0]), takes_mean)
+    away = [value.double() - value.double().mean(1, keepdim=True) * takes_mean for value in (x, lacking)]
+    for damping in (0.1, 1e-4, 10.0, 0.1):
+        xx = away[0].transpose(1, 2) @ away[0] / 50
+        size = xx.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+        cross = away[1].transpose(1, 2) @ away[0] / 50
+        expected = cross @ torch.linalg.inv(xx + damping * size * torch.eye(6))
+        torch.testing.assert_close(equations.solve(damping), expected, rtol=1e-4, atol=1e-5)
+    assert not equations.solve(None).any()
+
+
+def test_equations_that_rounding_has_left_short_of_positive_are_solved() -> None:
+    x = torch.tensor([[[1.0, 1.0], [1.0, 1.0]]])
+    found = Sums.of(x, x[:, :, :1], x[0])
+    short = replace(found, xx=found.xx - 0.01 * torch.eye(2))
+    assert NormalEquations(short, False).solve(1e-4).isfinite().all()
 
 
 def test_stages_come_closer_and_closer() -> None:
