@@ -24,6 +24,7 @@ from typing import Any
 
 import results
 import torch
+from models import randomize
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import DataLoader, TensorDataset
@@ -54,7 +55,7 @@ def work(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    model = sources.resolve(options.model).build(num_classes=10).to(device).eval()
+    model = randomize(sources.resolve(options.model).build(num_classes=10), options.seed).to(device).eval()
     images = torch.randn(options.batch * options.batches, 3, options.size, options.size)
     data = DataLoader(TensorDataset(images, torch.arange(len(images)) % 10), options.batch // processes.count())
     result = cpd.compress(

@@ -118,7 +118,7 @@ def job_scores(folder: str) -> dict[str, object]:
             name: value.tolist()
             for name, value in cpd.score(model, combed, data, criterion=criterion, total=processes.total).items()
         }
-        for criterion in ("taylor", "snip", "hessian", "fisher", "apoz", "magnitude")
+        for criterion in ("taylor", "snip", "hessian", "fisher", "apoz", "magnitude", "obs")
     }
 
 
@@ -135,14 +135,6 @@ class Plain(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.body(x).mean((2, 3)))
-
-
-def job_orders(folder: str) -> dict[str, object]:
-    """Scores by `obs` of samples that every process has, each of which orders some of the groups."""
-    processes.start()
-    model = net()
-    found = cpd.score(model, cpd.comb(model, X), batches_of(16), criterion="obs", total=processes.total)
-    return {name: value.tolist() for name, value in found.items()}
 
 
 def job_compress(folder: str) -> dict[str, object]:
@@ -354,20 +346,14 @@ def test_no_thread_outlives_the_program(tmp_path: Path) -> None:
 
 
 def test_two_processes_score_as_one(tmp_path: Path) -> None:
+    """By `obs` each orders some of the groups; both draw the directions and places of one."""
     one, _ = forked("job_scores", tmp_path / "one", 1)
     two, _ = forked("job_scores", tmp_path / "two", 2)
     for criterion, groups in one.items():
         for name, values in groups.items():
             found, expected = torch.tensor(two[criterion][name]), torch.tensor(values)
-            assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4, (criterion, name)
-
-
-def test_groups_are_ordered_by_one_process_each(tmp_path: Path) -> None:
-    one, _ = forked("job_orders", tmp_path / "one", 1)
-    two, _ = forked("job_orders", tmp_path / "two", 2)
-    assert list(one) == list(two)
-    for name, values in one.items():
-        assert two[name] == pytest.approx(values, rel=1e-3), name
+            most = 1e-3 if criterion == "obs" else 1e-4  # inverses enlarge what rounding differs by
+            assert float((found - expected).abs().max() / expected.abs().max()) < most, (criterion, name)
 
 
 def test_two_machines_make_the_plan_of_one_process_and_one_of_them_writes(tmp_path: Path) -> None:

@@ -91,6 +91,11 @@ class Setting:
                     )
                 yield batch.to(self.device)._replace(call=channels_last(call) if innermost else call)
 
+    def own(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """Normal numbers of a shape, samples outermost: this process's part of what one process would draw for all."""
+        rank, count = self.place
+        return torch.randn(count, *shape, generator=generator)[rank]
+
     def output(self, batch: Batch) -> Any:
         """The model's output; dropout draws the same numbers whenever the same batch is run."""
         with self._repeatable():

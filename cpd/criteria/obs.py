@@ -64,13 +64,14 @@ def obs(setting: Setting) -> dict[str, Tensor]:
     def after(layer: LayerCall) -> None:
         if layer.weight in sites.read:
             along = sites.samples_along.get((layer.weight, 0), (0, 0))[0]
-            moments.setdefault(layer.weight, Moments(layer)).add(layer, batch.call.samples, along, generator)
+            found = moments.setdefault(layer.weight, Moments(layer, setting.place[1]))
+            found.add(layer, batch.call.samples, along, generator)
 
     for batch in setting.batches():
 
         def direction(batch: object = batch) -> Tensor:
             output = logits(setting.comb.read(setting.output(batch)))  # type: ignore[arg-type]
-            return (output * torch.randn(output.shape, generator=generator).to(output)).sum()
+            return (output * setting.own(output.shape, generator).to(output)).sum()
 
         every = sample_gradients(setting, sites, batch, direction, after, alone)
         if alone is None:
@@ -127,9 +128,14 @@ def _shared_out(
 
 
 class Moments:
-    """Covariance of a layer's input and of the gradient at its output, over batches."""
+    """Covariance of a layer's input and of the gradient at its output, over batches.
 
-    def __init__(self, layer: LayerCall) -> None:
+    Args:
+        layer: a call of it.
+        processes: that each batch is shared out to.
+    """
+
+    def __init__(self, layer: LayerCall, processes: int = 1) -> None:
         self.weight: Tensor = layer.given["weight"].detach()
         self.kind, self.groups = layer.kind, layer.groups
         weights = matrix(layer.kind, self.weight, layer.groups)
@@ -150,6 +156,7 @@ class Moments:
         self.first = torch.zeros(2, layer.groups, features, **like)
         self.gradient = torch.zeros(layer.groups, outputs, outputs, **like)
         self.rows = [0, 0]
+        self.wanted = min(ROWS, ROWS_A_FEATURE * features) // processes
 
     @property
     def work(self) -> int:
@@ -160,8 +167,7 @@ class Moments:
         """Add one call, and its gradient once that is known."""
         if not self.usable:
             return
-        wanted = min(ROWS, ROWS_A_FEATURE * self.second.shape[-1])
-        index = layer.spread(wanted, samples, along, generator)
+        index = layer.spread(self.wanted, samples, along, generator)
         with torch.no_grad():
             x = layer.features(index).float()
             held = torch.arange(x.shape[1], device=x.device) * samples // x.shape[1] % HELD_OUT == HELD_OUT - 1
