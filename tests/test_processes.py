@@ -9,8 +9,10 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -135,6 +137,16 @@ class Plain(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.body(x).mean((2, 3)))
+
+
+def job_threads(folder: str) -> int:
+    """The number of threads, where the program has set one and the launcher none."""
+    os.environ.pop("OMP_NUM_THREADS", None)
+    torch.set_num_threads(1)
+    with patch("psutil.cpu_count", return_value=8), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        processes.start()
+    return torch.get_num_threads()
 
 
 def job_compress(folder: str) -> dict[str, object]:
@@ -354,6 +366,10 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
             found, expected = torch.tensor(two[criterion][name]), torch.tensor(values)
             most = 1e-3 if criterion == "obs" else 1e-4  # inverses enlarge what rounding differs by
             assert float((found - expected).abs().max() / expected.abs().max()) < most, (criterion, name)
+
+
+def test_threads_that_a_program_has_set_stay_as_they_are(tmp_path: Path) -> None:
+    assert forked("job_threads", tmp_path, 2)[0] == 1
 
 
 def test_two_machines_make_the_plan_of_one_process_and_one_of_them_writes(tmp_path: Path) -> None:
