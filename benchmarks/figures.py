@@ -376,7 +376,9 @@ INT8_TARGET: Columns = {
 }
 TRANSFER: Columns = {
     "student": _text("student"),
-    "by": lambda row: row["by"].replace("==", " "),
+    "by": lambda row: (
+        "cpd, widths alone" if (row["by"], row.get("parts")) == ("cpd", "widths") else row["by"].replace("==", " ")
+    ),
     **TRAINED,
     "MACs": lambda row: f"{row['macs']:.2f}x fewer",
 }
