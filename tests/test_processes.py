@@ -361,6 +361,9 @@ def test_two_processes_score_as_one(tmp_path: Path) -> None:
     """By `obs` each orders some of the groups; both draw the directions and places of one."""
     one, _ = forked("job_scores", tmp_path / "one", 1)
     two, _ = forked("job_scores", tmp_path / "two", 2)
+    assert list(one["obs"]) == list(two["obs"])
+    for name, values in one["obs"].items():
+        assert two["obs"][name] == pytest.approx(values, rel=1e-3), name
     for criterion, groups in one.items():
         for name, values in groups.items():
             found, expected = torch.tensor(two[criterion][name]), torch.tensor(values)

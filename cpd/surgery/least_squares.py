@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from cpd.surgery.supported import solve_on
+from cpd.surgery.supported import solve_on, solve_positive
 
 #: Dampings tried, relative to the mean square of a feature.
 DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -114,12 +114,7 @@ class NormalEquations:
         xx.diagonal(dim1=1, dim2=2).copy_(squares + damping * squares.mean(1, keepdim=True).clamp_min(1e-30))
         if self.support is not None:
             return solve_on(self.support, xx, cross)
-        factor, failed = torch.linalg.cholesky_ex(xx)
-        if bool(failed.any()):  # rounding has left it a little short of positive
-            solved: Tensor = torch.linalg.solve(xx, cross.transpose(1, 2))
-        else:
-            solved = torch.cholesky_solve(cross.transpose(1, 2), factor)
-        return solved.transpose(1, 2)
+        return solve_positive(xx, cross.transpose(1, 2)).transpose(1, 2)
 
     def _averaged(self) -> tuple[Tensor, Tensor, Tensor]:
         """The mean of x x^T and of what is lacking times x, less those of their means; the former's diagonal."""

@@ -34,6 +34,15 @@ def solve_on(support: Tensor, xx: Tensor, cross: Tensor) -> Tensor:
     return _by_zeros(support, xx, cross) if by_zeros else _directly(support, xx, cross)
 
 
+def solve_positive(systems: Tensor, right: Tensor) -> Tensor:
+    """The solutions of positive definite systems [count, n, n] with right sides [count, n, m], [count, n, m]."""
+    factor, failed = torch.linalg.cholesky_ex(systems)
+    if bool(failed.any()):  # rounding has left one a little short of positive
+        solved: Tensor = torch.linalg.solve(systems, right)
+        return solved
+    return torch.cholesky_solve(right, factor)
+
+
 def _by_zeros(support: Tensor, xx: Tensor, cross: Tensor) -> Tensor:
     """Row by row, by the systems of the entries that are to be zero."""
     inverse: Tensor = torch.linalg.inv(xx)
@@ -59,12 +68,7 @@ def _directly(support: Tensor, xx: Tensor, cross: Tensor) -> Tensor:
             system = torch.where(inside[:, :, None] & inside[:, None, :], system, 0)
             system.diagonal(dim1=1, dim2=2).add_(~inside)
         right = torch.where(inside, wanted[at].gather(1, inputs), 0)
-        factor, failed = torch.linalg.cholesky_ex(system)
-        if bool(failed.any()):  # rounding has left it a little short of positive
-            solved = torch.linalg.solve(system, right)
-        else:
-            solved = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
-        found[at] = found[at].scatter_add(1, inputs, solved)
+        found[at] = found[at].scatter_add(1, inputs, solve_positive(system, right.unsqueeze(-1)).squeeze(-1))
     return found.reshape(groups, outputs, features)
 
 
